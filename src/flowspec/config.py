@@ -1,0 +1,66 @@
+"""The settings of the parts, one frozen dataclass per concern. The command line takes its defaults from here."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from flowspec.errors import UsageError
+
+
+def _check_positive(owner: object, *names: str) -> None:
+    for name in names:
+        value = getattr(owner, name)
+        if value <= 0:
+            raise UsageError(f"{name} is {value}; it must be positive")
+
+
+@dataclass(frozen=True)
+class TreeConfig:
+    """What a draft tree may look like (EAGLE-2, arXiv 2406.16858, and FlowSpec, arXiv 2507.02620)."""
+
+    top_k: int = 10  # children drafted for a node, and nodes expanded in one draft pass
+    depth: int = 6  # levels below the root that are drafted at once
+    max_depth: int = 12  # levels below the root that deepening may reach while nothing was verified
+    root_passes: int = 2  # draft passes that a root outside the tree waits for at most, to take its first guesses along
+    refresh_passes: int = 1  # draft passes after a commit before the surviving tree is sent on, with fresher scores
+    size: int = 80  # nodes of the tree that may be under way at once, the root included: the best by score
+    min_probability: float = 0.02  # nodes that are reached less often, by the draft's own score, are not worth a row
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "top_k", "depth", "size")
+        if not 0 <= self.min_probability < 1:
+            raise UsageError(f"min_probability is {self.min_probability}; it must lie in [0, 1)")
+        if self.max_depth < self.depth:
+            raise UsageError(f"max_depth {self.max_depth} is below depth {self.depth}; raise it or lower the depth")
+
+    @property
+    def min_score(self) -> float:
+        """``min_probability`` as a cumulative score."""
+        return math.log(self.min_probability) if self.min_probability else -math.inf
+
+
+@dataclass(frozen=True)
+class PipelineConfig:
+    """How a request is cut into segments."""
+
+    segment_len: int = 16  # nodes in one segment at most
+    segments_in_flight: int = 0  # segments under way at once at most; 0: one more than stages that run at once
+    prefill_chunk: int = 256  # prompt tokens in one segment
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "segment_len", "prefill_chunk")
+        if self.segments_in_flight < 0:
+            raise UsageError(f"segments_in_flight is {self.segments_in_flight}; it must be 0 (automatic) or positive")
+
+
+@dataclass(frozen=True)
+class LinkConfig:
+    """How long the processes wait for each other."""
+
+    start_timeout_s: float = 120.0  # a worker must be connected within this time, and say something of its loading
+    stall_timeout_s: float = 120.0  # a run fails when no worker says anything for this long while work is under way
+    heartbeat_s: float = 2.0  # a connection whose peer is silent for three heartbeats is lost
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "start_timeout_s", "stall_timeout_s", "heartbeat_s")

@@ -1,0 +1,110 @@
+"""Plain values that every part shares: layer ranges, partitions, sampling parameters. No torch, no I/O."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+from flowspec.errors import UsageError
+
+DType = Literal["float32", "bfloat16", "float16"]
+FinishReason = Literal["stop", "length"]
+
+MAX_SEED = 2**64 - 1
+
+
+@dataclass(frozen=True, order=True)
+class LayerRange:
+    """The half-open range ``[start, end)`` of transformer layers that one stage runs."""
+
+    start: int
+    end: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start < self.end:
+            raise UsageError(f"layer range {self.start}:{self.end} is empty or negative; write it as START:END")
+
+    def __len__(self) -> int:
+        return self.end - self.start
+
+    def __str__(self) -> str:
+        return f"{self.start}:{self.end}"
+
+
+@dataclass(frozen=True)
+class Partition:
+    """The layer ranges of all stages in pipeline order; they tile ``[0, num_layers)`` exactly."""
+
+    stages: tuple[LayerRange, ...]
+
+    def __post_init__(self) -> None:
+        if not self.stages:
+            raise UsageError("a partition needs at least one stage")
+        if self.stages[0].start != 0:
+            raise UsageError(f"partition {self} starts at layer {self.stages[0].start}; it must start at layer 0")
+        for left, right in pairwise(self.stages):
+            if left.end != right.start:
+                problem = "leaves a gap" if left.end < right.start else "overlaps"
+                raise UsageError(f"partition {self} {problem} between {left} and {right}; ranges must join exactly")
+
+    @property
+    def num_layers(self) -> int:
+        return self.stages[-1].end
+
+    def __len__(self) -> int:
+        return len(self.stages)
+
+    def __str__(self) -> str:
+        return ",".join(str(stage) for stage in self.stages)
+
+    @classmethod
+    def even(cls, num_layers: int, num_stages: int) -> Partition:
+        """Cut the layers into stages whose sizes differ by at most one; the longer ones come first."""
+        if num_stages < 1:
+            raise UsageError(f"{num_stages} stages: at least one is needed")
+        if num_stages > num_layers:
+            raise UsageError(f"{num_stages} stages, but the model has only {num_layers} layers; use fewer stages")
+        size, num_longer = divmod(num_layers, num_stages)
+        ends = [size * (i + 1) + min(i + 1, num_longer) for i in range(num_stages)]
+        return cls(tuple(LayerRange(start, end) for start, end in zip([0, *ends], ends, strict=False)))
+
+    @classmethod
+    def parse(cls, text: str) -> Partition:
+        """Read the command line's form, ``0:4,4:8``."""
+        ranges: list[LayerRange] = []
+        for part in text.split(","):
+            start, colon, end = part.strip().partition(":")
+            if not (colon and start.isdecimal() and end.isdecimal()):
+                raise UsageError(f"partition {text!r}: {part!r} is no range; write ranges as START:END, as in 0:4,4:8")
+            ranges.append(LayerRange(int(start), int(end)))
+        return cls(tuple(ranges))
+
+    def check_fits(self, num_layers: int) -> None:
+        if self.num_layers != num_layers:
+            raise UsageError(f"partition {self} covers {self.num_layers} layers, but the model has {num_layers}")
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How tokens are chosen and when a generation ends."""
+
+    max_tokens: int = 64  # tokens to generate at most
+    temperature: float = 0.0  # 0 is greedy: always the most probable token
+    top_p: float = 1.0  # keep the smallest set of tokens with at least this probability; 1 keeps all
+    top_k: int = 0  # keep the k most probable tokens; 0 keeps all
+    seed: int | None = None  # the same seed gives the same text; None draws one
+    ignore_eos: bool = False  # go on past the model's end-of-text token
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1:
+            raise UsageError(f"max_tokens is {self.max_tokens}; it must be at least 1")
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise UsageError(f"temperature is {self.temperature}; it must be 0 (greedy) or a positive number")
+        if not 0 < self.top_p <= 1:
+            raise UsageError(f"top_p is {self.top_p}; it must lie in (0, 1]")
+        if self.top_k < 0:
+            raise UsageError(f"top_k is {self.top_k}; it must be 0 (off) or a positive count")
+        if self.seed is not None and not 0 <= self.seed <= MAX_SEED:
+            raise UsageError(f"seed is {self.seed}; it must lie in [0, 2**64)")

@@ -1,0 +1,29 @@
+"""The exceptions that flowspec raises for a user's, a file's, or a peer's mistake.
+
+A broken promise of our own code is an ``AssertionError`` instead. Every message says what is wrong and what to do next;
+the command line prints it as one line.
+"""
+
+
+class FlowspecError(Exception):
+    """Base of all errors that a caller may want to catch; exit code 1 on the command line."""
+
+    exit_code = 1
+
+
+class UsageError(FlowspecError, ValueError):
+    """The caller asked for something impossible (arguments, prompt, partition); exit code 2."""
+
+    exit_code = 2
+
+
+class ModelError(UsageError):
+    """A model or draft directory cannot be used: missing, truncated, unsupported, or not fitting together."""
+
+
+class ProtocolError(FlowspecError):
+    """A peer sent bytes that are no message of ours, or a message that breaks the protocol."""
+
+
+class WorkerError(FlowspecError):
+    """A worker never came up, failed, or was lost during a run."""
