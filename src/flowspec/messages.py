@@ -1,0 +1,276 @@
+"""The messages between driver and workers, and their codec. Nobody's state, no sockets.
+
+Segments run along the data path, driver -> worker 1 -> ... -> worker N, as do ``Open`` and ``Close``: a request's life
+on a worker begins and ends in the order of its own rows, whatever the control connection does. Commits overtake the
+data on the control connection, which is what makes them useful; they are correct whenever they arrive.
+
+On the wire a message is one msgpack frame (a tagged array of its fields) and one raw frame for every tensor in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from itertools import pairwise
+from math import prod
+from typing import Any, ClassVar, NamedTuple, TypeAlias
+
+import msgspec
+import torch
+from torch import Tensor
+
+from flowspec.core import DType
+from flowspec.errors import ProtocolError
+
+PROTOCOL_VERSION = 1
+NO_PARENT = -1  # the parent id of a request's first token
+
+
+class Timing(NamedTuple):
+    """One stage's forward of one segment; seconds on that worker's own clock."""
+
+    stage: int
+    num_rows: int
+    start_s: float
+    end_s: float
+    link_bytes: int  # bytes this worker has received on the data path since its session began
+
+
+class Message(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """Base of all messages."""
+
+
+# --- driver to every worker, on the control connection -------------------------------------------------------------
+
+
+class Configure(Message, frozen=True):
+    """Begins a session: load these layers and connect to the next worker (``None`` on the last one)."""
+
+    version: int
+    stage: int
+    num_stages: int
+    model: str
+    start_layer: int
+    end_layer: int
+    dtype: DType
+    next_address: str | None
+    heartbeat_s: float
+
+
+class Commit(Message, frozen=True):
+    """These nodes join the prefix, ``root_id`` is the new root; all that does not descend from it is dead.
+
+    ``prefix_ids``: the old root, then the accepted nodes in path order. ``root_id`` may not have been sent yet.
+    """
+
+    request_id: int
+    epoch: int
+    prefix_ids: list[int]
+    root_id: int
+
+
+class Stop(Message, frozen=True):
+    """Ends the session; the worker frees all its requests and waits for another driver."""
+
+
+# --- along the data path -------------------------------------------------------------------------------------------
+
+
+class Open(Message, frozen=True):
+    """Begins a request, or a new epoch of it. ``want_features``: return hidden states of prefix rows too."""
+
+    request_id: int
+    epoch: int
+    root_id: int
+    want_features: bool
+
+
+class Segment(Message, frozen=True):
+    """Nodes that go through the pipeline together; parents come before children.
+
+    The first ``num_prefix`` rows are prefix tokens, committed on arrival (prefill). Worker 1 gets ``token_ids``, the
+    others ``hidden`` [rows, hidden size]. No mask travels: it follows from the parent ids.
+    """
+
+    request_id: int
+    epoch: int
+    segment_id: int
+    node_ids: list[int]
+    parent_ids: list[int]
+    positions: list[int]
+    num_prefix: int
+    token_ids: list[int] | None
+    hidden: Tensor | None
+    timings: list[Timing]
+
+    def __post_init__(self) -> None:
+        num_rows = len(self.node_ids)
+        if not num_rows == len(self.parent_ids) == len(self.positions) or not 0 <= self.num_prefix <= num_rows:
+            raise ValueError("segment: node, parent and position lists differ in length")
+        if any(left >= right for left, right in pairwise(self.node_ids)):
+            raise ValueError("segment: node ids must grow")
+        if any(parent >= node for parent, node in zip(self.parent_ids, self.node_ids, strict=True)):
+            raise ValueError("segment: a parent id must be below its child's")
+        if (self.token_ids is None) == (self.hidden is None):
+            raise ValueError("segment: exactly one of token ids and hidden states is needed")
+        rows = self.token_ids if self.token_ids is not None else self.hidden
+        if rows is not None and len(rows) != num_rows:
+            raise ValueError(f"segment: {len(rows)} inputs for {num_rows} nodes")
+
+
+class Close(Message, frozen=True):
+    """Ends a request on every worker it passes."""
+
+    request_id: int
+    epoch: int
+
+
+# --- worker to driver ----------------------------------------------------------------------------------------------
+
+
+class Loading(Message, frozen=True):
+    """A worker is busy reading its weights; ``fraction`` is done."""
+
+    stage: int
+    fraction: float
+
+
+class Ready(Message, frozen=True):
+    """A worker has loaded its stage and is connected to the next one."""
+
+    stage: int
+    weight_bytes: int
+    peak_memory_bytes: int
+
+
+class Result(Message, frozen=True):
+    """The final hidden states [rows, hidden size] of a segment's rows that are still alive, from the last worker."""
+
+    request_id: int
+    epoch: int
+    segment_id: int
+    node_ids: list[int]
+    num_prefix: int
+    hidden: Tensor
+    timings: list[Timing]
+
+    def __post_init__(self) -> None:
+        if self.hidden.ndim != 2 or len(self.hidden) != len(self.node_ids):
+            raise ValueError(f"result: hidden states {tuple(self.hidden.shape)} for {len(self.node_ids)} nodes")
+
+
+class Closed(Message, frozen=True):
+    """A ``Close`` has passed the last worker: nothing of the request is left in the pipeline."""
+
+    request_id: int
+    epoch: int
+
+
+class Alive(Message, frozen=True):
+    """The worker lives; it also tells the worker whether the driver does."""
+
+    stage: int
+
+
+class Busy(Message, frozen=True):
+    """Refuses a ``Configure``: another driver uses this worker."""
+
+    reason: str
+
+
+class Failure(Message, frozen=True):
+    """A worker cannot go on with this session. ``user_error``: the user's mistake, not a crash."""
+
+    stage: int
+    kind: str
+    text: str
+    traceback: str
+    user_error: bool
+
+
+DataMessage: TypeAlias = Open | Segment | Close
+ToWorker: TypeAlias = Configure | Commit | Stop | Open | Segment | Close
+ToDriver: TypeAlias = Loading | Ready | Result | Closed | Alive | Busy | Failure
+
+
+class Route(Enum):
+    """Where an actor's message goes."""
+
+    NEXT = "next"  # along the data path, to the next worker
+    WORKERS = "workers"  # from the driver to every worker, on the control connections
+    DRIVER = "driver"  # from a worker to the driver
+
+
+@dataclass(frozen=True)
+class Send:
+    """What an actor wants done: it holds no socket."""
+
+    route: Route
+    message: Message
+
+
+class Codec:
+    """Messages to frames and back. Not thread-safe; one for each socket."""
+
+    _DTYPES: ClassVar[dict[str, torch.dtype]] = {
+        "float32": torch.float32,
+        "bfloat16": torch.bfloat16,
+        "float16": torch.float16,
+    }
+    _NAMES: ClassVar[dict[torch.dtype, str]] = {dtype: name for name, dtype in _DTYPES.items()}
+
+    def __init__(self) -> None:
+        self._buffers: list[Any] = []
+        self._encoder = msgspec.msgpack.Encoder(enc_hook=self._encode_tensor)
+        self._to_worker = msgspec.msgpack.Decoder(ToWorker, dec_hook=self._decode_tensor)
+        self._to_driver = msgspec.msgpack.Decoder(ToDriver, dec_hook=self._decode_tensor)
+
+    def encode(self, message: Message) -> list[Any]:
+        """The message's frames: header first, then a zero-copy view of each tensor."""
+        self._buffers = []
+        header = self._encoder.encode(message)
+        return [header, *self._buffers]
+
+    def decode_to_worker(self, frames: Sequence[Any]) -> ToWorker:
+        """Raises ``ProtocolError`` for anything but one well-formed message to a worker."""
+        return self._decode(self._to_worker, frames)
+
+    def decode_to_driver(self, frames: Sequence[Any]) -> ToDriver:
+        """Raises ``ProtocolError`` for anything but one well-formed message to the driver."""
+        return self._decode(self._to_driver, frames)
+
+    def _decode(self, decoder: msgspec.msgpack.Decoder[Any], frames: Sequence[Any]) -> Any:
+        if not frames:
+            raise ProtocolError("an empty message; is the peer a flowspec process of this version?")
+        self._buffers = list(frames[1:])
+        try:
+            message = decoder.decode(frames[0])
+        except (msgspec.DecodeError, ValueError, RuntimeError) as error:
+            raise ProtocolError(f"not a flowspec message ({error}); is the peer of this version?") from None
+        finally:
+            num_left, self._buffers = len(self._buffers), []
+        if num_left:
+            raise ProtocolError(f"{num_left} frames too many in a {type(message).__name__} message")
+        return message
+
+    def _encode_tensor(self, value: object) -> object:
+        assert isinstance(value, Tensor), f"no wire form for {type(value).__name__}"
+        rows = value.detach().to("cpu").contiguous()
+        self._buffers.append(rows.reshape(-1).view(torch.uint8).numpy().data if rows.numel() else b"")
+        return self._NAMES[rows.dtype], tuple(rows.shape)
+
+    def _decode_tensor(self, kind: type, value: Any) -> object:
+        assert kind is Tensor, f"no wire form for {kind.__name__}"
+        name, shape = value
+        dtype = self._DTYPES.get(name)
+        if dtype is None or not all(isinstance(size, int) and size >= 0 for size in shape):
+            raise ValueError(f"tensor of unknown type {name!r} or shape {shape!r}")
+        if not self._buffers:
+            raise ValueError("a tensor's frame is missing")
+        buffer = memoryview(self._buffers.pop(0)).cast("B")
+        if len(buffer) != prod(shape) * dtype.itemsize:
+            raise ValueError(f"a tensor's frame has {len(buffer)} bytes, not the {prod(shape) * dtype.itemsize} stated")
+        if not len(buffer):
+            return torch.empty(shape, dtype=dtype)
+        return torch.frombuffer(buffer, dtype=dtype).reshape(shape)

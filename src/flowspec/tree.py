@@ -1,0 +1,227 @@
+"""The draft tree: the driver's guesses of the next tokens. Arrays and set operations; no model, no schedule, no I/O.
+
+A node's score is the sum of the log-probabilities along its path from the root (FlowSpec, arXiv 2507.02620: the
+cumulative draft score). No log-probability is above zero, so a parent never scores below its child and every prefix of
+the score order is a connected tree: whatever is sent best first arrives parents first.
+"""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ints: TypeAlias = NDArray[np.int64]
+Floats: TypeAlias = NDArray[np.float64]
+Bools: TypeAlias = NDArray[np.bool_]
+
+UNDRAFTED = 2**31 - 1  # staleness of a node whose children were never drafted
+
+
+class DraftTree:
+    """One request's draft tree. Row 0 is the root; a parent's row is below its child's; ids grow with the rows.
+
+    Rows are positions in the arrays and change whenever nodes are dropped; node ids never change and are never reused.
+    The best ``size`` nodes by score, the root included, may be sent or expanded if they score at least ``min_score``;
+    unsent nodes far outside them are forgotten.
+
+    =============  =====================================================================================
+    ``node_ids``   what driver and workers call the nodes
+    ``token_ids``  the guessed tokens
+    ``parents``    the parent's row; -1 for the root
+    ``depths``     distance from the root
+    ``staleness``  how many steps the node's children were extrapolated from a verified feature; ``UNDRAFTED``
+    ``logprobs``   log-probability of the token after its parent, as drafted; 0 for the root
+    ``scores``     sum of ``logprobs`` over the path from the root
+    ``sent``       the node has been given to the pipeline
+    =============  =====================================================================================
+    """
+
+    def __init__(self, root_id: int, token_id: int, size: int, min_score: float = -np.inf) -> None:
+        assert min_score < 0, "the root is always good enough"
+        self.size = size
+        self.min_score = min_score
+        self._next_id = root_id
+        self._ints: Ints = np.zeros((5, 4 * size), dtype=np.int64)
+        self._floats: Floats = np.zeros((2, 4 * size))
+        self._sent: Bools = np.zeros(4 * size, dtype=np.bool_)
+        self.restart(token_id)
+
+    def _resize(self, num_nodes: int) -> None:
+        self.node_ids, self.token_ids, self.parents, self.depths, self.staleness = self._ints[:, :num_nodes]
+        self.logprobs, self.scores = self._floats[:, :num_nodes]
+        self.sent = self._sent[:num_nodes]
+
+    def __len__(self) -> int:
+        return len(self.node_ids)
+
+    @property
+    def root_id(self) -> int:
+        return int(self.node_ids[0])
+
+    # --- reading ---
+
+    def find(self, row: int, token_id: int) -> int | None:
+        """The row of the child of ``row`` that holds ``token_id``."""
+        rows = np.flatnonzero((self.parents == row) & (self.token_ids == token_id))
+        return int(rows[0]) if len(rows) else None
+
+    def rows_of(self, node_ids: Ints) -> Ints:
+        """The rows of those of ``node_ids`` (ascending) that are still in the tree."""
+        rows = np.searchsorted(self.node_ids, node_ids)
+        rows[rows == len(self)] = 0
+        return rows[self.node_ids[rows] == node_ids]
+
+    def path(self, row: int) -> list[int]:
+        """The rows from the root to ``row``, both included."""
+        rows = [row]
+        while rows[-1]:
+            rows.append(int(self.parents[rows[-1]]))
+        return rows[::-1]
+
+    def best(self) -> Ints:
+        """The rows that are good enough, best first, ``size`` at most; ties go to the older node."""
+        rows = np.argsort(-self.scores, kind="stable")[: self.size]
+        return rows[self.scores[rows] >= self.min_score]
+
+    def best_unsent(self, limit: int) -> Ints:
+        """The best ``limit`` rows that may be sent and were not, in id order: the next segment."""
+        best = self.best()
+        return np.sort(best[~self.sent[best]][:limit])
+
+    def ancestor_mask(self) -> Bools:
+        """[nodes, nodes]: node i sees node j exactly when j is i or an ancestor of i."""
+        mask = np.eye(len(self), dtype=np.bool_)
+        for row in range(1, len(self)):
+            mask[row] |= mask[self.parents[row]]
+        return mask
+
+    # --- growing ---
+
+    def expand(self, rows: Ints, token_ids: Ints, logprobs: Floats, staleness: Ints) -> None:
+        """Give each of ``rows`` [w] the drafted children ``token_ids`` [w, k] with their ``logprobs`` [w, k].
+
+        A child that exists keeps its id and takes the new log-probability. An older child that is missing from the new
+        draft keeps at most the smallest new one: the draft no longer ranks it among the best. Rows may change.
+        """
+        assert token_ids.shape == logprobs.shape and len(token_ids) == len(rows) == len(staleness)
+        again = self.staleness[rows] != UNDRAFTED
+        self.staleness[rows] = staleness
+        if again.any():
+            floor = np.zeros(len(self))
+            floor[rows] = logprobs.min(axis=1)
+            self.logprobs[1:] = np.minimum(self.logprobs[1:], floor[self.parents[1:]])
+            self._rescore()
+        self._merge(np.repeat(rows, token_ids.shape[1]), token_ids.ravel(), logprobs.ravel())
+        self._forget()
+
+    def add_path(self, row: int, token_ids: list[int], logprobs: list[float]) -> None:
+        """Merge a chain of guesses below ``row``; a node that exists keeps the better of both log-probabilities."""
+        for token_id, logprob in zip(token_ids, logprobs, strict=True):
+            child = self.find(row, token_id)
+            if child is not None:
+                logprob = max(logprob, float(self.logprobs[child]))
+            self._merge(np.array([row]), np.array([token_id]), np.array([logprob]))
+            row = len(self) - 1 if child is None else child
+        self._forget()
+
+    def _merge(self, parents: Ints, token_ids: Ints, logprobs: Floats) -> None:
+        """Find or add each (parent row, token); no pair may occur twice."""
+        logprobs = np.minimum(logprobs, 0.0)  # rounding may leave the surest token just above zero
+        # (parent row, token) as one integer: rows and tokens stay far below 2**31.
+        keys, known = (parents << 31) | token_ids, (self.parents[1:] << 31) | self.token_ids[1:]
+        order = np.argsort(known)
+        places = np.searchsorted(known, keys, sorter=order)
+        found = places < len(known)
+        found[found] = known[order[places[found]]] == keys[found]
+        self.logprobs[1 + order[places[found]]] = logprobs[found]
+        new = ~found
+        if new.any():
+            self._append(parents[new], token_ids[new], logprobs[new])
+        if found.any():
+            self._rescore()
+
+    def _append(self, parents: Ints, token_ids: Ints, logprobs: Floats) -> None:
+        start, end = len(self), len(self) + len(parents)
+        if end > self._ints.shape[1]:
+            self._ints = np.concatenate([self._ints, np.zeros_like(self._ints)], axis=1)
+            self._floats = np.concatenate([self._floats, np.zeros_like(self._floats)], axis=1)
+            self._sent = np.concatenate([self._sent, np.zeros_like(self._sent)])
+            self._resize(start)
+            self._append(parents, token_ids, logprobs)
+            return
+        depths, scores = self.depths[parents] + 1, self.scores[parents] + logprobs
+        self._resize(end)
+        self.node_ids[start:] = np.arange(self._next_id, self._next_id + len(parents))
+        self.token_ids[start:] = token_ids
+        self.parents[start:] = parents
+        self.depths[start:] = depths
+        self.staleness[start:] = UNDRAFTED
+        self.logprobs[start:] = logprobs
+        self.scores[start:] = scores
+        self.sent[start:] = False
+        self._next_id += len(parents)
+
+    def _rescore(self) -> None:
+        self.scores[0] = 0.0
+        for depth in range(1, int(self.depths.max()) + 1):
+            rows = np.flatnonzero(self.depths == depth)
+            self.scores[rows] = self.scores[self.parents[rows]] + self.logprobs[rows]
+
+    # --- dropping ---
+
+    def reroot(self, row: int) -> None:
+        """Make ``row`` the root and drop all that does not descend from it."""
+        alive = np.zeros(len(self), dtype=np.bool_)
+        alive[row] = True
+        for depth in range(int(self.depths[row]) + 1, int(self.depths.max()) + 1):
+            rows = np.flatnonzero(self.depths == depth)
+            alive[rows] = alive[self.parents[rows]]
+        self.depths -= self.depths[row]
+        self.logprobs[row] = 0.0
+        self._keep(alive)
+        self._rescore()
+
+    def restart(self, token_id: int) -> None:
+        """Drop everything; a new node that holds ``token_id`` is the root."""
+        self._resize(1)
+        self.node_ids[0], self.token_ids[0], self.parents[0] = self._next_id, token_id, -1
+        self.depths[0], self.staleness[0] = 0, UNDRAFTED
+        self.logprobs[0], self.scores[0], self.sent[0] = 0.0, 0.0, False
+        self._next_id += 1
+
+    def mark_sent(self, rows: Ints) -> None:
+        assert not self.sent[rows].any(), "a node is sent once"
+        self.sent[rows] = True
+
+    def _forget(self) -> None:
+        """Drop the unsent nodes outside the best ``size`` once they are many."""
+        if len(self) > 2 * self.size:
+            keep: Bools = np.array(self.sent)
+            keep[self.best()] = True
+            self._keep(keep)
+
+    def _keep(self, keep: Bools) -> None:
+        """Drop the rows outside ``keep``, which holds every kept node's ancestors up to the new root."""
+        rows = np.flatnonzero(keep)
+        new_rows = np.cumsum(keep) - 1
+        ints, floats, sent = self._ints[:, rows], self._floats[:, rows], self._sent[rows]
+        self._resize(len(rows))
+        self._ints[:, : len(rows)], self._floats[:, : len(rows)], self._sent[: len(rows)] = ints, floats, sent
+        self.parents[1:] = new_rows[self.parents[1:]]
+        self.parents[0] = -1
+
+    def check_integrity(self) -> None:
+        """Assert the invariants that the class promises."""
+        num = len(self)
+        assert num and self.parents[0] == -1 and self.depths[0] == 0 and self.scores[0] == 0.0
+        assert (np.diff(self.node_ids) > 0).all() and self.node_ids[-1] < self._next_id
+        parents = self.parents[1:]
+        assert ((parents >= 0) & (parents < np.arange(1, num))).all(), "parent below child"
+        assert (self.depths[1:] == self.depths[parents] + 1).all()
+        assert (self.scores[1:] <= self.scores[parents]).all(), "a parent never scores below its child"
+        assert np.allclose(self.scores[1:], self.scores[parents] + self.logprobs[1:])
+        assert (self.sent[parents] | ~self.sent[1:]).all(), "parents are sent before children"
+        pairs = set(zip(parents.tolist(), self.token_ids[1:].tolist(), strict=True))
+        assert len(pairs) == num - 1, "siblings hold different tokens"

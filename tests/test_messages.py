@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+import contextlib
+
+import msgspec
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flowspec.errors import ProtocolError
+from flowspec.messages import (
+    Alive,
+    Busy,
+    Close,
+    Closed,
+    Codec,
+    Commit,
+    Configure,
+    Failure,
+    Loading,
+    Message,
+    Open,
+    Ready,
+    Result,
+    Segment,
+    Stop,
+    Timing,
+)
+
+IDS = st.lists(st.integers(0, 2**40), max_size=20, unique=True).map(sorted)
+DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
+
+
+def wire(message: Message) -> list[bytearray]:
+    return [bytearray(frame) for frame in Codec().encode(message)]
+
+
+def assert_equal(left: Message, right: Message) -> None:
+    assert type(left) is type(right)
+    for name in left.__struct_fields__:
+        a, b = getattr(left, name), getattr(right, name)
+        if isinstance(a, torch.Tensor):
+            assert a.dtype == b.dtype and torch.equal(a, b)
+        else:
+            assert a == b
+
+
+@given(IDS, DTYPES, st.integers(0, 8), st.booleans())
+def test_a_segment_survives_the_wire(ids: list[int], dtype: torch.dtype, width: int, has_tokens: bool) -> None:
+    hidden = None if has_tokens else torch.randn(len(ids), width).to(dtype)
+    segment = Segment(
+        3, 1, 9, ids, [i - 1 for i in ids], ids, len(ids) // 2, ids if has_tokens else None, hidden,
+        [Timing(1, 16, 0.25, 0.5, 77)],
+    )  # fmt: skip
+    assert_equal(Codec().decode_to_worker(wire(segment)), segment)
+
+
+@given(IDS, DTYPES, st.integers(0, 8))
+def test_a_result_survives_the_wire(ids: list[int], dtype: torch.dtype, width: int) -> None:
+    result = Result(3, 0, 2, ids, 0, torch.randn(len(ids), width).to(dtype), [])
+    assert_equal(Codec().decode_to_driver(wire(result)), result)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        Configure(1, 2, 4, "demo", 0, 2, "float32", "10.0.0.2:7070", 2.0),
+        Configure(1, 4, 4, "demo", 6, 8, "bfloat16", None, 2.0),
+        Commit(5, 0, [3, 7], 9),
+        Stop(),
+        Open(5, 0, 3, True),
+        Close(5, 0),
+    ],
+    ids=lambda m: type(m).__name__,
+)
+def test_every_message_to_a_worker_survives_the_wire(message: Message) -> None:
+    assert_equal(Codec().decode_to_worker(wire(message)), message)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [Loading(1, 0.5), Ready(1, 1000, 2000), Closed(5, 0), Alive(2), Busy("x"), Failure(1, "E", "t", "trace", False)],
+    ids=lambda m: type(m).__name__,
+)
+def test_every_message_to_the_driver_survives_the_wire(message: Message) -> None:
+    assert_equal(Codec().decode_to_driver(wire(message)), message)
+
+
+@given(st.lists(st.binary(max_size=64), max_size=4))
+def test_garbage_is_a_protocol_error_and_nothing_else(frames: list[bytes]) -> None:
+    codec = Codec()
+    with pytest.raises(ProtocolError):
+        codec.decode_to_worker([bytearray(frame) for frame in frames])
+
+
+@given(st.data())
+def test_a_damaged_message_is_a_protocol_error_or_still_a_message(data: st.DataObject) -> None:
+    segment = Segment(0, 0, 0, [1, 2], [0, 1], [4, 5], 0, None, torch.ones(2, 3), [])
+    frames = wire(segment)
+    frame = frames[data.draw(st.integers(0, 1))]
+    frame[data.draw(st.integers(0, len(frame) - 1))] = data.draw(st.integers(0, 255))
+    with contextlib.suppress(ProtocolError):
+        assert isinstance(Codec().decode_to_worker(frames), Message)
+
+
+def bad_segments() -> list[tuple[str, list[object]]]:
+    good: list[object] = ["Segment", 0, 0, 0, [1, 2], [0, 1], [4, 5], 0, [9, 9], None, []]
+    changes = {
+        "ids that do not grow": (4, [2, 1]),
+        "a parent above its child": (5, [5, 1]),
+        "lists of different lengths": (6, [4]),
+        "more prefix rows than rows": (7, 3),
+        "neither tokens nor hidden states": (8, None),
+        "too few tokens": (8, [9]),
+        "text for a number": (1, "x"),
+    }
+    return [(name, [*good[:i], value, *good[i + 1 :]]) for name, (i, value) in changes.items()]
+
+
+@pytest.mark.parametrize(("name", "fields"), bad_segments(), ids=[name for name, _ in bad_segments()])
+def test_a_segment_that_contradicts_itself_is_refused(name: str, fields: list[object]) -> None:
+    with pytest.raises(ProtocolError):
+        Codec().decode_to_worker([bytearray(msgspec.msgpack.encode(fields))])
+
+
+def test_tensor_frames_must_fit_what_is_stated() -> None:
+    frames = wire(Result(0, 0, 0, [1], 0, torch.ones(1, 4), []))
+    for broken in (frames[:1], [frames[0], frames[1][:-1]], [*frames, bytearray(b"more")]):
+        with pytest.raises(ProtocolError):
+            Codec().decode_to_driver(broken)
+
+
+def test_a_message_for_the_other_side_is_refused() -> None:
+    with pytest.raises(ProtocolError):
+        Codec().decode_to_worker(wire(Alive(1)))
+    with pytest.raises(ProtocolError):
+        Codec().decode_to_driver(wire(Stop()))

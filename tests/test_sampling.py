@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from flowspec.core import SamplingParams
+from flowspec.sampling import Sampler, filtered_logprobs, gumbel_noise
+
+
+def test_greedy_takes_the_largest_logit() -> None:
+    assert Sampler(SamplingParams()).token(torch.tensor([0.1, 3.0, 2.9]), 5) == 1
+
+
+def test_a_draw_depends_on_seed_and_position_alone() -> None:
+    logits = torch.randn(50)
+    params = SamplingParams(temperature=0.9, seed=11)
+    draws = [Sampler(params).token(logits, position) for position in range(200)]
+    sampler = Sampler(params)
+    assert [sampler.token(logits, position) for position in reversed(range(200))] == draws[::-1]
+    assert draws != [Sampler(SamplingParams(temperature=0.9, seed=12)).token(logits, p) for p in range(200)]
+
+
+def test_noise_of_different_positions_shares_nothing() -> None:
+    noise = np.concatenate([gumbel_noise(3, position, 1000) for position in range(20)])
+    assert len(np.unique(noise)) == len(noise)
+    assert stats.kstest(noise, "gumbel_r").pvalue > 1e-3
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(temperature=1.0, seed=1),
+        SamplingParams(temperature=0.7, top_k=5, seed=2),
+        SamplingParams(temperature=1.3, top_p=0.8, seed=3),
+        SamplingParams(temperature=0.8, top_k=6, top_p=0.9, seed=4),
+    ],
+    ids=str,
+)
+def test_draws_follow_the_filtered_distribution(params: SamplingParams) -> None:
+    logits = torch.randn(12, generator=torch.Generator().manual_seed(0)) * 1.5
+    expected = filtered_logprobs(logits, params).exp().numpy()
+    sampler, num_draws = Sampler(params), 20_000
+    counts = np.bincount([sampler.token(logits, position) for position in range(num_draws)], minlength=12)
+    assert (counts[expected == 0] == 0).all()
+    kept = expected > 0
+    assert stats.chisquare(counts[kept], expected[kept] * num_draws).pvalue > 1e-3
+
+
+def test_filters_keep_what_they_say() -> None:
+    logits = torch.log(torch.tensor([0.5, 0.25, 0.15, 0.1]))
+    by_k = filtered_logprobs(logits, SamplingParams(temperature=1.0, top_k=2, seed=0)).exp()
+    torch.testing.assert_close(by_k, torch.tensor([2 / 3, 1 / 3, 0, 0], dtype=torch.float64))
+    by_p = filtered_logprobs(logits, SamplingParams(temperature=1.0, top_p=0.7, seed=0)).exp()
+    torch.testing.assert_close(by_p, torch.tensor([2 / 3, 1 / 3, 0, 0], dtype=torch.float64))
+    only_best = filtered_logprobs(logits, SamplingParams(temperature=1.0, top_p=1e-9, seed=0)).exp()
+    torch.testing.assert_close(only_best, torch.tensor([1.0, 0, 0, 0], dtype=torch.float64))
