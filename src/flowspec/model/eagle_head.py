@@ -1,0 +1,209 @@
+"""The EAGLE-1/2 draft head and its published checkpoint format. Knows one layer; nothing of trees or slots.
+
+A checkpoint is ``config.json`` (a Llama config with one layer, and ``bias``: whether ``fc`` has one, absent means true;
+``qkv_bias``: whether the projections have one, absent means false) and ``model.safetensors`` or ``pytorch_model.bin``
+with ``fc.*`` and ``layers.0.*``. It has no input norm, no final norm, no head; the embedding is the target's unless the
+file brings ``embed_tokens.weight``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zipfile
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
+
+from flowspec.core import DType
+from flowspec.errors import ModelError
+
+_CONFIG, _SAFETENSORS, _BIN = "config.json", "model.safetensors", "pytorch_model.bin"
+_EMBEDDING = "embed_tokens.weight"
+_IGNORED = ("rotary_emb.inv_freq", "lm_head.weight")  # recomputed; the target's own
+_EAGLE3_KEYS = ("midlayer.", "d2t", "t2d")
+
+
+class DraftCache(Protocol):
+    """Where the head keeps keys and values, [B, heads, rows, head size]; ``layer_idx`` is always 0."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, /) -> tuple[Tensor, Tensor]:
+        """Take the new rows; return all that the mask's columns speak of."""
+        ...
+
+
+class EagleHead(nn.Module):
+    """EAGLE-1/2 draft head: ``fc([embedding(x[t+1]); f[t]])`` -> one Llama decoder layer -> ``f^[t+1]``.
+
+    The feature ``f`` is the target's output after its final norm; the target's ``lm_head`` turns ``f^`` into logits.
+    The row of token ``x[p]`` is fed with ``f[p-1]``, has rotary position ``p - 1`` and predicts ``f[p]``, whose logits
+    are those of ``x[p+1]``.
+    """
+
+    embedding: Tensor
+
+    def __init__(self, config: LlamaConfig, embedding: Tensor) -> None:
+        """``embedding`` [V, H] is the target's, shared and never trained."""
+        super().__init__()
+        config._attn_implementation = "sdpa"  # takes batches, and assumes nothing of rows where a mask is given
+        size = config.hidden_size
+        self.config = config
+        self.register_buffer("embedding", embedding.detach(), persistent=False)
+        self.fc = nn.Linear(2 * size, size, bias=getattr(config, "bias", True))
+        layer: Any = LlamaDecoderLayer(config, layer_idx=0)
+        layer.input_layernorm = nn.Identity()
+        if getattr(config, "qkv_bias", False):
+            for name in ("q_proj", "k_proj", "v_proj"):
+                projection = getattr(layer.self_attn, name)
+                setattr(layer.self_attn, name, nn.Linear(projection.in_features, projection.out_features, bias=True))
+        self.layers = nn.ModuleList([layer])
+        self.rotary_emb = LlamaRotaryEmbedding(config)
+
+    def forward(
+        self,
+        token_ids: Tensor,
+        features: Tensor,
+        position_ids: Tensor,
+        attention_mask: Tensor,
+        cache: DraftCache | None = None,
+    ) -> Tensor:
+        """Predicted features [B, T, H].
+
+        ``token_ids`` [B, T]; ``features`` [B, T, H], of the token before each; ``position_ids`` [B, T], the token's
+        position less one; ``attention_mask`` bool, [B or 1, 1, T, KV], true where a row sees a key. ``cache``:
+        anything with transformers' ``update(keys, values, layer_idx)``; it gets the new keys and values as layer 0's.
+        """
+        embedded = F.embedding(token_ids, self.embedding).to(features.dtype)
+        rows = self.fc(torch.cat((embedded, features), dim=-1))
+        return self.layers[0](
+            rows,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=cache is not None,
+            position_embeddings=self.rotary_emb(rows, position_ids),
+        )
+
+    @classmethod
+    def load(cls, directory: Path, embedding: Tensor, dtype: DType, device: torch.device | str) -> EagleHead:
+        """Read a published or a trained head for the target whose embedding is ``embedding`` [V, H].
+
+        Raises ``ModelError`` for a missing, truncated or unsupported checkpoint, and for one of another target.
+        """
+        torch_dtype: torch.dtype = getattr(torch, dtype)
+        config = _read_config(directory / _CONFIG)
+        path = _weights_path(directory)
+        weights = _read_weights(path)
+        _check_version(path, weights)
+        _check_fits(directory, config, embedding)
+        if _EMBEDDING in weights:
+            own = weights[_EMBEDDING]
+            if own.shape != embedding.shape:
+                raise ModelError(_wrong_shape(path, _EMBEDDING, own, embedding))
+            embedding = own
+        with torch.device("meta"):
+            head = cls(config, embedding.to(device, torch_dtype))
+        head.rotary_emb = LlamaRotaryEmbedding(config).to(device)
+        expected = head.state_dict()
+        missing = sorted(expected.keys() - weights.keys())
+        if missing:
+            raise ModelError(
+                f"{path} lacks {', '.join(missing)}; this is no EAGLE-1/2 head of the sizes in {_CONFIG}, "
+                "or the download is incomplete"
+            )
+        known = expected.keys() | {_EMBEDDING}
+        unknown = sorted(name for name in weights if name not in known and not name.endswith(_IGNORED))
+        if unknown:
+            raise ModelError(f"{path} has unknown tensors {', '.join(unknown[:4])}; give an EAGLE-1 or EAGLE-2 head")
+        for name, tensor in expected.items():
+            if weights[name].shape != tensor.shape:
+                raise ModelError(_wrong_shape(path, name, weights[name], tensor))
+        head.load_state_dict({name: weights[name].to(device, torch_dtype) for name in expected}, assign=True)
+        return head.eval().requires_grad_(False)
+
+    def save(self, directory: Path, dtype: torch.dtype = torch.float16) -> None:
+        """Write ``config.json`` and ``model.safetensors``; each file is replaced at once or not at all."""
+        directory.mkdir(parents=True, exist_ok=True)
+        config = self.config.to_dict() | {
+            "architectures": ["LlamaForCausalLM"],
+            "bias": self.fc.bias is not None,
+            "dtype": str(dtype).removeprefix("torch."),
+        }
+        config.pop("_name_or_path", None)
+        text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+        weights = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in self.state_dict().items()}
+        partial = directory / f".{_SAFETENSORS}.partial"
+        save_file(weights, partial, metadata={"format": "pt"})
+        partial.chmod(0o644)  # safetensors makes files that only their owner may read
+        os.replace(partial, directory / _SAFETENSORS)
+        partial = directory / f".{_CONFIG}.partial"
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, directory / _CONFIG)
+
+
+def _read_config(path: Path) -> LlamaConfig:
+    if not path.is_file():
+        raise ModelError(f"{path.parent} has no {_CONFIG}; give the directory of an EAGLE-1/2 head")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError("no JSON object")
+        # The head is a Llama layer whatever the target's family; only the sizes are taken from its name's config.
+        config = LlamaConfig.from_dict({key: value for key, value in values.items() if key != "model_type"})
+    except (ValueError, TypeError) as error:
+        raise ModelError(f"{path} is no valid model config ({error}); fetch the file again") from error
+    return config
+
+
+def _weights_path(directory: Path) -> Path:
+    for name in (_SAFETENSORS, _BIN):
+        if (directory / name).is_file():
+            return directory / name
+    raise ModelError(f"{directory} has neither {_SAFETENSORS} nor {_BIN}; fetch or train the head again")
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    try:
+        if path.name == _SAFETENSORS:
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{path} is truncated or no safetensors file ({error}); fetch the file again") from error
+    except Exception as error:  # torch.load raises whatever the broken bytes lead to
+        raise ModelError(f"{path} is truncated or holds more than tensors ({error}); fetch the file again") from error
+
+
+def _check_version(path: Path, weights: dict[str, Tensor]) -> None:
+    fc = weights.get("fc.weight")
+    # EAGLE-3 joins the features of three layers before it meets the embedding.
+    is_three_wide = fc is not None and fc.ndim == 2 and fc.shape[1] == 3 * fc.shape[0]
+    if is_three_wide or any(key.startswith(_EAGLE3_KEYS) for key in weights):
+        raise ModelError(f"{path} is an EAGLE-3 head, which is not supported yet; give an EAGLE-1 or EAGLE-2 head")
+
+
+def _check_fits(directory: Path, config: LlamaConfig, embedding: Tensor) -> None:
+    vocab_size, hidden_size = embedding.shape
+    if config.hidden_size != hidden_size:
+        raise ModelError(
+            f"the head in {directory} has hidden size {config.hidden_size}, the target {hidden_size}; "
+            "give a head that was trained for this target"
+        )
+    if config.vocab_size != vocab_size:
+        raise ModelError(
+            f"the head in {directory} has a vocabulary of {config.vocab_size}, the target of {vocab_size}; "
+            "give a head that was trained for this target"
+        )
+
+
+def _wrong_shape(path: Path, name: str, found: Tensor, wanted: Tensor) -> str:
+    return (
+        f"{path}: {name} has shape {list(found.shape)}, but {list(wanted.shape)} is needed; "
+        "config.json, weights and target do not belong together"
+    )

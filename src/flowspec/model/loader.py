@@ -1,0 +1,271 @@
+"""Checkpoints: config, tokenizer and tensors of a local directory or a hub name. No arithmetic.
+
+A worker reads only the tensors of its stage, one at a time, so that its peak memory is the size of what it asked for.
+The first use of a hub name fetches ``config.json`` alone; every other file is fetched when it is first needed.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from functools import cached_property
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError, StrictDataclassError
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+
+from flowspec.core import DType
+from flowspec.errors import ModelError
+
+SUPPORTED = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}  # model_type -> family
+DEMO = "demo"
+EMBEDDING = "model.embed_tokens.weight"
+LM_HEAD = "lm_head.weight"
+FINAL_NORM = "model.norm.weight"
+
+_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+_LAYER_NAME = re.compile(r"model\.layers\.(\d+)\.")
+
+
+def demo_directory() -> Path:
+    """The demo's target model in the installed package."""
+    return Path(str(files("flowspec"))) / "demo" / "target"
+
+
+def demo_draft_directory() -> Path:
+    """The demo's draft head in the installed package."""
+    return Path(str(files("flowspec"))) / "demo" / "draft"
+
+
+class Checkpoint:
+    """The files of one supported model. Every failure is a ``ModelError`` that names the file and the way out."""
+
+    def __init__(self, name: str, directory: Path | None, config: PreTrainedConfig) -> None:
+        self.name = name
+        self.config = config
+        self._directory = directory  # None: on the hub
+
+    @classmethod
+    def open(cls, name: str | Path) -> Checkpoint:
+        """Open a local directory, a hub name, or ``demo``; read the config and check the architecture."""
+        directory = _local_directory(name)
+        config_path = _find(str(name), directory, "config.json")
+        if config_path is None:
+            raise ModelError(f"{name}: no config.json; give the directory or hub name of a transformers model")
+        return cls(str(name), directory, _read_config(config_path))
+
+    @property
+    def num_layers(self) -> int:
+        return int(self.config.num_hidden_layers)
+
+    @property
+    def hidden_size(self) -> int:
+        return int(self.config.hidden_size)
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.config.vocab_size)
+
+    @property
+    def max_positions(self) -> int:
+        return int(self.config.max_position_embeddings)
+
+    @cached_property
+    def eos_token_ids(self) -> frozenset[int]:
+        """The tokens that end a text: those of generation_config.json, else those of config.json."""
+        path = _find(self.name, self._directory, "generation_config.json")
+        ids = _read_json(path).get("eos_token_id") if path else None
+        if ids is None:
+            ids = self.config.eos_token_id
+        if ids is None:
+            return frozenset()
+        return frozenset([ids] if isinstance(ids, int) else ids)
+
+    def path(self, filename: str) -> Path:
+        """The local path of one file, fetched from the hub if the model is there."""
+        path = _find(self.name, self._directory, filename)
+        if path is None:
+            raise ModelError(f"{self.name}: {filename} is missing; download or copy the model again")
+        return path
+
+    def tensor_names(self) -> frozenset[str]:
+        return frozenset(self._shards)
+
+    def shard_of(self, tensor_name: str) -> str:
+        """The name of the file that holds a tensor."""
+        if tensor_name not in self._shards:
+            raise ModelError(
+                f"{self.name}: config.json asks for {tensor_name}, but none of the safetensors files holds it; "
+                "files and config do not belong together, download or save the model again"
+            )
+        return self._shards[tensor_name]
+
+    def check_layers(self) -> None:
+        """Raise if the files hold more or fewer layers than the config says."""
+        found = {int(match[1]) for match in map(_LAYER_NAME.match, self._shards) if match}
+        if found != set(range(self.num_layers)):
+            raise ModelError(
+                f"{self.name}: config.json says {self.num_layers} layers, but the safetensors files hold "
+                f"{len(found)}; files and config do not belong together, download or save the model again"
+            )
+
+    def tensors(
+        self, names: Iterable[str], dtype: DType, device: torch.device | str
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield the named tensors one at a time, converted, in private memory on the device; no other is read."""
+        names_by_shard: dict[str, list[str]] = defaultdict(list)
+        for name in names:
+            names_by_shard[self.shard_of(name)].append(name)
+        for shard, shard_names in names_by_shard.items():
+            path = self.path(shard)
+            for name in shard_names:
+                yield name, _read_tensor(path, name, dtype, device)
+
+    def load_embedding(self, dtype: DType, device: torch.device | str) -> torch.Tensor:
+        """The token embedding [vocab_size, hidden_size]."""
+        return self._load_vocabulary_matrix(EMBEDDING, dtype, device)
+
+    def load_lm_head(self, dtype: DType, device: torch.device | str) -> torch.Tensor:
+        """The output matrix [vocab_size, hidden_size]; the embedding if the checkpoint ties the two."""
+        return self._load_vocabulary_matrix(EMBEDDING if self.has_tied_embeddings else LM_HEAD, dtype, device)
+
+    @property
+    def has_tied_embeddings(self) -> bool:
+        """Whether the embedding is the lm_head too; a file that holds both overrules the config, as in transformers."""
+        return bool(self.config.tie_word_embeddings) and LM_HEAD not in self._shards
+
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        try:
+            return AutoTokenizer.from_pretrained(self._directory or self.name)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ModelError(
+                f"{self.name}: its tokenizer cannot be loaded ({_first_line(error)}); tokenizer.json and "
+                "tokenizer_config.json belong beside config.json"
+            ) from error
+
+    def _load_vocabulary_matrix(self, name: str, dtype: DType, device: torch.device | str) -> torch.Tensor:
+        ((_, tensor),) = self.tensors([name], dtype, device)
+        self.check_shape(name, tensor, (self.vocab_size, self.hidden_size))
+        return tensor
+
+    def check_shape(self, name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
+        """Raise if a tensor has not the shape that the config asks for."""
+        if tuple(tensor.shape) != shape:
+            raise ModelError(
+                f"{self.name}: {self.shard_of(name)} holds {name} with shape {tuple(tensor.shape)}, but config.json "
+                f"asks for {shape}; files and config do not belong together, download or save the model again"
+            )
+
+    @cached_property
+    def _shards(self) -> dict[str, str]:
+        """Tensor name -> file name. A single file comes first, as in transformers."""
+        single = _find(self.name, self._directory, "model.safetensors")
+        if single is not None:
+            with _opened(single) as file:
+                return dict.fromkeys(file.keys(), single.name)
+        index = _find(self.name, self._directory, "model.safetensors.index.json")
+        if index is None:
+            raise ModelError(
+                f"{self.name}: neither model.safetensors nor model.safetensors.index.json; save the model with "
+                "transformers' save_pretrained, older formats are not read"
+            )
+        weight_map = _read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise ModelError(f"{index}: no weight_map in it; download or copy the model again")
+        return weight_map
+
+
+def _local_directory(name: str | Path) -> Path | None:
+    """The directory that a name means, or None if it can only be a hub name."""
+    if name == DEMO:
+        if not (demo_directory() / "config.json").is_file():
+            raise ModelError(f"the demo model is not in this installation ({demo_directory()}); reinstall flowspec")
+        return demo_directory()
+    directory = Path(name).expanduser()
+    if directory.is_dir():
+        return directory
+    if isinstance(name, Path) or directory.exists() or not _HUB_NAME.fullmatch(name):
+        raise ModelError(f"{name} is not a directory; give a model's directory, a hub name (owner/model), or 'demo'")
+    return None
+
+
+def _find(name: str, directory: Path | None, filename: str) -> Path | None:
+    """The local path of a file, or None if the model has no such file."""
+    if directory is not None:
+        path = directory / filename
+        return path if path.is_file() else None
+    try:
+        return Path(hf_hub_download(name, filename))
+    except LocalEntryNotFoundError as error:
+        # Offline, the hub's cache cannot tell a file that does not exist from one that was never fetched.
+        if filename != "config.json":
+            return None
+        raise ModelError(
+            f"{name} is no directory here, and the hub cannot be reached; connect once to download it, "
+            "or give the directory of a downloaded model"
+        ) from error
+    except EntryNotFoundError:
+        return None
+    except (OSError, HFValidationError) as error:  # the hub's HTTP errors are OSErrors
+        raise ModelError(
+            f"{name} is no directory here, and the hub does not give it ({_first_line(error)}); check the name, "
+            "and log in with `hf auth login` if it is private or gated"
+        ) from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} is no JSON file ({_first_line(error)}); download or copy it again") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{path} holds no JSON object; download or copy it again")
+    return content
+
+
+def _read_config(path: Path) -> PreTrainedConfig:
+    content = _read_json(path)
+    model_type = content.get("model_type")
+    if model_type not in SUPPORTED:
+        raise ModelError(
+            f"{path}: model_type is {model_type!r}, which flowspec cannot cut into stages; "
+            f"supported are {', '.join(SUPPORTED.values())}"
+        )
+    if content.get("quantization_config"):
+        raise ModelError(f"{path}: the checkpoint is quantised; use the original float checkpoint")
+    try:
+        return AutoConfig.from_pretrained(path.parent)
+    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
+        raise ModelError(f"{path} is no valid {SUPPORTED[model_type]} config ({_first_line(error)})") from error
+
+
+def _opened(path: Path) -> safe_open:
+    try:
+        return safe_open(path, framework="pt", device="cpu")
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{path} is truncated or damaged ({_first_line(error)}); download or copy it again") from error
+
+
+def _read_tensor(path: Path, name: str, dtype: DType, device: torch.device | str) -> torch.Tensor:
+    # Opened for each tensor, since the pages of a mapped file count as the process's memory until it is closed.
+    with _opened(path) as file:
+        try:
+            tensor = file.get_tensor(name)
+        except SafetensorError as error:
+            raise ModelError(
+                f"{path}: tensor {name} cannot be read ({_first_line(error)}); download or copy the model again"
+            ) from error
+        if not tensor.is_floating_point():
+            raise ModelError(f"{path}: tensor {name} has type {tensor.dtype}; only float checkpoints are supported")
+        return tensor.to(device=device, dtype=getattr(torch, dtype), copy=True)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

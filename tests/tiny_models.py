@@ -1,0 +1,101 @@
+"""Tiny random checkpoints of every supported family, made on the spot with transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from flowspec.model.eagle_head import EagleHead
+
+VOCAB_SIZE = 96
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+
+_SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    # Wide weights keep the logits apart, so that float32 rounding cannot change an argmax.
+    "initializer_range": 0.3,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+
+
+def make_config(family: str, **overrides: Any) -> PreTrainedConfig:
+    """The family's own traits are on: rope scaling, sliding windows, biases, q/k norms, tied and untied heads."""
+    sizes = _SIZES | overrides
+    llama3 = {
+        "rope_type": "llama3",
+        "rope_theta": 10000.0,
+        "factor": 4.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    }
+    match family:
+        case "llama":
+            return LlamaConfig(**{"rope_parameters": llama3, "tie_word_embeddings": False, **sizes})
+        case "mistral":
+            return MistralConfig(**{"sliding_window": 8, "head_dim": 8, **sizes})
+        case "qwen2":
+            windows = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 3}
+            return Qwen2Config(**{"tie_word_embeddings": True, **windows, **sizes})
+        case "qwen3":
+            return Qwen3Config(**{"head_dim": 16, "tie_word_embeddings": True, **sizes})
+        case _:
+            raise AssertionError(family)
+
+
+def make_model(family: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(make_config(family, **overrides), dtype=torch.float32).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(".bias") or "norm" in name:  # transformers starts them at 0 and 1, which hides mistakes
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+def make_tokenizer_files(directory: Path, vocab_size: int = VOCAB_SIZE) -> None:
+    """One token a word: ``t0``, ``t1``, ..."""
+    tokenizer = Tokenizer(models.WordLevel({f"t{i}": i for i in range(vocab_size)}, unk_token="t0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(directory / "tokenizer.json"))
+    settings = '{"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 256}'
+    (directory / "tokenizer_config.json").write_text(settings)
+
+
+def make_checkpoint(
+    directory: Path, family: str, seed: int = 0, max_shard_size: str = "20KB", **overrides: Any
+) -> Path:
+    """Save a random model in several shards, with a tokenizer."""
+    model = make_model(family, seed, **overrides)
+    model.generation_config.eos_token_id = None
+    model.save_pretrained(directory, max_shard_size=max_shard_size)
+    make_tokenizer_files(directory, model.config.vocab_size)
+    return directory
+
+
+def make_draft_head(directory: Path, hidden_size: int = 32, vocab_size: int = VOCAB_SIZE, seed: int = 1) -> Path:
+    """A random EAGLE head: it guesses badly, and must change nothing in the output."""
+    torch.manual_seed(seed)
+    sizes: dict[str, Any] = _SIZES | {"hidden_size": hidden_size, "vocab_size": vocab_size, "num_hidden_layers": 1}
+    EagleHead(LlamaConfig(**sizes), torch.zeros(vocab_size, hidden_size)).save(directory, dtype=torch.float32)
+    return directory
