@@ -1,0 +1,49 @@
+"""What a draft source is: anything that proposes nodes. One object per request holds what it has read so far."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from flowspec.tree import DraftTree
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """What a commit tells a draft: the old root and the accepted nodes have joined the prefix, in path order.
+
+    ``features`` [nodes, hidden size]: the target's final hidden states of exactly these nodes.
+    """
+
+    node_ids: Sequence[int]
+    token_ids: Sequence[int]
+    features: Tensor
+
+
+class Draft(Protocol):
+    """The drafting state of one request. Only its generation calls it; ``propose`` alone may change the tree."""
+
+    def read_prompt(self, node_ids: Sequence[int], features: Tensor) -> None:
+        """The next prompt tokens before the root were verified; ``features`` as in ``Accepted``."""
+
+    def commit(self, accepted: Accepted, tree: DraftTree) -> None:
+        """The prefix has grown; ``tree`` is rooted at the new root already."""
+
+    def propose(self, tree: DraftTree, max_depth: int) -> bool:
+        """Make one draft pass: merge nodes of at most ``max_depth`` into the tree. False when there was none to make.
+
+        One pass is the unit of patience: the driver looks for results between two of them.
+        """
+        ...
+
+
+class DraftSource(Protocol):
+    """Opens drafts; shared by all requests."""
+
+    name: str
+    needs_features: bool  # whether the hidden states of the prompt must come back from the last worker
+
+    def open(self, prompt_ids: Sequence[int]) -> Draft: ...

@@ -1,0 +1,87 @@
+"""Drafts by looking back: what followed the last tokens when they occurred before, in the prompt or in the output.
+
+Known as prompt lookup decoding; free of weights, and good on text that repeats itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from flowspec.draft.base import Accepted
+from flowspec.tree import UNDRAFTED, DraftTree
+
+
+@dataclass(frozen=True)
+class NgramConfig:
+    """How far back and ahead an n-gram draft looks."""
+
+    min_match: int = 2  # tokens that must match at least
+    max_match: int = 8  # tokens that are compared at most
+    num_tokens: int = 10  # tokens proposed after one match
+
+
+class NgramSource:
+    """Longest-suffix match over prompt and output."""
+
+    name = "ngram"
+    needs_features = False
+
+    def __init__(self, config: NgramConfig | None = None) -> None:
+        self.config = config or NgramConfig()
+
+    def open(self, prompt_ids: Sequence[int]) -> NgramDraft:
+        return NgramDraft(self.config, prompt_ids)
+
+
+class NgramDraft:
+    """One request's text with an index of its n-grams: the tuple -> where its latest occurrence ends."""
+
+    def __init__(self, config: NgramConfig, prompt_ids: Sequence[int]) -> None:
+        self._config = config
+        self._text: list[int] = []  # the prefix; the root is the tree's
+        self._ends: dict[tuple[int, ...], int] = {}
+        self._append(prompt_ids[:-1])
+
+    def read_prompt(self, node_ids: Sequence[int], features: Tensor) -> None:
+        """Nothing to learn: the prompt was read when the draft was opened."""
+
+    def commit(self, accepted: Accepted, tree: DraftTree) -> None:
+        self._append(accepted.token_ids)
+
+    def propose(self, tree: DraftTree, max_depth: int) -> bool:
+        """Continue the best node that has not been tried: one chain after the longest match of its own path."""
+        for row in tree.best().tolist():
+            if tree.staleness[row] != UNDRAFTED or tree.depths[row] >= max_depth:
+                continue
+            tree.staleness[row] = 0
+            path = tree.token_ids[tree.path(row)].tolist()
+            match_len, tokens = self._look_up(path)
+            if tokens:
+                # Longer matches are surer; the share is a rule of thumb, and only the order of nodes hangs on it.
+                logprob = math.log(match_len / (match_len + 1))
+                tokens = tokens[: max_depth - int(tree.depths[row])]
+                tree.add_path(row, tokens, [logprob] * len(tokens))
+                return True
+        return False
+
+    def _append(self, token_ids: Sequence[int]) -> None:
+        """Index every n-gram that now has a token after it."""
+        for token_id in token_ids:
+            end = len(self._text)
+            for length in range(self._config.min_match, min(self._config.max_match, end) + 1):
+                self._ends[tuple(self._text[end - length : end])] = end
+            self._text.append(token_id)
+
+    def _look_up(self, path: list[int]) -> tuple[int, list[int]]:
+        """The longest match of the text's end with ``path`` behind it, and the tokens that followed it."""
+        longest = self._config.max_match
+        context = (self._text[-longest:] + path)[-longest:]
+        for length in range(min(longest, len(context)), self._config.min_match - 1, -1):
+            end = self._ends.get(tuple(context[-length:]))
+            if end is not None:
+                return length, (self._text + path)[end : end + self._config.num_tokens]
+        return 0, []

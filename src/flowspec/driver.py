@@ -1,0 +1,93 @@
+"""The driver: all requests, drafting, verification and scheduling. An actor without sockets, clock or threads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from flowspec.config import PipelineConfig, TreeConfig
+from flowspec.draft.base import DraftSource
+from flowspec.errors import ProtocolError
+from flowspec.generation import Generation, Request
+from flowspec.messages import Alive, Closed, Message, Result, Send
+from flowspec.model.target_head import TargetHead
+from flowspec.schedule.base import Schedule
+
+
+@dataclass(frozen=True)
+class _Running:
+    generation: Generation
+    schedule: Schedule
+
+
+class Driver:
+    """Runs requests by one schedule.
+
+    ``on_message`` verifies what came back; its commits leave before anything else is done. ``on_idle`` does one
+    bounded piece of background work (one segment sent, or one draft pass), so that results never wait long.
+    """
+
+    def __init__(
+        self,
+        head: TargetHead,
+        source: DraftSource | None,
+        schedule: Schedule,
+        tree_config: TreeConfig,
+        pipeline_config: PipelineConfig,
+        max_positions: int,
+    ) -> None:
+        self._head = head
+        self._source = source
+        self._schedule = schedule
+        self._tree_config = tree_config
+        self._pipeline_config = pipeline_config
+        self._max_positions = max_positions
+        self._running: dict[int, _Running] = {}  # until the pipeline has confirmed their end
+
+    @property
+    def num_open(self) -> int:
+        """Requests of which something may still be in the pipeline."""
+        return len(self._running)
+
+    def submit(self, request: Request, schedule: Schedule | None = None) -> tuple[Generation, list[Send]]:
+        """Start a request, by a schedule of its own if one is given; ids only grow.
+
+        The caller reads the generation's output as it comes.
+        """
+        assert request.request_id not in self._running, "request ids are never reused"
+        schedule = schedule or self._schedule
+        source = self._source if schedule.uses_draft else None
+        generation = Generation(
+            request, self._head, source, self._tree_config, self._pipeline_config, self._max_positions
+        )
+        self._running[request.request_id] = _Running(generation, schedule)
+        generation.prefill()
+        return generation, generation.take_outbox()
+
+    def cancel(self, generation: Generation) -> list[Send]:
+        """Give a request up; what is in flight dies where it is."""
+        generation.finish("stop")
+        return generation.take_outbox()
+
+    def on_message(self, message: Message) -> list[Send]:
+        match message:
+            case Result():
+                running = self._running.get(message.request_id)
+                if running is None or running.generation.is_finished or running.generation.epoch != message.epoch:
+                    return []
+                running.schedule.on_result(running.generation, message)
+                return running.generation.take_outbox()
+            case Closed():
+                self._running.pop(message.request_id, None)
+                return []
+            case Alive():
+                return []
+            case _:
+                raise ProtocolError(f"the driver takes no {type(message).__name__} during a session")
+
+    def on_idle(self) -> list[Send] | None:
+        """One piece of work for the first request that has any, in turn; ``None`` when none has."""
+        for request_id, running in list(self._running.items()):
+            if not running.generation.is_finished and running.schedule.on_idle(running.generation):
+                self._running[request_id] = self._running.pop(request_id)  # to the end of the line
+                return running.generation.take_outbox()
+        return None

@@ -1,0 +1,255 @@
+"""One request in the driver: its tree, what is in flight, what was emitted, and the verbs that schedules are made of.
+
+A generation decides nothing about timing; a schedule does. It does no I/O: what is to be sent collects in ``outbox``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flowspec.config import PipelineConfig, TreeConfig
+from flowspec.core import FinishReason, SamplingParams
+from flowspec.draft.base import Accepted, Draft, DraftSource
+from flowspec.messages import NO_PARENT, Close, Commit, Open, Result, Route, Segment, Send, Timing
+from flowspec.model.target_head import TargetHead
+from flowspec.sampling import Sampler
+from flowspec.tree import DraftTree, Ints
+
+
+@dataclass(frozen=True)
+class Request:
+    """One generation to run; ``params.seed`` is set when the temperature is above 0."""
+
+    request_id: int
+    prompt_ids: tuple[int, ...]
+    params: SamplingParams
+    eos_ids: frozenset[int] = frozenset()
+
+
+@dataclass
+class Stats:
+    """Counts of one generation; see docs/METHODOLOGY.md for the definitions."""
+
+    segments: int = 0  # segments sent, prefill excluded
+    drafted: int = 0  # draft nodes sent (roots that no draft had guessed excluded)
+    accepted: int = 0  # draft nodes that became output
+    restarts: int = 0  # times the target's token was not in the tree
+    verified: int = 0  # segments whose result verified at least one node that was alive
+    draft_passes: int = 0
+    timings: list[tuple[Timing, ...]] = field(default_factory=list)  # one entry per result, one timing per stage
+
+    @property
+    def mean_accepted(self) -> float:
+        """Accepted draft nodes per verified segment."""
+        return self.accepted / self.verified if self.verified else 0.0
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a verification found: the tokens after the root, and the row of the last accepted node."""
+
+    accepted_rows: list[int]  # the old root first
+    token_ids: list[int]  # the accepted nodes' tokens, then the bonus token
+
+
+class Generation:
+    """The state of one request; verbs: ``prefill``, ``send``, ``receive``, ``verify``, ``commit``, ``propose``."""
+
+    def __init__(
+        self,
+        request: Request,
+        head: TargetHead,
+        source: DraftSource | None,
+        tree_config: TreeConfig,
+        pipeline_config: PipelineConfig,
+        max_positions: int,
+    ) -> None:
+        self.request = request
+        self.tree_config = tree_config
+        self.pipeline_config = pipeline_config
+        self.epoch = 0
+        self.outbox: list[Send] = []
+        self.output_ids: list[int] = []
+        self.finish_reason: FinishReason | None = None
+        self.stats = Stats()
+        self.num_prompt_verified = 0  # prompt tokens whose prefill has come back
+        self.in_flight: dict[int, Ints] = {}  # segment id -> the node ids that were alive at the last commit
+        self._head = head
+        self._sampler = Sampler(request.params)
+        self._num_tokens = min(request.params.max_tokens, max_positions - len(request.prompt_ids))
+        self._want_features = source is not None and source.needs_features
+        self._draft: Draft | None = source.open(request.prompt_ids) if source else None
+        self.num_passes = 0  # draft passes since the last commit
+        self._segment_id = 0
+        self._root_parent_id = NO_PARENT
+        self.prefix_len = len(request.prompt_ids) - 1  # committed tokens before the root; also the root's position
+        self._root_is_draft = False
+        self._verified: dict[int, tuple[Tensor, Tensor]] = {}  # node id -> (feature [H], logits [V])
+        self.tree = DraftTree(self.prefix_len, request.prompt_ids[-1], tree_config.size, tree_config.min_score)
+
+    @property
+    def is_finished(self) -> bool:
+        return self.finish_reason is not None
+
+    @property
+    def num_left(self) -> int:
+        """Tokens that may still be emitted."""
+        return self._num_tokens - len(self.output_ids)
+
+    # --- sending ---
+
+    def prefill(self) -> None:
+        """Open the request at every worker and send the prompt; its last token is the first root."""
+        request_id, prompt = self.request.request_id, self.request.prompt_ids
+        self._post(Route.NEXT, Open(request_id, self.epoch, self.tree.root_id, self._want_features))
+        for start in range(0, len(prompt), self.pipeline_config.prefill_chunk):
+            ids = list(range(start, min(start + self.pipeline_config.prefill_chunk, len(prompt))))
+            holds_root = ids[-1] == self.tree.root_id
+            self._send_rows(ids, [i - 1 for i in ids], ids, [prompt[i] for i in ids], len(ids) - holds_root)
+        self.tree.mark_sent(np.zeros(1, dtype=np.int64))
+
+    def send(self, rows: Ints) -> None:
+        """Send these unsent rows of the tree as one segment; each one's parent was sent or goes with it."""
+        tree = self.tree
+        tree.mark_sent(rows)
+        parents = tree.parents[rows]
+        parent_ids = np.where(parents >= 0, tree.node_ids[parents], self._root_parent_id)
+        self._send_rows(
+            tree.node_ids[rows].tolist(),
+            parent_ids.tolist(),
+            (tree.depths[rows] + self.prefix_len).tolist(),
+            tree.token_ids[rows].tolist(),
+            num_prefix=0,
+        )
+        self.stats.segments += 1
+        self.stats.drafted += len(rows) - bool(rows[0] == 0 and not self._root_is_draft)
+
+    def _send_rows(
+        self, node_ids: list[int], parent_ids: list[int], positions: list[int], token_ids: list[int], num_prefix: int
+    ) -> None:
+        segment = Segment(
+            self.request.request_id,
+            self.epoch,
+            self._segment_id,
+            node_ids,
+            parent_ids,
+            positions,
+            num_prefix,
+            token_ids=token_ids,
+            hidden=None,
+            timings=[],
+        )
+        self.in_flight[self._segment_id] = np.array(node_ids, dtype=np.int64)
+        self._segment_id += 1
+        self._post(Route.NEXT, segment)
+
+    def _post(self, route: Route, message: Open | Segment | Commit | Close) -> None:
+        self.outbox.append(Send(route, message))
+
+    # --- verifying ---
+
+    def receive(self, result: Result) -> None:
+        """Keep the final hidden states and logits of the rows that are still alive."""
+        if self.in_flight.pop(result.segment_id, None) is None:
+            return  # everything in it died while it was under way
+        self.stats.timings.append(tuple(result.timings))
+        if result.num_prefix:
+            self._receive_prompt(result)
+        node_ids = np.array(result.node_ids, dtype=np.int64)
+        alive = np.isin(node_ids, self.tree.node_ids, assume_unique=True)
+        if not alive.any():
+            return
+        hidden = result.hidden[torch.from_numpy(alive)]
+        for node_id, feature, logits in zip(node_ids[alive].tolist(), hidden, self._head.logits(hidden), strict=True):
+            self._verified[node_id] = (feature, logits)
+        self.stats.verified += 1
+
+    def _receive_prompt(self, result: Result) -> None:
+        self.num_prompt_verified += result.num_prefix
+        if self._draft is not None and self._want_features:
+            self._draft.read_prompt(result.node_ids[: result.num_prefix], result.hidden[: result.num_prefix])
+
+    def verify(self) -> Verdict | None:
+        """Follow the target from the root through the verified nodes; ``None`` when the root's logits are not here.
+
+        The target's token at a position is drawn once, with randomness keyed by that position. A child that holds it
+        is accepted; where no child does, it is the bonus token.
+        """
+        row: int | None = 0
+        accepted_rows: list[int] = []
+        token_ids: list[int] = []
+        while row is not None and len(token_ids) < self.num_left and not self._ends(token_ids):
+            verified = self._verified.get(int(self.tree.node_ids[row]))
+            if verified is None:
+                break
+            accepted_rows.append(row)
+            token_ids.append(self._sampler.token(verified[1], self.prefix_len + len(accepted_rows)))
+            row = self.tree.find(row, token_ids[-1])
+        return Verdict(accepted_rows, token_ids) if token_ids else None
+
+    def _ends(self, token_ids: list[int]) -> bool:
+        return bool(token_ids) and not self.request.params.ignore_eos and token_ids[-1] in self.request.eos_ids
+
+    def commit(self, verdict: Verdict) -> None:
+        """Emit the verdict's tokens, tell the workers, re-root the tree and let the draft read the true features."""
+        tree = self.tree
+        prefix_ids = tree.node_ids[verdict.accepted_rows].tolist()
+        prefix_tokens = tree.token_ids[verdict.accepted_rows].tolist()
+        new_root = tree.find(verdict.accepted_rows[-1], verdict.token_ids[-1])
+        self.output_ids += verdict.token_ids
+        self.stats.accepted += len(verdict.token_ids) - (new_root is None)
+        self.prefix_len += len(prefix_ids)
+        self._root_parent_id, self._root_is_draft = prefix_ids[-1], new_root is not None
+        if self._ends(verdict.token_ids) or not self.num_left:
+            self.finish("stop" if self._ends(verdict.token_ids) else "length")
+            return
+        if new_root is None:
+            tree.restart(verdict.token_ids[-1])
+            self.stats.restarts += self._draft is not None
+        else:
+            tree.reroot(new_root)
+        self._post(Route.WORKERS, Commit(self.request.request_id, self.epoch, prefix_ids, tree.root_id))
+        features = torch.stack([self._verified[node_id][0] for node_id in prefix_ids])
+        self.num_passes = 0
+        self._forget_dead()
+        if self._draft is not None:
+            self._draft.commit(Accepted(prefix_ids, prefix_tokens, features), tree)
+
+    def _forget_dead(self) -> None:
+        """Segments with no living row are no longer in flight: the workers drop them without a word."""
+        alive = {segment_id: ids[np.isin(ids, self.tree.node_ids)] for segment_id, ids in self.in_flight.items()}
+        self.in_flight = {segment_id: ids for segment_id, ids in alive.items() if len(ids)}
+        # A verified node has verified ancestors, so the walk from the root has accepted it or passed it by.
+        self._verified = {}
+
+    # --- drafting ---
+
+    def propose(self, depth: int) -> bool:
+        """Make one draft pass down to ``depth`` below the root; False when there is nothing to draft."""
+        # The node before the last token to emit is the deepest whose logits are of use.
+        depth = min(depth, self.num_left - 1)
+        if self._draft is None or depth < 1 or not self._draft.propose(self.tree, depth):
+            return False
+        self.num_passes += 1
+        self.stats.draft_passes += 1
+        return True
+
+    # --- ending ---
+
+    def finish(self, reason: FinishReason) -> None:
+        """End the request: all that is in flight is dead, and ``Close`` follows it through the pipeline."""
+        if self.finish_reason is not None:
+            return
+        self.finish_reason = reason
+        self.tree.restart(0)  # a root that is never sent: nothing descends from it
+        self.in_flight = {}
+        self._post(Route.WORKERS, Commit(self.request.request_id, self.epoch, [], self.tree.root_id))
+        self._post(Route.NEXT, Close(self.request.request_id, self.epoch))
+
+    def take_outbox(self) -> list[Send]:
+        sends, self.outbox = self.outbox, []
+        return sends

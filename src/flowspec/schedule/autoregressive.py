@@ -1,0 +1,24 @@
+"""Plain decoding: one token at a time through the whole pipeline. The reference that every schedule must equal."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from flowspec.generation import Generation
+from flowspec.messages import Result
+
+
+class Autoregressive:
+    name = "ar"
+    uses_draft = False
+
+    def on_result(self, generation: Generation, result: Result) -> None:
+        generation.receive(result)
+        if verdict := generation.verify():
+            generation.commit(verdict)
+
+    def on_idle(self, generation: Generation) -> bool:
+        if generation.tree.sent[0]:
+            return False
+        generation.send(np.zeros(1, dtype=np.int64))
+        return True

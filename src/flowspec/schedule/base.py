@@ -1,0 +1,22 @@
+"""What a schedule is: the algorithm that decides what is drafted, sent and verified when. One page each."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from flowspec.generation import Generation
+from flowspec.messages import Result
+
+
+class Schedule(Protocol):
+    """Stateless: all state is the generation's. The driver calls it; it changes nothing but the generation."""
+
+    name: str
+    uses_draft: bool
+
+    def on_result(self, generation: Generation, result: Result) -> None:
+        """A segment came back from the last worker."""
+
+    def on_idle(self, generation: Generation) -> bool:
+        """Nothing is waiting to be read: do one thing, send a segment or make a draft pass. False: nothing to do."""
+        ...

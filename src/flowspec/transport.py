@@ -1,0 +1,238 @@
+"""How messages travel: queues inside one process, or ZeroMQ between processes and machines. Knows no model.
+
+A worker binds one address. The driver makes two connections to worker 1, one for the data path and one for control,
+and a control connection to every other worker; worker i makes a data connection to worker i + 1. Results go back over
+the control connection of the last worker, so the driver binds nothing and may sit behind a firewall.
+
+Every connection names its session; a worker listens to one session at a time and drops what belongs to another.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import zmq
+from zmq.utils.monitor import recv_monitor_message
+
+from flowspec.errors import ProtocolError, UsageError, WorkerError
+from flowspec.messages import Codec, Message, Route, Send, ToDriver
+
+DRIVER = 0  # the place of the driver; workers are 1, 2, ...
+
+# --- one process ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, order=True)
+class Link:
+    """One direction of one connection between two places; messages on it keep their order."""
+
+    source: int
+    target: int
+    kind: Literal["control", "data"]
+
+
+class InprocNetwork:
+    """Queues between a driver and its workers. Whoever takes messages decides in which order the links deliver.
+
+    Messages pass the codec, so both ends share no memory and the bytes on the links are the real ones.
+    """
+
+    def __init__(self, num_workers: int) -> None:
+        self.num_workers = num_workers
+        self.num_bytes = 0
+        self._queues: dict[Link, deque[list[bytearray]]] = {}
+        self._codec = Codec()
+
+    def post(self, source: int, sends: Iterable[Send]) -> None:
+        for send in sends:
+            frames = [bytearray(frame) for frame in self._codec.encode(send.message)]
+            for link in self._links(source, send.route):
+                self._queues.setdefault(link, deque()).append(frames)
+
+    def _links(self, source: int, route: Route) -> list[Link]:
+        match route:
+            case Route.NEXT:
+                return [Link(source, source + 1, "data")]
+            case Route.WORKERS:
+                return [Link(source, target, "control") for target in range(1, self.num_workers + 1)]
+            case Route.DRIVER:
+                return [Link(source, DRIVER, "control")]
+
+    def waiting(self) -> list[Link]:
+        """The links with a message on them, in a fixed order."""
+        return sorted(link for link, queue in self._queues.items() if queue)
+
+    def take(self, link: Link) -> Message:
+        """The oldest message of a link."""
+        frames = self._queues[link].popleft()
+        self.num_bytes += sum(len(frame) for frame in frames)
+        if link.target == DRIVER:
+            return self._codec.decode_to_driver(frames)
+        return self._codec.decode_to_worker(frames)
+
+
+# --- ZeroMQ --------------------------------------------------------------------------------------------------------
+
+_LOST = zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+_EVENTS = zmq.EVENT_HANDSHAKE_SUCCEEDED | _LOST
+
+
+def tcp_endpoint(address: str) -> str:
+    """``host:port`` (or a ZeroMQ endpoint, as local workers use) as an endpoint. Raises ``UsageError``."""
+    if address.startswith(("tcp://", "ipc://")):
+        return address
+    host, colon, port = address.rpartition(":")
+    if not (colon and host and port.isdecimal() and int(port) < 65536):
+        raise UsageError(f"address {address!r} is not HOST:PORT, as in 192.168.1.20:7070")
+    return f"tcp://{host}:{port}"
+
+
+def _identity(session: str, kind: str) -> bytes:
+    return f"{session}:{kind}".encode()
+
+
+def session_of(identity: bytes) -> str:
+    """The session that a connection belongs to."""
+    return identity.partition(b":")[0].decode("ascii", "replace")
+
+
+def _set_common_options(socket: zmq.Socket[bytes], heartbeat_s: float) -> None:
+    socket.linger = 0
+    socket.sndhwm = socket.rcvhwm = 0  # what is in flight is bounded by the schedule
+    heartbeat_ms = int(heartbeat_s * 1000)
+    socket.setsockopt(zmq.HEARTBEAT_IVL, heartbeat_ms)
+    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 3 * heartbeat_ms)
+
+
+class Connection:
+    """One connection to a worker: sends, and on control connections receives; notices when it is lost."""
+
+    def __init__(
+        self,
+        context: zmq.Context[Any],
+        address: str,
+        session: str,
+        kind: Literal["control", "data"],
+        heartbeat_s: float,
+    ) -> None:
+        """Raises ``UsageError`` for what is no address; an address where nobody listens is found out by waiting."""
+        endpoint = tcp_endpoint(address)
+        self.address = address
+        self.is_up = False
+        self.is_lost = False
+        self._socket = context.socket(zmq.DEALER)
+        _set_common_options(self._socket, heartbeat_s)
+        self._socket.setsockopt(zmq.IDENTITY, _identity(session, kind))
+        self._socket.reconnect_ivl = 100
+        self._monitor = self._socket.get_monitor_socket(_EVENTS)
+        self._codec = Codec()
+        try:
+            self._socket.connect(endpoint)
+        except zmq.ZMQError as error:
+            self.close()
+            raise UsageError(f"cannot connect to {address}: {error.strerror or error}") from None
+
+    @property
+    def sockets(self) -> list[zmq.Socket[bytes]]:
+        """What to poll before ``check`` and ``receive``."""
+        return [self._socket, self._monitor]
+
+    def send(self, message: Message) -> int:
+        """Queue a message; returns its bytes."""
+        frames = self._codec.encode(message)
+        self._socket.send_multipart(frames, copy=False)
+        return sum(len(frame) for frame in frames)
+
+    def receive(self) -> tuple[ToDriver, int] | None:
+        """The next message to the driver and its bytes; ``None`` when none is waiting."""
+        try:
+            frames = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
+        except zmq.Again:
+            return None
+        return self._codec.decode_to_driver([frame.buffer for frame in frames]), sum(len(frame) for frame in frames)
+
+    def check(self) -> None:
+        """Read the monitor: sets ``is_up`` once connected, and ``is_lost`` when a connection that was up is gone."""
+        while self._monitor.poll(0):
+            event = recv_monitor_message(self._monitor)["event"]
+            if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                self.is_up = True
+            elif event & _LOST and self.is_up:
+                self.is_lost = True
+
+    def close(self, linger_s: float = 0.0) -> None:
+        """``linger_s``: how long messages that are still queued may take to leave."""
+        self._socket.disable_monitor()
+        self._monitor.close(linger=0)
+        self._socket.close(linger=int(linger_s * 1000))
+
+
+class Listener:
+    """A worker's bound socket: takes messages of all connections, answers on the drivers' control connections."""
+
+    def __init__(self, context: zmq.Context[Any], address: str, heartbeat_s: float) -> None:
+        """Raises ``UsageError`` for what is no address, ``WorkerError`` when it cannot be bound."""
+        endpoint = tcp_endpoint(address)
+        self._socket = context.socket(zmq.ROUTER)
+        _set_common_options(self._socket, heartbeat_s)
+        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
+        self._codec = Codec()
+        try:
+            self._socket.bind(endpoint)
+        except zmq.ZMQError as error:
+            self._socket.close()
+            hint = {errno.EADDRINUSE: "the port is in use; choose another"}.get(
+                error.errno or 0, "is it an address of this machine?"
+            )
+            raise WorkerError(f"cannot listen on {address}: {error.strerror or error}; {hint}") from None
+
+    @property
+    def socket(self) -> zmq.Socket[bytes]:
+        return self._socket
+
+    @property
+    def endpoint(self) -> str:
+        """Where it listens, with the port that the system chose for port 0."""
+        return self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
+
+    def receive(self) -> tuple[bytes, list[Any]] | None:
+        """(the sender's identity, the frames); ``None`` when nothing is waiting."""
+        try:
+            identity, *frames = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
+        except zmq.Again:
+            return None
+        return identity.bytes, [frame.buffer for frame in frames]
+
+    def decode(self, frames: list[Any]) -> Message:
+        """Raises ``ProtocolError``."""
+        return self._codec.decode_to_worker(frames)
+
+    def reply(self, identity: bytes, message: Message) -> bool:
+        """Answer on a connection; False when its other end is gone."""
+        try:
+            self._socket.send_multipart([identity, *self._codec.encode(message)], zmq.NOBLOCK, copy=False)
+        except zmq.ZMQError as error:
+            if error.errno in (errno.EHOSTUNREACH, errno.EAGAIN):
+                return False
+            raise
+        return True
+
+    def close(self, linger_s: float = 0.0) -> None:
+        self._socket.close(linger=int(linger_s * 1000))
+
+
+__all__ = [
+    "DRIVER",
+    "Connection",
+    "InprocNetwork",
+    "Link",
+    "Listener",
+    "ProtocolError",
+    "session_of",
+    "tcp_endpoint",
+]

@@ -1,0 +1,117 @@
+"""Runs driver and workers in one process while the caller decides the order of everything."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from flowspec.config import PipelineConfig, TreeConfig
+from flowspec.core import Partition, SamplingParams
+from flowspec.draft.base import DraftSource
+from flowspec.draft.eagle import EagleSource
+from flowspec.draft.ngram import NgramSource
+from flowspec.driver import Driver
+from flowspec.generation import Generation, Request
+from flowspec.model.eagle_head import EagleHead
+from flowspec.model.loader import Checkpoint
+from flowspec.model.stage import Stage
+from flowspec.model.target_head import TargetHead
+from flowspec.schedule.autoregressive import Autoregressive
+from flowspec.schedule.flow import Flow
+from flowspec.transport import DRIVER, InprocNetwork
+from flowspec.worker import Worker
+
+Choose = Callable[[int], int]  # the number of possible next events -> which one happens
+
+
+def first(num_choices: int) -> int:
+    """The plain order: whatever has waited longest at the lowest place."""
+    return 0
+
+
+class Pump:
+    """A driver and its workers; ``run`` plays events until all requests have left the pipeline."""
+
+    def __init__(
+        self,
+        directory: Path,
+        num_stages: int,
+        draft: str | DraftSource = "none",
+        schedule: str = "flow",
+        tree: TreeConfig | None = None,
+        pipeline: PipelineConfig | None = None,
+    ) -> None:
+        # Random models guess so badly that nothing would be worth a row: here everything is.
+        tree, pipeline = tree or TreeConfig(min_probability=0.0), pipeline or PipelineConfig()
+        checkpoint = Checkpoint.open(directory)
+        partition = Partition.even(checkpoint.num_layers, num_stages)
+        self.workers = [
+            Worker(Stage.load(checkpoint, layers, "float32", "cpu"), index, time.perf_counter)
+            for index, layers in enumerate(partition.stages, start=1)
+        ]
+        head = TargetHead(checkpoint.load_lm_head("float32", "cpu"))
+        source = draft if not isinstance(draft, str) else _source(draft, directory, checkpoint, head, tree)
+        page = Flow(tree, pipeline, num_stages) if schedule == "flow" else Autoregressive()
+        self.driver = Driver(head, source, page, tree, pipeline, checkpoint.max_positions)
+        self.network = InprocNetwork(num_stages)
+        self._next_id = 0
+
+    def submit(self, prompt_ids: Sequence[int], params: SamplingParams) -> Generation:
+        generation, sends = self.driver.submit(Request(self._next_id, tuple(prompt_ids), params))
+        self._next_id += 1
+        self.network.post(DRIVER, sends)
+        return generation
+
+    def run(self, choose: Choose = first, max_events: int = 100_000) -> None:
+        """Each event is one message delivered, one worker's piece of work, or one of the driver's."""
+        idle: set[int] = set()  # places that had no work when last asked, and have got no message since
+        for _ in range(max_events):
+            if not self.driver.num_open:
+                self.check_integrity()
+                assert not any(worker.num_open for worker in self.workers), "a cache has leaked"
+                return
+            events: list[Callable[[], int | None]] = [
+                *(lambda link=link: self._deliver(link) for link in self.network.waiting()),
+                *(lambda place=place: self._work(place) for place in range(len(self.workers) + 1) if place not in idle),
+            ]
+            assert events, "the pipeline has stalled"
+            changed = events[choose(len(events))]()
+            if changed is None:
+                continue
+            if changed < 0:
+                idle.add(-changed - 1)
+            else:
+                idle.discard(changed)
+        raise AssertionError(f"not finished after {max_events} events")
+
+    def _deliver(self, link: object) -> int:
+        message = self.network.take(link)  # type: ignore[arg-type]
+        target = link.target  # type: ignore[attr-defined]
+        sends = self.driver.on_message(message) if target == DRIVER else self.workers[target - 1].on_message(message)
+        self.network.post(target, sends)
+        return target
+
+    def _work(self, place: int) -> int | None:
+        sends = self.driver.on_idle() if place == DRIVER else self.workers[place - 1].on_idle()
+        if sends is None:
+            return -place - 1
+        self.network.post(place, sends)
+        return None
+
+    def check_integrity(self) -> None:
+        for worker in self.workers:
+            worker.check_integrity()
+
+
+def _source(
+    name: str, directory: Path, checkpoint: Checkpoint, head: TargetHead, tree: TreeConfig
+) -> DraftSource | None:
+    match name:
+        case "none":
+            return None
+        case "ngram":
+            return NgramSource()
+        case _:
+            embedding = checkpoint.load_embedding("float32", "cpu")
+            return EagleSource(EagleHead.load(directory / "draft", embedding, "float32", "cpu"), head, tree)

@@ -1,0 +1,108 @@
+"""Drafts must not only be harmless but good: what a perfect draft guesses is accepted, and nothing is lost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from flowspec.config import PipelineConfig, TreeConfig
+from flowspec.core import SamplingParams
+from flowspec.draft.base import Accepted
+from flowspec.draft.ngram import NgramConfig, NgramSource
+from flowspec.tree import UNDRAFTED, DraftTree
+from pump import Choose, Pump
+
+
+class TargetSource:
+    """The target itself as the draft: every guess is right."""
+
+    name = "target"
+    needs_features = False
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+
+    def open(self, prompt_ids: Sequence[int]) -> TargetDraft:
+        return TargetDraft(self._model, prompt_ids)
+
+
+class TargetDraft:
+    def __init__(self, model: PreTrainedModel, prompt_ids: Sequence[int]) -> None:
+        self._model = model
+        self._prefix = list(prompt_ids[:-1])
+
+    def read_prompt(self, node_ids: Sequence[int], features: torch.Tensor) -> None:
+        raise AssertionError("it asked for no features")
+
+    def commit(self, accepted: Accepted, tree: DraftTree) -> None:
+        self._prefix += accepted.token_ids
+
+    @torch.inference_mode()
+    def propose(self, tree: DraftTree, max_depth: int) -> bool:
+        """Expand the best node that was not expanded yet by its likeliest token."""
+        for row in tree.best().tolist():
+            if tree.staleness[row] == UNDRAFTED and tree.depths[row] < max_depth:
+                text = self._prefix + tree.token_ids[tree.path(row)].tolist()
+                best = self._model(torch.tensor([text])).logits[0, -1].log_softmax(-1).topk(1)
+                tree.expand(
+                    np.array([row]), best.indices[None].numpy(), best.values[None].double().numpy(), np.array([1])
+                )
+                return True
+        return False
+
+
+def draft_first(pump: Pump) -> Choose:
+    """The driver works whenever it can: its draft is never too slow. (Its work comes right behind the messages.)"""
+    return lambda num_choices: min(len(pump.network.waiting()), num_choices - 1)
+
+
+@pytest.mark.parametrize("segment_len", [2, 16])
+def test_a_draft_that_is_the_target_accepts_full_depth(checkpoint_dir: Callable[[str], Path], segment_len: int) -> None:
+    directory = checkpoint_dir("llama")
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    tree = TreeConfig(top_k=1, depth=6, max_depth=12, root_passes=7, min_probability=0.0)
+    pump = Pump(directory, 2, TargetSource(model), tree=tree, pipeline=PipelineConfig(segment_len=segment_len))
+    generation = pump.submit([1, 4, 2, 5, 3], SamplingParams(max_tokens=50))
+    generation_depths: list[int] = []
+
+    def watch(num_choices: int) -> int:
+        generation_depths.append(int(generation.tree.depths.max()))
+        return draft_first(pump)(num_choices)
+
+    pump.run(watch)
+    stats = generation.stats
+    # Every guess is accepted and every token was guessed, but for the last one, which nobody has to guess.
+    assert (stats.drafted, stats.accepted, stats.restarts) == (49, 49, 0)
+    assert max(generation_depths) >= 6, "the tree was deep"
+
+
+def test_the_ngram_draft_continues_the_longest_match() -> None:
+    draft = NgramSource(NgramConfig(min_match=2, max_match=4, num_tokens=3)).open(
+        [1, 2, 3, 4, 5, 9, 2, 3, 7, 8, 1, 2, 3]
+    )
+    tree = DraftTree(12, 3, 80)
+    assert draft.propose(tree, max_depth=6)
+    # "1 2 3" was followed by 4 5 9; the later "2 3" (then 7) is the shorter match.
+    assert tree.token_ids[tree.path(len(tree) - 1)].tolist() == [3, 4, 5, 9]
+
+
+def test_the_ngram_draft_says_when_it_knows_nothing() -> None:
+    draft = NgramSource().open([1, 2, 3, 4, 5])
+    tree = DraftTree(4, 5, 80)
+    assert not draft.propose(tree, max_depth=6)
+    assert len(tree) == 1
+
+
+def test_repetitive_text_is_accepted_from_ngrams(checkpoint_dir: Callable[[str], Path]) -> None:
+    pump = Pump(checkpoint_dir("qwen3"), 2, "ngram")
+    generation = pump.submit([1, 2, 3] * 5, SamplingParams(max_tokens=60))
+    pump.run()
+    output = generation.output_ids
+    repeats = sum(tuple(output[i : i + 3]) in {tuple(output[j : j + 3]) for j in range(i)} for i in range(len(output)))
+    if repeats > 20:
+        assert generation.stats.accepted > 10

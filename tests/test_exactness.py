@@ -1,0 +1,164 @@
+"""The spine: every schedule, draft source and number of stages gives the tokens of the model alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from transformers import AutoModelForCausalLM
+
+from flowspec.config import PipelineConfig, TreeConfig
+from flowspec.core import SamplingParams
+from flowspec.sampling import filtered_logprobs
+from pump import Pump
+from tiny_models import FAMILIES, make_checkpoint, make_draft_head
+
+NUM_TOKENS = 40
+SMALL = PipelineConfig(segment_len=5, prefill_chunk=7)  # so that prompts and trees come in several segments
+
+
+def prompt_of(length: int, seed: int = 3) -> list[int]:
+    # A short alphabet repeats itself, which gives the n-gram draft something to find.
+    return torch.randint(0, 6, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def generate_greedily(directory: Path, prompt: list[int], num_tokens: int) -> list[int]:
+    """transformers' own answer."""
+    model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    output = model.generate(
+        torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=num_tokens, do_sample=False
+    )
+    return output[0, len(prompt) :].tolist()
+
+
+@pytest.fixture(scope="session")
+def greedy_answer(checkpoint_dir: Callable[[str], Path]) -> Callable[[str], list[int]]:
+    answers: dict[str, list[int]] = {}
+
+    def get(family: str) -> list[int]:
+        if family not in answers:
+            answers[family] = generate_greedily(checkpoint_dir(family), prompt_of(20), NUM_TOKENS)
+        return answers[family]
+
+    return get
+
+
+@pytest.mark.parametrize("num_stages", [1, 2, 3, 5])
+@pytest.mark.parametrize("draft", ["eagle", "ngram", "none"])
+@pytest.mark.parametrize("schedule", ["flow", "ar"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_text_is_that_of_transformers(
+    checkpoint_dir: Callable[[str], Path],
+    greedy_answer: Callable[[str], list[int]],
+    family: str,
+    schedule: str,
+    draft: str,
+    num_stages: int,
+) -> None:
+    pump = Pump(checkpoint_dir(family), num_stages, draft, schedule, pipeline=SMALL)
+    generation = pump.submit(prompt_of(20), SamplingParams(max_tokens=NUM_TOKENS))
+    pump.run()
+    assert generation.output_ids == greedy_answer(family)
+    assert generation.finish_reason == "length"
+    assert bool(generation.stats.drafted) == (schedule == "flow" and draft != "none")
+
+
+@pytest.mark.parametrize("draft", ["eagle", "ngram", "none"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sampled_text_of_flow_is_that_of_plain_decoding_with_the_same_seed(
+    checkpoint_dir: Callable[[str], Path], family: str, draft: str
+) -> None:
+    params = SamplingParams(max_tokens=NUM_TOKENS, temperature=0.8, top_k=20, top_p=0.95, seed=7)
+    texts: list[list[int]] = []
+    for schedule, num_stages in (("ar", 1), ("flow", 3)):
+        pump = Pump(checkpoint_dir(family), num_stages, draft, schedule, pipeline=SMALL)
+        generation = pump.submit(prompt_of(9), params)
+        pump.run()
+        texts.append(generation.output_ids)
+    assert texts[0] == texts[1]
+    assert len(texts[0]) == NUM_TOKENS
+
+
+@pytest.mark.parametrize("prompt_len", [1, 2, 3, 7, 8, 15])
+@pytest.mark.parametrize("draft", ["eagle", "ngram"])
+def test_prompts_of_any_length_are_exact(checkpoint_dir: Callable[[str], Path], draft: str, prompt_len: int) -> None:
+    directory, prompt = checkpoint_dir("qwen3"), prompt_of(prompt_len)
+    pump = Pump(directory, 3, draft, pipeline=SMALL)
+    generation = pump.submit(prompt, SamplingParams(max_tokens=12))
+    pump.run()
+    assert generation.output_ids == generate_greedily(directory, prompt, 12)
+
+
+@pytest.mark.parametrize("max_tokens", [1, 2, 3, 6])
+def test_short_answers_end_exactly_at_their_limit(
+    checkpoint_dir: Callable[[str], Path], greedy_answer: Callable[[str], list[int]], max_tokens: int
+) -> None:
+    pump = Pump(checkpoint_dir("llama"), 2, "ngram")
+    generation = pump.submit(prompt_of(20), SamplingParams(max_tokens=max_tokens))
+    pump.run()
+    assert generation.output_ids == greedy_answer("llama")[:max_tokens]
+
+
+def test_several_requests_at_once_do_not_disturb_each_other(checkpoint_dir: Callable[[str], Path]) -> None:
+    directory = checkpoint_dir("mistral")
+    prompts = [prompt_of(length, seed=length) for length in (4, 11, 18)]
+    pump = Pump(directory, 3, "eagle", pipeline=SMALL)
+    generations = [pump.submit(prompt, SamplingParams(max_tokens=15)) for prompt in prompts]
+    pump.run()
+    assert [g.output_ids for g in generations] == [generate_greedily(directory, prompt, 15) for prompt in prompts]
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [
+        TreeConfig(top_k=1, depth=3, size=4, min_probability=0.0),
+        TreeConfig(top_k=3, depth=2, size=7, min_probability=0.0),
+    ],
+    ids=str,
+)
+def test_the_tree_settings_change_nothing(
+    checkpoint_dir: Callable[[str], Path], greedy_answer: Callable[[str], list[int]], tree: TreeConfig
+) -> None:
+    # Segments of one row: siblings of the row are alive in the caches, and must not be seen.
+    pump = Pump(checkpoint_dir("qwen2"), 3, "eagle", tree=tree, pipeline=PipelineConfig(segment_len=1))
+    generation = pump.submit(prompt_of(20), SamplingParams(max_tokens=NUM_TOKENS))
+    pump.run()
+    assert generation.output_ids == greedy_answer("qwen2")
+
+
+def test_samples_follow_the_exact_distribution(tmp_path: Path) -> None:
+    """Two tokens from a vocabulary of 8, many seeds: chi-square against the model's own joint distribution."""
+    directory = make_checkpoint(tmp_path / "model", "llama", vocab_size=8, initializer_range=0.15)
+    make_draft_head(directory / "draft", vocab_size=8)
+    prompt, num_seeds = [1, 5, 2, 1, 5, 2, 1], 1000
+    pump = Pump(directory, 2, "eagle", tree=TreeConfig(top_k=3, depth=2, size=8, min_probability=0.0))
+    generations = []
+    for seed in range(num_seeds):
+        params = SamplingParams(max_tokens=4, temperature=1.2, top_p=0.97, seed=seed)
+        generations.append(pump.submit(prompt, params))
+        pump.run()
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    params = generations[0].request.params
+
+    @torch.inference_mode()
+    def next_probabilities(token_ids: list[int]) -> np.ndarray:
+        return filtered_logprobs(model(torch.tensor([token_ids])).logits[0, -1], params).exp().numpy()
+
+    first = next_probabilities(prompt)
+    expected = np.stack([first[a] * next_probabilities([*prompt, a]) for a in range(8)]).ravel()
+    counts = np.zeros(64)
+    for generation in generations:
+        a, b = generation.output_ids[:2]
+        counts[8 * a + b] += 1
+    assert counts[expected == 0].sum() == 0
+    often = expected * num_seeds >= 5  # the rest is one class: chi-square wants five or more in each
+    observed = [*counts[often], counts[~often].sum()]
+    wanted = [*expected[often] * num_seeds, expected[~often].sum() * num_seeds]
+    assert often.sum() > 10, "the test has lost its power"
+    assert stats.chisquare(observed, wanted).pvalue > 1e-3
+    assert sum(g.stats.accepted for g in generations) > num_seeds / 10, "drafts must have taken part"
