@@ -1,0 +1,5 @@
+"""``python -m flowspec``: the command line."""
+
+from flowspec.cli import main
+
+main()

@@ -1,0 +1,289 @@
+"""Brings workers up and ties them to a driver: local processes, workers on other machines, or all in this process."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import zmq
+
+from flowspec.config import LinkConfig
+from flowspec.core import DType, Partition
+from flowspec.errors import FlowspecError, ProtocolError, UsageError, WorkerError
+from flowspec.messages import (
+    PROTOCOL_VERSION,
+    Busy,
+    Configure,
+    Failure,
+    Loading,
+    Ready,
+    Route,
+    Send,
+    Stop,
+    ToDriver,
+)
+from flowspec.model.loader import Checkpoint
+from flowspec.model.stage import Stage
+from flowspec.transport import DRIVER, Connection, InprocNetwork
+from flowspec.worker import Worker
+
+logger = logging.getLogger("flowspec.launch")
+
+LoadProgress = Callable[[float], None]
+
+_CHECK_INTERVAL_S = 0.1
+_END_TIMEOUT_S = 5.0
+
+
+class Cluster(Protocol):
+    """The driver's side of all connections."""
+
+    @property
+    def link_bytes(self) -> int:
+        """Bytes that the driver has sent along the data path and received as results."""
+        ...
+
+    def send(self, sends: Iterable[Send]) -> None: ...
+
+    def receive(self, timeout_s: float) -> list[ToDriver]:
+        """What has arrived; waits up to ``timeout_s`` for the first message. Raises ``WorkerError``."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class InprocCluster:
+    """All workers in this process, one after the other: no parallelism, no sockets; for tests and for debugging."""
+
+    def __init__(self, checkpoint: Checkpoint, partition: Partition, dtype: DType, device: str) -> None:
+        self._workers = [
+            Worker(Stage.load(checkpoint, layers, dtype, device), index, time.perf_counter)
+            for index, layers in enumerate(partition.stages, start=1)
+        ]
+        self._network = InprocNetwork(len(partition))
+
+    @property
+    def link_bytes(self) -> int:
+        return self._network.num_bytes
+
+    def send(self, sends: Iterable[Send]) -> None:
+        self._network.post(DRIVER, sends)
+
+    def receive(self, timeout_s: float) -> list[ToDriver]:
+        """Deliver what is waiting and let every worker do one piece of work; never waits."""
+        received: list[Any] = []
+        for link in self._network.waiting():
+            message = self._network.take(link)
+            if link.target == DRIVER:
+                received.append(message)
+            else:
+                self._network.post(link.target, self._workers[link.target - 1].on_message(message))
+        for index, worker in enumerate(self._workers, start=1):
+            self._network.post(index, worker.on_idle() or [])
+        return received
+
+    def close(self) -> None:
+        for worker in self._workers:
+            worker.check_integrity()
+
+
+class LocalProcesses:
+    """Worker processes on this machine. Ended by ``close``, and by themselves when this process dies.
+
+    One child imports what workers need and forks them, so that this is paid once and not for every worker.
+    """
+
+    def __init__(self, num_workers: int, threads: int, device: str) -> None:
+        self._directory = Path(tempfile.mkdtemp(prefix="flowspec-"))
+        self.addresses = [f"ipc://{self._directory / str(i)}" for i in range(1, num_workers + 1)]
+        command = [sys.executable, "-m", "flowspec.worker_process", str(threads), device, *self.addresses]
+        try:
+            self._launcher = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,  # the workers end when it closes
+                stdout=subprocess.PIPE,  # one line for each worker that has ended
+                start_new_session=True,  # Ctrl-C is for the driver, which then ends its workers
+            )
+        except BaseException:
+            shutil.rmtree(self._directory, ignore_errors=True)
+            raise
+        assert self._launcher.stdout is not None
+        os.set_blocking(self._launcher.stdout.fileno(), False)
+
+    def check(self) -> None:
+        """Raises ``WorkerError`` when a worker has ended."""
+        assert self._launcher.stdout is not None
+        if news := self._launcher.stdout.readline():
+            index, code = map(int, news.split())
+            raise WorkerError(f"worker {index} ended unexpectedly ({_describe_exit(code)})")
+        if self._launcher.poll() is not None:
+            raise WorkerError(f"the workers ended unexpectedly ({_describe_exit(self._launcher.returncode)})")
+
+    def close(self) -> None:
+        """Returns when all workers have ended."""
+        assert self._launcher.stdin is not None and self._launcher.stdout is not None
+        self._launcher.stdin.close()
+        try:
+            self._launcher.wait(timeout=_END_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            os.killpg(self._launcher.pid, signal.SIGKILL)  # it leads the session that all workers are in
+            self._launcher.wait()
+        self._launcher.stdout.close()
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+
+def _describe_exit(code: int) -> str:
+    return f"killed by signal {-code}" if code < 0 else f"exit code {code}"
+
+
+class RemoteCluster:
+    """Connections to running workers, local or elsewhere, for one session."""
+
+    def __init__(self, addresses: Sequence[str], config: LinkConfig, processes: LocalProcesses | None = None) -> None:
+        self._config = config
+        self._processes = processes
+        self._session = uuid.uuid4().hex
+        self._context: zmq.Context[Any] = zmq.Context()
+        self._poller = zmq.Poller()
+        self._num_bytes = 0
+        self._last_check = 0.0
+        self._controls: list[Connection] = []
+        try:
+            for address in addresses:
+                self._controls.append(self._connect(address, "control"))
+            self._data = self._connect(addresses[0], "data")
+        except BaseException:
+            self.close()
+            raise
+
+    def _connect(self, address: str, kind: Any) -> Connection:
+        connection = Connection(self._context, address, self._session, kind, self._config.heartbeat_s)
+        for socket in connection.sockets:
+            self._poller.register(socket, zmq.POLLIN)
+        return connection
+
+    @property
+    def link_bytes(self) -> int:
+        return self._num_bytes
+
+    def configure(self, model: str, partition: Partition, dtype: DType) -> None:
+        """Tell every worker which stage to load and whom to pass it on to."""
+        addresses = [connection.address for connection in self._controls]
+        for index, (connection, layers) in enumerate(zip(self._controls, partition.stages, strict=True)):
+            connection.send(
+                Configure(
+                    PROTOCOL_VERSION,
+                    index + 1,
+                    len(partition),
+                    model,
+                    layers.start,
+                    layers.end,
+                    dtype,
+                    addresses[index + 1] if index + 1 < len(addresses) else None,
+                    self._config.heartbeat_s,
+                )
+            )
+
+    def await_ready(self, progress: LoadProgress) -> list[Ready]:
+        """Wait until every worker has loaded its stage and reached the next worker. Raises ``FlowspecError``."""
+        loaded = dict.fromkeys(range(1, len(self._controls) + 1), 0.0)
+        ready: dict[int, Ready] = {}
+        last_news = time.monotonic()
+        while len(ready) < len(self._controls):
+            for message in self.receive(0.2):
+                last_news = time.monotonic()
+                match message:
+                    case Loading():
+                        loaded[message.stage] = message.fraction
+                    case Ready():
+                        loaded[message.stage], ready[message.stage] = 1.0, message
+                    case _:
+                        pass
+                progress(sum(loaded.values()) / len(loaded))
+            if time.monotonic() - last_news > self._config.start_timeout_s:
+                silent = [f"worker {i + 1} ({c.address})" for i, c in enumerate(self._controls) if i + 1 not in ready]
+                raise WorkerError(
+                    f"no sign of {', '.join(silent)} for {self._config.start_timeout_s:.0f} s; "
+                    "is 'flowspec worker' running there, and is the address right?"
+                )
+        return [ready[stage] for stage in sorted(ready)]
+
+    def send(self, sends: Iterable[Send]) -> None:
+        for send in sends:
+            match send.route:
+                case Route.NEXT:
+                    self._num_bytes += self._data.send(send.message)
+                case Route.WORKERS:
+                    for connection in self._controls:
+                        connection.send(send.message)
+                case Route.DRIVER:
+                    raise AssertionError("the driver does not send to itself")
+
+    def receive(self, timeout_s: float) -> list[ToDriver]:
+        """As ``Cluster.receive``; a worker's failure, or its loss, is raised as the error that it is."""
+        self._poller.poll(int(timeout_s * 1000))
+        received: list[ToDriver] = []
+        for index, connection in enumerate(self._controls, start=1):
+            while (arrived := connection.receive()) is not None:
+                message, num_bytes = arrived
+                self._num_bytes += num_bytes
+                received.append(_raise_failure(message, index, connection.address))
+        if timeout_s > 0 or time.monotonic() - self._last_check > _CHECK_INTERVAL_S:
+            self._check_workers()
+        return received
+
+    def _check_workers(self) -> None:
+        self._last_check = time.monotonic()
+        if self._processes is not None:
+            self._processes.check()
+        for index, connection in enumerate([*self._controls, self._data]):
+            connection.check()
+            if connection.is_lost:
+                worker = f"worker {index + 1 if index < len(self._controls) else 1}"
+                raise WorkerError(f"lost {worker} ({connection.address}); the run cannot go on without it")
+
+    def close(self) -> None:
+        """End the session; local processes end too, others go back to waiting."""
+        for connection in self._controls:
+            connection.send(Stop())
+            connection.close(linger_s=0.5)
+        if hasattr(self, "_data"):
+            self._data.close()
+        self._context.term()
+        if self._processes is not None:
+            self._processes.close()
+
+
+def _raise_failure(message: ToDriver, index: int, address: str) -> ToDriver:
+    match message:
+        case Failure():
+            logger.debug("worker %d: %s", index, message.traceback)
+            error: type[FlowspecError] = UsageError if message.user_error else WorkerError
+            raise error(message.text if message.user_error else f"worker {index} ({address}) failed: {message.text}")
+        case Busy():
+            raise WorkerError(f"worker {index} ({address}) is busy: {message.reason}")
+        case _:
+            return message
+
+
+def num_cores() -> int:
+    """The processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def local_threads(num_workers: int) -> int:
+    """Torch threads for each of so many workers on this machine, the driver counted as one more."""
+    return max(1, num_cores() // (num_workers + 1))
+
+
+__all__ = ["Cluster", "InprocCluster", "LocalProcesses", "ProtocolError", "RemoteCluster", "local_threads", "num_cores"]

@@ -1,0 +1,382 @@
+"""The offline Python API: a model over several workers, text in, text out."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from tokenizers.decoders import DecodeStream
+
+from flowspec.config import LinkConfig, PipelineConfig, TreeConfig
+from flowspec.core import DType, FinishReason, Partition, SamplingParams
+from flowspec.draft.base import DraftSource
+from flowspec.draft.eagle import EagleSource
+from flowspec.draft.ngram import NgramSource
+from flowspec.driver import Driver
+from flowspec.errors import FlowspecError, UsageError, WorkerError
+from flowspec.generation import Generation, Request
+from flowspec.launch import Cluster, InprocCluster, LocalProcesses, RemoteCluster, local_threads, num_cores
+from flowspec.messages import Alive, Ready
+from flowspec.model.eagle_head import EagleHead
+from flowspec.model.loader import DEMO, Checkpoint, demo_draft_directory
+from flowspec.model.target_head import TargetHead
+from flowspec.schedule.autoregressive import Autoregressive
+from flowspec.schedule.base import Schedule
+from flowspec.schedule.flow import Flow
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+ScheduleName = Literal["flow", "ar"]
+SCHEDULES: tuple[ScheduleName, ...] = ("flow", "ar")
+DEFAULT_STAGES = 4
+
+Progress = Callable[[str, float], None]  # what is being done, and the share that is done
+
+
+@dataclass(frozen=True)
+class RunStats:
+    """How a text came about; docs/METHODOLOGY.md defines each figure."""
+
+    segments: int
+    drafted: int
+    accepted: int
+    restarts: int
+    mean_accepted: float
+    link_bytes: int
+    schedule: str
+    draft: str
+    partition: str
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A finished generation."""
+
+    text: str
+    token_ids: list[int]
+    prompt_tokens: int
+    finish_reason: FinishReason
+    tokens_per_s: float  # after the first emission; see docs/METHODOLOGY.md
+    ttft_ms: float  # from the request to the first token
+    stats: RunStats
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+
+@dataclass(frozen=True)
+class TextChunk:
+    """What one verification added; the last chunk carries the completion."""
+
+    text: str
+    token_ids: list[int]
+    completion: Completion | None = None
+
+
+class LLM:
+    """One model, cut over workers, ready to generate. A context manager; ``close`` ends the workers it started.
+
+    Args:
+        model: a directory, a hub name, or ``"demo"``.
+        draft: ``"auto"`` (the head that belongs to the model, else n-grams), ``"none"``, ``"ngram"``, the directory of
+            an EAGLE head, or a draft source of your own.
+        stages: how many stages; the layers are shared out evenly.
+        partition: the stages' layer ranges instead, ``"0:4,4:8"``.
+        workers: addresses of running workers in pipeline order, instead of starting some here.
+        in_process: run the workers in this process, one after the other; slow, for tests and debugging.
+
+    Raises ``UsageError`` for what the caller can mend, ``WorkerError`` when a worker fails.
+    """
+
+    def __init__(
+        self,
+        model: str | Path = DEMO,
+        *,
+        draft: str | Path | DraftSource = "auto",
+        stages: int | None = None,
+        partition: str | Partition | None = None,
+        workers: Sequence[str] | None = None,
+        schedule: ScheduleName = "flow",
+        dtype: DType = "float32",
+        device: str = "cpu",
+        tree: TreeConfig | None = None,
+        pipeline: PipelineConfig | None = None,
+        link: LinkConfig | None = None,
+        in_process: bool = False,
+        progress: Progress | None = None,
+    ) -> None:
+        self._tree = tree or TreeConfig()
+        self._pipeline = pipeline or PipelineConfig()
+        self._link = link or LinkConfig()
+        self._progress = progress or (lambda what, done: None)
+        self._dtype: DType = dtype
+        self._device = device
+        self._next_request_id = 0
+        self._cluster: Cluster | None = None
+        self.ready: list[Ready] = []  # what each worker said of its stage; empty in process
+        self._worker_bytes: dict[int, int] = {}  # the newest count of each worker, by stage
+        if schedule not in SCHEDULES:
+            raise UsageError(f"schedule {schedule!r} is none of {', '.join(SCHEDULES)}")
+        if workers is not None and (in_process or not workers):
+            raise UsageError("workers: name at least one address, and do not ask for in_process too")
+        self._schedule_name: ScheduleName = schedule
+        self.checkpoint = Checkpoint.open(model)
+        self.partition = _choose_partition(self.checkpoint, stages, partition, workers)
+        # Workers elsewhere have cores of their own; here they share what there is.
+        self._num_parallel = len(self.partition) if workers else min(len(self.partition), num_cores())
+        chosen_draft = _choose_draft(self.checkpoint, draft)  # before any process is started
+        if in_process:
+            self._cluster = InprocCluster(self.checkpoint, self.partition, dtype, device)
+        else:
+            self._cluster = self._connect(workers)
+        try:
+            self._load_driver(chosen_draft)
+            if isinstance(self._cluster, RemoteCluster):
+                self.ready = self._cluster.await_ready(lambda done: self._progress("loading", done))
+        except BaseException:
+            self.close()
+            raise
+
+    def _connect(self, workers: Sequence[str] | None) -> RemoteCluster:
+        """Start loading at the workers; what the driver itself loads is loaded meanwhile."""
+        processes = None
+        if workers is None:
+            threads = local_threads(len(self.partition))
+            processes = LocalProcesses(len(self.partition), threads, self._device)
+            torch.set_num_threads(threads)  # the driver shares the cores with its workers
+            workers = processes.addresses
+        cluster = RemoteCluster(workers, self._link, processes)
+        try:
+            name = self.checkpoint.name
+            directory = Path(name).expanduser()
+            # Workers run in folders of their own, so a directory goes to them in full.
+            path = str(directory.resolve()) if name != DEMO and directory.is_dir() else name
+            cluster.configure(path, self.partition, self._dtype)
+        except BaseException:
+            cluster.close()
+            raise
+        return cluster
+
+    def _load_driver(self, draft: str | Path | DraftSource) -> None:
+        self.tokenizer: PreTrainedTokenizerBase = self.checkpoint.load_tokenizer()
+        head = TargetHead(self.checkpoint.load_lm_head(self._dtype, self._device))
+        self._source: DraftSource | None = None
+        if isinstance(draft, Path):
+            embedding = self.checkpoint.load_embedding(self._dtype, self._device)
+            self._source = EagleSource(EagleHead.load(draft, embedding, self._dtype, self._device), head, self._tree)
+        elif draft == "ngram":
+            self._source = NgramSource()
+        elif not isinstance(draft, str):
+            self._source = draft
+        self._driver = Driver(
+            head,
+            self._source,
+            self._make_schedule(self._schedule_name),
+            self._tree,
+            self._pipeline,
+            self.checkpoint.max_positions,
+        )
+
+    def _make_schedule(self, name: ScheduleName) -> Schedule:
+        match name:
+            case "ar":
+                return Autoregressive()
+            case "flow":
+                return Flow(self._tree, self._pipeline, self._num_parallel)
+
+    # --- generating ---
+
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams | None = None,
+        *,
+        schedule: ScheduleName | None = None,
+    ) -> Completion:
+        """Run one prompt (a text, or token ids) to its end; ``schedule`` for this run alone."""
+        *_, last = self.stream(prompt, params, schedule=schedule)
+        assert last.completion is not None
+        return last.completion
+
+    def stream(
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams | None = None,
+        *,
+        schedule: ScheduleName | None = None,
+    ) -> Iterator[TextChunk]:
+        """As ``generate``, but yields text as soon as it is verified. Closing the iterator cancels the request."""
+        prompt_ids = self._encode(prompt)
+        return self._stream(prompt_ids, params or SamplingParams(), schedule or self._schedule_name)
+
+    def _encode(self, prompt: str | Sequence[int]) -> tuple[int, ...]:
+        is_text = isinstance(prompt, str)
+        # ``verbose`` off: the tokenizer need not warn of long prompts, since they are refused below.
+        prompt_ids = tuple(self.tokenizer(prompt, verbose=False).input_ids) if is_text else tuple(prompt)
+        if not prompt or not prompt_ids:
+            raise UsageError("the prompt is empty; give at least one token to continue")
+        if not all(0 <= token_id < self.checkpoint.vocab_size for token_id in prompt_ids):
+            raise UsageError(f"the prompt has token ids outside the vocabulary of {self.checkpoint.vocab_size}")
+        if len(prompt_ids) >= self.checkpoint.max_positions:
+            raise UsageError(
+                f"the prompt has {len(prompt_ids)} tokens, but {self.checkpoint.name} has room for "
+                f"{self.checkpoint.max_positions}, its answer included; shorten the prompt"
+            )
+        return prompt_ids
+
+    def _stream(self, prompt_ids: tuple[int, ...], params: SamplingParams, name: ScheduleName) -> Iterator[TextChunk]:
+        if self._cluster is None:
+            raise UsageError("this LLM is closed; make a new one")
+        if params.temperature > 0 and params.seed is None:
+            params = _with_seed(params, secrets.randbits(63))
+        request = Request(self._next_request_id, prompt_ids, params, self.checkpoint.eos_token_ids)
+        self._next_request_id += 1
+        detokenizer = _Detokenizer(self.tokenizer, request.eos_ids)
+        bytes_before = self._link_bytes()
+        start_s = time.perf_counter()
+        generation, sends = self._driver.submit(request, self._make_schedule(name))
+        num_seen, first_s, num_first = 0, start_s, 0
+        try:
+            self._cluster.send(sends)
+            while not generation.is_finished:
+                self._pump(generation)
+                if len(generation.output_ids) > num_seen and not generation.is_finished:
+                    new_ids = generation.output_ids[num_seen:]
+                    if not num_seen:
+                        first_s, num_first = time.perf_counter(), len(new_ids)
+                    num_seen = len(generation.output_ids)
+                    yield TextChunk(detokenizer.add(new_ids), new_ids)
+            end_s = time.perf_counter()
+        except FlowspecError:
+            self.close()  # a pipeline with a hole is of no more use
+            raise
+        finally:
+            if not generation.is_finished and self._cluster is not None:
+                self._cluster.send(self._driver.cancel(generation))
+        new_ids = generation.output_ids[num_seen:]
+        if not num_seen:
+            first_s, num_first = end_s, 0
+        text = detokenizer.add(new_ids)
+        num_tokens, stats = len(generation.output_ids), generation.stats
+        decode_s = end_s - first_s
+        completion = Completion(
+            detokenizer.text,
+            generation.output_ids,
+            len(prompt_ids),
+            generation.finish_reason or "stop",
+            (num_tokens - num_first) / decode_s if decode_s > 0 else num_tokens / (end_s - start_s),
+            (first_s - start_s) * 1000,
+            RunStats(
+                stats.segments,
+                stats.drafted,
+                stats.accepted,
+                stats.restarts,
+                round(stats.mean_accepted, 3),
+                self._link_bytes() - bytes_before,
+                name,
+                self._source.name if self._source is not None and name != "ar" else "none",
+                str(self.partition),
+            ),
+        )
+        yield TextChunk(text, new_ids, completion)
+
+    def _pump(self, generation: Generation) -> None:
+        """Let driver and cluster work until the generation has new tokens or has ended."""
+        assert self._cluster is not None
+        num_seen, has_worked, last_news = len(generation.output_ids), True, time.monotonic()
+        while not generation.is_finished and len(generation.output_ids) == num_seen:
+            for message in self._cluster.receive(0.0 if has_worked else 0.5):
+                self._cluster.send(self._driver.on_message(message))
+                if not isinstance(message, Alive):
+                    last_news = time.monotonic()
+            sends = self._driver.on_idle()
+            has_worked = sends is not None
+            self._cluster.send(sends or [])
+            if generation.num_prompt_verified < len(generation.request.prompt_ids) - 1:
+                self._progress("prefill", generation.num_prompt_verified / len(generation.request.prompt_ids))
+            if time.monotonic() - last_news > self._link.stall_timeout_s:
+                raise WorkerError(
+                    f"the pipeline has returned nothing for {self._link.stall_timeout_s:.0f} s; a worker hangs"
+                )
+        for timings in generation.stats.timings[-1:]:
+            self._worker_bytes.update({timing.stage: timing.link_bytes for timing in timings})
+
+    def _link_bytes(self) -> int:
+        """Bytes on all links so far; the driver counts its own, the first hop included, workers the hops between."""
+        assert self._cluster is not None
+        return self._cluster.link_bytes + sum(b for stage, b in self._worker_bytes.items() if stage > 1)
+
+    # --- ending ---
+
+    def close(self) -> None:
+        """End the workers that were started here; others go back to waiting. Safe to call twice."""
+        cluster, self._cluster = self._cluster, None
+        if cluster is not None:
+            cluster.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class _Detokenizer:
+    """Token ids to text, piece by piece; a character whose bytes are still incomplete waits for the rest."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, eos_ids: frozenset[int]) -> None:
+        self._tokenizer = tokenizer
+        self._eos_ids = eos_ids
+        self._stream = DecodeStream(skip_special_tokens=True)
+        self.text = ""
+
+    def add(self, token_ids: Sequence[int]) -> str:
+        backend: Any = self._tokenizer.backend_tokenizer
+        pieces = [self._stream.step(backend, i) or "" for i in token_ids if i not in self._eos_ids]
+        self.text += (piece := "".join(pieces))
+        return piece
+
+
+def _with_seed(params: SamplingParams, seed: int) -> SamplingParams:
+    from dataclasses import replace
+
+    return replace(params, seed=seed)
+
+
+def _choose_partition(
+    checkpoint: Checkpoint, stages: int | None, partition: str | Partition | None, workers: Sequence[str] | None
+) -> Partition:
+    if partition is not None:
+        chosen = Partition.parse(partition) if isinstance(partition, str) else partition
+        chosen.check_fits(checkpoint.num_layers)
+    else:
+        default = len(workers) if workers is not None else min(DEFAULT_STAGES, checkpoint.num_layers)
+        chosen = Partition.even(checkpoint.num_layers, default if stages is None else stages)
+    if stages is not None and len(chosen) != stages:
+        raise UsageError(f"{stages} stages, but the partition {chosen} has {len(chosen)}; give one of the two")
+    if workers is not None and len(chosen) != len(workers):
+        raise UsageError(f"{len(workers)} workers for {len(chosen)} stages; give one address for each stage")
+    return chosen
+
+
+def _choose_draft(checkpoint: Checkpoint, draft: str | Path | DraftSource) -> str | Path | DraftSource:
+    """``none``, ``ngram``, the directory of a head, or the caller's own source."""
+    if draft in ("none", "ngram") or not isinstance(draft, (str, Path)):
+        return draft
+    if draft == "auto":
+        own = demo_draft_directory() if checkpoint.name == DEMO else Path(checkpoint.name) / "draft"
+        return own if (own / "config.json").is_file() else "ngram"
+    directory = Path(draft).expanduser()
+    if not directory.is_dir():
+        raise UsageError(f"no draft head in {str(draft)!r}; give its directory, or one of auto, none, ngram")
+    return directory

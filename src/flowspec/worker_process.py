@@ -1,0 +1,283 @@
+"""The process around a worker: sockets, real time, sessions. One driver at a time, any number one after another.
+
+``flowspec worker`` runs one; ``python -m flowspec.worker_process`` forks the local workers of ``launch``.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import resource
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import zmq
+
+from flowspec.config import LinkConfig
+from flowspec.core import LayerRange
+from flowspec.errors import FlowspecError, ProtocolError, UsageError, WorkerError
+from flowspec.messages import (
+    PROTOCOL_VERSION,
+    Alive,
+    Busy,
+    Configure,
+    Failure,
+    Loading,
+    Message,
+    Ready,
+    Route,
+    Send,
+    Stop,
+)
+from flowspec.model.loader import Checkpoint
+from flowspec.model.stage import Stage
+from flowspec.transport import Connection, Listener, session_of
+from flowspec.worker import Worker
+
+logger = logging.getLogger("flowspec.worker")
+
+_LOADING_INTERVAL_S = 0.5
+_LINK_TIMEOUT_S = 20.0
+
+
+class _SessionOver(Exception):  # noqa: N818 - not an error
+    """The driver is gone or has said goodbye: free everything and wait for the next one."""
+
+
+@dataclass
+class _Session:
+    """One driver's use of this worker."""
+
+    name: str
+    driver: bytes  # identity of its control connection
+    stage: int
+    heartbeat_s: float
+    link: Connection | None = None  # to the next worker
+    worker: Worker | None = None  # once the stage is loaded
+
+
+class WorkerProcess:
+    """Serves sessions on one address until it is told to end."""
+
+    def __init__(self, address: str, heartbeat_s: float, device: str = "cpu") -> None:
+        """Raises ``WorkerError`` when the address cannot be bound."""
+        self._context: zmq.Context[Any] = zmq.Context()
+        self._listener = Listener(self._context, address, heartbeat_s)
+        self._device = device
+        self._poller = zmq.Poller()
+        self._poller.register(self._listener.socket, zmq.POLLIN)
+        self._session: _Session | None = None
+        self._last_alive = 0.0
+
+    @property
+    def endpoint(self) -> str:
+        return self._listener.endpoint
+
+    def run(self) -> None:
+        """Serve for ever. A session that fails is reported to its driver and ends; the process goes on."""
+        while True:
+            try:
+                self._step()
+            except _SessionOver as ended:
+                logger.info("session ended: %s; waiting for a driver", ended)
+                self._end_session()
+            except Exception as error:  # the one broad catch: whatever it is, the driver must hear of it
+                self._report(error)
+                self._end_session()
+
+    def close(self) -> None:
+        self._end_session()
+        self._listener.close(linger_s=1.0)
+        self._context.term()
+
+    def _step(self) -> None:
+        """Read all that has arrived, do one piece of work, and look whether the driver lives."""
+        while (received := self._listener.receive()) is not None:
+            self._handle(*received)
+        session = self._session
+        sends = session.worker.on_idle() if session is not None and session.worker is not None else None
+        if sends is not None:
+            self._dispatch(sends)
+        self._check_peers()
+        if sends is None:
+            timeout_s = session.heartbeat_s if session is not None else 3600.0
+            self._poller.poll(int(timeout_s * 1000))
+
+    def _handle(self, identity: bytes, frames: list[Any]) -> None:
+        session, sender = self._session, session_of(identity)
+        is_ours = session is not None and sender == session.name
+        try:
+            message = self._listener.decode(frames)
+        except ProtocolError as error:
+            if is_ours:
+                raise
+            logger.warning("dropped a message from a stranger: %s", error)
+            return
+        match message:
+            case Configure() if session is None:
+                self._begin(sender, identity, message)
+            case Configure():
+                self._listener.reply(identity, Busy("another driver uses this worker; try again when it has ended"))
+            case Stop() if is_ours:
+                raise _SessionOver("the driver has finished")
+            case _ if session is not None and is_ours and session.worker is not None:
+                session.worker.link_bytes += 0 if identity == session.driver else sum(len(f) for f in frames)
+                self._dispatch(session.worker.on_message(message))
+            case _:
+                logger.debug("dropped a %s of another session", type(message).__name__)
+
+    def _begin(self, name: str, driver: bytes, configure: Configure) -> None:
+        """Load the stage, connect to the next worker, and say so."""
+        self._session = session = _Session(name, driver, configure.stage, configure.heartbeat_s)
+        if configure.version != PROTOCOL_VERSION:
+            raise UsageError(
+                f"worker {configure.stage} speaks protocol {PROTOCOL_VERSION}, the driver {configure.version}; "
+                "install the same flowspec version on both"
+            )
+        if configure.next_address is not None:
+            session.link = Connection(self._context, configure.next_address, name, "data", configure.heartbeat_s)
+            for socket in session.link.sockets:
+                self._poller.register(socket, zmq.POLLIN)
+        checkpoint = Checkpoint.open(configure.model)
+        layers = LayerRange(configure.start_layer, configure.end_layer)
+        progress = _Throttled(_LOADING_INTERVAL_S, lambda done: self._tell_driver(Loading(configure.stage, done)))
+        stage = Stage.load(checkpoint, layers, configure.dtype, self._device, progress)
+        session.worker = Worker(stage, configure.stage, time.perf_counter)
+        if session.link is not None:
+            self._await_link(session.link)
+        logger.info("layers %s of %s are ready", layers, configure.model)
+        peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        self._tell_driver(Ready(configure.stage, stage.weights_bytes, peak_bytes))
+
+    def _await_link(self, link: Connection) -> None:
+        deadline = time.monotonic() + _LINK_TIMEOUT_S
+        while not link.is_up:
+            if time.monotonic() > deadline:
+                raise WorkerError(
+                    f"cannot reach the next worker at {link.address}; is it running, or a firewall between?"
+                )
+            self._poller.poll(100)
+            link.check()
+
+    def _dispatch(self, sends: list[Send]) -> None:
+        assert self._session is not None
+        for send in sends:
+            match send.route:
+                case Route.NEXT:
+                    assert self._session.link is not None
+                    self._session.link.send(send.message)
+                case Route.DRIVER:
+                    self._tell_driver(send.message)
+                case Route.WORKERS:
+                    raise AssertionError("only the driver speaks to all workers")
+
+    def _tell_driver(self, message: Message) -> None:
+        assert self._session is not None
+        self._last_alive = time.monotonic()
+        if not self._listener.reply(self._session.driver, message):
+            raise _SessionOver("the driver is gone")
+
+    def _check_peers(self) -> None:
+        """A silent driver is asked for a sign of life now and then; a lost link ends the session."""
+        session = self._session
+        if session is None:
+            return
+        if session.link is not None:
+            session.link.check()
+            if session.link.is_lost:
+                raise WorkerError(f"worker {session.stage} lost its connection to the next worker")
+        if time.monotonic() - self._last_alive >= session.heartbeat_s:
+            self._tell_driver(Alive(session.stage))
+
+    def _report(self, error: Exception) -> None:
+        is_expected = isinstance(error, FlowspecError)
+        text = str(error) if is_expected else f"{type(error).__name__}: {error}"
+        logger.warning("session failed: %s", text)
+        logger.debug("", exc_info=error)
+        if self._session is not None:
+            failure = Failure(
+                self._session.stage,
+                type(error).__name__,
+                text,
+                traceback.format_exc(),
+                isinstance(error, UsageError),
+            )
+            self._listener.reply(self._session.driver, failure)
+
+    def _end_session(self) -> None:
+        if self._session is not None and self._session.link is not None:
+            for socket in self._session.link.sockets:
+                self._poller.unregister(socket)
+            self._session.link.close()
+        self._session = None
+
+
+class _Throttled:
+    """Calls on at most once an interval."""
+
+    def __init__(self, interval_s: float, report: Callable[[float], None]) -> None:
+        self._interval_s = interval_s
+        self._report = report
+        self._last = 0.0
+
+    def __call__(self, value: float) -> None:
+        if time.monotonic() - self._last >= self._interval_s:
+            self._last = time.monotonic()
+            self._report(value)
+
+
+def serve(
+    address: str, *, heartbeat_s: float, threads: int, device: str, announce: Callable[[str], None] | None = None
+) -> None:
+    """Run a worker until interrupted. ``announce`` is called with the endpoint once it listens."""
+    if threads:
+        torch.set_num_threads(threads)
+    process = WorkerProcess(address, heartbeat_s, device)
+    try:
+        if announce is not None:
+            announce(process.endpoint)
+        process.run()
+    finally:
+        process.close()
+
+
+# --- local workers -------------------------------------------------------------------------------------------------
+
+
+def _end_when_input_closes() -> None:
+    """End this process when standard input closes: the driver holds the other end, and loses it even when killed."""
+
+    def watch() -> None:
+        while os.read(0, 4096):
+            pass
+        os._exit(0)
+
+    threading.Thread(target=watch, name="watch-driver", daemon=True).start()
+
+
+def fork_workers(threads: int, device: str, addresses: list[str]) -> None:
+    """Fork one worker for each address and print ``index exit_code`` for each that ends, until none is left."""
+    indices: dict[int, int] = {}
+    for index, address in enumerate(addresses, start=1):
+        pid = os.fork()
+        if pid == 0:
+            _end_when_input_closes()
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            serve(address, heartbeat_s=LinkConfig().heartbeat_s, threads=threads, device=device)
+            os._exit(0)
+        indices[pid] = index
+    while indices:
+        pid, status = os.wait()
+        print(indices.pop(pid), os.waitstatus_to_exitcode(status), flush=True)
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.ERROR, format="flowspec worker: %(message)s")
+    fork_workers(int(sys.argv[1]), sys.argv[2], sys.argv[3:])

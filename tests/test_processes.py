@@ -1,0 +1,198 @@
+"""Real processes and sockets: what users run. Every test here starts a few processes, so there are few of them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import zmq
+
+from flowspec import LLM, SamplingParams
+from flowspec.config import LinkConfig
+from flowspec.errors import UsageError, WorkerError
+from flowspec.launch import LocalProcesses
+from flowspec.messages import Codec, Configure, Stop
+from pump import Pump
+
+PROMPT_IDS = [1, 4, 2, 1, 4, 2, 3]
+LINK = LinkConfig(start_timeout_s=60, stall_timeout_s=60, heartbeat_s=0.5)
+
+
+def plain_text(directory: Path, num_tokens: int) -> list[int]:
+    pump = Pump(directory, 1, "none", "ar")
+    generation = pump.submit(PROMPT_IDS, SamplingParams(max_tokens=num_tokens))
+    pump.run()
+    return generation.output_ids
+
+
+def worker_pids() -> set[int]:
+    """Local worker processes of this test run, the process that forks them included."""
+    return {p.pid for p in psutil.Process().children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE}
+
+
+@pytest.fixture(autouse=True)
+def no_process_is_left() -> Iterator[None]:
+    before = worker_pids()
+    yield
+    deadline = time.monotonic() + 10
+    while worker_pids() - before and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert worker_pids() <= before
+
+
+@pytest.fixture
+def remote_workers(tmp_path: Path) -> Iterator[list[str]]:
+    """Three workers as on three machines, on loopback addresses of their own."""
+    addresses = [f"127.0.0.{host}:{_free_port(f'127.0.0.{host}')}" for host in (2, 3, 4)]
+    command = [sys.executable, "-m", "flowspec", "worker", "--threads", "1", "--listen"]
+    logs = [(tmp_path / f"worker{i}.log").open("w") for i in range(3)]
+    workers = [subprocess.Popen([*command, address], stderr=log) for address, log in zip(addresses, logs, strict=True)]
+    yield addresses
+    for worker in workers:
+        worker.send_signal(signal.SIGTERM)
+    for worker, log in zip(workers, logs, strict=True):
+        worker.wait(timeout=20)
+        log.close()
+        text = Path(log.name).read_text()
+        assert "Traceback" not in text, text
+
+
+def _free_port(host: str) -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return probe.getsockname()[1]
+
+
+def test_local_processes_give_the_text_of_plain_decoding(checkpoint_dir: Callable[[str], Path]) -> None:
+    directory = checkpoint_dir("qwen2")
+    with LLM(directory, stages=3, link=LINK) as llm:
+        assert [ready.stage for ready in llm.ready] == [1, 2, 3]
+        completion = llm.generate(PROMPT_IDS, SamplingParams(max_tokens=30))
+        again = llm.generate(PROMPT_IDS, SamplingParams(max_tokens=30), schedule="ar")
+    assert completion.token_ids == again.token_ids == plain_text(directory, 30)
+    assert completion.stats.draft == "eagle" and again.stats.draft == "none"
+    assert completion.stats.link_bytes > 0 and completion.ttft_ms > 0
+    with pytest.raises(UsageError, match="closed"):
+        llm.generate(PROMPT_IDS)
+
+
+def test_a_stream_that_is_closed_cancels_its_request(checkpoint_dir: Callable[[str], Path]) -> None:
+    directory = checkpoint_dir("qwen2")
+    with LLM(directory, stages=2, link=LINK) as llm:
+        stream = llm.stream(PROMPT_IDS, SamplingParams(max_tokens=100))
+        next(iter(stream))
+        stream.close()  # type: ignore[attr-defined]
+        assert llm.generate(PROMPT_IDS, SamplingParams(max_tokens=10)).token_ids == plain_text(directory, 10)
+
+
+def test_a_killed_worker_ends_the_run_with_an_error(checkpoint_dir: Callable[[str], Path]) -> None:
+    started = time.monotonic()
+    with LLM(checkpoint_dir("llama"), stages=3, schedule="ar", link=LINK) as llm:
+        chunks = llm.stream(PROMPT_IDS, SamplingParams(max_tokens=240))
+        next(iter(chunks))
+        victim = max(worker_pids())  # the youngest: a forked worker, not the process that forks
+        os.kill(victim, signal.SIGKILL)
+        killed = time.monotonic()
+        with pytest.raises(WorkerError, match="worker 3"):
+            list(chunks)
+        assert time.monotonic() - killed < 5
+    assert time.monotonic() - started < 100
+
+
+def test_workers_end_when_their_driver_is_killed(checkpoint_dir: Callable[[str], Path]) -> None:
+    code = (
+        "import sys, time; from flowspec import LLM; llm = LLM(sys.argv[1], stages=2); print('up', flush=True); "
+        "time.sleep(60)"
+    )
+    driver = subprocess.Popen(
+        [sys.executable, "-c", code, str(checkpoint_dir("llama"))], stdout=subprocess.PIPE, text=True
+    )
+    assert driver.stdout is not None and driver.stdout.readline() == "up\n"
+    children = psutil.Process(driver.pid).children(recursive=True)
+    assert len(children) == 3
+    driver.kill()
+    driver.wait()
+    driver.stdout.close()
+    _, alive = psutil.wait_procs(children, timeout=10)
+    assert not alive
+
+
+def test_remote_workers_serve_one_driver_after_another(
+    checkpoint_dir: Callable[[str], Path], remote_workers: list[str]
+) -> None:
+    directory = checkpoint_dir("llama")
+    expected = plain_text(directory, 20)
+    params = SamplingParams(max_tokens=20)
+    with LLM(directory, workers=remote_workers, link=LINK) as llm:
+        assert llm.generate(PROMPT_IDS, params).token_ids == expected
+        # One driver at a time.
+        with pytest.raises(WorkerError, match="busy"):
+            LLM(directory, workers=remote_workers[:1], link=LINK)
+        # What strangers send is dropped.
+        _send_garbage(remote_workers[0])
+        assert llm.generate(PROMPT_IDS, params).token_ids == expected
+    # A driver that asks for something impossible, or that vanishes, leaves them waiting for the next one.
+    with pytest.raises(UsageError, match="3 workers for 2 stages"):
+        LLM(directory, workers=remote_workers, stages=2, link=LINK)
+    code = "import os, sys; from flowspec import LLM; LLM(sys.argv[1], workers=sys.argv[2].split(',')); os._exit(9)"
+    lost = subprocess.run([sys.executable, "-c", code, str(directory), ",".join(remote_workers)], timeout=100)
+    assert lost.returncode == 9
+    with _connect_patiently(directory, remote_workers[::-1]) as llm:
+        assert llm.generate(PROMPT_IDS, params).token_ids == expected
+
+
+def _connect_patiently(directory: Path, workers: list[str]) -> LLM:
+    """The workers notice within a few heartbeats that their driver is gone."""
+    for _ in range(20):
+        try:
+            return LLM(directory, workers=workers, draft="ngram", link=LINK)
+        except WorkerError:
+            time.sleep(0.5)
+    raise AssertionError("the workers did not go back to waiting")
+
+
+def _send_garbage(address: str) -> None:
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    socket = context.socket(zmq.DEALER)
+    socket.linger = 1000
+    socket.connect(f"tcp://{address}")
+    for frames in ([b"garbage"], [b""], [b"\xc1", b"x" * 1000], [bytes(f) for f in Codec().encode(Stop())]):
+        socket.send_multipart(frames)
+    socket.close()
+    context.term()
+
+
+def test_a_worker_that_never_comes_up_is_an_error_in_time(checkpoint_dir: Callable[[str], Path]) -> None:
+    address = f"127.0.0.1:{_free_port('127.0.0.1')}"
+    started = time.monotonic()
+    with pytest.raises(WorkerError, match=f"no sign of worker 1 .{address}"):
+        LLM(checkpoint_dir("llama"), workers=[address], link=LinkConfig(start_timeout_s=1.0))
+    assert time.monotonic() - started < 30
+
+
+def test_a_workers_own_mistake_reaches_the_driver_as_one_line(checkpoint_dir: Callable[[str], Path]) -> None:
+    """The model is readable at the driver, but not at the worker."""
+    processes = LocalProcesses(1, threads=1, device="cpu")
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    socket = context.socket(zmq.DEALER)
+    try:
+        socket.setsockopt(zmq.IDENTITY, b"me:control")
+        socket.connect(processes.addresses[0])
+        configure = Configure(1, 1, 1, "/no/such/model", 0, 2, "float32", None, 1.0)
+        socket.send_multipart([bytes(frame) for frame in Codec().encode(configure)])
+        assert socket.poll(60_000)
+        failure = Codec().decode_to_driver([bytearray(frame) for frame in socket.recv_multipart()])
+        assert "/no/such/model is not a directory" in failure.text and failure.user_error  # type: ignore[union-attr]
+    finally:
+        socket.close(linger=0)
+        context.term()
+        processes.close()
