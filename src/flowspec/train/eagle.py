@@ -1,0 +1,373 @@
+"""Trains an EAGLE-1/2 draft head for a target, on given text and on text that the target writes itself.
+
+Losses and noise follow the published recipe (EAGLE, arXiv 2401.15077): smooth-L1 on the features, a little
+cross-entropy against the target's distribution, uniform noise on the features that go in. At the end the head may be
+unrolled over its own estimates (as in HASS, arXiv 2408.15766), which it meets when it drafts several levels deep.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, PreTrainedModel, StaticCache
+
+from flowspec.errors import ModelError, UsageError
+from flowspec.model.eagle_head import EagleHead
+from flowspec.model.loader import DEMO, Checkpoint, demo_directory
+from flowspec.train.corpus import Tokens, encode_documents, read_documents, shuffled_rows, windows
+from flowspec.train.loop import (
+    TrainingProgress,
+    learning_rate_factor,
+    load_checkpoint,
+    save_checkpoint,
+    write_atomically,
+)
+
+logger = logging.getLogger("flowspec.train")
+
+_REFERENCE_WIDTH = 256  # hidden size that the recipe's learning rate is for
+_MAX_LOGITS = 2**25  # elements of one matrix of logits; a step that needs more is taken in parts
+
+
+@dataclass(frozen=True)
+class DraftRecipe:
+    """Data mixture, losses and optimiser of a head; the defaults are the shipped head's."""
+
+    num_tokens: int = 9_000_000  # training tokens in all
+    batch_tokens: int = 4096  # tokens of one optimiser step
+    context_len: int = 512  # tokens of a training window
+    generated_share: float = 0.5  # share of the training windows that the target wrote itself
+    num_generated_tokens: int = 300_000  # distinct tokens in such windows; a longer training reads them again
+    generation_batch: int = 64  # windows that the target writes at a time
+    prompt_len: int = 128  # tokens of the given text at the start of a window that the target goes on with
+    greedy_share: float = 0.4  # share of the target's windows that it writes greedily
+    temperature: float = 0.8  # of the others
+    feature_weight: float = 1.0  # of the smooth-L1 loss on features
+    token_weight: float = 0.1  # of the cross-entropy against the target's distribution
+    noise: float = 0.2  # width of the uniform noise on features
+    unroll_len: int = 1  # draft levels that are trained together at the end of the run; 1 turns unrolling off
+    unroll_share: float = 0.25  # share of the steps that are trained unrolled
+    learning_rate: float = 2e-3  # AdamW's highest, for hidden size 256; it goes with 1 / hidden size
+    warmup_share: float = 0.03  # share of the run with rising learning rate
+    max_gradient: float = 0.5  # gradients are clipped to this, value by value
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("num_tokens", "batch_tokens", "generation_batch", "unroll_len"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("generated_share", "greedy_share", "unroll_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UsageError(f"{name} is {getattr(self, name)}; it must lie in [0, 1]")
+        if not 0 < self.prompt_len < self.context_len:
+            raise UsageError(f"prompt_len is {self.prompt_len}; it must lie between 0 and {self.context_len}")
+
+    @property
+    def rows_per_step(self) -> int:
+        return max(1, self.batch_tokens // self.context_len)
+
+    @property
+    def num_steps(self) -> int:
+        return max(1, self.num_tokens // (self.rows_per_step * self.context_len))
+
+    @property
+    def num_generation_batches(self) -> int:
+        """Enough for ``num_generated_tokens``, but no more than are read once."""
+        wanted = min(self.num_generated_tokens, round(self.num_tokens * self.generated_share))
+        return -(-wanted // (self.generation_batch * self.context_len))
+
+
+class Target:
+    """The frozen target in bfloat16: its features, its distribution, its embedding."""
+
+    def __init__(self, model: PreTrainedModel, *, compiled: bool = False) -> None:
+        self.model: Any = model.to(torch.bfloat16).eval().requires_grad_(False)  # pyright: ignore[reportCallIssue, reportArgumentType]
+        self.config: Any = model.config
+        self.device = model.device
+        self.embedding = embedding_of(model).float()
+        self.lm_head: Tensor = self.model.get_output_embeddings().weight.detach()
+        self._run: Callable[[Tensor], Tensor] = torch.compile(self._features) if compiled else self._features
+
+    @classmethod
+    def open(cls, name: str | Path, *, compiled: bool = False) -> Target:
+        """Read a checkpoint of a supported family, onto the GPU where there is one; raises ``ModelError``."""
+        model = load_model(name, torch.bfloat16)
+        return cls(model.to("cuda" if torch.cuda.is_available() else "cpu"), compiled=compiled)  # pyright: ignore[reportArgumentType]
+
+    @property
+    def digest(self) -> str:
+        """Tells one target's weights from another's."""
+        digest = hashlib.sha256()
+        for parameter in self.model.parameters():
+            digest.update(parameter.detach().float().sum(dtype=torch.float64).cpu().numpy().tobytes())
+        return digest.hexdigest()[:12]
+
+    @torch.no_grad()
+    def features(self, token_ids: Tensor) -> Tensor:
+        """float32 [B, T, H], after the final norm, of tokens [B, T]."""
+        return self._run(token_ids).float()
+
+    def _features(self, token_ids: Tensor) -> Tensor:
+        return self.model.base_model(input_ids=token_ids, use_cache=False).last_hidden_state
+
+
+def load_model(name: str | Path, dtype: torch.dtype) -> PreTrainedModel:
+    """The target as transformers runs it; ``name``: a directory, a hub name or ``demo``. Raises ``ModelError``."""
+    checkpoint = Checkpoint.open(name)
+    directory = demo_directory() if str(name) == DEMO else Path(name).expanduser()
+    try:
+        return AutoModelForCausalLM.from_pretrained(directory if directory.is_dir() else str(name), dtype=dtype)
+    except (OSError, ValueError, RuntimeError) as error:
+        message = str(error).splitlines()[0]
+        raise ModelError(f"{checkpoint.name} cannot be loaded ({message}); fetch its files again") from None
+
+
+def embedding_of(model: Any) -> Tensor:
+    """The model's token embedding [V, H], which its head shares."""
+    return model.get_input_embeddings().weight.detach()
+
+
+def head_config(target: Any) -> LlamaConfig:
+    """One Llama layer of the sizes in the target's config, whatever its family."""
+    return LlamaConfig.from_dict(
+        {
+            "vocab_size": target.vocab_size,
+            "hidden_size": target.hidden_size,
+            "intermediate_size": target.intermediate_size,
+            "num_hidden_layers": 1,
+            "num_attention_heads": target.num_attention_heads,
+            "num_key_value_heads": target.num_key_value_heads,
+            "head_dim": getattr(target, "head_dim", None) or target.hidden_size // target.num_attention_heads,
+            "hidden_act": target.hidden_act,
+            "rms_norm_eps": target.rms_norm_eps,
+            "rope_parameters": target.rope_parameters,
+            "max_position_embeddings": target.max_position_embeddings,
+            "bos_token_id": target.bos_token_id,
+            "eos_token_id": target.eos_token_id,
+            "pad_token_id": target.pad_token_id,
+            "bias": True,
+        }
+    )
+
+
+def train_draft(
+    target: str | Path,
+    out: Path,
+    data: Sequence[Path],
+    config: DraftRecipe,
+    work_dir: Path,
+    *,
+    compiled: bool = False,
+) -> EagleHead:
+    """Train a head for ``target`` (a directory, a hub name or ``demo``) on the text files below ``data``, into ``out``.
+
+    Goes on from ``work_dir`` where an interrupted run with the same arguments left off. ``compiled``: faster, and needs
+    a C++ compiler. Raises ``ModelError`` for a target and ``UsageError`` for data that cannot be used.
+    """
+    tokenizer = Checkpoint.open(target).load_tokenizer()
+    if not isinstance(tokenizer.eos_token_id, int):
+        raise ModelError(f"the tokenizer of {target} names no eos_token, which separates the texts; add it")
+
+    def encode(text: str) -> list[int]:
+        return tokenizer.encode(text, add_special_tokens=False)
+
+    documents = read_documents(data)
+    logger.info("reading %d texts", len(documents))
+    tokens = encode_documents(documents, encode, tokenizer.eos_token_id)
+    return train_head(Target.open(target, compiled=compiled), tokens, config, work_dir, out, compiled=compiled)
+
+
+def train_head(
+    target: Target,
+    tokens: Tokens,
+    recipe: DraftRecipe,
+    work_dir: Path,
+    out: Path,
+    *,
+    compiled: bool = False,
+    checkpoint_interval_s: float = 180.0,
+    stop_after: int | None = None,
+) -> EagleHead:
+    """Train to the end of the recipe on text ``tokens`` [T]; each checkpoint is saved in ``out`` as well.
+
+    Data, noise and learning rate are functions of the step alone, so an interrupted run ends in the same weights as an
+    uninterrupted one. ``stop_after``: the step to interrupt this run at.
+    """
+    generated = generate_windows(target, tokens, recipe, work_dir / "generated")
+    torch.manual_seed(recipe.seed)
+    head = EagleHead(head_config(target.config), target.embedding).to(target.device)
+    rate = recipe.learning_rate * _REFERENCE_WIDTH / head.config.hidden_size
+    optimizer = torch.optim.AdamW(head.parameters(), lr=rate, betas=(0.9, 0.95))
+    identity = asdict(recipe) | {"target": target.digest, "data": hashlib.sha256(tokens.tobytes()).hexdigest()[:12]}
+    checkpoint = work_dir / "draft.pt"
+    step = 0
+    if (saved := load_checkpoint(checkpoint, identity)) is not None:
+        head.load_state_dict(saved["head"])
+        optimizer.load_state_dict(saved["optimizer"])
+        step = saved["step"]
+    losses = torch.compile(head_losses) if compiled else head_losses
+    step_tokens = recipe.rows_per_step * recipe.context_len
+    rows_per_part = max(1, _MAX_LOGITS // (head.config.vocab_size * recipe.context_len))
+    last_step = recipe.num_steps if stop_after is None else min(stop_after, recipe.num_steps)
+    last_save = time.monotonic()
+    with TrainingProgress("draft head", recipe.num_steps * step_tokens, step * step_tokens) as progress:
+        while step < last_step:
+            done = (step + 0.5) / recipe.num_steps
+            optimizer.param_groups[0]["lr"] = rate * learning_rate_factor(done, recipe.warmup_share)
+            num_levels = recipe.unroll_len if done > 1 - recipe.unroll_share else 1
+            rows = batch_at(recipe, tokens, generated, step).to(target.device)
+            noise = noise_at(recipe, step, head.config.hidden_size).to(target.device)
+            totals = torch.zeros(3)
+            for part, part_noise in zip(rows.split(rows_per_part), noise.split(rows_per_part), strict=True):
+                features = target.features(part)
+                with torch.autocast(target.device.type, torch.bfloat16):
+                    feature_loss, token_loss, hits = losses(
+                        head, target.lm_head, part, features, part_noise, num_levels
+                    )
+                loss = recipe.feature_weight * feature_loss + recipe.token_weight * token_loss
+                (loss * (len(part) / len(rows))).backward()
+                totals += torch.stack([feature_loss, token_loss, hits]).detach().cpu() * (len(part) / len(rows))
+            nn.utils.clip_grad_value_(head.parameters(), recipe.max_gradient)
+            optimizer.step()
+            optimizer.zero_grad()
+            step += 1
+            feature, token, top1 = totals.tolist()
+            progress.update(step * step_tokens, feature=feature, token=token, top1=top1)
+            if time.monotonic() - last_save > checkpoint_interval_s or step == last_step:
+                state = {"recipe": identity, "step": step, "head": head.state_dict()}
+                save_checkpoint(checkpoint, state | {"optimizer": optimizer.state_dict()})
+                head.save(out)
+                last_save = time.monotonic()
+    head.save(out)
+    return head.eval().requires_grad_(False)
+
+
+def head_losses(
+    head: EagleHead, lm_head: Tensor, rows: Tensor, features: Tensor, noise: Tensor, num_levels: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Feature loss, token loss, and the share of first-level rows where head and target put the same token first.
+
+    ``rows`` [B, T + 1] with the target's ``features`` [B, T + 1, H]; ``noise`` [B, T, H]. Mean over the draft levels.
+    """
+    truth = features[:, 1:]
+    true_logits = F.linear(truth.to(lm_head.dtype), lm_head).float()
+    feature_loss = token_loss = hits = features.new_zeros(())
+    for level, estimate in enumerate(unroll(head, rows, features[:, :-1] + noise, num_levels)):
+        # The first `level` rows of a level would have needed tokens before the window.
+        logits = F.linear(estimate[:, level:].to(lm_head.dtype), lm_head).float()
+        feature_loss = feature_loss + F.smooth_l1_loss(estimate[:, level:].float(), truth[:, level:])
+        wanted = true_logits[:, level:].softmax(-1)
+        token_loss = token_loss + F.cross_entropy(logits.flatten(0, 1), wanted.flatten(0, 1))
+        if level == 0:
+            hits = (logits.argmax(-1) == true_logits.argmax(-1)).float().mean()
+    return feature_loss / num_levels, token_loss / num_levels, hits
+
+
+def unroll(head: EagleHead, token_ids: Tensor, features: Tensor, num_levels: int) -> list[Tensor]:
+    """Estimates of draft levels 1..num_levels, each [B, T, H]; row i estimates the feature of token i + 1.
+
+    Level 1 is fed with the given features [B, T, H] of all but the last of the tokens [B, T + 1], level k + 1 with what
+    level k estimated for the token before. A row of level k sees what it would see when drafting: itself, one row each
+    of the levels below, and level-1 rows before those.
+    """
+    tokens, num_rows = token_ids[:, 1:], features.shape[1]
+    positions = torch.arange(num_rows, device=token_ids.device)[None]
+    distance = positions[0][:, None] - positions[0][None]  # from row i back to row j
+    if num_levels == 1:
+        return [head(tokens, features, positions, (distance >= 0)[None, None])]
+    cache = DynamicCache()
+    outputs: list[Tensor] = []
+    fed = features
+    for level in range(num_levels):
+        # A row of this level sees that row of the level `below` that is as far back as the levels are apart.
+        blocks = [distance >= level, *(distance == level - below for below in range(1, level + 1))]
+        outputs.append(head(tokens, fed, positions, torch.cat(blocks, dim=1)[None, None], cache))
+        # The first row has no estimate before it: it keeps a true feature, and its later levels are not used.
+        fed = torch.cat((features[:, :1], outputs[-1][:, :-1].to(features.dtype)), dim=1)
+    return outputs
+
+
+def batch_at(recipe: DraftRecipe, tokens: Tokens, generated: Tokens, step: int) -> Tensor:
+    """The windows of one step, int64 [B, T + 1]; the share of the target's own is kept over the steps."""
+    num_rows = recipe.rows_per_step
+    first, last = (int(s * num_rows * recipe.generated_share) if len(generated) else 0 for s in (step, step + 1))
+    parts: list[Tokens] = []
+    if (num_given := num_rows - (last - first)) > 0:
+        parts.append(windows(tokens, recipe.context_len + 1, step * num_rows - first, num_given, recipe.seed))
+    if last > first:
+        parts.append(shuffled_rows(generated, first, last - first, recipe.seed + 1))
+    return torch.from_numpy(np.concatenate(parts)).long()
+
+
+def noise_at(recipe: DraftRecipe, step: int, hidden_size: int) -> Tensor:
+    """Uniform noise [B, T, H] of one step."""
+    generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
+    shape = (recipe.rows_per_step, recipe.context_len, hidden_size)
+    return (torch.rand(shape, generator=generator) - 0.5) * recipe.noise
+
+
+def generate_windows(target: Target, tokens: Tokens, recipe: DraftRecipe, directory: Path) -> Tokens:
+    """Windows [N, T + 1] that begin with given text and go on with the target's own, greedy or sampled.
+
+    Finished batches are kept in ``directory`` and not generated again.
+    """
+    length, num_rows = recipe.context_len + 1, recipe.generation_batch
+    temperatures = torch.full((num_rows,), recipe.temperature)
+    temperatures[: round(num_rows * recipe.greedy_share)] = 0.0
+    settings = (length, recipe.prompt_len, temperatures.tolist(), recipe.seed, target.digest)
+    identity = hashlib.sha256(repr(settings).encode() + tokens.tobytes()).hexdigest()[:12]
+    paths = [directory / f"{identity}-{index:05d}.npy" for index in range(recipe.num_generation_batches)]
+    num_kept = sum(path.exists() for path in paths)
+    batches: list[Tokens] = []
+    with TrainingProgress(
+        "text of the target", len(paths) * num_rows * length, num_kept * num_rows * length
+    ) as progress:
+        for index, path in enumerate(paths):
+            if path.exists():
+                batches.append(np.load(path))
+                continue
+            given = windows(tokens, recipe.prompt_len, index * num_rows, num_rows, recipe.seed + 2)
+            generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + index)
+            rows = continue_rows(target.model, torch.from_numpy(given), length, temperatures, generator)
+            batches.append(rows.to(torch.int32).numpy())
+            write_atomically(path, lambda partial, batch=batches[-1]: _save_array(partial, batch))
+            progress.update((index + 1) * num_rows * length)
+    return np.concatenate(batches) if batches else np.empty((0, length), np.int32)
+
+
+@torch.inference_mode()
+def continue_rows(model: Any, given: Tensor, length: int, temperatures: Tensor, generator: torch.Generator) -> Tensor:
+    """Continue rows [B, P] to [B, length], each at its temperature [B]; 0 is greedy. End-of-text does not end a row."""
+    num_rows, given_len = given.shape
+    rows = torch.empty(num_rows, length, dtype=torch.long)
+    rows[:, :given_len] = given
+    cache = StaticCache(config=model.config, max_cache_len=length)
+    begin = 0
+    for end in range(given_len, length):
+        output = model(
+            input_ids=rows[:, begin:end].to(model.device),
+            position_ids=torch.arange(begin, end, device=model.device)[None].expand(num_rows, -1),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        logits = output.logits[:, -1].float().cpu()
+        drawn = torch.multinomial((logits / temperatures.clamp(min=1e-6)[:, None]).softmax(-1), 1, generator=generator)
+        rows[:, end] = torch.where(temperatures > 0, drawn[:, 0], logits.argmax(-1))
+        begin = end
+    return rows
+
+
+def _save_array(path: Path, array: Tokens) -> None:
+    with path.open("wb") as file:  # np.save itself would append a suffix to the path
+        np.save(file, array)

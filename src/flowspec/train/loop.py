@@ -1,0 +1,101 @@
+"""What every training loop here shares: learning-rate schedule, checkpoints, progress. Knows no model."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from flowspec.errors import ModelError
+
+logger = logging.getLogger("flowspec.train")
+
+_LOG_INTERVAL_S = 60.0
+
+
+def learning_rate_factor(done: float, warmup: float) -> float:
+    """Linear warm-up, then linear decay to 0; ``done`` and ``warmup`` are shares of the whole run."""
+    if done < warmup:
+        return done / warmup
+    return max(0.0, (1.0 - done) / (1.0 - warmup))
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Let ``write`` fill a sibling file and move it into place, so that a reader never sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    write(partial)
+    partial.chmod(0o644)  # some writers make files that only their owner may read
+    os.replace(partial, path)
+
+
+def write_json(path: Path, value: object) -> None:
+    text = json.dumps(value, indent=2, sort_keys=True) + "\n"
+    write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    write_atomically(path, lambda partial: torch.save(state, partial))
+
+
+def load_checkpoint(path: Path, recipe: dict[str, Any]) -> dict[str, Any] | None:
+    """The state saved at ``path``, or None when there is none; it must come from the same recipe."""
+    if not path.exists():
+        return None
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises whatever the broken bytes lead to
+        raise ModelError(f"checkpoint {path} cannot be read ({error}); delete it to start again") from error
+    if state.get("recipe") != recipe:
+        raise ModelError(f"checkpoint {path} belongs to a run with other settings; delete it or use those settings")
+    return state
+
+
+class TrainingProgress:
+    """A progress bar on a terminal, one log line a minute elsewhere."""
+
+    def __init__(self, title: str, num_tokens: int, num_done: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._title = title
+        self._num_tokens = num_tokens
+        self._num_done = num_done
+        self._clock = clock
+        self._start = self._last_log = clock()
+        self._start_tokens = num_done
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.percentage:>3.0f}%  {task.fields[report]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> TrainingProgress:
+        if self._bar.console.is_terminal:
+            self._bar.start()
+            self._task = self._bar.add_task(self._title, total=self._num_tokens, completed=self._num_done, report="")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def update(self, num_done: int, **metrics: float) -> None:
+        self._num_done = num_done
+        now = self._clock()
+        speed = (num_done - self._start_tokens) / max(now - self._start, 1e-9)
+        report = "  ".join([f"{speed:.0f} tokens/s", *(f"{name} {value:.4g}" for name, value in metrics.items())])
+        if self._task is not None:
+            self._bar.update(self._task, completed=num_done, report=report)
+        elif now - self._last_log >= _LOG_INTERVAL_S or num_done >= self._num_tokens:
+            self._last_log = now
+            logger.info("%s: %d of %d tokens  %s", self._title, num_done, self._num_tokens, report)

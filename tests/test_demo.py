@@ -1,0 +1,40 @@
+"""What `make demo` and the benchmarks run, in a small size: they must work, whatever they measure."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from flowspec import LLM, SamplingParams
+from flowspec.core import Partition
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+def test_the_demo_checks_its_own_text() -> None:
+    command = [sys.executable, "-m", "flowspec", "demo", "--stages", "2", "--max-new-tokens", "24"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert "The text is the same as plain autoregressive decoding" in done.stdout
+    for row in ("tokens/s", "time to first token", "accepted", "restarts", "bytes on the links"):
+        assert row in done.stdout
+
+
+def test_the_demo_pair_speculates_well_over_eight_stages() -> None:
+    prompt = "class Queue:\n    def __init__(self, maxsize=0):\n"
+    params = SamplingParams(max_tokens=48)
+    with LLM("demo", partition=Partition.even(8, 8), in_process=True) as llm:
+        flow, plain = llm.generate(prompt, params), llm.generate(prompt, params, schedule="ar")
+    assert flow.token_ids == plain.token_ids
+    assert flow.text == plain.text != ""
+    assert flow.stats.draft == "eagle" and flow.stats.accepted > 15
+
+
+def test_the_overhead_benchmark_prints_json() -> None:
+    command = [sys.executable, str(BENCHMARKS / "overhead.py"), "--segments", "5", "--stages", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout)
+    assert figures["segments"] >= 5 and figures["engine_ms_per_hop"] > 0 and figures["tree"]["build_ms"] > 0
