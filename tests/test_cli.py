@@ -106,7 +106,14 @@ def test_ctrl_c_ends_every_process(checkpoint_dir: Callable[[str], Path]) -> Non
         *COMMAND, "generate", "t1 t2 t3", "--model", str(checkpoint_dir("llama")), "--stages", "3",
         "--schedule", "ar", "--max-new-tokens", "250",
     ]  # fmt: skip
-    driver = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    driver = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        # A test run in the background of a script would hand down that Ctrl-C is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     assert driver.stdout is not None and driver.stderr is not None
     assert driver.stdout.read(1), "it has begun to print"
     children = psutil.Process(driver.pid).children(recursive=True)

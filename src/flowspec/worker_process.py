@@ -45,6 +45,7 @@ logger = logging.getLogger("flowspec.worker")
 
 _LOADING_INTERVAL_S = 0.5
 _LINK_TIMEOUT_S = 20.0
+_LONGEST_WAIT_S = 0.5
 
 
 class _SessionOver(Exception):  # noqa: N818 - not an error
@@ -107,8 +108,8 @@ class WorkerProcess:
             self._dispatch(sends)
         self._check_peers()
         if sends is None:
-            timeout_s = session.heartbeat_s if session is not None else 3600.0
-            self._poller.poll(int(timeout_s * 1000))
+            # Never for long: a signal that comes just before the wait does not end it.
+            self._poller.poll(int(_LONGEST_WAIT_S * 1000))
 
     def _handle(self, identity: bytes, frames: list[Any]) -> None:
         session, sender = self._session, session_of(identity)
@@ -192,7 +193,8 @@ class WorkerProcess:
         if session.link is not None:
             session.link.check()
             if session.link.is_lost:
-                raise WorkerError(f"worker {session.stage} lost its connection to the next worker")
+                next_worker = f"worker {session.stage + 1} ({session.link.address})"
+                raise WorkerError(f"lost the connection to {next_worker}; has it ended?")
         if time.monotonic() - self._last_alive >= session.heartbeat_s:
             self._tell_driver(Alive(session.stage))
 
