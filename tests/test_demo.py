@@ -38,3 +38,11 @@ def test_the_overhead_benchmark_prints_json() -> None:
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout)
     assert figures["segments"] >= 5 and figures["engine_ms_per_hop"] > 0 and figures["tree"]["build_ms"] > 0
+
+
+def test_the_speed_benchmark_prints_json() -> None:
+    command = [sys.executable, str(BENCHMARKS / "demo_speed.py"), "--repeat", "1", "--stages", "2"]
+    done = subprocess.run([*command, "--max-new-tokens", "12"], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout)
+    assert figures["greedy"]["num_tokens"] == 12 and figures["temperature 0.8"]["ratio"] > 0
