@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from itertools import zip_longest
 from pathlib import Path
 
 from flowspec import LLM, SamplingParams
@@ -30,6 +31,17 @@ def test_the_demo_pair_speculates_well_over_eight_stages() -> None:
     assert flow.token_ids == plain.token_ids
     assert flow.text == plain.text != ""
     assert flow.stats.draft == "eagle" and flow.stats.accepted > 15
+
+
+def test_streams_that_are_read_in_turn_lose_nothing() -> None:
+    params = SamplingParams(max_tokens=20)
+    with LLM("demo", stages=2, in_process=True) as llm:
+        alone = [llm.generate(prompt, params).text for prompt in ("import os", "class A:")]
+        streams = [llm.stream(prompt, params) for prompt in ("import os", "class A:")]
+        texts = ["", ""]
+        for chunks in zip_longest(*streams):
+            texts = [text + (chunk.text if chunk else "") for text, chunk in zip(texts, chunks, strict=True)]
+    assert texts == alone
 
 
 def test_the_overhead_benchmark_prints_json() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
@@ -236,62 +236,60 @@ class LLM:
         if self._cluster is None:
             raise UsageError("this LLM is closed; make a new one")
         if params.temperature > 0 and params.seed is None:
-            params = _with_seed(params, secrets.randbits(63))
+            params = replace(params, seed=secrets.randbits(63))
         request = Request(self._next_request_id, prompt_ids, params, self.checkpoint.eos_token_ids)
         self._next_request_id += 1
         detokenizer = _Detokenizer(self.tokenizer, request.eos_ids)
-        bytes_before = self._link_bytes()
-        start_s = time.perf_counter()
+        bytes_before, pace, num_seen = self._link_bytes(), _Pace(time.perf_counter()), 0
         generation, sends = self._driver.submit(request, self._make_schedule(name))
-        num_seen, first_s, num_first = 0, start_s, 0
         try:
             self._cluster.send(sends)
-            while not generation.is_finished:
-                self._pump(generation)
-                if len(generation.output_ids) > num_seen and not generation.is_finished:
-                    new_ids = generation.output_ids[num_seen:]
-                    if not num_seen:
-                        first_s, num_first = time.perf_counter(), len(new_ids)
-                    num_seen = len(generation.output_ids)
-                    yield TextChunk(detokenizer.add(new_ids), new_ids)
-            end_s = time.perf_counter()
+            while True:
+                self._pump(generation, num_seen)
+                pace.note(len(generation.output_ids))
+                new_ids, num_seen = generation.output_ids[num_seen:], len(generation.output_ids)
+                if generation.is_finished:
+                    break
+                yield TextChunk(detokenizer.add(new_ids), new_ids)
         except FlowspecError:
             self.close()  # a pipeline with a hole is of no more use
             raise
         finally:
             if not generation.is_finished and self._cluster is not None:
                 self._cluster.send(self._driver.cancel(generation))
-        new_ids = generation.output_ids[num_seen:]
-        if not num_seen:
-            first_s, num_first = end_s, 0
         text = detokenizer.add(new_ids)
-        num_tokens, stats = len(generation.output_ids), generation.stats
-        decode_s = end_s - first_s
-        completion = Completion(
-            detokenizer.text,
+        num_bytes = self._link_bytes() - bytes_before
+        yield TextChunk(text, new_ids, self._completion(generation, name, detokenizer.text, pace, num_bytes))
+
+    def _completion(
+        self, generation: Generation, schedule: ScheduleName, text: str, pace: _Pace, link_bytes: int
+    ) -> Completion:
+        assert generation.finish_reason is not None
+        stats = generation.stats
+        return Completion(
+            text,
             generation.output_ids,
-            len(prompt_ids),
-            generation.finish_reason or "stop",
-            (num_tokens - num_first) / decode_s if decode_s > 0 else num_tokens / (end_s - start_s),
-            (first_s - start_s) * 1000,
+            len(generation.request.prompt_ids),
+            generation.finish_reason,
+            pace.tokens_per_s,
+            pace.ttft_ms,
             RunStats(
                 stats.segments,
                 stats.drafted,
                 stats.accepted,
                 stats.restarts,
                 round(stats.mean_accepted, 3),
-                self._link_bytes() - bytes_before,
-                name,
-                self._source.name if self._source is not None and name != "ar" else "none",
+                link_bytes,
+                schedule,
+                self._source.name if self._source is not None and schedule != "ar" else "none",
                 str(self.partition),
             ),
         )
-        yield TextChunk(text, new_ids, completion)
 
-    def _pump(self, generation: Generation) -> None:
-        """Let driver and cluster work until the generation has new tokens or has ended."""
+    def _pump(self, generation: Generation, num_seen: int) -> None:
+        """Let driver and cluster work until the generation has more than ``num_seen`` tokens or has ended."""
         assert self._cluster is not None
-        num_seen, has_worked, last_news = len(generation.output_ids), True, time.monotonic()
+        has_worked, last_news = True, time.monotonic()
         while not generation.is_finished and len(generation.output_ids) == num_seen:
             for message in self._cluster.receive(0.0 if has_worked else 0.5):
                 self._cluster.send(self._driver.on_message(message))
@@ -331,6 +329,32 @@ class LLM:
         self.close()
 
 
+class _Pace:
+    """When tokens came out; docs/METHODOLOGY.md defines the two figures."""
+
+    def __init__(self, start_s: float) -> None:
+        self._start_s = start_s
+        self._first: tuple[float, int] | None = None  # time and number of tokens of the first emission
+        self._last = (start_s, 0)
+
+    def note(self, num_tokens: int) -> None:
+        """So many tokens are out now."""
+        self._last = (time.perf_counter(), num_tokens)
+        self._first = self._first or self._last
+
+    @property
+    def ttft_ms(self) -> float:
+        assert self._first is not None
+        return (self._first[0] - self._start_s) * 1000
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Of the whole run when all tokens came at once."""
+        assert self._first is not None
+        since_s, num_before = self._first if self._first != self._last else (self._start_s, 0)
+        return (self._last[1] - num_before) / (self._last[0] - since_s)
+
+
 class _Detokenizer:
     """Token ids to text, piece by piece; a character whose bytes are still incomplete waits for the rest."""
 
@@ -345,12 +369,6 @@ class _Detokenizer:
         pieces = [self._stream.step(backend, i) or "" for i in token_ids if i not in self._eos_ids]
         self.text += (piece := "".join(pieces))
         return piece
-
-
-def _with_seed(params: SamplingParams, seed: int) -> SamplingParams:
-    from dataclasses import replace
-
-    return replace(params, seed=seed)
 
 
 def _choose_partition(
