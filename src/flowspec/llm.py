@@ -130,8 +130,8 @@ class LLM:
         self._schedule_name: ScheduleName = schedule
         self.checkpoint = Checkpoint.open(model)
         self.partition = _choose_partition(self.checkpoint, stages, partition, workers)
-        # Workers elsewhere have cores of their own; here they share what there is.
-        self._num_parallel = len(self.partition) if workers else min(len(self.partition), num_cores())
+        # Workers elsewhere have cores of their own; here they share what the driver leaves them.
+        self._num_parallel = len(self.partition) if workers else min(len(self.partition), max(1, num_cores() - 1))
         chosen_draft = _choose_draft(self.checkpoint, draft)  # before any process is started
         if in_process:
             self._cluster = InprocCluster(self.checkpoint, self.partition, dtype, device)
