@@ -58,6 +58,7 @@ def test_json_is_one_object_and_nothing_else(checkpoint_dir: Callable[[str], Pat
         (["t1", "--model", "/no/such/model"], "not a directory"),
         (["t1", "--workers", "nonsense"], "not HOST:PORT"),
         (["t1", "--segment-len", "0"], "segment_len is 0"),
+        (["t1", "--device", "nonsense"], "device 'nonsense' cannot be used here"),
         (["t1 " * 300], "300 tokens, but"),
     ],
     ids=lambda value: " ".join(value)[:30] if isinstance(value, list) else "",

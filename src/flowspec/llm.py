@@ -24,7 +24,7 @@ from flowspec.generation import Generation, Request
 from flowspec.launch import Cluster, InprocCluster, LocalProcesses, RemoteCluster, local_threads, num_cores
 from flowspec.messages import Alive, Ready
 from flowspec.model.eagle_head import EagleHead
-from flowspec.model.loader import DEMO, Checkpoint, demo_draft_directory
+from flowspec.model.loader import DEMO, Checkpoint, check_device, demo_draft_directory
 from flowspec.model.target_head import TargetHead
 from flowspec.schedule.autoregressive import Autoregressive
 from flowspec.schedule.base import Schedule
@@ -127,6 +127,7 @@ class LLM:
             raise UsageError(f"schedule {schedule!r} is none of {', '.join(SCHEDULES)}")
         if workers is not None and (in_process or not workers):
             raise UsageError("workers: name at least one address, and do not ask for in_process too")
+        check_device(device)
         self._schedule_name: ScheduleName = schedule
         self.checkpoint = Checkpoint.open(model)
         self.partition = _choose_partition(self.checkpoint, stages, partition, workers)

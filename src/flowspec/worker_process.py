@@ -36,7 +36,7 @@ from flowspec.messages import (
     Send,
     Stop,
 )
-from flowspec.model.loader import Checkpoint
+from flowspec.model.loader import Checkpoint, check_device
 from flowspec.model.stage import Stage
 from flowspec.transport import Connection, Listener, session_of
 from flowspec.worker import Worker
@@ -239,6 +239,7 @@ def serve(
     address: str, *, heartbeat_s: float, threads: int, device: str, announce: Callable[[str], None] | None = None
 ) -> None:
     """Run a worker until interrupted. ``announce`` is called with the endpoint once it listens."""
+    check_device(device)
     if threads:
         torch.set_num_threads(threads)
     process = WorkerProcess(address, heartbeat_s, device)

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from flowspec.core import DType
-from flowspec.errors import ModelError
+from flowspec.errors import ModelError, UsageError
 
 SUPPORTED = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}  # model_type -> family
 DEMO = "demo"
@@ -37,6 +37,14 @@ _LAYER_NAME = re.compile(r"model\.layers\.(\d+)\.")
 def demo_directory() -> Path:
     """The demo's target model in the installed package."""
     return Path(str(files("flowspec"))) / "demo" / "target"
+
+
+def check_device(device: str) -> None:
+    """Raises ``UsageError`` for a device that torch does not have here."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"device {device!r} cannot be used here ({_first_line(error)}); try cpu or cuda:0") from error
 
 
 def demo_draft_directory() -> Path:
