@@ -10,7 +10,7 @@ import logging
 import signal
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -52,10 +52,6 @@ class Schedule(str, Enum):
 class Dtype(str, Enum):
     float32 = "float32"
     bfloat16 = "bfloat16"
-
-
-def _default(config: type, name: str) -> Any:
-    return next(field.default for field in fields(config) if field.name == name)
 
 
 @contextlib.contextmanager
@@ -131,18 +127,16 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.")] = None,
     dtype: Annotated[Dtype, typer.Option(help="Type of weights and arithmetic; float32 is exact.")] = Dtype.float32,
     device: Annotated[str, typer.Option(help="Torch device of driver and local workers, as cpu or cuda:0.")] = "cpu",
-    tree_top_k: Annotated[int, typer.Option(help="Children drafted for a node.")] = _default(TreeConfig, "top_k"),
-    tree_depth: Annotated[int, typer.Option(help="Levels drafted at once.")] = _default(TreeConfig, "depth"),
-    tree_size: Annotated[int, typer.Option(help="Nodes of the draft tree at most.")] = _default(TreeConfig, "size"),
+    tree_top_k: Annotated[int, typer.Option(help="Children drafted for a node.")] = TreeConfig.top_k,
+    tree_depth: Annotated[int, typer.Option(help="Levels drafted at once.")] = TreeConfig.depth,
+    tree_size: Annotated[int, typer.Option(help="Nodes of the draft tree at most.")] = TreeConfig.size,
     min_probability: Annotated[
         float, typer.Option(help="Guesses that are reached less often, by the draft's own score, are not sent.")
-    ] = _default(TreeConfig, "min_probability"),
-    segment_len: Annotated[int, typer.Option(help="Nodes in one segment at most.")] = _default(
-        PipelineConfig, "segment_len"
-    ),
-    timeout: Annotated[float, typer.Option(help="Seconds to wait for workers to come up, or to answer.")] = _default(
-        LinkConfig, "stall_timeout_s"
-    ),
+    ] = TreeConfig.min_probability,
+    segment_len: Annotated[int, typer.Option(help="Nodes in one segment at most.")] = PipelineConfig.segment_len,
+    timeout: Annotated[
+        float, typer.Option(help="Seconds to wait for workers to come up, or to answer.")
+    ] = LinkConfig.stall_timeout_s,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log more, and show tracebacks.")] = False,
 ) -> None:
@@ -260,7 +254,6 @@ def demo(
             _stdout.print(f"[bold]{DEMO_PROMPT}[/bold]", end="")
             completion = _stream(llm, DEMO_PROMPT, params, progress)
             plain = llm.generate(DEMO_PROMPT, params, schedule="ar")
-        progress.stop()
         _stdout.print()
         _stdout.print(_table([completion, plain]))
         if completion.token_ids != plain.token_ids:

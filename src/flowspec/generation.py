@@ -50,10 +50,11 @@ class Stats:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a verification found: the tokens after the root, and the row of the last accepted node."""
+    """What a verification found: which nodes join the prefix, and the tokens after the root."""
 
     accepted_rows: list[int]  # the old root first
-    token_ids: list[int]  # the accepted nodes' tokens, then the bonus token
+    token_ids: list[int]  # the accepted nodes' tokens, then the new root's
+    new_root: int | None  # the row that holds the last token; ``None`` when no draft guessed it
 
 
 class Generation:
@@ -69,7 +70,6 @@ class Generation:
         max_positions: int,
     ) -> None:
         self.request = request
-        self.tree_config = tree_config
         self.pipeline_config = pipeline_config
         self.epoch = 0
         self.outbox: list[Send] = []
@@ -189,17 +189,16 @@ class Generation:
             accepted_rows.append(row)
             token_ids.append(self._sampler.token(verified[1], self.prefix_len + len(accepted_rows)))
             row = self.tree.find(row, token_ids[-1])
-        return Verdict(accepted_rows, token_ids) if token_ids else None
+        return Verdict(accepted_rows, token_ids, row) if token_ids else None
 
     def _ends(self, token_ids: list[int]) -> bool:
         return bool(token_ids) and not self.request.params.ignore_eos and token_ids[-1] in self.request.eos_ids
 
     def commit(self, verdict: Verdict) -> None:
         """Emit the verdict's tokens, tell the workers, re-root the tree and let the draft read the true features."""
-        tree = self.tree
+        tree, new_root = self.tree, verdict.new_root
         prefix_ids = tree.node_ids[verdict.accepted_rows].tolist()
         prefix_tokens = tree.token_ids[verdict.accepted_rows].tolist()
-        new_root = tree.find(verdict.accepted_rows[-1], verdict.token_ids[-1])
         self.output_ids += verdict.token_ids
         self.stats.accepted += len(verdict.token_ids) - (new_root is None)
         self.prefix_len += len(prefix_ids)

@@ -19,7 +19,7 @@ import zmq
 
 from flowspec.config import LinkConfig
 from flowspec.core import DType, Partition
-from flowspec.errors import FlowspecError, ProtocolError, UsageError, WorkerError
+from flowspec.errors import FlowspecError, UsageError, WorkerError
 from flowspec.messages import (
     PROTOCOL_VERSION,
     Busy,
@@ -284,6 +284,3 @@ def num_cores() -> int:
 def local_threads(num_workers: int) -> int:
     """Torch threads for each of so many workers on this machine, the driver counted as one more."""
     return max(1, num_cores() // (num_workers + 1))
-
-
-__all__ = ["Cluster", "InprocCluster", "LocalProcesses", "ProtocolError", "RemoteCluster", "local_threads", "num_cores"]

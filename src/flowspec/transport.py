@@ -18,7 +18,7 @@ from typing import Any, Literal
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
-from flowspec.errors import ProtocolError, UsageError, WorkerError
+from flowspec.errors import UsageError, WorkerError
 from flowspec.messages import Codec, Message, Route, Send, ToDriver
 
 DRIVER = 0  # the place of the driver; workers are 1, 2, ...
@@ -224,15 +224,3 @@ class Listener:
 
     def close(self, linger_s: float = 0.0) -> None:
         self._socket.close(linger=int(linger_s * 1000))
-
-
-__all__ = [
-    "DRIVER",
-    "Connection",
-    "InprocNetwork",
-    "Link",
-    "Listener",
-    "ProtocolError",
-    "session_of",
-    "tcp_endpoint",
-]
