@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test lint types demo-model clean
+.PHONY: setup demo test lint types results demo-model clean
 
 setup: $(STAMP)
 
@@ -28,6 +28,10 @@ types: setup
 
 test: lint types
 	$(BIN)/python -m pytest
+
+# Simulates everything that docs/RESULTS.md shows of clusters, and writes it there.
+results: setup
+	$(BIN)/python benchmarks/results.py
 
 # Trains the demo target and its draft head again (hours on two cores) and writes them into src/flowspec/demo.
 demo-model: setup

@@ -27,7 +27,7 @@ from flowspec.llm import LLM
 from flowspec.messages import Result, Segment, Send, ToDriver
 from flowspec.model.loader import Checkpoint
 from flowspec.model.stage import Stage
-from flowspec.tree import UNDRAFTED, DraftTree
+from flowspec.tree import UNDRAFTED, DraftTree, Ints
 
 PROMPT = "class Queue:\n    def __init__(self, maxsize=0):\n"
 
@@ -78,10 +78,10 @@ class FixedDraft:
 
     def commit(self, accepted: Accepted, tree: DraftTree) -> None: ...
 
-    def propose(self, tree: DraftTree, max_depth: int) -> bool:
-        if tree.staleness[0] != UNDRAFTED:
+    def expand(self, tree: DraftTree, rows: Ints) -> bool:
+        if rows[0] != 0:
             return False
-        root, tokens = np.zeros(1, dtype=np.int64), np.arange(1, 16)[None]
+        root, tokens = rows, np.arange(1, 16)[None]
         tree.expand(root, tokens, np.full(tokens.shape, np.log(1 / 16)), np.ones(1, dtype=np.int64))
         return True
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from flowspec.config import PipelineConfig, TreeConfig
+from flowspec.config import LockstepConfig, PipelineConfig, ScheduleConfig, TreeConfig
 from flowspec.core import Partition, SamplingParams
 from flowspec.draft.base import DraftSource
 from flowspec.draft.eagle import EagleSource
@@ -17,8 +18,7 @@ from flowspec.model.eagle_head import EagleHead
 from flowspec.model.loader import Checkpoint
 from flowspec.model.stage import Stage
 from flowspec.model.target_head import TargetHead
-from flowspec.schedule.autoregressive import Autoregressive
-from flowspec.schedule.flow import Flow
+from flowspec.schedule.catalogue import make_schedule
 from flowspec.transport import DRIVER, InprocNetwork
 from flowspec.worker import Worker
 
@@ -52,8 +52,15 @@ class Pump:
         ]
         head = TargetHead(checkpoint.load_lm_head("float32", "cpu"))
         source = draft if not isinstance(draft, str) else _source(draft, directory, checkpoint, head, tree)
-        page = Flow(tree, pipeline, num_stages) if schedule == "flow" else Autoregressive()
-        self.driver = Driver(head, source, page, tree, pipeline, checkpoint.max_positions)
+        config = ScheduleConfig(tree, LockstepConfig(replace(tree, size=tree.size + 1)), pipeline=pipeline)
+        self.driver = Driver(
+            head,
+            source,
+            lambda: make_schedule(schedule, config, num_stages),
+            pipeline,
+            checkpoint.max_positions,
+            time.perf_counter,
+        )
         self.network = InprocNetwork(num_stages)
         self._next_id = 0
 
@@ -114,4 +121,4 @@ def _source(
             return NgramSource()
         case _:
             embedding = checkpoint.load_embedding("float32", "cpu")
-            return EagleSource(EagleHead.load(directory / "draft", embedding, "float32", "cpu"), head, tree)
+            return EagleSource(EagleHead.load(directory / "draft", embedding, "float32", "cpu"), head, tree.top_k)

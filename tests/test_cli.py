@@ -33,7 +33,8 @@ def test_json_is_one_object_and_nothing_else(checkpoint_dir: Callable[[str], Pat
         "text", "token_ids", "prompt_tokens", "num_tokens", "finish_reason", "tokens_per_s", "ttft_ms", "stats",
     }  # fmt: skip
     assert values["stats"].keys() == {
-        "segments", "drafted", "accepted", "restarts", "mean_accepted", "link_bytes", "schedule", "draft", "partition",
+        "segments", "rows", "drafted", "accepted", "verified", "restarts", "draft_passes", "mean_accepted",
+        "link_bytes", "schedule", "draft", "partition",
     }  # fmt: skip
     assert (values["prompt_tokens"], values["num_tokens"], values["finish_reason"]) == (6, 12, "length")
     assert values["stats"]["partition"] == "0:3,3:6" and values["stats"]["draft"] == "eagle"
@@ -57,7 +58,8 @@ def test_json_is_one_object_and_nothing_else(checkpoint_dir: Callable[[str], Pat
         (["t1", "--draft", "/no/such/head"], "no draft head"),
         (["t1", "--model", "/no/such/model"], "not a directory"),
         (["t1", "--workers", "nonsense"], "not HOST:PORT"),
-        (["t1", "--segment-len", "0"], "segment_len is 0"),
+        (["t1", "--segment-len", "-1"], "segment_len is -1"),
+        (["t1", "--schedule", "nonsense"], "schedule 'nonsense' is none of ar, serial"),
         (["t1", "--device", "nonsense"], "device 'nonsense' cannot be used here"),
         (["t1 " * 300], "300 tokens, but"),
     ],

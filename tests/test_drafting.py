@@ -14,7 +14,7 @@ from flowspec.config import PipelineConfig, TreeConfig
 from flowspec.core import SamplingParams
 from flowspec.draft.base import Accepted
 from flowspec.draft.ngram import NgramConfig, NgramSource
-from flowspec.tree import UNDRAFTED, DraftTree
+from flowspec.tree import DraftTree, Ints
 from pump import Choose, Pump
 
 
@@ -43,17 +43,12 @@ class TargetDraft:
         self._prefix += accepted.token_ids
 
     @torch.inference_mode()
-    def propose(self, tree: DraftTree, max_depth: int) -> bool:
-        """Expand the best node that was not expanded yet by its likeliest token."""
-        for row in tree.best().tolist():
-            if tree.staleness[row] == UNDRAFTED and tree.depths[row] < max_depth:
-                text = self._prefix + tree.token_ids[tree.path(row)].tolist()
-                best = self._model(torch.tensor([text])).logits[0, -1].log_softmax(-1).topk(1)
-                tree.expand(
-                    np.array([row]), best.indices[None].numpy(), best.values[None].double().numpy(), np.array([1])
-                )
-                return True
-        return False
+    def expand(self, tree: DraftTree, rows: Ints) -> bool:
+        """Give the first of the nodes its likeliest token."""
+        text = self._prefix + tree.token_ids[tree.path(int(rows[0]))].tolist()
+        best = self._model(torch.tensor([text])).logits[0, -1].log_softmax(-1).topk(1)
+        tree.expand(rows[:1], best.indices[None].numpy(), best.values[None].double().numpy(), np.array([1]))
+        return True
 
 
 def draft_first(pump: Pump) -> Choose:
@@ -86,16 +81,17 @@ def test_the_ngram_draft_continues_the_longest_match() -> None:
         [1, 2, 3, 4, 5, 9, 2, 3, 7, 8, 1, 2, 3]
     )
     tree = DraftTree(12, 3, 80)
-    assert draft.propose(tree, max_depth=6)
+    assert draft.expand(tree, np.zeros(1, dtype=np.int64))
     # "1 2 3" was followed by 4 5 9; the later "2 3" (then 7) is the shorter match.
     assert tree.token_ids[tree.path(len(tree) - 1)].tolist() == [3, 4, 5, 9]
 
 
-def test_the_ngram_draft_says_when_it_knows_nothing() -> None:
+def test_the_ngram_draft_adds_nothing_when_it_knows_nothing() -> None:
     draft = NgramSource().open([1, 2, 3, 4, 5])
     tree = DraftTree(4, 5, 80)
-    assert not draft.propose(tree, max_depth=6)
+    draft.expand(tree, np.zeros(1, dtype=np.int64))
     assert len(tree) == 1
+    assert not len(tree.worth_expanding(6, 10)), "it need not try again"
 
 
 def test_repetitive_text_is_accepted_from_ngrams(checkpoint_dir: Callable[[str], Path]) -> None:

@@ -13,13 +13,13 @@ PACKAGE = Path(__file__).parent.parent / "src" / "flowspec"
 
 # Lower numbers are imported by higher ones. A longer name overrules its package's.
 LEVELS = {
-    "errors": 0, "core": 0, "config": 0,
-    "tree": 1, "sampling": 1, "messages": 1,
+    "errors": 0, "core": 0, "config": 0, "records": 0,
+    "tree": 1, "sampling": 1, "messages": 1, "cluster": 1,
     "transport": 2, "model": 2,
     "draft.base": 3, "generation": 3, "draft": 3, "schedule": 3,
     "worker": 4, "driver": 4,
-    "worker_process": 5, "launch": 5, "llm": 5,
-    "train": 6, "cli": 6, "__main__": 7,
+    "virtual_time": 5, "worker_process": 5, "launch": 5, "llm": 5, "simulator": 5,
+    "train": 6, "bench": 6, "cli_common": 6, "cli_bench": 6, "cli": 6, "__main__": 7,
 }  # fmt: skip
 
 FORBIDDEN = {
@@ -36,7 +36,8 @@ CONFINED = {
     "ray": {"launch"},
     "fastapi": {"server"},
     "pydantic": {"server"},
-    "typer": {"cli"},
+    "typer": {"cli", "cli_bench", "cli_common"},
+    "matplotlib": {"bench.plots"},
     "transformers": {"model", "train", "llm"},
     "huggingface_hub": {"model"},
 }

@@ -18,7 +18,7 @@ from flowspec import LLM, SamplingParams
 from flowspec.config import LinkConfig
 from flowspec.errors import UsageError, WorkerError
 from flowspec.launch import LocalProcesses
-from flowspec.messages import Codec, Configure, Stop
+from flowspec.messages import PROTOCOL_VERSION, Codec, Configure, Stop
 from pump import Pump
 
 PROMPT_IDS = [1, 4, 2, 1, 4, 2, 3]
@@ -187,7 +187,7 @@ def test_a_workers_own_mistake_reaches_the_driver_as_one_line(checkpoint_dir: Ca
     try:
         socket.setsockopt(zmq.IDENTITY, b"me:control")
         socket.connect(processes.addresses[0])
-        configure = Configure(1, 1, 1, "/no/such/model", 0, 2, "float32", None, 1.0)
+        configure = Configure(PROTOCOL_VERSION, 1, 1, "/no/such/model", 0, 2, "float32", None, 1.0)
         socket.send_multipart([bytes(frame) for frame in Codec().encode(configure)])
         assert socket.poll(60_000)
         failure = Codec().decode_to_driver([bytearray(frame) for frame in socket.recv_multipart()])

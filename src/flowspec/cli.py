@@ -7,20 +7,18 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import signal
 import sys
-from collections.abc import Iterator
 from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
 from flowspec import __version__
+from flowspec.cli_bench import bench, simulate
+from flowspec.cli_common import SCHEDULE_NAMES, TerminalProgress, Verbose, errors_in_one_line, stderr, stdout
 from flowspec.config import LinkConfig, PipelineConfig, TreeConfig
 from flowspec.core import SamplingParams
 from flowspec.errors import FlowspecError, UsageError
@@ -34,8 +32,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-_stderr = Console(stderr=True, highlight=False)
-_stdout = Console(highlight=False)
 
 DEMO_PROMPT = '''class Queue:
     """A first in, first out queue."""
@@ -44,64 +40,9 @@ DEMO_PROMPT = '''class Queue:
 '''
 
 
-class Schedule(str, Enum):
-    flow = "flow"
-    ar = "ar"
-
-
 class Dtype(str, Enum):
     float32 = "float32"
     bfloat16 = "bfloat16"
-
-
-@contextlib.contextmanager
-def _errors_in_one_line(verbose: bool) -> Iterator[None]:
-    """Every way out of a command: what the user did, what went wrong, or Ctrl-C."""
-    logging.basicConfig(
-        level=logging.DEBUG if verbose else logging.WARNING, format="flowspec: %(message)s", stream=sys.stderr
-    )
-    for name in ("transformers", "huggingface_hub", "httpx", "httpcore"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    # A terminated driver ends its workers as an interrupted one does.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    try:
-        yield
-    except FlowspecError as error:
-        if verbose:
-            _stderr.print_exception()
-        print(f"flowspec: error: {error}", file=sys.stderr)
-        raise typer.Exit(error.exit_code) from None
-    except KeyboardInterrupt:
-        print("flowspec: interrupted", file=sys.stderr)
-        raise typer.Exit(130) from None
-
-
-class _TerminalProgress:
-    """A bar on standard error for long work; nothing at all in a pipe."""
-
-    def __init__(self) -> None:
-        self._bar = Progress(
-            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
-            console=_stderr, transient=True,
-        )  # fmt: skip
-        self._tasks: dict[str, Any] = {}
-
-    def __call__(self, what: str, done: float) -> None:
-        if not _stderr.is_terminal:
-            return
-        if what not in self._tasks:
-            self._bar.start()
-            self._tasks[what] = self._bar.add_task(what, total=1.0)
-        self._bar.update(self._tasks[what], completed=done)
-
-    def stop(self) -> None:
-        """Before text is printed: the bar would be drawn over it."""
-        if not self._tasks:
-            return
-        self._bar.stop()
-        for task in self._tasks.values():
-            self._bar.remove_task(task)
-        self._tasks = {}
 
 
 @app.command()
@@ -119,7 +60,9 @@ def generate(
     workers: Annotated[
         str | None, typer.Option(help="host:port,host:port,... of running workers, in pipeline order.")
     ] = None,
-    schedule: Annotated[Schedule, typer.Option(help="flow: speculative; ar: one token at a time.")] = Schedule.flow,
+    schedule: Annotated[
+        str, typer.Option(help=f"One of {SCHEDULE_NAMES}. ar: one token at a time; the others are speculative.")
+    ] = "flow",
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 64,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens of this total probability.")] = 1.0,
@@ -133,21 +76,23 @@ def generate(
     min_probability: Annotated[
         float, typer.Option(help="Guesses that are reached less often, by the draft's own score, are not sent.")
     ] = TreeConfig.min_probability,
-    segment_len: Annotated[int, typer.Option(help="Nodes in one segment at most.")] = PipelineConfig.segment_len,
+    segment_len: Annotated[
+        int, typer.Option(help="Nodes in one segment of flow at most; 0: by the devices' costs.")
+    ] = PipelineConfig.segment_len,
     timeout: Annotated[
         float, typer.Option(help="Seconds to wait for workers to come up, or to answer.")
     ] = LinkConfig.stall_timeout_s,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log more, and show tracebacks.")] = False,
+    verbose: Verbose = False,
 ) -> None:
     """Continue a prompt."""
-    with _errors_in_one_line(verbose):
+    with errors_in_one_line(verbose):
         text = _read_prompt(prompt, prompt_file)
         params = SamplingParams(max_new_tokens, temperature, top_p, top_k, seed)
         tree = TreeConfig(
             tree_top_k, tree_depth, max_depth=2 * tree_depth, size=tree_size, min_probability=min_probability
         )
-        progress = _TerminalProgress()
+        progress = TerminalProgress()
         from flowspec.llm import LLM
 
         with contextlib.ExitStack() as stack:
@@ -159,7 +104,7 @@ def generate(
                     stages=stages,
                     partition=partition,
                     workers=[address.strip() for address in workers.split(",")] if workers else None,
-                    schedule=schedule.value,
+                    schedule=schedule,
                     dtype=dtype.value,
                     device=device,
                     tree=tree,
@@ -173,8 +118,8 @@ def generate(
                 _print_json(completion)
             else:
                 completion = _stream(llm, text, params, progress)
-                if _stderr.is_terminal:
-                    _stderr.print(_table([completion]))
+                if stderr.is_terminal:
+                    stderr.print(_table([completion]))
 
 
 def _read_prompt(prompt: str | None, prompt_file: str | None) -> str:
@@ -189,7 +134,7 @@ def _read_prompt(prompt: str | None, prompt_file: str | None) -> str:
         raise UsageError(f"cannot read the prompt from {prompt_file}: {error}") from None
 
 
-def _stream(llm: LLM, prompt: str, params: SamplingParams, progress: _TerminalProgress) -> Completion:
+def _stream(llm: LLM, prompt: str, params: SamplingParams, progress: TerminalProgress) -> Completion:
     """Print the text as it comes."""
     chunk = None
     for chunk in llm.stream(prompt, params):
@@ -238,27 +183,27 @@ def demo(
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 200,
     temperature: Annotated[float, typer.Option(help="0 is greedy; small models then repeat themselves.")] = 0.8,
     seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 3,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log more, and show tracebacks.")] = False,
+    verbose: Verbose = False,
 ) -> None:
     """Continue a piece of code with the built-in model over local worker processes, and check the result."""
-    with _errors_in_one_line(verbose):
-        progress = _TerminalProgress()
+    with errors_in_one_line(verbose):
+        progress = TerminalProgress()
         from flowspec.llm import LLM
 
         params = SamplingParams(max_new_tokens, temperature, seed=seed)
         with contextlib.ExitStack() as stack:
             stack.callback(progress.stop)
             llm = stack.enter_context(LLM("demo", stages=stages, progress=progress))
-            _stdout.print(f"[dim]{stages} worker processes, layers {llm.partition}, and the driver[/dim]\n")
+            stdout.print(f"[dim]{stages} worker processes, layers {llm.partition}, and the driver[/dim]\n")
             progress.stop()
-            _stdout.print(f"[bold]{DEMO_PROMPT}[/bold]", end="")
+            stdout.print(f"[bold]{DEMO_PROMPT}[/bold]", end="")
             completion = _stream(llm, DEMO_PROMPT, params, progress)
             plain = llm.generate(DEMO_PROMPT, params, schedule="ar")
-        _stdout.print()
-        _stdout.print(_table([completion, plain]))
+        stdout.print()
+        stdout.print(_table([completion, plain]))
         if completion.token_ids != plain.token_ids:
             raise FlowspecError("the text is NOT the same as plain autoregressive decoding; please report this")
-        _stdout.print("\nThe text is the same as plain autoregressive decoding, token for token.")
+        stdout.print("\nThe text is the same as plain autoregressive decoding, token for token.")
 
 
 @app.command()
@@ -266,10 +211,10 @@ def worker(
     listen: Annotated[str, typer.Option(help="HOST:PORT to wait on for a driver.")] = "127.0.0.1:7070",
     threads: Annotated[int, typer.Option(help="Torch threads; 0 leaves the choice to torch.")] = 0,
     device: Annotated[str, typer.Option(help="Torch device, as cpu or cuda:0.")] = "cpu",
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log more, and show tracebacks.")] = False,
+    verbose: Verbose = False,
 ) -> None:
     """Wait for drivers and run a stage of a model for one at a time."""
-    with _errors_in_one_line(verbose):
+    with errors_in_one_line(verbose):
         from flowspec.worker_process import serve
 
         logger = logging.getLogger("flowspec")
@@ -307,10 +252,10 @@ def train_draft(
     compiled: Annotated[
         bool, typer.Option("--compile", help="Faster after some minutes; needs a C++ compiler.")
     ] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log more, and show tracebacks.")] = False,
+    verbose: Verbose = False,
 ) -> None:
     """Train an EAGLE draft head for a target model."""
-    with _errors_in_one_line(verbose):
+    with errors_in_one_line(verbose):
         logging.getLogger("flowspec").setLevel(logging.INFO)
         import torch
 
@@ -321,6 +266,10 @@ def train_draft(
             torch.set_num_threads(threads)
         recipe = DraftRecipe(num_tokens=tokens, generated_share=generated_share)
         train(target, out, data, recipe, work_dir or out / "training", compiled=compiled)
+
+
+app.command()(simulate)
+app.command()(bench)
 
 
 def _print_version(wanted: bool) -> None:

@@ -40,18 +40,58 @@ class TreeConfig:
         return math.log(self.min_probability) if self.min_probability else -math.inf
 
 
+PUBLISHED_TREE = TreeConfig(size=81, min_probability=0.0)  # 80 nodes and the root, in FlowSpec's and its baselines
+
+
+@dataclass(frozen=True)
+class LockstepConfig:
+    """FlowSpec as published. EAGLE's code counts the passes after the first: its depth 5 is our depth 6."""
+
+    tree: TreeConfig = PUBLISHED_TREE
+    expand_depth: int = 6  # levels of the tree that is drafted after an acceptance
+    expand_size: int = 64  # its nodes, the root excluded
+    deepen_size: int = 48  # nodes added when a step has verified nothing
+    score_order: bool = True  # nodes enter by score; else level by level
+    prune: bool = True  # dead nodes are dropped at every stage; else they stay until the round ends
+    expand: bool = True  # the tree grows while it is in flight; else only between rounds
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "expand_depth", "expand_size", "deepen_size")
+
+    @property
+    def name(self) -> str:
+        """``lockstep``, and which of its mechanisms are switched off."""
+        switches = {"no-score-order": self.score_order, "no-prune": self.prune, "no-expand": self.expand}
+        return "-".join(["lockstep", *(name for name, is_on in switches.items() if not is_on)])
+
+
 @dataclass(frozen=True)
 class PipelineConfig:
     """How a request is cut into segments."""
 
-    segment_len: int = 16  # nodes in one segment at most
+    segment_len: int = 0  # nodes in one segment of ``flow`` at most; 0: by the devices' costs, 16 where unknown
     segments_in_flight: int = 0  # segments under way at once at most; 0: one more than stages that run at once
     prefill_chunk: int = 256  # prompt tokens in one segment
 
     def __post_init__(self) -> None:
-        _check_positive(self, "segment_len", "prefill_chunk")
+        _check_positive(self, "prefill_chunk")
+        if self.segment_len < 0:
+            raise UsageError(f"segment_len is {self.segment_len}; it must be 0 (automatic) or positive")
         if self.segments_in_flight < 0:
             raise UsageError(f"segments_in_flight is {self.segments_in_flight}; it must be 0 (automatic) or positive")
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """The settings of all schedules."""
+
+    flow: TreeConfig = TreeConfig()  # of the schedule ``flow``
+    lockstep: LockstepConfig = LockstepConfig()  # its tree is that of ``serial`` and ``chunked`` too
+    pipedec_width: int = 16  # nodes of one tree level
+    pipeline: PipelineConfig = PipelineConfig()
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "pipedec_width")
 
 
 @dataclass(frozen=True)

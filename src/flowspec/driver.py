@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from flowspec.config import PipelineConfig, TreeConfig
+from flowspec.config import PipelineConfig
 from flowspec.draft.base import DraftSource
 from flowspec.errors import ProtocolError
-from flowspec.generation import Generation, Request
+from flowspec.generation import Generation, LogitsHead, Meter, NoMeter, Request
 from flowspec.messages import Alive, Closed, Message, Result, Send
-from flowspec.model.target_head import TargetHead
 from flowspec.schedule.base import Schedule
 
 
@@ -20,7 +21,7 @@ class _Running:
 
 
 class Driver:
-    """Runs requests by one schedule.
+    """Runs requests, each by a schedule of its own.
 
     ``on_message`` verifies what came back; its commits leave before anything else is done. ``on_idle`` does one
     bounded piece of background work (one segment sent, or one draft pass), so that results never wait long.
@@ -28,19 +29,21 @@ class Driver:
 
     def __init__(
         self,
-        head: TargetHead,
+        head: LogitsHead,
         source: DraftSource | None,
-        schedule: Schedule,
-        tree_config: TreeConfig,
+        make_schedule: Callable[[], Schedule],
         pipeline_config: PipelineConfig,
         max_positions: int,
+        clock: Callable[[], float],
+        meter: Meter | None = None,
     ) -> None:
         self._head = head
         self._source = source
-        self._schedule = schedule
-        self._tree_config = tree_config
+        self._make_schedule = make_schedule
         self._pipeline_config = pipeline_config
         self._max_positions = max_positions
+        self._clock = clock
+        self._meter = meter or NoMeter()
         self._running: dict[int, _Running] = {}  # until the pipeline has confirmed their end
 
     @property
@@ -49,15 +52,22 @@ class Driver:
         return len(self._running)
 
     def submit(self, request: Request, schedule: Schedule | None = None) -> tuple[Generation, list[Send]]:
-        """Start a request, by a schedule of its own if one is given; ids only grow.
+        """Start a request, by a schedule made for it if one is given; ids only grow.
 
         The caller reads the generation's output as it comes.
         """
         assert request.request_id not in self._running, "request ids are never reused"
-        schedule = schedule or self._schedule
+        schedule = schedule or self._make_schedule()
         source = self._source if schedule.uses_draft else None
         generation = Generation(
-            request, self._head, source, self._tree_config, self._pipeline_config, self._max_positions
+            request,
+            self._head,
+            source,
+            schedule.tree,
+            self._pipeline_config,
+            self._max_positions,
+            self._meter,
+            self._clock,
         )
         self._running[request.request_id] = _Running(generation, schedule)
         generation.prefill()
@@ -83,6 +93,12 @@ class Driver:
                 return []
             case _:
                 raise ProtocolError(f"the driver takes no {type(message).__name__} during a session")
+
+    @property
+    def wake_s(self) -> float:
+        """When ``on_idle`` may have work again even if no message comes; on the driver's clock, infinite for never."""
+        wakes = (running.generation.wake_s for running in self._running.values() if not running.generation.is_finished)
+        return min((wake_s for wake_s in wakes if wake_s is not None), default=math.inf)
 
     def on_idle(self) -> list[Send] | None:
         """One piece of work for the first request that has any, in turn; ``None`` when none has."""

@@ -5,7 +5,11 @@ A generation decides nothing about timing; a schedule does. It does no I/O: what
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from enum import Enum
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -14,8 +18,7 @@ from torch import Tensor
 from flowspec.config import PipelineConfig, TreeConfig
 from flowspec.core import FinishReason, SamplingParams
 from flowspec.draft.base import Accepted, Draft, DraftSource
-from flowspec.messages import NO_PARENT, Close, Commit, Open, Result, Route, Segment, Send, Timing
-from flowspec.model.target_head import TargetHead
+from flowspec.messages import LAST_STEP, NO_PARENT, Close, Commit, Open, Result, Route, Segment, Send, Step, Timing
 from flowspec.sampling import Sampler
 from flowspec.tree import DraftTree, Ints
 
@@ -30,17 +33,57 @@ class Request:
     eos_ids: frozenset[int] = frozenset()
 
 
+class Work(str, Enum):
+    """The driver's own work, by kind."""
+
+    DRAFT_PASS = "draft pass"
+    MERGE_PASS = "merging draft pass"  # the first pass over a tree that a commit has kept
+    LM_HEAD = "lm_head"
+    VERIFY = "verify"
+    SEND = "send"
+
+
+class Meter(Protocol):
+    """Told of the driver's work as it is done: to measure it in a real run, or to charge for it in a simulated one."""
+
+    def work(self, kind: Work, num_rows: int) -> AbstractContextManager[None]: ...
+
+
+class NoMeter:
+    def work(self, kind: Work, num_rows: int) -> AbstractContextManager[None]:
+        return nullcontext()
+
+
+class LogitsHead(Protocol):
+    """The target's lm_head: ``model.target_head.TargetHead``, or what stands in for it."""
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[n, H] -> [n, V]."""
+        ...
+
+
+@dataclass
+class SegmentStats:
+    """What became of one segment."""
+
+    num_sent: int
+    num_verified: int = 0  # nodes that were alive when the result came
+    num_accepted: int = 0  # nodes that became output, roots included
+
+
 @dataclass
 class Stats:
     """Counts of one generation; see docs/METHODOLOGY.md for the definitions."""
 
-    segments: int = 0  # segments sent, prefill excluded
+    segments: int = 0  # segments sent, prefill and empty ones excluded
+    rows: int = 0  # nodes sent in them
     drafted: int = 0  # draft nodes sent (roots that no draft had guessed excluded)
     accepted: int = 0  # draft nodes that became output
     restarts: int = 0  # times the target's token was not in the tree
     verified: int = 0  # segments whose result verified at least one node that was alive
     draft_passes: int = 0
     timings: list[tuple[Timing, ...]] = field(default_factory=list)  # one entry per result, one timing per stage
+    by_segment: dict[int, SegmentStats] = field(default_factory=dict)  # by segment id
 
     @property
     def mean_accepted(self) -> float:
@@ -58,18 +101,25 @@ class Verdict:
 
 
 class Generation:
-    """The state of one request; verbs: ``prefill``, ``send``, ``receive``, ``verify``, ``commit``, ``propose``."""
+    """The state of one request; verbs: ``prefill``, ``send``, ``receive``, ``verify``, ``commit``, ``expand``.
+
+    Lock-step schedules also ``send`` behind a gate, and ``step``.
+    """
 
     def __init__(
         self,
         request: Request,
-        head: TargetHead,
+        head: LogitsHead,
         source: DraftSource | None,
         tree_config: TreeConfig,
         pipeline_config: PipelineConfig,
         max_positions: int,
+        meter: Meter,
+        clock: Callable[[], float],
     ) -> None:
         self.request = request
+        self.clock = clock
+        self.wake_s: float | None = None  # when the schedule wants to be asked again, if nothing comes before
         self.pipeline_config = pipeline_config
         self.epoch = 0
         self.outbox: list[Send] = []
@@ -79,16 +129,20 @@ class Generation:
         self.num_prompt_verified = 0  # prompt tokens whose prefill has come back
         self.in_flight: dict[int, Ints] = {}  # segment id -> the node ids that were alive at the last commit
         self._head = head
+        self._meter = meter
         self._sampler = Sampler(request.params)
         self._num_tokens = min(request.params.max_tokens, max_positions - len(request.prompt_ids))
         self._want_features = source is not None and source.needs_features
         self._draft: Draft | None = source.open(request.prompt_ids) if source else None
         self.num_passes = 0  # draft passes since the last commit
-        self._segment_id = 0
+        self.next_segment_id = 0
         self._root_parent_id = NO_PARENT
+        self._unannounced: list[int] = []  # accepted nodes that the workers have not been told of
+        self._has_gates = False
         self.prefix_len = len(request.prompt_ids) - 1  # committed tokens before the root; also the root's position
         self._root_is_draft = False
-        self._verified: dict[int, tuple[Tensor, Tensor]] = {}  # node id -> (feature [H], logits [V])
+        # node id -> (feature [H], logits [V], the segment it came in)
+        self._verified: dict[int, tuple[Tensor, Tensor, int]] = {}
         self.tree = DraftTree(self.prefix_len, request.prompt_ids[-1], tree_config.size, tree_config.min_score)
 
     @property
@@ -109,32 +163,46 @@ class Generation:
         for start in range(0, len(prompt), self.pipeline_config.prefill_chunk):
             ids = list(range(start, min(start + self.pipeline_config.prefill_chunk, len(prompt))))
             holds_root = ids[-1] == self.tree.root_id
-            self._send_rows(ids, [i - 1 for i in ids], ids, [prompt[i] for i in ids], len(ids) - holds_root)
+            self._send_rows(ids, [i - 1 for i in ids], ids, [prompt[i] for i in ids], len(ids) - holds_root, None)
         self.tree.mark_sent(np.zeros(1, dtype=np.int64))
 
-    def send(self, rows: Ints) -> None:
-        """Send these unsent rows of the tree as one segment; each one's parent was sent or goes with it."""
+    def send(self, rows: Ints, gate: int | None = None) -> None:
+        """Send these unsent rows of the tree as one segment; each one's parent was sent or goes with it.
+
+        With a ``gate`` (see ``messages.Segment``) the segment may be empty.
+        """
         tree = self.tree
-        tree.mark_sent(rows)
-        parents = tree.parents[rows]
-        parent_ids = np.where(parents >= 0, tree.node_ids[parents], self._root_parent_id)
-        self._send_rows(
-            tree.node_ids[rows].tolist(),
-            parent_ids.tolist(),
-            (tree.depths[rows] + self.prefix_len).tolist(),
-            tree.token_ids[rows].tolist(),
-            num_prefix=0,
-        )
-        self.stats.segments += 1
-        self.stats.drafted += len(rows) - bool(rows[0] == 0 and not self._root_is_draft)
+        with self._meter.work(Work.SEND, len(rows)):
+            tree.mark_sent(rows)
+            parents = tree.parents[rows]
+            parent_ids = np.where(parents >= 0, tree.node_ids[parents], self._root_parent_id)
+            if len(rows):
+                self.stats.segments += 1
+                self.stats.rows += len(rows)
+                self.stats.drafted += len(rows) - bool(rows[0] == 0 and not self._root_is_draft)
+                self.stats.by_segment[self.next_segment_id] = SegmentStats(len(rows))
+            self._send_rows(
+                tree.node_ids[rows].tolist(),
+                parent_ids.tolist(),
+                (tree.depths[rows] + self.prefix_len).tolist(),
+                tree.token_ids[rows].tolist(),
+                num_prefix=0,
+                gate=gate,
+            )
 
     def _send_rows(
-        self, node_ids: list[int], parent_ids: list[int], positions: list[int], token_ids: list[int], num_prefix: int
+        self,
+        node_ids: list[int],
+        parent_ids: list[int],
+        positions: list[int],
+        token_ids: list[int],
+        num_prefix: int,
+        gate: int | None,
     ) -> None:
         segment = Segment(
             self.request.request_id,
             self.epoch,
-            self._segment_id,
+            self.next_segment_id,
             node_ids,
             parent_ids,
             positions,
@@ -142,12 +210,19 @@ class Generation:
             token_ids=token_ids,
             hidden=None,
             timings=[],
+            gate=gate,
         )
-        self.in_flight[self._segment_id] = np.array(node_ids, dtype=np.int64)
-        self._segment_id += 1
+        if node_ids:
+            self.in_flight[self.next_segment_id] = np.array(node_ids, dtype=np.int64)
+        self._has_gates |= gate is not None
+        self.next_segment_id += 1
         self._post(Route.NEXT, segment)
 
-    def _post(self, route: Route, message: Open | Segment | Commit | Close) -> None:
+    def step(self, number: int) -> None:
+        """Let the segments run that wait for this step; what was committed before counts for them."""
+        self._post(Route.WORKERS, Step(self.request.request_id, self.epoch, number))
+
+    def _post(self, route: Route, message: Open | Segment | Commit | Step | Close) -> None:
         self.outbox.append(Send(route, message))
 
     # --- verifying ---
@@ -164,9 +239,13 @@ class Generation:
         if not alive.any():
             return
         hidden = result.hidden[torch.from_numpy(alive)]
-        for node_id, feature, logits in zip(node_ids[alive].tolist(), hidden, self._head.logits(hidden), strict=True):
-            self._verified[node_id] = (feature, logits)
+        with self._meter.work(Work.LM_HEAD, len(hidden)):
+            all_logits = self._head.logits(hidden)
+        for node_id, feature, logits in zip(node_ids[alive].tolist(), hidden, all_logits, strict=True):
+            self._verified[node_id] = (feature, logits, result.segment_id)
         self.stats.verified += 1
+        if (segment := self.stats.by_segment.get(result.segment_id)) is not None:
+            segment.num_verified = len(hidden)
 
     def _receive_prompt(self, result: Result) -> None:
         self.num_prompt_verified += result.num_prefix
@@ -179,28 +258,34 @@ class Generation:
         The target's token at a position is drawn once, with randomness keyed by that position. A child that holds it
         is accepted; where no child does, it is the bonus token.
         """
+        if self.tree.root_id not in self._verified:
+            return None
         row: int | None = 0
         accepted_rows: list[int] = []
         token_ids: list[int] = []
-        while row is not None and len(token_ids) < self.num_left and not self._ends(token_ids):
-            verified = self._verified.get(int(self.tree.node_ids[row]))
-            if verified is None:
-                break
-            accepted_rows.append(row)
-            token_ids.append(self._sampler.token(verified[1], self.prefix_len + len(accepted_rows)))
-            row = self.tree.find(row, token_ids[-1])
-        return Verdict(accepted_rows, token_ids, row) if token_ids else None
+        with self._meter.work(Work.VERIFY, len(self._verified)):
+            while row is not None and len(token_ids) < self.num_left and not self._ends(token_ids):
+                verified = self._verified.get(int(self.tree.node_ids[row]))
+                if verified is None:
+                    break
+                accepted_rows.append(row)
+                token_ids.append(self._sampler.token(verified[1], self.prefix_len + len(accepted_rows)))
+                row = self.tree.find(row, token_ids[-1])
+        return Verdict(accepted_rows, token_ids, row)
 
     def _ends(self, token_ids: list[int]) -> bool:
         return bool(token_ids) and not self.request.params.ignore_eos and token_ids[-1] in self.request.eos_ids
 
-    def commit(self, verdict: Verdict) -> None:
-        """Emit the verdict's tokens, tell the workers, re-root the tree and let the draft read the true features."""
+    def commit(self, verdict: Verdict, announce: bool = True) -> None:
+        """Emit the verdict's tokens, tell the workers, re-root the tree and let the draft read the true features.
+
+        Without ``announce`` the workers hear of it with the next commit that is announced: dead nodes stay in flight.
+        """
         tree, new_root = self.tree, verdict.new_root
         prefix_ids = tree.node_ids[verdict.accepted_rows].tolist()
         prefix_tokens = tree.token_ids[verdict.accepted_rows].tolist()
+        self._count(prefix_ids, verdict)
         self.output_ids += verdict.token_ids
-        self.stats.accepted += len(verdict.token_ids) - (new_root is None)
         self.prefix_len += len(prefix_ids)
         self._root_parent_id, self._root_is_draft = prefix_ids[-1], new_root is not None
         if self._ends(verdict.token_ids) or not self.num_left:
@@ -211,12 +296,21 @@ class Generation:
             self.stats.restarts += self._draft is not None
         else:
             tree.reroot(new_root)
-        self._post(Route.WORKERS, Commit(self.request.request_id, self.epoch, prefix_ids, tree.root_id))
+        self._unannounced += prefix_ids
+        if announce:
+            self._post(Route.WORKERS, Commit(self.request.request_id, self.epoch, self._unannounced, tree.root_id))
+            self._unannounced = []
         features = torch.stack([self._verified[node_id][0] for node_id in prefix_ids])
         self.num_passes = 0
         self._forget_dead()
         if self._draft is not None:
             self._draft.commit(Accepted(prefix_ids, prefix_tokens, features), tree)
+
+    def _count(self, prefix_ids: list[int], verdict: Verdict) -> None:
+        self.stats.accepted += len(verdict.token_ids) - (verdict.new_root is None)
+        for node_id in prefix_ids:
+            if (segment := self.stats.by_segment.get(self._verified[node_id][2])) is not None:
+                segment.num_accepted += 1
 
     def _forget_dead(self) -> None:
         """Segments with no living row are no longer in flight: the workers drop them without a word."""
@@ -227,12 +321,26 @@ class Generation:
 
     # --- drafting ---
 
-    def propose(self, depth: int) -> bool:
-        """Make one draft pass down to ``depth`` below the root; False when there is nothing to draft."""
+    def propose(self, depth: int, width: int) -> bool:
+        """One draft pass over the ``width`` nodes, above ``depth``, that gain most; False when none does."""
+        return self.expand(self.tree.worth_expanding(self._useful_depth(depth), width))
+
+    def propose_level(self, level: int, width: int) -> bool:
+        """One draft pass over the best ``width`` nodes at a depth; False when there are none, or none is of use."""
+        return level < self._useful_depth(level + 1) and self.expand(self.tree.best_at(level, width))
+
+    def _useful_depth(self, depth: int) -> int:
         # The node before the last token to emit is the deepest whose logits are of use.
-        depth = min(depth, self.num_left - 1)
-        if self._draft is None or depth < 1 or not self._draft.propose(self.tree, depth):
+        return min(depth, self.num_left - 1)
+
+    def expand(self, rows: Ints) -> bool:
+        """One draft pass: the root alone, or rows whose parents have been expanded. False when none was made."""
+        if self._draft is None or not len(rows):
             return False
+        merges = rows[0] == 0 and len(self.tree) > 1
+        with self._meter.work(Work.MERGE_PASS if merges else Work.DRAFT_PASS, len(rows)):
+            if not self._draft.expand(self.tree, rows):
+                return False
         self.num_passes += 1
         self.stats.draft_passes += 1
         return True
@@ -247,6 +355,8 @@ class Generation:
         self.tree.restart(0)  # a root that is never sent: nothing descends from it
         self.in_flight = {}
         self._post(Route.WORKERS, Commit(self.request.request_id, self.epoch, [], self.tree.root_id))
+        if self._has_gates:
+            self.step(LAST_STEP)
         self._post(Route.NEXT, Close(self.request.request_id, self.epoch))
 
     def take_outbox(self) -> list[Send]:

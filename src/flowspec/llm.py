@@ -8,33 +8,28 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tokenizers.decoders import DecodeStream
 
-from flowspec.config import LinkConfig, PipelineConfig, TreeConfig
+from flowspec.config import LinkConfig, PipelineConfig, ScheduleConfig, TreeConfig
 from flowspec.core import DType, FinishReason, Partition, SamplingParams
 from flowspec.draft.base import DraftSource
-from flowspec.draft.eagle import EagleSource
-from flowspec.draft.ngram import NgramSource
+from flowspec.draft.catalogue import ChosenDraft, choose_draft, load_draft
 from flowspec.driver import Driver
 from flowspec.errors import FlowspecError, UsageError, WorkerError
-from flowspec.generation import Generation, Request
+from flowspec.generation import Generation, Request, Stats
 from flowspec.launch import Cluster, InprocCluster, LocalProcesses, RemoteCluster, local_threads, num_cores
 from flowspec.messages import Alive, Ready
-from flowspec.model.eagle_head import EagleHead
-from flowspec.model.loader import DEMO, Checkpoint, check_device, demo_draft_directory
+from flowspec.model.loader import DEMO, Checkpoint, check_device
 from flowspec.model.target_head import TargetHead
-from flowspec.schedule.autoregressive import Autoregressive
 from flowspec.schedule.base import Schedule
-from flowspec.schedule.flow import Flow
+from flowspec.schedule.catalogue import make_schedule
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-ScheduleName = Literal["flow", "ar"]
-SCHEDULES: tuple[ScheduleName, ...] = ("flow", "ar")
 DEFAULT_STAGES = 4
 
 Progress = Callable[[str, float], None]  # what is being done, and the share that is done
@@ -45,9 +40,12 @@ class RunStats:
     """How a text came about; docs/METHODOLOGY.md defines each figure."""
 
     segments: int
+    rows: int
     drafted: int
     accepted: int
+    verified: int
     restarts: int
+    draft_passes: int
     mean_accepted: float
     link_bytes: int
     schedule: str
@@ -104,7 +102,7 @@ class LLM:
         stages: int | None = None,
         partition: str | Partition | None = None,
         workers: Sequence[str] | None = None,
-        schedule: ScheduleName = "flow",
+        schedule: str = "flow",
         dtype: DType = "float32",
         device: str = "cpu",
         tree: TreeConfig | None = None,
@@ -115,6 +113,7 @@ class LLM:
     ) -> None:
         self._tree = tree or TreeConfig()
         self._pipeline = pipeline or PipelineConfig()
+        self._schedules = ScheduleConfig(flow=self._tree, pipeline=self._pipeline)
         self._link = link or LinkConfig()
         self._progress = progress or (lambda what, done: None)
         self._dtype: DType = dtype
@@ -122,18 +121,18 @@ class LLM:
         self._next_request_id = 0
         self._cluster: Cluster | None = None
         self.ready: list[Ready] = []  # what each worker said of its stage; empty in process
+        self.last_stats: Stats | None = None  # all counts of the newest finished run, the workers' timings among them
         self._worker_bytes: dict[int, int] = {}  # the newest count of each worker, by stage
-        if schedule not in SCHEDULES:
-            raise UsageError(f"schedule {schedule!r} is none of {', '.join(SCHEDULES)}")
         if workers is not None and (in_process or not workers):
             raise UsageError("workers: name at least one address, and do not ask for in_process too")
         check_device(device)
-        self._schedule_name: ScheduleName = schedule
+        self._schedule_name = schedule
         self.checkpoint = Checkpoint.open(model)
         self.partition = _choose_partition(self.checkpoint, stages, partition, workers)
         # Workers elsewhere have cores of their own; here they share what the driver leaves them.
         self._num_parallel = len(self.partition) if workers else min(len(self.partition), max(1, num_cores() - 1))
-        chosen_draft = _choose_draft(self.checkpoint, draft)  # before any process is started
+        chosen_draft = choose_draft(self.checkpoint, draft)  # before any process is started
+        self._make_schedule(schedule)
         if in_process:
             self._cluster = InprocCluster(self.checkpoint, self.partition, dtype, device)
         else:
@@ -166,32 +165,21 @@ class LLM:
             raise
         return cluster
 
-    def _load_driver(self, draft: str | Path | DraftSource) -> None:
+    def _load_driver(self, draft: ChosenDraft) -> None:
         self.tokenizer: PreTrainedTokenizerBase = self.checkpoint.load_tokenizer()
         head = TargetHead(self.checkpoint.load_lm_head(self._dtype, self._device))
-        self._source: DraftSource | None = None
-        if isinstance(draft, Path):
-            embedding = self.checkpoint.load_embedding(self._dtype, self._device)
-            self._source = EagleSource(EagleHead.load(draft, embedding, self._dtype, self._device), head, self._tree)
-        elif draft == "ngram":
-            self._source = NgramSource()
-        elif not isinstance(draft, str):
-            self._source = draft
+        self._source = load_draft(draft, self.checkpoint, head, self._tree.top_k, self._dtype, self._device)
         self._driver = Driver(
             head,
             self._source,
-            self._make_schedule(self._schedule_name),
-            self._tree,
+            lambda: self._make_schedule(self._schedule_name),
             self._pipeline,
             self.checkpoint.max_positions,
+            time.perf_counter,
         )
 
-    def _make_schedule(self, name: ScheduleName) -> Schedule:
-        match name:
-            case "ar":
-                return Autoregressive()
-            case "flow":
-                return Flow(self._tree, self._pipeline, self._num_parallel)
+    def _make_schedule(self, name: str) -> Schedule:
+        return make_schedule(name, self._schedules, len(self.partition), self._num_parallel)
 
     # --- generating ---
 
@@ -200,7 +188,7 @@ class LLM:
         prompt: str | Sequence[int],
         params: SamplingParams | None = None,
         *,
-        schedule: ScheduleName | None = None,
+        schedule: str | None = None,
     ) -> Completion:
         """Run one prompt (a text, or token ids) to its end; ``schedule`` for this run alone."""
         *_, last = self.stream(prompt, params, schedule=schedule)
@@ -212,7 +200,7 @@ class LLM:
         prompt: str | Sequence[int],
         params: SamplingParams | None = None,
         *,
-        schedule: ScheduleName | None = None,
+        schedule: str | None = None,
     ) -> Iterator[TextChunk]:
         """As ``generate``, but yields text as soon as it is verified. Closing the iterator cancels the request."""
         prompt_ids = self._encode(prompt)
@@ -233,7 +221,7 @@ class LLM:
             )
         return prompt_ids
 
-    def _stream(self, prompt_ids: tuple[int, ...], params: SamplingParams, name: ScheduleName) -> Iterator[TextChunk]:
+    def _stream(self, prompt_ids: tuple[int, ...], params: SamplingParams, name: str) -> Iterator[TextChunk]:
         if self._cluster is None:
             raise UsageError("this LLM is closed; make a new one")
         if params.temperature > 0 and params.seed is None:
@@ -262,11 +250,9 @@ class LLM:
         num_bytes = self._link_bytes() - bytes_before
         yield TextChunk(text, new_ids, self._completion(generation, name, detokenizer.text, pace, num_bytes))
 
-    def _completion(
-        self, generation: Generation, schedule: ScheduleName, text: str, pace: _Pace, link_bytes: int
-    ) -> Completion:
+    def _completion(self, generation: Generation, schedule: str, text: str, pace: _Pace, link_bytes: int) -> Completion:
         assert generation.finish_reason is not None
-        stats = generation.stats
+        self.last_stats = stats = generation.stats
         return Completion(
             text,
             generation.output_ids,
@@ -276,9 +262,12 @@ class LLM:
             pace.ttft_ms,
             RunStats(
                 stats.segments,
+                stats.rows,
                 stats.drafted,
                 stats.accepted,
+                stats.verified,
                 stats.restarts,
+                stats.draft_passes,
                 round(stats.mean_accepted, 3),
                 link_bytes,
                 schedule,
@@ -292,7 +281,8 @@ class LLM:
         assert self._cluster is not None
         has_worked, last_news = True, time.monotonic()
         while not generation.is_finished and len(generation.output_ids) == num_seen:
-            for message in self._cluster.receive(0.0 if has_worked else 0.5):
+            wait_s = 0.0 if has_worked else min(0.5, max(0.0, self._driver.wake_s - time.perf_counter()))
+            for message in self._cluster.receive(wait_s):
                 self._cluster.send(self._driver.on_message(message))
                 if not isinstance(message, Alive):
                     last_news = time.monotonic()
@@ -386,16 +376,3 @@ def _choose_partition(
     if workers is not None and len(chosen) != len(workers):
         raise UsageError(f"{len(workers)} workers for {len(chosen)} stages; give one address for each stage")
     return chosen
-
-
-def _choose_draft(checkpoint: Checkpoint, draft: str | Path | DraftSource) -> str | Path | DraftSource:
-    """``none``, ``ngram``, the directory of a head, or the caller's own source."""
-    if draft in ("none", "ngram") or not isinstance(draft, (str, Path)):
-        return draft
-    if draft == "auto":
-        own = demo_draft_directory() if checkpoint.name == DEMO else Path(checkpoint.name) / "draft"
-        return own if (own / "config.json").is_file() else "ngram"
-    directory = Path(draft).expanduser()
-    if not directory.is_dir():
-        raise UsageError(f"no draft head in {str(draft)!r}; give its directory, or one of auto, none, ngram")
-    return directory

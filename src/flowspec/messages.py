@@ -23,8 +23,9 @@ from torch import Tensor
 from flowspec.core import DType
 from flowspec.errors import ProtocolError
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 NO_PARENT = -1  # the parent id of a request's first token
+LAST_STEP = 2**62  # the step after which no segment of a request waits any more
 
 
 class Timing(NamedTuple):
@@ -70,6 +71,14 @@ class Commit(Message, frozen=True):
     root_id: int
 
 
+class Step(Message, frozen=True):
+    """Lock-step schedules: segments that wait for step ``number`` or an earlier one may run."""
+
+    request_id: int
+    epoch: int
+    number: int
+
+
 class Stop(Message, frozen=True):
     """Ends the session; the worker frees all its requests and waits for another driver."""
 
@@ -91,6 +100,9 @@ class Segment(Message, frozen=True):
 
     The first ``num_prefix`` rows are prefix tokens, committed on arrival (prefill). Worker 1 gets ``token_ids``, the
     others ``hidden`` [rows, hidden size]. No mask travels: it follows from the parent ids.
+
+    ``gate`` is the barrier of lock-step schedules: worker 1 runs the segment once ``Step`` ``gate`` has arrived, each
+    next worker one step later, and a segment with no row left still travels, for the beat. ``None``: nobody waits.
     """
 
     request_id: int
@@ -103,6 +115,7 @@ class Segment(Message, frozen=True):
     token_ids: list[int] | None
     hidden: Tensor | None
     timings: list[Timing]
+    gate: int | None = None
 
     def __post_init__(self) -> None:
         num_rows = len(self.node_ids)
@@ -190,7 +203,7 @@ class Failure(Message, frozen=True):
 
 
 DataMessage: TypeAlias = Open | Segment | Close
-ToWorker: TypeAlias = Configure | Commit | Stop | Open | Segment | Close
+ToWorker: TypeAlias = Configure | Commit | Step | Stop | Open | Segment | Close
 ToDriver: TypeAlias = Loading | Ready | Result | Closed | Alive | Busy | Failure
 
 
@@ -217,6 +230,7 @@ class Codec:
         "float32": torch.float32,
         "bfloat16": torch.bfloat16,
         "float16": torch.float16,
+        "int64": torch.int64,  # the hidden states of the synthetic language
     }
     _NAMES: ClassVar[dict[torch.dtype, str]] = {dtype: name for name, dtype in _DTYPES.items()}
 

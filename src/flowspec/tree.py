@@ -24,7 +24,7 @@ class DraftTree:
 
     Rows are positions in the arrays and change whenever nodes are dropped; node ids never change and are never reused.
     The best ``size`` nodes by score, the root included, may be sent or expanded if they score at least ``min_score``;
-    unsent nodes far outside them are forgotten.
+    of many unsent nodes only so many are kept.
 
     =============  =====================================================================================
     ``node_ids``   what driver and workers call the nodes
@@ -80,15 +80,33 @@ class DraftTree:
             rows.append(int(self.parents[rows[-1]]))
         return rows[::-1]
 
-    def best(self) -> Ints:
-        """The rows that are good enough, best first, ``size`` at most; ties go to the older node."""
-        rows = np.argsort(-self.scores, kind="stable")[: self.size]
+    def best(self, limit: int | None = None) -> Ints:
+        """The rows that are good enough, best first, ``limit`` (``size``) at most; ties go to the older node."""
+        rows = np.argsort(-self.scores, kind="stable")[: self.size if limit is None else limit]
         return rows[self.scores[rows] >= self.min_score]
 
     def best_unsent(self, limit: int) -> Ints:
         """The best ``limit`` rows that may be sent and were not, in id order: the next segment."""
         best = self.best()
         return np.sort(best[~self.sent[best]][:limit])
+
+    def best_at(self, depth: int, limit: int) -> Ints:
+        """The best ``limit`` rows at a depth, in id order: what EAGLE-2 expands in one pass."""
+        rows = np.flatnonzero(self.depths == depth)
+        return np.sort(rows[np.argsort(-self.scores[rows], kind="stable")[:limit]])
+
+    def worth_expanding(self, max_depth: int, limit: int) -> Ints:
+        """The best ``limit`` rows above ``max_depth`` that a draft pass is worth, in id order; the root goes alone.
+
+        A row gains when its children were never drafted, or from a staler feature than its parent has by now.
+        """
+        if self.staleness[0] > 1:
+            return np.zeros(min(max_depth, 1), dtype=np.int64)
+        best = self.best()
+        best = best[(best != 0) & (self.depths[best] < max_depth)]
+        parents_staleness = self.staleness[self.parents[best]]
+        gains = (parents_staleness != UNDRAFTED) & (self.staleness[best] > parents_staleness + 1)
+        return np.sort(best[gains][:limit])
 
     def ancestor_mask(self) -> Bools:
         """[nodes, nodes]: node i sees node j exactly when j is i or an ancestor of i."""
@@ -195,11 +213,17 @@ class DraftTree:
         assert not self.sent[rows].any(), "a node is sent once"
         self.sent[rows] = True
 
+    def drop_unsent(self) -> None:
+        """Schedules that send a fixed tree forget the rest of what was drafted."""
+        self._keep(self.sent | (self.depths == 0))
+
     def _forget(self) -> None:
-        """Drop the unsent nodes outside the best ``size`` once they are many."""
-        if len(self) > 2 * self.size:
+        """Keep no more than the best ``size`` of the unsent nodes once they are twice as many."""
+        unsent = np.flatnonzero(~self.sent)
+        if len(unsent) > 2 * self.size:
             keep: Bools = np.array(self.sent)
-            keep[self.best()] = True
+            keep[unsent[np.argsort(-self.scores[unsent], kind="stable")[: self.size]]] = True
+            keep[0] = True
             self._keep(keep)
 
     def _keep(self, keep: Bools) -> None:

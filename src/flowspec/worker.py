@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from flowspec.errors import ProtocolError
 from flowspec.messages import (
@@ -21,17 +25,39 @@ from flowspec.messages import (
     Route,
     Segment,
     Send,
+    Step,
     Timing,
 )
-from flowspec.model.kv_cache import KVCache
-from flowspec.model.stage import Stage
+from flowspec.model.kv_cache import SlotTable
+
+
+class Cache(Protocol):
+    """What one request has left on a stage, by slot."""
+
+    slots: SlotTable
+
+
+class Stage(Protocol):
+    """What a worker runs: ``model.stage.Stage``, or what stands in for it."""
+
+    is_first: bool
+    is_last: bool
+
+    def open_cache(self, root_id: int) -> Any:
+        """An empty ``Cache`` of this stage's own kind."""
+        ...
+
+    def forward(self, inputs: Tensor, slots: NDArray[np.int64], cache: Any) -> Tensor:
+        """Rows that have slots -> their hidden states [rows, hidden size]; no rows -> none."""
+        ...
 
 
 @dataclass
 class _OpenRequest:
     epoch: int
-    cache: KVCache
+    cache: Cache
     want_features: bool
+    step: int = 0  # the newest step of a lock-step schedule
 
 
 class Worker:
@@ -50,6 +76,8 @@ class Worker:
         self._requests: dict[int, _OpenRequest] = {}
         self._queue: deque[DataMessage] = deque()
 
+    wake_s = math.inf  # a worker has work when a message has come, and only then
+
     def on_message(self, message: Message) -> list[Send]:
         """Raises ``ProtocolError`` for a message that contradicts what came before."""
         match message:
@@ -58,6 +86,10 @@ class Worker:
                 # A finished request, or an older epoch of it: what the commit speaks of is gone.
                 if request is not None and request.epoch == message.epoch:
                     request.cache.slots.commit(message.prefix_ids, message.root_id)
+            case Step(request_id=request_id):
+                request = self._requests.get(request_id)
+                if request is not None and request.epoch == message.epoch:
+                    request.step = max(request.step, message.number)
             case Open() | Segment() | Close():
                 self._queue.append(message)
             case _:
@@ -65,10 +97,10 @@ class Worker:
         return []
 
     def on_idle(self) -> list[Send] | None:
-        """Work off the oldest queued message; ``None`` when there is none."""
-        if not self._queue:
-            return None
-        match self._queue.popleft():
+        """Work off the oldest queued message that may run; ``None`` when there is none."""
+        match self._next_message():
+            case None:
+                return None
             case Open() as message:
                 cache = self._stage.open_cache(message.root_id)
                 self._requests[message.request_id] = _OpenRequest(message.epoch, cache, message.want_features)
@@ -80,13 +112,31 @@ class Worker:
             case Segment() as message:
                 return self._forward(message)
 
+    def _next_message(self) -> DataMessage | None:
+        """Take the oldest; a request whose oldest segment waits for a step lets the others' messages pass."""
+        if self._queue and not self._is_gated(self._queue[0]):
+            return self._queue.popleft()
+        waiting: set[int] = set()
+        for place, message in enumerate(self._queue):
+            if message.request_id not in waiting and not self._is_gated(message):
+                del self._queue[place]
+                return message
+            waiting.add(message.request_id)
+        return None
+
+    def _is_gated(self, message: DataMessage) -> bool:
+        if not isinstance(message, Segment) or message.gate is None:
+            return False
+        request = self._requests.get(message.request_id)
+        return request is not None and request.epoch == message.epoch and message.gate > request.step
+
     def _forward(self, segment: Segment) -> list[Send]:
-        """Run the rows that are alive and pass them on; a segment with none is dropped without a word."""
+        """Run the rows that are alive and pass them on; a free segment with none is dropped without a word."""
         request = self._requests.get(segment.request_id)
         if request is None or request.epoch != segment.epoch:
             return []
         rows, slots = _place(segment, request.cache)
-        if not len(rows):
+        if not len(rows) and segment.gate is None:
             return []
         start_s = self._clock()
         if self._stage.is_first != (segment.token_ids is not None):
@@ -110,6 +160,7 @@ class Worker:
                 token_ids=None,
                 hidden=hidden,
                 timings=timings,
+                gate=None if segment.gate is None else segment.gate + 1,
             )
             return [Send(Route.NEXT, passed_on)]
         if not request.want_features:
@@ -130,7 +181,7 @@ class Worker:
         return len(self._requests)
 
 
-def _place(segment: Segment, cache: KVCache) -> tuple[np.ndarray, np.ndarray]:
+def _place(segment: Segment, cache: Cache) -> tuple[np.ndarray, np.ndarray]:
     """Slots for the segment's living rows: (their indices, their slots)."""
     num_prefix = segment.num_prefix
     prefix_slots = cache.slots.append_prefix(segment.positions[:num_prefix])

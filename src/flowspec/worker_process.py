@@ -278,7 +278,8 @@ def fork_workers(threads: int, device: str, addresses: list[str]) -> None:
         indices[pid] = index
     while indices:
         pid, status = os.wait()
-        print(indices.pop(pid), os.waitstatus_to_exitcode(status), flush=True)
+        # In one write: the reader does not wait for the rest of a line.
+        os.write(1, f"{indices.pop(pid)} {os.waitstatus_to_exitcode(status)}\n".encode())
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from flowspec.tree import DraftTree
+from flowspec.tree import DraftTree, Ints
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Accepted:
 
 
 class Draft(Protocol):
-    """The drafting state of one request. Only its generation calls it; ``propose`` alone may change the tree."""
+    """The drafting state of one request. Only its generation calls it; ``expand`` alone may change the tree."""
 
     def read_prompt(self, node_ids: Sequence[int], features: Tensor) -> None:
         """The next prompt tokens before the root were verified; ``features`` as in ``Accepted``."""
@@ -32,10 +32,11 @@ class Draft(Protocol):
     def commit(self, accepted: Accepted, tree: DraftTree) -> None:
         """The prefix has grown; ``tree`` is rooted at the new root already."""
 
-    def propose(self, tree: DraftTree, max_depth: int) -> bool:
-        """Make one draft pass: merge nodes of at most ``max_depth`` into the tree. False when there was none to make.
+    def expand(self, tree: DraftTree, rows: Ints) -> bool:
+        """Make one draft pass: give ``rows`` children, and note their staleness. False when none could be made.
 
-        One pass is the unit of patience: the driver looks for results between two of them.
+        ``rows`` is the root alone, or nodes whose parents have been expanded. One pass is the unit of patience: the
+        driver looks for results between two of them.
         """
         ...
 

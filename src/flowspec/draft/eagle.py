@@ -14,14 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowspec.config import TreeConfig
 from flowspec.draft.base import Accepted
 from flowspec.messages import NO_PARENT
 from flowspec.model.eagle_head import EagleHead
 from flowspec.model.kv_cache import KVCache
 from flowspec.model.stage import ATTENTION
 from flowspec.model.target_head import TargetHead
-from flowspec.tree import UNDRAFTED, DraftTree, Floats, Ints
+from flowspec.tree import DraftTree, Floats, Ints
 
 
 class EagleSource:
@@ -30,11 +29,12 @@ class EagleSource:
     name = "eagle"
     needs_features = True
 
-    def __init__(self, head: EagleHead, target_head: TargetHead, config: TreeConfig) -> None:
+    def __init__(self, head: EagleHead, target_head: TargetHead, top_k: int) -> None:
+        """``top_k``: children that a node gets in one pass."""
         head.config._attn_implementation = ATTENTION
         self.head = head
         self.target_head = target_head
-        self.config = config
+        self.top_k = top_k
 
     def open(self, prompt_ids: Sequence[int]) -> EagleDraft:
         return EagleDraft(self, prompt_ids)
@@ -57,7 +57,7 @@ class EagleDraft:
     def __init__(self, source: EagleSource, prompt_ids: Sequence[int]) -> None:
         self._head = source.head
         self._target_head = source.target_head
-        self._top_k = source.config.top_k
+        self._top_k = source.top_k
         self._prompt_ids = prompt_ids
         self._cache = KVCache(0, 1, root_id=len(prompt_ids) - 1)
         self._features = source.head.embedding.new_zeros(0, source.head.embedding.shape[1])
@@ -88,24 +88,14 @@ class EagleDraft:
             self._root_position += 1
             self._true_rows.append(_TrueRow(node_ids[i], token_ids[i], self._root_position, feature, slots[i]))
 
-    def propose(self, tree: DraftTree, max_depth: int) -> bool:
-        """Refresh the accepted chain and draft the root, or expand the best nodes that would gain from it.
-
-        A node gains when its children were never drafted, or from a staler feature than its parent has by now.
-        """
-        if self._true_rows:
-            feature = self._run_true_rows()[-1:]
-            self._grow(tree, np.zeros(1, dtype=np.int64), feature, np.ones(1, dtype=np.int64))
+    def expand(self, tree: DraftTree, rows: Ints) -> bool:
+        """The root's pass runs the accepted chain with its true features first; it cannot run before the prompt's."""
+        if rows[0] != 0:
+            self._grow(tree, rows, self._run_tree_rows(tree, rows), tree.staleness[tree.parents[rows]] + 1)
             return True
-        best = tree.best()
-        best = best[(best != 0) & (tree.depths[best] < max_depth)]
-        parents_staleness = tree.staleness[tree.parents[best]]
-        gains = (parents_staleness != UNDRAFTED) & (tree.staleness[best] > parents_staleness + 1)
-        rows = np.sort(best[gains][: self._top_k])
-        if not len(rows):
+        if not self._true_rows:
             return False
-        features = self._run_tree_rows(tree, rows)
-        self._grow(tree, rows, features, tree.staleness[tree.parents[rows]] + 1)
+        self._grow(tree, rows, self._run_true_rows()[-1:], np.ones(1, dtype=np.int64))
         return True
 
     def _run_true_rows(self) -> Tensor:

@@ -9,10 +9,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from torch import Tensor
 
 from flowspec.draft.base import Accepted
-from flowspec.tree import UNDRAFTED, DraftTree
+from flowspec.tree import DraftTree, Ints
 
 
 @dataclass(frozen=True)
@@ -52,21 +53,16 @@ class NgramDraft:
     def commit(self, accepted: Accepted, tree: DraftTree) -> None:
         self._append(accepted.token_ids)
 
-    def propose(self, tree: DraftTree, max_depth: int) -> bool:
-        """Continue the best node that has not been tried: one chain after the longest match of its own path."""
-        for row in tree.best().tolist():
-            if tree.staleness[row] != UNDRAFTED or tree.depths[row] >= max_depth:
-                continue
-            tree.staleness[row] = 0
-            path = tree.token_ids[tree.path(row)].tolist()
-            match_len, tokens = self._look_up(path)
+    def expand(self, tree: DraftTree, rows: Ints) -> bool:
+        """Continue each node by one chain: what followed the longest match of its own path."""
+        tree.staleness[rows] = 0  # there is nothing fresher to learn about them
+        for node_id in tree.node_ids[rows].tolist():
+            row = int(tree.rows_of(np.array([node_id]))[0])  # a chain may have moved the rows
+            match_len, tokens = self._look_up(tree.token_ids[tree.path(row)].tolist())
             if tokens:
                 # Longer matches are surer; the share is a rule of thumb, and only the order of nodes hangs on it.
-                logprob = math.log(match_len / (match_len + 1))
-                tokens = tokens[: max_depth - int(tree.depths[row])]
-                tree.add_path(row, tokens, [logprob] * len(tokens))
-                return True
-        return False
+                tree.add_path(row, tokens, [math.log(match_len / (match_len + 1))] * len(tokens))
+        return True
 
     def _append(self, token_ids: Sequence[int]) -> None:
         """Index every n-gram that now has a token after it."""

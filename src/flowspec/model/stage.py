@@ -86,6 +86,8 @@ class Stage:
 
         ``inputs``: token ids [n] on the first stage, hidden states [n, H] on the others.
         """
+        if not len(slots):
+            return torch.empty(0, self.hidden_size, dtype=self.dtype, device=self.device)
         table = cache.slots
         positions = torch.from_numpy(table.positions[slots])[None].to(self.device)
         masks = self._masks(table.rows_mask(slots), table.positions[slots], table.positions[: table.high_water])

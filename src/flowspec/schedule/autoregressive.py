@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import numpy as np
-
+from flowspec.config import TreeConfig
 from flowspec.generation import Generation
 from flowspec.messages import Result
 
@@ -11,6 +10,9 @@ from flowspec.messages import Result
 class Autoregressive:
     name = "ar"
     uses_draft = False
+
+    def __init__(self, tree: TreeConfig) -> None:
+        self.tree = tree
 
     def on_result(self, generation: Generation, result: Result) -> None:
         generation.receive(result)
@@ -20,5 +22,5 @@ class Autoregressive:
     def on_idle(self, generation: Generation) -> bool:
         if generation.tree.sent[0]:
             return False
-        generation.send(np.zeros(1, dtype=np.int64))
+        generation.send(generation.tree.best(1))
         return True

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from flowspec.config import TreeConfig
 from flowspec.generation import Generation
 from flowspec.messages import Result
 
 
 class Schedule(Protocol):
-    """Stateless: all state is the generation's. The driver calls it; it changes nothing but the generation."""
+    """One object for one request. The driver calls it; it changes nothing but itself and the generation."""
 
     name: str
     uses_draft: bool
+    tree: TreeConfig  # what the request's tree may look like
 
     def on_result(self, generation: Generation, result: Result) -> None:
         """A segment came back from the last worker."""

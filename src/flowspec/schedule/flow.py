@@ -7,48 +7,84 @@
 3. Dynamic expansion: after a commit the draft reads the verified features, refreshes the surviving tree best first,
    one pass at a time, and merges what it finds. When nothing was verified meanwhile and nothing is left to send, it
    deepens the tree instead, so that the pipeline does not run dry.
+
+Decisions are late: where the cost of a forward is known, a segment is composed when the pipeline is about to be free
+for it, and until then the tree gets better.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from flowspec.config import PipelineConfig, TreeConfig
 from flowspec.generation import Generation
 from flowspec.messages import Result
+from flowspec.schedule.pace import Pace
+
+DEFAULT_SEGMENT_LEN = 16  # where nothing is known of the devices, as published
 
 
 class Flow:
     name = "flow"
     uses_draft = True
 
-    def __init__(self, tree: TreeConfig, pipeline: PipelineConfig, num_parallel: int) -> None:
+    def __init__(self, tree: TreeConfig, pipeline: PipelineConfig, num_parallel: int, pace: Pace | None = None) -> None:
         """``num_parallel``: stages that run at the same time; fewer than all where they share one machine's cores."""
-        self._tree = tree
-        self._segment_len = pipeline.segment_len
-        self._max_in_flight = pipeline.segments_in_flight or num_parallel + 1
+        self._segment_len = pipeline.segment_len or (pace.segment_len if pace else DEFAULT_SEGMENT_LEN)
+        # The more rows cost nothing, the less probable a node may be that is worth one; nobody has time for thousands.
+        share = min(max(1.0, self._segment_len / DEFAULT_SEGMENT_LEN), 4.0) if pace else 1.0
+        self.tree = replace(tree, size=round(tree.size * share), min_probability=tree.min_probability / share)
+        self._max_in_flight = pipeline.segments_in_flight or (2 if pace else 1) * (num_parallel + 1)
+        self._pace = pace
+        self._pass_s = 0.0  # what the last draft pass took
 
     def on_result(self, generation: Generation, result: Result) -> None:
+        if self._pace is not None:
+            self._pace.note_result(result, generation.clock())
         generation.receive(result)
         if verdict := generation.verify():
             generation.commit(verdict)
+            if self._pace is not None and not generation.in_flight:
+                self._pace.note_miss(generation.clock())
 
     def on_idle(self, generation: Generation) -> bool:
+        generation.wake_s = None
         has_room = len(generation.in_flight) < self._max_in_flight
-        if has_room and generation.num_passes >= self._passes_wanted(generation) and self._send_best(generation):
+        due_s = self._pace.due_s if self._pace is not None else generation.clock()
+        is_due = generation.clock() + self._pass_s >= due_s  # there is no time for another pass
+        if has_room and is_due and self._may_send(generation) and self._send_best(generation):
             return True
-        if generation.propose(self._tree.depth):
+        if self._propose(generation, self.tree.depth):
             return True
-        return has_room and (self._send_best(generation) or generation.propose(self._tree.max_depth))
+        if not has_room:
+            return False
+        if generation.clock() < due_s:
+            if self._propose(generation, self.tree.max_depth):
+                return True
+            generation.wake_s = due_s
+            return False
+        return self._send_best(generation) or self._propose(generation, self.tree.max_depth)
 
-    def _passes_wanted(self, generation: Generation) -> int:
+    def _may_send(self, generation: Generation) -> bool:
         """Draft passes since the last commit that the next segment waits for, unless there are none to make.
 
         A root that the draft missed takes its first guesses along; else the refreshed scores are worth one pass.
         """
-        return self._tree.refresh_passes if generation.tree.sent[0] else self._tree.root_passes
+        wanted = self.tree.refresh_passes if generation.tree.sent[0] else self.tree.root_passes
+        return generation.num_passes >= wanted
+
+    def _propose(self, generation: Generation, depth: int) -> bool:
+        start_s = generation.clock()
+        if not generation.propose(depth, self.tree.top_k):
+            return False
+        self._pass_s = generation.clock() - start_s
+        return True
 
     def _send_best(self, generation: Generation) -> bool:
         rows = generation.tree.best_unsent(self._segment_len)
         if not len(rows):
             return False
+        if self._pace is not None:
+            self._pace.note_sent(generation.next_segment_id, len(rows), generation.clock())
         generation.send(rows)
         return True

@@ -1,0 +1,81 @@
+"""Runs schedules x prompts in the simulator, on several processes if wanted; the results do not depend on how many."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from flowspec.records import RequestRecord
+from flowspec.simulator import CheckpointPair, Experiment, ModelPair, SyntheticPair, simulate
+
+SYNTHETIC = "synthetic"
+_CHUNK = 5  # prompts in one piece of work
+
+
+@dataclass(frozen=True)
+class PairSpec:
+    """Which models give the tokens."""
+
+    model: str = SYNTHETIC  # or demo, a directory, a hub name
+    draft_quality: str = "eagle1"  # of the synthetic language
+    draft: str = "auto"  # of a real model
+    top_k: int = 10  # children that a node gets in one draft pass
+
+    @property
+    def name(self) -> str:
+        return f"{SYNTHETIC}:{self.draft_quality}" if self.model == SYNTHETIC else self.model
+
+    def load(self) -> ModelPair:
+        """Raises ``UsageError``."""
+        if self.model == SYNTHETIC:
+            return SyntheticPair(self.draft_quality, self.top_k)
+        return CheckpointPair(self.model, self.draft, self.top_k)
+
+
+_load = lru_cache(maxsize=2)(PairSpec.load)
+
+
+def run_simulated(
+    experiment: Experiment,
+    pair: PairSpec,
+    schedules: Sequence[str],
+    prompts: Sequence[str],
+    jobs: int = 1,
+    progress: Callable[[float], None] = lambda done: None,
+) -> dict[str, list[RequestRecord]]:
+    """Every schedule over all prompts, in their order. Raises ``UsageError`` for what cannot be simulated."""
+    indexed = list(enumerate(prompts))
+    pieces = [(name, indexed[i : i + _CHUNK]) for name in schedules for i in range(0, len(indexed), _CHUNK)]
+    if jobs == 1:
+        done = []
+        for schedule, part in pieces:
+            done.append(_run(experiment, pair, schedule, part))
+            progress(len(done) / len(pieces))
+    else:
+        # Spawned, not forked: torch's threads do not survive a fork.
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(
+            min(jobs, len(pieces)), context, initializer=torch.set_num_threads, initargs=(1,)
+        ) as pool:
+            futures = [pool.submit(_run, experiment, pair, schedule, part) for schedule, part in pieces]
+            try:
+                for num_done, future in enumerate(as_completed(futures), start=1):
+                    future.result()
+                    progress(num_done / len(pieces))
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+            done = [future.result() for future in futures]
+    records: dict[str, list[RequestRecord]] = {name: [] for name in schedules}
+    for (schedule, _), part in zip(pieces, done, strict=True):
+        records[schedule] += part
+    return records
+
+
+def _run(experiment: Experiment, pair: PairSpec, schedule: str, prompts: list[tuple[int, str]]) -> list[RequestRecord]:
+    return simulate(experiment, _load(pair), schedule, prompts)

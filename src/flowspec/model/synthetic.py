@@ -1,0 +1,211 @@
+"""A language without weights, for studies of schedules: every context has a known next token, by hash.
+
+A stage here attends as a real one does: each row sees exactly the slots that its mask shows, and its hidden state is a
+hash of what it saw, checked again at every stage. So wrong masks, slots or prunings change the text, as they would with
+a real model, while a forward costs microseconds.
+
+``Language`` says what follows a context, and what a draft would guess that has extrapolated for some steps. Contexts
+differ in how sure the draft can be: its probability of the best token follows a mixture of two Beta distributions, one
+of sure and one of unsure contexts, the other candidates share the rest by Zipf's law, and a part of it lies outside
+what any draft proposes. The next token is drawn from the draft's own distribution, so its scores are calibrated. With
+every step of extrapolation the draft's logits get noise of their own for each (context, token), and temper with it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from flowspec.errors import UsageError
+from flowspec.model.kv_cache import SlotTable
+
+VOCAB_SIZE = 64
+NUM_CANDIDATES = 24  # tokens of a context that a draft may propose
+STYLE_LEN = 8  # the first tokens of a text decide how predictable all of it is
+
+Hashes = NDArray[np.uint64]
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class DraftQuality:
+    """A calibration: how well a draft knows the language."""
+
+    name: str
+    sure_share: float  # of contexts
+    sure: tuple[float, float]  # Beta distribution of the best token's probability in sure contexts
+    unsure: tuple[float, float]  # in the others
+    outside_share: float  # of the probability beyond the best token: lies outside all candidates
+    noise: float  # standard deviation of the logits' noise after one step of extrapolation
+    noise_power: float  # it grows with this power of the steps
+    temper: float  # logits are divided by the root of 1 + temper * variance of their noise
+    style_deviation: float = 0.3  # of texts: a shift of the best token's logit
+    sharpness: float = 0.6  # of the target's probability lies on its greedy token
+    flatness: float = 0.05  # of it is spread over all tokens, which no draft can foresee
+
+
+# Calibrated against the published rates; benchmarks/synthetic_language.py shows what each gives.
+QUALITIES = {
+    "eagle1": DraftQuality("eagle1", 0.5, (12.0, 0.55), (1.6, 1.5), 0.19, 0.75, 0.55, 0.12),
+    "eagle3": DraftQuality("eagle3", 0.6, (12.0, 0.5), (2.2, 1.3), 0.17, 0.0, 0.55, 0.0),
+}
+
+
+def quality(name: str) -> DraftQuality:
+    """Raises ``UsageError`` for a name that is none."""
+    if name not in QUALITIES:
+        raise UsageError(f"draft quality {name!r} is none of {', '.join(QUALITIES)}")
+    return QUALITIES[name]
+
+
+def mix(values: Hashes) -> Hashes:
+    """Scatter the bits (the finaliser of SplitMix64); 0 stays 0."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+def uniform(hashes: Hashes, salt: int) -> Floats:
+    """Uniform in (0, 1), another for each salt."""
+    bits = mix(hashes + np.uint64(salt * 0x9E3779B97F4A7C15 % 2**64))
+    return ((bits >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+
+
+def normal(hashes: Hashes) -> Floats:
+    """Standard normal, nearly: the sum of four uniform draws."""
+    bits = mix(hashes)
+    parts = sum(((bits >> np.uint64(shift)) & np.uint64(0xFFFF)).astype(np.float64) for shift in (0, 16, 32, 48))
+    return (parts * 2.0**-16 - 2.0) * 3.0**0.5
+
+
+def increments(token_ids: NDArray[np.int64], positions: NDArray[np.int64]) -> NDArray[np.int64]:
+    """What each token adds to the contexts that see it: (context, style), both int64 hashes; [n, 2]."""
+    hashes = mix((positions.astype(np.uint64) << np.uint64(20)) + token_ids.astype(np.uint64) + np.uint64(1))
+    style = np.where(positions < STYLE_LEN, mix(hashes), np.uint64(0))
+    return np.stack([hashes, style], axis=-1).view(np.int64)
+
+
+class Language:
+    """What follows a context. ``contexts`` [n, 2] are sums of ``increments`` over all tokens, as int64."""
+
+    def __init__(self, draft_quality: DraftQuality) -> None:
+        self.quality = draft_quality
+
+    @cached_property
+    def _quantiles(self) -> tuple[Floats, Floats]:
+        """The best token's logit by quantile, of the mixture of Beta distributions."""
+        logits = np.linspace(-16.0, 24.0, 8001)
+        log_p, log_q = -np.logaddexp(0, -logits), -np.logaddexp(0, logits)
+        cumulative = np.zeros_like(logits)
+        quality = self.quality
+        for share, (a, b) in ((quality.sure_share, quality.sure), (1 - quality.sure_share, quality.unsure)):
+            density = np.exp(a * log_p + b * log_q)  # in logits: the Jacobian adds one power to each
+            cumulative += share * np.cumsum(density) / density.sum()
+        return cumulative, logits
+
+    @cached_property
+    def _zipf_logs(self) -> Floats:
+        """Logs of the shares [NUM_CANDIDATES - 1] of the candidates after the best."""
+        shares = np.arange(1, NUM_CANDIDATES, dtype=np.float64) ** -1.25
+        return np.log(shares / shares.sum())
+
+    def candidates(self, contexts: NDArray[np.int64]) -> tuple[NDArray[np.int64], Floats]:
+        """All tokens, the draft's candidates first, best first, and log-probabilities of the candidates.
+
+        Shapes [n, VOCAB_SIZE] and [n, NUM_CANDIDATES].
+        """
+        hashes = mix(contexts[:, 0].view(np.uint64))
+        first = (hashes >> np.uint64(8)) & np.uint64(VOCAB_SIZE - 1)
+        stride = (hashes >> np.uint64(20)) | np.uint64(1)  # odd, so that all tokens are met
+        token_ids = (first[:, None] + stride[:, None] * np.arange(VOCAB_SIZE, dtype=np.uint64)) % np.uint64(VOCAB_SIZE)
+        logits = np.interp(uniform(hashes, 1), *self._quantiles)
+        logits += self.quality.style_deviation * normal(contexts[:, 1].view(np.uint64))
+        log_best, log_rest = -np.logaddexp(0, -logits), -np.logaddexp(0, logits)
+        rest = log_rest[:, None] + np.log(1 - self.quality.outside_share) + self._zipf_logs
+        return token_ids.astype(np.int64), np.concatenate([log_best[:, None], rest], axis=1)
+
+    def target_logits(self, contexts: NDArray[np.int64]) -> Floats:
+        """The target's logits [n, VOCAB_SIZE]. The greedy token is drawn from the fresh draft's distribution.
+
+        At temperature 1 the target's distribution is a blend: its greedy token, all tokens evenly, and the draft's.
+        """
+        token_ids, logprobs = self.candidates(contexts)
+        outside = np.log(np.maximum(-np.expm1(np.logaddexp.reduce(logprobs, axis=1)), 1e-12))
+        num_outside = VOCAB_SIZE - NUM_CANDIDATES
+        rest = np.repeat((outside - np.log(num_outside))[:, None], num_outside, axis=1)
+        shares = np.exp(np.concatenate([logprobs, rest], axis=1))
+        draws = uniform(mix(contexts[:, 0].view(np.uint64)), 2)
+        places = (np.cumsum(shares, axis=1) < draws[:, None]).sum(axis=1).clip(max=VOCAB_SIZE - 1)
+        rows = np.arange(len(contexts))
+        sharpness, flatness = self.quality.sharpness, self.quality.flatness
+        mixed = (1 - sharpness - flatness) * shares + flatness / VOCAB_SIZE
+        mixed[rows, places] += sharpness
+        logits = np.empty_like(mixed)
+        logits[rows[:, None], token_ids] = np.log(mixed)
+        return logits
+
+    def draft(
+        self, contexts: NDArray[np.int64], staleness: NDArray[np.int64], top_k: int
+    ) -> tuple[NDArray[np.int64], Floats]:
+        """The draft's best tokens and their log-probabilities, both [n, top_k]; ``staleness`` [n], 1 is fresh."""
+        token_ids, logprobs = self.candidates(contexts)
+        token_ids = token_ids[:, :NUM_CANDIDATES]
+        if (staleness > 1).any() and self.quality.noise:
+            hashes = mix(contexts[:, 0].view(np.uint64))[:, None] + token_ids.astype(np.uint64) + np.uint64(1)
+            deviation = self.quality.noise * (staleness - 1.0)[:, None] ** self.quality.noise_power
+            logits = (logprobs + deviation * normal(mix(hashes))) / (1 + self.quality.temper * deviation**2) ** 0.5
+            shift = np.logaddexp.reduce(logprobs, axis=1) - np.logaddexp.reduce(logits, axis=1)
+            logprobs = logits + shift[:, None]
+        best = np.argsort(-logprobs, axis=1, kind="stable")[:, :top_k]
+        return np.take_along_axis(token_ids, best, axis=1), np.take_along_axis(logprobs, best, axis=1)
+
+
+@dataclass
+class SyntheticCache:
+    """What a stage remembers of a request: the increments of every slot."""
+
+    slots: SlotTable
+    increments: NDArray[np.int64]  # [capacity, 2]
+
+
+class SyntheticStage:
+    """Hidden states [n, 4], int64: the row's own increments, and the context that it has seen."""
+
+    hidden_size = 4
+
+    def __init__(self, is_first: bool, is_last: bool) -> None:
+        self.is_first = is_first
+        self.is_last = is_last
+
+    def open_cache(self, root_id: int | None = None) -> SyntheticCache:
+        slots = SlotTable(root_id)
+        return SyntheticCache(slots, np.zeros((slots.capacity, 2), dtype=np.int64))
+
+    def forward(self, inputs: Tensor, slots: NDArray[np.int64], cache: SyntheticCache) -> Tensor:
+        """Sum up what the mask shows; where that is not what the stage before saw, the text goes astray."""
+        if not len(slots):
+            return torch.empty(0, self.hidden_size, dtype=torch.int64)
+        table, rows = cache.slots, inputs.numpy()
+        own = increments(rows, table.positions[slots]) if self.is_first else rows[:, :2]
+        if len(cache.increments) < table.capacity:
+            cache.increments = np.pad(cache.increments, ((0, table.capacity - len(cache.increments)), (0, 0)))
+        cache.increments[slots] = own
+        contexts = table.rows_mask(slots).astype(np.int64) @ cache.increments[: table.high_water]
+        if not self.is_first:
+            contexts = rows[:, 2:] + mix((contexts - rows[:, 2:]).view(np.uint64)).view(np.int64)
+        return torch.from_numpy(np.concatenate([own, contexts], axis=1))
+
+
+class SyntheticHead:
+    """Stands for the target's lm_head."""
+
+    def __init__(self, language: Language) -> None:
+        self.language = language
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return torch.from_numpy(self.language.target_logits(hidden.numpy()[:, 2:]))

@@ -1,0 +1,97 @@
+"""What a run leaves behind, for tables, JSON, plots and traces. docs/METHODOLOGY.md defines the figures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Span:
+    """One piece of work at one place; seconds since the request was submitted."""
+
+    place: int  # 0 is the driver, workers are 1, 2, ...
+    start_s: float
+    end_s: float
+    work: str  # "forward" at workers; at the driver the kinds of ``generation.Work``
+    num_rows: int = 0  # nodes that were computed
+    segment_id: int = -1  # of forwards, else -1
+
+
+@dataclass(frozen=True)
+class SegmentRecord:
+    """What became of one segment that was sent after the prefill."""
+
+    segment_id: int
+    sent_s: float
+    num_sent: int  # nodes, the root included
+    num_verified: int  # nodes that were alive when the result came
+    num_accepted: int  # nodes that became output, roots included
+
+
+@dataclass(frozen=True)
+class RequestRecord:
+    """One generation by one schedule. Times are seconds since the request was submitted."""
+
+    index: int  # of the prompt
+    token_ids: tuple[int, ...]
+    first_s: float  # when the first tokens were emitted
+    num_first: int  # how many those were
+    end_s: float  # when the last token was emitted
+    segments: int
+    rows: int  # nodes sent
+    drafted: int
+    accepted: int
+    verified: int  # segments whose result verified at least one living node
+    restarts: int
+    draft_passes: int
+    link_bytes: int  # on all links, message headers included
+    busy_s: tuple[float, ...]  # of every place, the driver first, from the first emission to the last
+    segment_records: tuple[SegmentRecord, ...] = ()
+    spans: tuple[Span, ...] = ()  # empty unless a trace was asked for
+
+    @property
+    def decode_s(self) -> float:
+        """From the first emission to the last; of the whole run when all tokens came at once."""
+        return self.end_s - self.first_s if self.end_s > self.first_s else self.end_s
+
+    @property
+    def num_decoded(self) -> int:
+        """Tokens that were emitted in ``decode_s``."""
+        return len(self.token_ids) - (self.num_first if self.end_s > self.first_s else 0)
+
+
+@dataclass(frozen=True)
+class ScheduleResult:
+    """One schedule over all its requests: one entry of ``results`` in the JSON."""
+
+    schedule: str
+    tokens_per_s: float  # decode rate: all decoded tokens by all decode time
+    mean_accepted: float  # draft nodes accepted per verified segment
+    rows_per_segment: float  # nodes sent per segment
+    restarts: int
+    stage_busy: tuple[float, ...]  # share of the decode time in which each stage computed
+    driver_busy: float
+    link_bytes: int
+    num_tokens: int
+    virtual_s: float  # from the first request's submission to the last one's end, one after the other
+
+    @classmethod
+    def of(cls, schedule: str, records: Sequence[RequestRecord]) -> ScheduleResult:
+        """Totals, so that long answers count for what they are."""
+        assert records, "no request was run"
+        decode_s = sum(record.decode_s for record in records)
+        busy_s = [sum(column) for column in zip(*(record.busy_s for record in records), strict=True)]
+        verified, segments = sum(r.verified for r in records), sum(r.segments for r in records)
+        return cls(
+            schedule,
+            sum(r.num_decoded for r in records) / decode_s,
+            sum(r.accepted for r in records) / verified if verified else 0.0,
+            sum(r.rows for r in records) / segments if segments else 0.0,
+            sum(r.restarts for r in records),
+            tuple(busy / decode_s for busy in busy_s[1:]),
+            busy_s[0] / decode_s,
+            sum(r.link_bytes for r in records),
+            sum(len(r.token_ids) for r in records),
+            sum(r.end_s for r in records),
+        )

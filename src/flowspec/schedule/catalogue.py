@@ -1,0 +1,57 @@
+"""All schedules by name."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from flowspec.config import ScheduleConfig
+from flowspec.errors import UsageError
+from flowspec.schedule.autoregressive import Autoregressive
+from flowspec.schedule.base import Schedule
+from flowspec.schedule.flow import Flow
+from flowspec.schedule.lockstep import Lockstep
+from flowspec.schedule.pace import Costs, Pace
+from flowspec.schedule.pipedec import PipeDec
+from flowspec.schedule.serial import Chunked, Serial
+
+SCHEDULES = ("ar", "serial", "chunked", "pipedec", "lockstep", "flow")
+ABLATIONS = ("lockstep-no-score-order", "lockstep-no-prune", "lockstep-no-expand")
+
+
+def make_schedule(
+    name: str,
+    config: ScheduleConfig,
+    num_stages: int,
+    num_parallel: int | None = None,
+    costs: Costs | None = None,
+) -> Schedule:
+    """A schedule for one request.
+
+    ``num_parallel``: stages that run at the same time, if not all of them do. ``costs`` of segments, where they
+    are known.
+
+    Raises ``UsageError`` for a name that is none.
+    """
+    tree = config.lockstep.tree
+    match name:
+        case "ar":
+            return Autoregressive(tree)
+        case "serial":
+            return Serial(tree)
+        case "chunked":
+            return Chunked(tree, num_stages)
+        case "pipedec":
+            return PipeDec(tree, num_stages, config.pipedec_width)
+        case "lockstep":
+            return Lockstep(config.lockstep, num_stages)
+        case "lockstep-no-score-order":
+            return Lockstep(replace(config.lockstep, score_order=False), num_stages)
+        case "lockstep-no-prune":
+            return Lockstep(replace(config.lockstep, prune=False), num_stages)
+        case "lockstep-no-expand":
+            return Lockstep(replace(config.lockstep, expand=False), num_stages)
+        case "flow":
+            pace = None if costs is None else Pace(costs)
+            return Flow(config.flow, config.pipeline, num_stages if num_parallel is None else num_parallel, pace)
+        case _:
+            raise UsageError(f"schedule {name!r} is none of {', '.join((*SCHEDULES, *ABLATIONS))}")

@@ -1,0 +1,55 @@
+"""FlowSpec as published (arXiv 2507.02620), with its barrier in every step. ``flow`` is ours, without.
+
+1. Score-based step-wise verification: the tree's nodes enter in the order of their cumulative score, cut into equal
+   segments; each step verifies one.
+2. Draft management: what a verification rules out is pruned at every stage before the stage's next forward.
+3. Dynamic expansion: after an acceptance the draft makes a new tree from the new root, with true features; what it has
+   beyond the tree in flight follows as one segment, however long. When nothing was verified the old tree is deepened.
+
+Each mechanism has a switch, for ablations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from flowspec.config import LockstepConfig
+from flowspec.generation import Generation
+from flowspec.schedule.stepped import Stepped
+from flowspec.tree import Ints
+
+
+class Lockstep(Stepped):
+    def __init__(self, config: LockstepConfig, num_stages: int) -> None:
+        super().__init__(config.tree, num_stages, config.prune)
+        self.name = config.name
+        self._config = config
+
+    def first_segments(self, generation: Generation) -> Iterator[Ints]:
+        self._draft(generation, self.tree.depth)
+        tree = generation.tree
+        rows = tree.best()
+        if not self._config.score_order:
+            rows = rows[np.lexsort((rows, tree.depths[rows]))]  # level by level, as other systems send it
+        for part in np.array_split(rows, self._num_stages + 1):
+            yield np.sort(part)
+
+    def next_segment(self, generation: Generation, has_verified: bool) -> Ints:
+        tree, config = generation.tree, self._config
+        if not config.expand:
+            return tree.best(0)
+        if has_verified:
+            self._draft(generation, config.expand_depth)
+            best = tree.best(config.expand_size + 1)
+        else:
+            generation.propose(self.tree.max_depth, self.tree.top_k)
+            best = tree.best(int(tree.sent.sum()) + config.deepen_size)
+        return np.sort(best[~tree.sent[best]])
+
+    def _draft(self, generation: Generation, depth: int) -> None:
+        """A whole EAGLE-2 tree from the root, merged into what there is: a pass for each level."""
+        for level in range(depth):
+            if not generation.propose_level(level, self.tree.top_k):
+                return

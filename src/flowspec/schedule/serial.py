@@ -1,0 +1,47 @@
+"""EAGLE-2 (arXiv 2406.16858) over a pipeline as it is: the whole tree goes once through all stages, then verification.
+
+``Chunked`` is the same with the tree cut into equal chunks that follow each other through the stages (the baseline
+Chunk-PP of FlowSpec, arXiv 2507.02620): nothing is verified, pruned or drafted until all of them are back.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from flowspec.config import TreeConfig
+from flowspec.generation import Generation
+from flowspec.messages import Result
+
+
+class Serial:
+    name = "serial"
+    uses_draft = True
+
+    def __init__(self, tree: TreeConfig, num_chunks: int = 1) -> None:
+        self.tree = tree
+        self._num_chunks = num_chunks
+
+    def on_result(self, generation: Generation, result: Result) -> None:
+        generation.receive(result)
+        if not generation.in_flight and (verdict := generation.verify()):
+            generation.commit(verdict)
+
+    def on_idle(self, generation: Generation) -> bool:
+        """One pass for each level of the tree, then its best nodes."""
+        if generation.tree.sent[0]:
+            return False
+        level = generation.num_passes
+        if level < self.tree.depth and generation.propose_level(level, self.tree.top_k):
+            return True
+        for rows in np.array_split(generation.tree.best(), self._num_chunks):
+            if len(rows):
+                generation.send(np.sort(rows))
+        generation.tree.drop_unsent()
+        return True
+
+
+class Chunked(Serial):
+    name = "chunked"
+
+    def __init__(self, tree: TreeConfig, num_stages: int) -> None:
+        super().__init__(tree, num_chunks=num_stages + 1)

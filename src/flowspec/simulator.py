@@ -1,0 +1,291 @@
+"""The real driver and workers on a virtual clock: what a schedule would do on a cluster that is only described.
+
+Tokens come from the model pair behind the simulation, costs from the cluster's description. Every request runs alone on
+a cluster of its own, from time 0; the same seed gives the same digits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from random import Random
+from typing import Any, Protocol
+
+from flowspec.cluster import ClusterSpec, DriverCosts
+from flowspec.config import ScheduleConfig
+from flowspec.core import Partition, SamplingParams
+from flowspec.draft.base import DraftSource
+from flowspec.draft.catalogue import choose_draft, load_draft
+from flowspec.draft.synthetic import SyntheticSource
+from flowspec.driver import Driver
+from flowspec.errors import UsageError
+from flowspec.generation import Generation, LogitsHead, Request
+from flowspec.messages import Route, Send
+from flowspec.model.loader import Checkpoint
+from flowspec.model.stage import Stage
+from flowspec.model.synthetic import VOCAB_SIZE, Language, SyntheticHead, SyntheticStage, quality
+from flowspec.model.target_head import TargetHead
+from flowspec.records import RequestRecord, SegmentRecord
+from flowspec.schedule.catalogue import make_schedule
+from flowspec.transport import DRIVER, Link
+from flowspec.virtual_time import Clock, DriverMeter, EmulatedStage, Place, Sizes, VirtualLink
+from flowspec.worker import Worker
+
+TENSOR_PARALLEL = ("tp-megatron", "tp-galaxy")
+PROMPT_LEN = 64  # tokens of a synthetic prompt
+
+
+class ModelPair(Protocol):
+    """The models behind a simulation: they give the tokens, and cost nothing."""
+
+    head: LogitsHead
+    source: DraftSource | None
+    max_positions: int
+    eos_ids: frozenset[int]
+
+    def make_stages(self, num_stages: int) -> list[Any]:
+        """Stages for one request; weights may be shared."""
+        ...
+
+    def encode(self, prompt: str) -> tuple[int, ...]: ...
+
+
+class SyntheticPair:
+    """``model.synthetic``: no weights, thousands of tokens in seconds."""
+
+    def __init__(self, draft_quality: str, top_k: int) -> None:
+        """Raises ``UsageError`` for an unknown quality."""
+        language = Language(quality(draft_quality))
+        self.head = SyntheticHead(language)
+        self.source = SyntheticSource(language, top_k)
+        self.max_positions = 1 << 20
+        self.eos_ids: frozenset[int] = frozenset()
+
+    def make_stages(self, num_stages: int) -> list[Any]:
+        return [SyntheticStage(i == 0, i == num_stages - 1) for i in range(num_stages)]
+
+    def encode(self, prompt: str) -> tuple[int, ...]:
+        """Another text for another prompt."""
+        random = Random(prompt)
+        return tuple(random.randrange(VOCAB_SIZE) for _ in range(PROMPT_LEN))
+
+
+class CheckpointPair:
+    """A real model and draft, as the demo pair, cut as evenly as its layers allow."""
+
+    def __init__(self, model: str, draft: str, top_k: int) -> None:
+        """Raises ``UsageError`` for what cannot be loaded."""
+        self._checkpoint = Checkpoint.open(model)
+        head = TargetHead(self._checkpoint.load_lm_head("float32", "cpu"))
+        chosen = choose_draft(self._checkpoint, draft)
+        self.head = head
+        self.source = load_draft(chosen, self._checkpoint, head, top_k, "float32", "cpu")
+        self.max_positions = self._checkpoint.max_positions
+        self.eos_ids = self._checkpoint.eos_token_ids
+        self._tokenizer = self._checkpoint.load_tokenizer()
+        self._stages: dict[int, list[Stage]] = {}
+
+    def make_stages(self, num_stages: int) -> list[Any]:
+        if num_stages not in self._stages:
+            layers = self._checkpoint.num_layers
+            if num_stages > layers:
+                name = self._checkpoint.name
+                raise UsageError(f"{name} has {layers} layers, too few for {num_stages} stages; use --model synthetic")
+            partition = Partition.even(layers, num_stages)
+            self._stages[num_stages] = [
+                Stage.load(self._checkpoint, part, "float32", "cpu") for part in partition.stages
+            ]
+        return self._stages[num_stages]
+
+    def encode(self, prompt: str) -> tuple[int, ...]:
+        prompt_ids = tuple(self._tokenizer(prompt, verbose=False).input_ids)
+        if not 0 < len(prompt_ids) < self.max_positions:
+            raise UsageError(
+                f"a prompt has {len(prompt_ids)} tokens; the model has room for 1 to {self.max_positions - 1}"
+            )
+        return prompt_ids
+
+
+@dataclass(frozen=True)
+class Slowdown:
+    """From a moment on a worker takes ``times`` as long."""
+
+    worker: int
+    from_s: float
+    times: float
+
+    def factor(self, now: float) -> float:
+        return self.times if now >= self.from_s else 1.0
+
+
+@dataclass(frozen=True)
+class Faults:
+    """What goes wrong on demand; the tokens must not change."""
+
+    max_delay_ms: float = 0.0  # every message, on every connection of its own, is late by up to this
+    slowdown: Slowdown | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What is simulated, apart from schedule and prompts."""
+
+    cluster: ClusterSpec
+    config: ScheduleConfig
+    params: SamplingParams
+    as_published: bool = False  # the driver's costs of the paper's code for all schedules but ``flow``
+    faults: Faults = Faults()
+    with_spans: bool = False  # keep every piece of work, for traces
+
+    def costs_of(self, schedule: str) -> DriverCosts:
+        return self.cluster.published if self.as_published and schedule != "flow" else self.cluster.ours
+
+    def stage_s(self, num_rows: int) -> float:
+        """As ``schedule.pace.Costs``: what a start-up measurement would tell."""
+        return max(self.cluster.stage_s(stage, num_rows, PROMPT_LEN) for stage in range(self.cluster.num_stages))
+
+    def wire_s(self, num_rows: int) -> float:
+        model = self.cluster.model
+        num_bytes = num_rows * model.hidden_size * model.bytes_per_activation
+        return max(link.transfer_s(num_bytes) for link in self.cluster.links[1:])
+
+    def forward_cost(self, schedule: str, worker: int) -> Callable[[int, int, float], float]:
+        """What a forward costs that worker: (rows, rows in the cache, time) -> seconds."""
+        cluster, slowdown = self.cluster, self.faults.slowdown
+        match schedule:
+            case "tp-megatron" | "tp-galaxy":
+                return lambda rows, context, now: cluster.tensor_parallel_s(schedule, rows, context)
+            case _ if slowdown is not None and slowdown.worker == worker:
+                return lambda rows, context, now: cluster.stage_s(worker - 1, rows, context) * slowdown.factor(now)
+            case _:
+                return lambda rows, context, now: cluster.stage_s(worker - 1, rows, context)
+
+
+def simulate(
+    experiment: Experiment, pair: ModelPair, schedule: str, prompts: Sequence[tuple[int, str]]
+) -> list[RequestRecord]:
+    """Run each (index, prompt) alone by one schedule. Raises ``UsageError`` for what cannot be simulated."""
+    return [_Simulation(experiment, pair, schedule).run(index, pair.encode(prompt)) for index, prompt in prompts]
+
+
+class _Simulation:
+    """One cluster for one request."""
+
+    def __init__(self, experiment: Experiment, pair: ModelPair, schedule: str) -> None:
+        self._experiment = experiment
+        self._pair = pair
+        cluster = experiment.cluster
+        costs = experiment.costs_of(schedule)
+        # Tensor parallelism is one stage on all devices; the tree goes through it at once.
+        is_pipeline = schedule not in TENSOR_PARALLEL
+        num_stages, page = (cluster.num_stages, schedule) if is_pipeline else (1, "serial")
+        clock = Clock()
+        self._driver = Driver(
+            pair.head,
+            pair.source,
+            lambda: make_schedule(page, experiment.config, num_stages, costs=experiment),
+            experiment.config.pipeline,
+            pair.max_positions,
+            clock,
+            DriverMeter(costs, clock),
+        )
+        self._workers: list[Worker] = []
+        self._places = [Place(self._driver, clock)]
+        for index, stage in enumerate(pair.make_stages(num_stages), start=1):
+            clock = Clock()
+            emulated = EmulatedStage(stage, index, clock, experiment.forward_cost(schedule, index))
+            self._workers.append(Worker(emulated, index, clock))
+            self._places.append(Place(self._workers[-1], clock))
+        self._links = self._make_links(costs, num_stages)
+        self._sizes = Sizes(cluster.model)
+
+    def _make_links(self, costs: DriverCosts, num_stages: int) -> dict[Link, VirtualLink]:
+        cluster, faults = self._experiment.cluster, self._experiment.faults
+        models = [*cluster.links[:num_stages], cluster.links[-1]]
+        data = [*(Link(place, place + 1, "data") for place in range(num_stages)), Link(num_stages, DRIVER, "control")]
+        links = [(link, model, model.latency_ms + costs.hop_ms) for link, model in zip(data, models, strict=True)]
+        commit_ms = cluster.control.latency_ms * costs.broadcast_hops(num_stages)
+        links += [(Link(DRIVER, place, "control"), cluster.control, commit_ms) for place in range(1, num_stages + 1)]
+        return {
+            link: VirtualLink(model, ms / 1000, Random(f"{faults.seed} {link}"), faults.max_delay_ms / 1000)
+            for link, model, ms in links
+        }
+
+    def run(self, index: int, prompt_ids: tuple[int, ...]) -> RequestRecord:
+        params = self._experiment.params
+        if params.temperature > 0:
+            params = SamplingParams(
+                params.max_tokens, params.temperature, params.top_p, params.top_k, (params.seed or 0) + index
+            )
+        generation, sends = self._driver.submit(Request(0, prompt_ids, params, self._pair.eos_ids))
+        self._places[DRIVER].wake()
+        self._post(DRIVER, 0.0, sends)
+        emissions: list[tuple[float, int]] = []  # (time, tokens so far)
+        sent_s: dict[int, float] = {}
+        while self._driver.num_open:
+            place = min(range(len(self._places)), key=lambda place: self._places[place].next_s)
+            now = self._places[place].next_s
+            assert now < float("inf"), "the pipeline has stalled"
+            num_segments = generation.next_segment_id
+            sends = self._places[place].run()
+            now = self._places[place].clock.now
+            self._post(place, now, sends)
+            for segment_id in range(num_segments, generation.next_segment_id):
+                sent_s[segment_id] = now
+            if len(generation.output_ids) > (emissions[-1][1] if emissions else 0):
+                emissions.append((now, len(generation.output_ids)))
+        for worker in self._workers:
+            worker.check_integrity()
+            assert not worker.num_open, "a cache has leaked"
+        return self._record(index, generation, emissions, sent_s)
+
+    def _post(self, source: int, now: float, sends: list[Send]) -> None:
+        """Everything an actor sends at once leaves at once; each connection then has its own pace."""
+        num_stages = len(self._workers)
+        for send in sends:
+            match send.route:
+                case Route.NEXT:
+                    links = [Link(source, source + 1, "data")]
+                case Route.WORKERS:
+                    links = [Link(DRIVER, target, "control") for target in range(1, num_stages + 1)]
+                case Route.DRIVER:
+                    links = [Link(source, DRIVER, "control")]
+            num_bytes = self._sizes.num_bytes(send.message)
+            for link in links:
+                arrival_s = self._links[link].arrival_s(now, num_bytes)
+                self._places[link.target].deliver(arrival_s, send.message)
+
+    def _record(
+        self, index: int, generation: Generation, emissions: list[tuple[float, int]], sent_s: dict[int, float]
+    ) -> RequestRecord:
+        stats = generation.stats
+        spans = [span for place in self._places for span in place.clock.spans]
+        (first_s, num_first), end_s = emissions[0], emissions[-1][0]
+        start_s = first_s if end_s > first_s else 0.0
+        busy_s = [0.0] * len(self._places)
+        for span in spans:
+            busy_s[span.place] += max(0.0, min(span.end_s, end_s) - max(span.start_s, start_s))
+        return RequestRecord(
+            index,
+            tuple(generation.output_ids),
+            first_s,
+            num_first,
+            end_s,
+            stats.segments,
+            stats.rows,
+            stats.drafted,
+            stats.accepted,
+            stats.verified,
+            stats.restarts,
+            stats.draft_passes,
+            sum(link.num_bytes for link in self._links.values()),
+            tuple(busy_s),
+            tuple(
+                SegmentRecord(
+                    segment_id, sent_s[segment_id], segment.num_sent, segment.num_verified, segment.num_accepted
+                )
+                for segment_id, segment in stats.by_segment.items()
+            ),
+            tuple(spans) if self._experiment.with_spans else (),
+        )

@@ -1,0 +1,179 @@
+"""Actors in virtual time: what happens when, given what work and messages cost. No sockets, no real time.
+
+The simulator runs a whole cluster of places on one virtual clock; the emulator runs one place in each process and
+sleeps until the wall clock has caught up. Both share this page, so they tell the same story.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from random import Random
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from flowspec.cluster import DriverCosts, EmulatedModel, LinkModel
+from flowspec.generation import Work
+from flowspec.messages import Codec, Message, Result, Segment, Send
+from flowspec.records import Span
+
+
+class Actor(Protocol):
+    """``Driver`` or ``Worker``."""
+
+    @property
+    def wake_s(self) -> float: ...
+
+    def on_message(self, message: Message) -> list[Send]: ...
+
+    def on_idle(self) -> list[Send] | None: ...
+
+
+@dataclass
+class Clock:
+    """One place's time in seconds; whatever costs time moves it on. ``spans`` is what it was spent on."""
+
+    now: float = 0.0
+    spans: list[Span] = field(default_factory=list)
+
+    def __call__(self) -> float:
+        return self.now
+
+    def spend(self, seconds: float, place: int, work: str, num_rows: int) -> None:
+        start, self.now = self.now, self.now + seconds
+        self.spans.append(Span(place, start, self.now, work, num_rows))
+
+    def label(self, first: int, segment_id: int) -> None:
+        """The spans from this one on were spent on that segment."""
+        self.spans[first:] = [replace(span, segment_id=segment_id) for span in self.spans[first:]]
+
+
+class Place:
+    """An actor with its inbox. It does one thing at a time: read a message that has arrived, else its own work."""
+
+    def __init__(self, actor: Actor, clock: Clock) -> None:
+        self.clock = clock
+        self._actor = actor
+        self._inbox: list[tuple[float, int, Message]] = []  # a heap by (arrival, order of delivery)
+        self._num_delivered = 0
+        self._may_work = False  # the actor has not said that it is idle since it last learned something
+
+    def deliver(self, arrival_s: float, message: Message) -> None:
+        heapq.heappush(self._inbox, (arrival_s, self._num_delivered, message))
+        self._num_delivered += 1
+
+    @property
+    def next_s(self) -> float:
+        """When it can do the next thing; infinite when it waits for a message that nobody has sent."""
+        if self._may_work:
+            return self.clock.now
+        return max(self.clock.now, min(self._inbox[0][0] if self._inbox else math.inf, self._actor.wake_s))
+
+    def run(self) -> list[Send]:
+        """Do the next thing; the clock stands at its end, which is when what it sends leaves."""
+        self.clock.now = self.next_s
+        if self._inbox and self._inbox[0][0] <= self.clock.now:
+            self._may_work = True
+            return self._actor.on_message(heapq.heappop(self._inbox)[2])
+        num_spans = len(self.clock.spans)
+        sends = self._actor.on_idle()
+        self._may_work = sends is not None
+        if sends and isinstance(sends[0].message, (Segment, Result)):
+            self.clock.label(num_spans, sends[0].message.segment_id)
+        return sends or []
+
+    def wake(self) -> None:
+        """The caller has given the actor something to do."""
+        self._may_work = True
+
+
+class EmulatedStage:
+    """A stage that takes as long as emulated devices would."""
+
+    def __init__(self, stage: Any, index: int, clock: Clock, cost_s: Callable[[int, int, float], float]) -> None:
+        """``index``: the worker's, from 1. ``cost_s``: (rows, rows in the cache, time) -> seconds of a forward."""
+        self._stage = stage
+        self._index = index
+        self._clock = clock
+        self._cost_s = cost_s
+        self.is_first, self.is_last = stage.is_first, stage.is_last
+
+    def open_cache(self, root_id: int) -> Any:
+        return self._stage.open_cache(root_id)
+
+    def forward(self, inputs: Tensor, slots: NDArray[np.int64], cache: Any) -> Tensor:
+        hidden = self._stage.forward(inputs, slots, cache)
+        if len(slots):
+            seconds = self._cost_s(len(slots), cache.slots.high_water, self._clock.now)
+            self._clock.spend(seconds, self._index, "forward", len(slots))
+        return hidden
+
+
+class DriverMeter:
+    """Charges the driver's work to its clock."""
+
+    def __init__(self, costs: DriverCosts, clock: Clock) -> None:
+        self._clock = clock
+        self._costs_ms = {
+            Work.DRAFT_PASS: costs.draft_pass_ms,
+            Work.MERGE_PASS: costs.draft_pass_ms + costs.merge_ms,
+            Work.LM_HEAD: costs.lm_head_ms,
+            Work.VERIFY: costs.verify_ms,
+            Work.SEND: costs.send_ms,
+        }
+
+    @contextmanager
+    def work(self, kind: Work, num_rows: int) -> Iterator[None]:
+        yield
+        if self._costs_ms[kind]:
+            self._clock.spend(self._costs_ms[kind] / 1000, 0, kind.value, num_rows)
+
+
+class VirtualLink:
+    """One direction of one connection: bytes take turns, messages keep their order."""
+
+    def __init__(self, model: LinkModel, latency_s: float, random: Random, max_delay_s: float = 0.0) -> None:
+        """``latency_s``: of the whole way; ``max_delay_s``: a fault, each message is late by up to this."""
+        self.num_bytes = 0
+        self._model = model
+        self._random = random
+        self._latency_s = latency_s
+        self._max_delay_s = max_delay_s
+        self._free_s = 0.0
+        self._last_arrival_s = 0.0
+
+    def arrival_s(self, sent_s: float, num_bytes: int) -> float:
+        self.num_bytes += num_bytes
+        model, random = self._model, self._random
+        self._free_s = max(self._free_s, sent_s) + model.transfer_s(num_bytes)
+        arrival_s = self._free_s + self._latency_s
+        if model.jitter_ms or model.loss:
+            arrival_s += model.extra_delay_s(num_bytes, random.random(), random.random())
+        if self._max_delay_s:
+            arrival_s += self._max_delay_s * random.random()
+        self._last_arrival_s = max(self._last_arrival_s, arrival_s)
+        return self._last_arrival_s
+
+
+class Sizes:
+    """Bytes of messages as the emulated model's would be: our headers, its hidden states."""
+
+    def __init__(self, model: EmulatedModel) -> None:
+        self._row_bytes = model.hidden_size * model.bytes_per_activation
+        self._codec = Codec()
+
+    def num_bytes(self, message: Message) -> int:
+        header = len(self._codec.encode(message)[0])
+        match message:
+            case Segment(hidden=None):
+                return header
+            case Segment() | Result():
+                return header + round(len(message.node_ids) * self._row_bytes)
+            case _:
+                return header

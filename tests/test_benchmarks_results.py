@@ -1,0 +1,71 @@
+"""The benchmarks that simulate, in a small size: they must work and repeat themselves, whatever they measure."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+def run_benchmark(name: str, *arguments: str) -> str:
+    command = [sys.executable, str(BENCHMARKS / name), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def run_results(out: Path, *sections: str) -> None:
+    only = [argument for name in sections for argument in ("--only", name)]
+    run_benchmark("results.py", "--quick", "--jobs", "1", "--out", str(out), *only)
+
+
+def read_results(out: Path, section: str) -> list[dict[str, Any]]:
+    return json.loads((out / "results" / f"{section}.json").read_text())
+
+
+def test_results_are_written_between_the_markers_and_the_rest_stays(tmp_path: Path) -> None:
+    page = tmp_path / "RESULTS.md"
+    page.write_text("before\n\n<!-- simulated: begin -->\nold\n<!-- simulated: end -->\n\nafter\n")
+    run_results(tmp_path, "published", "depth", "ablation")
+    text = page.read_text()
+    assert text.startswith("before\n\n<!-- simulated: begin -->\n")
+    assert text.endswith("<!-- simulated: end -->\n\nafter\n")
+    assert "\nold\n" not in text
+    titles = ("against the paper, greedy", "Depth of the trees", "without one of its mechanisms")
+    places = [text.index(title) for title in titles]
+    assert places == sorted(places)
+    assert "| 7b-nano-150m " in text and "flowspec simulate clusters/" in text
+
+    published, depth, ablation = (read_results(tmp_path, name) for name in ("published", "depth", "ablation"))
+    assert {result["schedule"] for result in published[0]["results"]} == {
+        "chunked", "pipedec", "lockstep", "serial", "ar"
+    }  # fmt: skip
+    assert all(result["tokens_per_s"] > 0 and result["num_tokens"] == 48 for result in published[0]["results"])
+    assert len(depth) == 6 + 6 + 1  # diagonal, the rest of 4..6, a corner
+    assert len(ablation[0]["results"]) == 4
+    assert 0 < (tmp_path / "results" / "depth.png").stat().st_size < 150_000
+
+    before = (tmp_path / "results" / "ablation.json").read_bytes()
+    run_results(tmp_path, "ablation")
+    assert (tmp_path / "results" / "ablation.json").read_bytes() == before
+    assert page.read_text() == text, "one section alone changed the others, or itself"
+
+
+def test_quick_results_never_reach_the_documentation() -> None:
+    command = [sys.executable, str(BENCHMARKS / "results.py"), "--quick"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 2 and "--out" in done.stderr
+
+
+def test_the_synthetic_language_is_calibrated() -> None:
+    sizes = ("--contexts", "4000", "--num-prompts", "1", "--max-new-tokens", "64")
+    figures = json.loads(run_benchmark("synthetic_language.py", "--json", *sizes))
+    aims = {1: 0.744, 3: 0.703, 5: 0.647, 8: 0.562, 12: 0.468}
+    rates = {row["step"]: row["hit_rate"] for row in figures["eagle1"]["hits"]}
+    assert all(abs(rates[step] - aim) < 0.03 for step, aim in aims.items())
+    assert all(abs(row["hit_rate"] - 0.83) < 0.03 for row in figures["eagle3"]["hits"])
+    assert all(row["tokens_per_pass"] > 2 for quality in figures.values() for row in quality["trees"])
