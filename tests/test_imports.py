@@ -18,8 +18,8 @@ LEVELS = {
     "transport": 2, "model": 2,
     "draft.base": 3, "generation": 3, "draft": 3, "schedule": 3,
     "worker": 4, "driver": 4,
-    "virtual_time": 5, "worker_process": 5, "launch": 5, "llm": 5, "simulator": 5,
-    "train": 6, "bench": 6, "cli_common": 6, "cli_bench": 6, "cli": 6, "__main__": 7,
+    "virtual_time": 5, "paced": 5, "worker_process": 5, "launch": 5, "llm": 5, "simulator": 5, "emulator": 5,
+    "train": 6, "bench": 6, "cli_common": 6, "cli_bench": 6, "cli_emulate": 6, "cli": 6, "__main__": 7,
 }  # fmt: skip
 
 FORBIDDEN = {
@@ -36,7 +36,7 @@ CONFINED = {
     "ray": {"launch"},
     "fastapi": {"server"},
     "pydantic": {"server"},
-    "typer": {"cli", "cli_bench", "cli_common"},
+    "typer": {"cli", "cli_bench", "cli_emulate", "cli_common"},
     "matplotlib": {"bench.plots"},
     "transformers": {"model", "train", "llm"},
     "huggingface_hub": {"model"},

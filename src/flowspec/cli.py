@@ -19,6 +19,7 @@ from rich.table import Table
 from flowspec import __version__
 from flowspec.cli_bench import bench, simulate
 from flowspec.cli_common import SCHEDULE_NAMES, TerminalProgress, Verbose, errors_in_one_line, stderr, stdout
+from flowspec.cli_emulate import emulate
 from flowspec.config import LinkConfig, PipelineConfig, TreeConfig
 from flowspec.core import SamplingParams
 from flowspec.errors import FlowspecError, UsageError
@@ -270,6 +271,7 @@ def train_draft(
 
 app.command()(simulate)
 app.command()(bench)
+app.command()(emulate)
 
 
 def _print_version(wanted: bool) -> None:

@@ -121,9 +121,9 @@ def simulate(
     verbose: Verbose = False,
 ) -> None:
     """Compare schedules on a cluster that is only described, in virtual time."""
-    with errors_in_one_line(verbose), _progress() as progress:
+    with errors_in_one_line(verbose), progress_bar() as progress:
         for path in (trace, plot, timeline):
-            _check_place(path)
+            check_place(path)
         wanted = _Simulated(
             cluster_file, schedule, model, draft_quality, draft, prompts, num_prompts,
             SamplingParams(max_new_tokens, temperature, seed=seed), as_published,
@@ -148,7 +148,7 @@ def simulate(
             draw_timeline(timeline, first_prompt, f"{title}, first prompt")
         if as_json:
             settings = study.settings() | {"overrides": wanted.overrides}
-            _write_json(results_json(study.experiment.cluster.name, study.pair.name, seed, settings, results))
+            write_json(results_json(study.experiment.cluster.name, study.pair.name, seed, settings, results))
         else:
             print_table(results_table(results))
             stdout.print(_driver_costs(study), markup=False)
@@ -198,7 +198,7 @@ def bench(
     verbose: Verbose = False,
 ) -> None:
     """Measure schedules x prompts x temperatures, in the simulator or on this machine, and write figures and plots."""
-    with errors_in_one_line(verbose), _progress() as progress:
+    with errors_in_one_line(verbose), progress_bar() as progress:
         all_temperatures = _temperatures(temperatures)
         params = SamplingParams(max_new_tokens, seed=seed)
         if cluster_file is not None:
@@ -230,7 +230,7 @@ def bench(
             raise UsageError("the synthetic model is for the simulator; name a cluster file too, or another model")
         here = _Here(
             chosen, "auto" if draft is None else draft, stages, _schedules(schedule, is_simulated=False),
-            _prompts(chosen, prompts, num_prompts, seed), params, repeats,
+            wanted_prompts(chosen, prompts, num_prompts, seed), params, repeats,
         )  # fmt: skip
         title = f"{chosen}, this machine, {_counts(len(here.prompts), params)}"
         _bench_here(_Output(out, trace, title, None, chosen), here, all_temperatures, progress)
@@ -353,7 +353,7 @@ class _Simulated:
             raise UsageError("--no-score-order, --no-prune and --no-expand are for lockstep, which is not to run")
         slowdown = _slowdown(self.slow, cluster.num_stages) if self.slow is not None else None
         seed = self.params.seed or 0
-        prompts = _prompts(self.model, self.prompts, self.num_prompts, seed)
+        prompts = wanted_prompts(self.model, self.prompts, self.num_prompts, seed)
         quality_name = self.draft_quality or _DEFAULT_QUALITY
         import torch
 
@@ -406,12 +406,12 @@ class _Simulated:
 def _schedules(text: str | None, is_simulated: bool) -> list[str]:
     from flowspec.bench.study import check_schedules
 
-    names = _comma_list(text or SCHEDULE_NAMES, "--schedule")
+    names = comma_list(text or SCHEDULE_NAMES, "--schedule")
     check_schedules(names, is_simulated)
     return names
 
 
-def _comma_list(text: str, option: str) -> list[str]:
+def comma_list(text: str, option: str) -> list[str]:
     names = [name.strip() for name in text.split(",")]
     for name in names:
         if not name:
@@ -422,7 +422,7 @@ def _comma_list(text: str, option: str) -> list[str]:
 
 
 def _temperatures(text: str) -> list[float]:
-    names = _comma_list(text, "--temperatures")
+    names = comma_list(text, "--temperatures")
     try:
         temperatures = [float(name) for name in names]
     except ValueError:
@@ -451,7 +451,7 @@ def _slowdown(text: str, num_stages: int) -> Slowdown:
     return slowdown
 
 
-def _prompts(model: str, file: Path | None, num: int | None, seed: int) -> list[str]:
+def wanted_prompts(model: str, file: Path | None, num: int | None, seed: int) -> list[str]:
     from flowspec.bench.prompts import BUILT_IN_PROMPTS, read_prompts
 
     if num is not None and num < 1:
@@ -467,7 +467,7 @@ def _prompts(model: str, file: Path | None, num: int | None, seed: int) -> list[
 
 
 @contextlib.contextmanager
-def _progress() -> Iterator[TerminalProgress]:
+def progress_bar() -> Iterator[TerminalProgress]:
     progress = TerminalProgress()
     try:
         yield progress
@@ -475,13 +475,13 @@ def _progress() -> Iterator[TerminalProgress]:
         progress.stop()
 
 
-def _check_place(file: Path | None) -> None:
+def check_place(file: Path | None) -> None:
     """Before minutes of work, not after them."""
     if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
         raise UsageError(f"cannot write {file}: give a file in a directory that exists")
 
 
-def _write_json(value: dict[str, Any]) -> None:
+def write_json(value: dict[str, Any]) -> None:
     import msgspec
 
     sys.stdout.write(msgspec.json.encode(value).decode() + "\n")
@@ -516,7 +516,7 @@ class _Output:
     """What ``bench`` prints and writes, temperature by temperature."""
 
     def __init__(self, directory: Path, trace: Path | None, title: str, cluster: str | None, model: str) -> None:
-        _check_place(trace)
+        check_place(trace)
         _make_directory(directory)
         self._directory = directory
         self._trace = trace

@@ -24,6 +24,7 @@ from flowspec.messages import (
     PROTOCOL_VERSION,
     Busy,
     Configure,
+    Emulation,
     Failure,
     Loading,
     Ready,
@@ -176,8 +177,8 @@ class RemoteCluster:
     def link_bytes(self) -> int:
         return self._num_bytes
 
-    def configure(self, model: str, partition: Partition, dtype: DType) -> None:
-        """Tell every worker which stage to load and whom to pass it on to."""
+    def configure(self, model: str, partition: Partition, dtype: DType, emulation: Emulation | None = None) -> None:
+        """Tell every worker which stage to load, whom to pass it on to, and what device to play."""
         addresses = [connection.address for connection in self._controls]
         for index, (connection, layers) in enumerate(zip(self._controls, partition.stages, strict=True)):
             connection.send(
@@ -191,6 +192,7 @@ class RemoteCluster:
                     dtype,
                     addresses[index + 1] if index + 1 < len(addresses) else None,
                     self._config.heartbeat_s,
+                    emulation,
                 )
             )
 

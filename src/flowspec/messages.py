@@ -45,6 +45,15 @@ class Message(msgspec.Struct, frozen=True, tag=True, array_like=True):
 # --- driver to every worker, on the control connection -------------------------------------------------------------
 
 
+class Emulation(msgspec.Struct, frozen=True, array_like=True):
+    """An emulated cluster: what a worker has to know to be as slow as the device that it plays."""
+
+    cluster: str  # the cluster file's text
+    hop_ms: float  # what the engine adds to each hop
+    start_s: float  # when virtual time began, on the machine's monotonic clock
+    time_scale: float  # wall clock seconds in a virtual second
+
+
 class Configure(Message, frozen=True):
     """Begins a session: load these layers and connect to the next worker (``None`` on the last one)."""
 
@@ -57,6 +66,7 @@ class Configure(Message, frozen=True):
     dtype: DType
     next_address: str | None
     heartbeat_s: float
+    emulation: Emulation | None = None
 
 
 class Commit(Message, frozen=True):
@@ -202,9 +212,20 @@ class Failure(Message, frozen=True):
     user_error: bool
 
 
+class Stamped(Message, frozen=True):
+    """A message of an emulated cluster, with the virtual time at which it arrives.
+
+    ``lag_s``: the largest lag of the wall clock behind virtual time at the sender and at all who were before it.
+    """
+
+    arrival_s: float
+    lag_s: float
+    message: Commit | Step | Open | Segment | Close | Result | Closed
+
+
 DataMessage: TypeAlias = Open | Segment | Close
-ToWorker: TypeAlias = Configure | Commit | Step | Stop | Open | Segment | Close
-ToDriver: TypeAlias = Loading | Ready | Result | Closed | Alive | Busy | Failure
+ToWorker: TypeAlias = Configure | Commit | Step | Stop | Open | Segment | Close | Stamped
+ToDriver: TypeAlias = Loading | Ready | Result | Closed | Alive | Busy | Failure | Stamped
 
 
 class Route(Enum):

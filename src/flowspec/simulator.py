@@ -6,29 +6,30 @@ a cluster of its own, from time 0; the same seed gives the same digits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from random import Random
 from typing import Any, Protocol
 
 from flowspec.cluster import ClusterSpec, DriverCosts
 from flowspec.config import ScheduleConfig
-from flowspec.core import Partition, SamplingParams
+from flowspec.core import MAX_SEED, Partition, SamplingParams
 from flowspec.draft.base import DraftSource
 from flowspec.draft.catalogue import choose_draft, load_draft
 from flowspec.draft.synthetic import SyntheticSource
 from flowspec.driver import Driver
 from flowspec.errors import UsageError
-from flowspec.generation import Generation, LogitsHead, Request
+from flowspec.generation import Generation, LogitsHead, Request, Work
 from flowspec.messages import Route, Send
 from flowspec.model.loader import Checkpoint
 from flowspec.model.stage import Stage
 from flowspec.model.synthetic import VOCAB_SIZE, Language, SyntheticHead, SyntheticStage, quality
 from flowspec.model.target_head import TargetHead
-from flowspec.records import RequestRecord, SegmentRecord
+from flowspec.records import RequestRecord, SegmentRecord, Span
 from flowspec.schedule.catalogue import make_schedule
 from flowspec.transport import DRIVER, Link
-from flowspec.virtual_time import Clock, DriverMeter, EmulatedStage, Place, Sizes, VirtualLink
+from flowspec.virtual_time import Clock, EmulatedStage, Place, Sizes, VirtualLink
 from flowspec.worker import Worker
 
 TENSOR_PARALLEL = ("tp-megatron", "tp-galaxy")
@@ -38,10 +39,17 @@ PROMPT_LEN = 64  # tokens of a synthetic prompt
 class ModelPair(Protocol):
     """The models behind a simulation: they give the tokens, and cost nothing."""
 
-    head: LogitsHead
-    source: DraftSource | None
-    max_positions: int
-    eos_ids: frozenset[int]
+    @property
+    def head(self) -> LogitsHead: ...
+
+    @property
+    def source(self) -> DraftSource | None: ...
+
+    @property
+    def max_positions(self) -> int: ...
+
+    @property
+    def eos_ids(self) -> frozenset[int]: ...
 
     def make_stages(self, num_stages: int) -> list[Any]:
         """Stages for one request; weights may be shared."""
@@ -138,6 +146,12 @@ class Experiment:
     faults: Faults = Faults()
     with_spans: bool = False  # keep every piece of work, for traces
 
+    def params_of(self, index: int) -> SamplingParams:
+        """Every prompt is sampled by a seed of its own."""
+        if self.params.temperature == 0:
+            return self.params
+        return replace(self.params, seed=((self.params.seed or 0) + index) % (MAX_SEED + 1))
+
     def costs_of(self, schedule: str) -> DriverCosts:
         return self.cluster.published if self.as_published and schedule != "flow" else self.cluster.ours
 
@@ -169,6 +183,26 @@ def simulate(
     return [_Simulation(experiment, pair, schedule).run(index, pair.encode(prompt)) for index, prompt in prompts]
 
 
+class DriverMeter:
+    """Charges the driver's work to its clock."""
+
+    def __init__(self, costs: DriverCosts, clock: Clock) -> None:
+        self._clock = clock
+        self._costs_ms = {
+            Work.DRAFT_PASS: costs.draft_pass_ms,
+            Work.MERGE_PASS: costs.draft_pass_ms + costs.merge_ms,
+            Work.LM_HEAD: costs.lm_head_ms,
+            Work.VERIFY: costs.verify_ms,
+            Work.SEND: costs.send_ms,
+        }
+
+    @contextmanager
+    def work(self, kind: Work, num_rows: int) -> Iterator[None]:
+        yield
+        if self._costs_ms[kind]:
+            self._clock.spend(self._costs_ms[kind] / 1000, 0, kind.value, num_rows)
+
+
 class _Simulation:
     """One cluster for one request."""
 
@@ -198,26 +232,22 @@ class _Simulation:
             self._workers.append(Worker(emulated, index, clock))
             self._places.append(Place(self._workers[-1], clock))
         self._links = self._make_links(costs, num_stages)
-        self._sizes = Sizes(cluster.model)
 
     def _make_links(self, costs: DriverCosts, num_stages: int) -> dict[Link, VirtualLink]:
         cluster, faults = self._experiment.cluster, self._experiment.faults
+        sizes = Sizes(cluster.model)
         models = [*cluster.links[:num_stages], cluster.links[-1]]
         data = [*(Link(place, place + 1, "data") for place in range(num_stages)), Link(num_stages, DRIVER, "control")]
         links = [(link, model, model.latency_ms + costs.hop_ms) for link, model in zip(data, models, strict=True)]
         commit_ms = cluster.control.latency_ms * costs.broadcast_hops(num_stages)
         links += [(Link(DRIVER, place, "control"), cluster.control, commit_ms) for place in range(1, num_stages + 1)]
         return {
-            link: VirtualLink(model, ms / 1000, Random(f"{faults.seed} {link}"), faults.max_delay_ms / 1000)
+            link: VirtualLink(model, ms / 1000, sizes, Random(f"{faults.seed} {link}"), faults.max_delay_ms / 1000)
             for link, model, ms in links
         }
 
     def run(self, index: int, prompt_ids: tuple[int, ...]) -> RequestRecord:
-        params = self._experiment.params
-        if params.temperature > 0:
-            params = SamplingParams(
-                params.max_tokens, params.temperature, params.top_p, params.top_k, (params.seed or 0) + index
-            )
+        params = self._experiment.params_of(index)
         generation, sends = self._driver.submit(Request(0, prompt_ids, params, self._pair.eos_ids))
         self._places[DRIVER].wake()
         self._post(DRIVER, 0.0, sends)
@@ -238,7 +268,16 @@ class _Simulation:
         for worker in self._workers:
             worker.check_integrity()
             assert not worker.num_open, "a cache has leaked"
-        return self._record(index, generation, emissions, sent_s)
+        return make_record(
+            index,
+            generation,
+            [span for place in self._places for span in place.clock.spans],
+            len(self._places),
+            emissions,
+            sent_s,
+            sum(link.num_bytes for link in self._links.values()),
+            self._experiment.with_spans,
+        )
 
     def _post(self, source: int, now: float, sends: list[Send]) -> None:
         """Everything an actor sends at once leaves at once; each connection then has its own pace."""
@@ -251,41 +290,46 @@ class _Simulation:
                     links = [Link(DRIVER, target, "control") for target in range(1, num_stages + 1)]
                 case Route.DRIVER:
                     links = [Link(source, DRIVER, "control")]
-            num_bytes = self._sizes.num_bytes(send.message)
             for link in links:
-                arrival_s = self._links[link].arrival_s(now, num_bytes)
+                arrival_s = self._links[link].arrival_s(now, send.message)
                 self._places[link.target].deliver(arrival_s, send.message)
 
-    def _record(
-        self, index: int, generation: Generation, emissions: list[tuple[float, int]], sent_s: dict[int, float]
-    ) -> RequestRecord:
-        stats = generation.stats
-        spans = [span for place in self._places for span in place.clock.spans]
-        (first_s, num_first), end_s = emissions[0], emissions[-1][0]
-        start_s = first_s if end_s > first_s else 0.0
-        busy_s = [0.0] * len(self._places)
-        for span in spans:
-            busy_s[span.place] += max(0.0, min(span.end_s, end_s) - max(span.start_s, start_s))
-        return RequestRecord(
-            index,
-            tuple(generation.output_ids),
-            first_s,
-            num_first,
-            end_s,
-            stats.segments,
-            stats.rows,
-            stats.drafted,
-            stats.accepted,
-            stats.verified,
-            stats.restarts,
-            stats.draft_passes,
-            sum(link.num_bytes for link in self._links.values()),
-            tuple(busy_s),
-            tuple(
-                SegmentRecord(
-                    segment_id, sent_s[segment_id], segment.num_sent, segment.num_verified, segment.num_accepted
-                )
-                for segment_id, segment in stats.by_segment.items()
-            ),
-            tuple(spans) if self._experiment.with_spans else (),
-        )
+
+def make_record(
+    index: int,
+    generation: Generation,
+    spans: Sequence[Span],
+    num_places: int,
+    emissions: Sequence[tuple[float, int]],
+    sent_s: Mapping[int, float],
+    link_bytes: int,
+    with_spans: bool,
+) -> RequestRecord:
+    """``emissions``: (time, tokens so far), one for each time that tokens came; ``sent_s``: by segment id."""
+    stats = generation.stats
+    (first_s, num_first), end_s = emissions[0], emissions[-1][0]
+    start_s = first_s if end_s > first_s else 0.0
+    busy_s = [0.0] * num_places
+    for span in spans:
+        busy_s[span.place] += max(0.0, min(span.end_s, end_s) - max(span.start_s, start_s))
+    return RequestRecord(
+        index,
+        tuple(generation.output_ids),
+        first_s,
+        num_first,
+        end_s,
+        stats.segments,
+        stats.rows,
+        stats.drafted,
+        stats.accepted,
+        stats.verified,
+        stats.restarts,
+        stats.draft_passes,
+        link_bytes,
+        tuple(busy_s),
+        tuple(
+            SegmentRecord(i, sent_s[i], segment.num_sent, segment.num_verified, segment.num_accepted)
+            for i, segment in stats.by_segment.items()
+        ),
+        tuple(spans) if with_spans else (),
+    )

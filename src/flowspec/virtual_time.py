@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from random import Random
 from typing import Any, Protocol
@@ -18,8 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from flowspec.cluster import DriverCosts, EmulatedModel, LinkModel
-from flowspec.generation import Work
+from flowspec.cluster import EmulatedModel, LinkModel
 from flowspec.messages import Codec, Message, Result, Segment, Send
 from flowspec.records import Span
 
@@ -115,40 +113,24 @@ class EmulatedStage:
         return hidden
 
 
-class DriverMeter:
-    """Charges the driver's work to its clock."""
-
-    def __init__(self, costs: DriverCosts, clock: Clock) -> None:
-        self._clock = clock
-        self._costs_ms = {
-            Work.DRAFT_PASS: costs.draft_pass_ms,
-            Work.MERGE_PASS: costs.draft_pass_ms + costs.merge_ms,
-            Work.LM_HEAD: costs.lm_head_ms,
-            Work.VERIFY: costs.verify_ms,
-            Work.SEND: costs.send_ms,
-        }
-
-    @contextmanager
-    def work(self, kind: Work, num_rows: int) -> Iterator[None]:
-        yield
-        if self._costs_ms[kind]:
-            self._clock.spend(self._costs_ms[kind] / 1000, 0, kind.value, num_rows)
-
-
 class VirtualLink:
     """One direction of one connection: bytes take turns, messages keep their order."""
 
-    def __init__(self, model: LinkModel, latency_s: float, random: Random, max_delay_s: float = 0.0) -> None:
+    def __init__(
+        self, model: LinkModel, latency_s: float, sizes: Sizes, random: Random, max_delay_s: float = 0.0
+    ) -> None:
         """``latency_s``: of the whole way; ``max_delay_s``: a fault, each message is late by up to this."""
         self.num_bytes = 0
         self._model = model
         self._random = random
         self._latency_s = latency_s
+        self._sizes = sizes
         self._max_delay_s = max_delay_s
         self._free_s = 0.0
         self._last_arrival_s = 0.0
 
-    def arrival_s(self, sent_s: float, num_bytes: int) -> float:
+    def arrival_s(self, sent_s: float, message: Message) -> float:
+        num_bytes = self._sizes.num_bytes(message)
         self.num_bytes += num_bytes
         model, random = self._model, self._random
         self._free_s = max(self._free_s, sent_s) + model.transfer_s(num_bytes)

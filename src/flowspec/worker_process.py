@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import resource
 import signal
@@ -38,6 +39,7 @@ from flowspec.messages import (
 )
 from flowspec.model.loader import Checkpoint, check_device
 from flowspec.model.stage import Stage
+from flowspec.paced import PacedActor, paced_worker
 from flowspec.transport import Connection, Listener, session_of
 from flowspec.worker import Worker
 
@@ -61,7 +63,7 @@ class _Session:
     stage: int
     heartbeat_s: float
     link: Connection | None = None  # to the next worker
-    worker: Worker | None = None  # once the stage is loaded
+    worker: Worker | PacedActor | None = None  # once the stage is loaded
 
 
 class WorkerProcess:
@@ -109,7 +111,9 @@ class WorkerProcess:
         self._check_peers()
         if sends is None:
             # Never for long: a signal that comes just before the wait does not end it.
-            self._poller.poll(int(_LONGEST_WAIT_S * 1000))
+            wake_s = session.worker.wake_s if session is not None and session.worker is not None else math.inf
+            wait_s = min(_LONGEST_WAIT_S, max(0.0, wake_s - time.monotonic()))
+            self._poller.poll(int(wait_s * 1000))
 
     def _handle(self, identity: bytes, frames: list[Any]) -> None:
         session, sender = self._session, session_of(identity)
@@ -150,7 +154,10 @@ class WorkerProcess:
         layers = LayerRange(configure.start_layer, configure.end_layer)
         progress = _Throttled(_LOADING_INTERVAL_S, lambda done: self._tell_driver(Loading(configure.stage, done)))
         stage = Stage.load(checkpoint, layers, configure.dtype, self._device, progress)
-        session.worker = Worker(stage, configure.stage, time.perf_counter)
+        if configure.emulation is None:
+            session.worker = Worker(stage, configure.stage, time.perf_counter)
+        else:
+            session.worker = paced_worker(stage, configure.stage, configure.emulation)
         if session.link is not None:
             self._await_link(session.link)
         logger.info("layers %s of %s are ready", layers, configure.model)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Callable, Sequence
+import signal
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -62,19 +64,32 @@ def run_simulated(
         with ProcessPoolExecutor(
             min(jobs, len(pieces)), context, initializer=torch.set_num_threads, initargs=(1,)
         ) as pool:
-            futures = [pool.submit(_run, experiment, pair, schedule, part) for schedule, part in pieces]
             try:
+                with _sigint_blocked():
+                    futures = [pool.submit(_run, experiment, pair, schedule, part) for schedule, part in pieces]
                 for num_done, future in enumerate(as_completed(futures), start=1):
                     future.result()
                     progress(num_done / len(pieces))
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
+                for process in multiprocessing.active_children():
+                    process.terminate()  # they do not hear Ctrl-C, and nobody needs what they are at
                 raise
             done = [future.result() for future in futures]
     records: dict[str, list[RequestRecord]] = {name: [] for name in schedules}
     for (schedule, _), part in zip(pieces, done, strict=True):
         records[schedule] += part
     return records
+
+
+@contextmanager
+def _sigint_blocked() -> Iterator[None]:
+    """Processes started meanwhile never hear Ctrl-C: this one ends them, and is the only one to speak of it."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def _run(experiment: Experiment, pair: PairSpec, schedule: str, prompts: list[tuple[int, str]]) -> list[RequestRecord]:

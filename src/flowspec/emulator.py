@@ -1,0 +1,176 @@
+"""An emulated cluster of real processes and sockets on this machine: every worker is as slow as its device would be.
+
+The same actors, costs and links as in the simulator, but each place in a process of its own, paced by the wall clock.
+It shows that the simulator's figures hold where messages really travel and processes really wait.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from random import Random
+from types import TracebackType
+
+import torch
+
+from flowspec.config import LinkConfig
+from flowspec.core import Partition
+from flowspec.driver import Driver
+from flowspec.errors import UsageError, WorkerError
+from flowspec.generation import Request
+from flowspec.launch import LocalProcesses, RemoteCluster
+from flowspec.messages import Emulation, Result, Route, Stamped
+from flowspec.model.loader import DEMO, Checkpoint
+from flowspec.paced import PacedActor, WallClock
+from flowspec.records import RequestRecord, Span
+from flowspec.schedule.catalogue import make_schedule
+from flowspec.simulator import TENSOR_PARALLEL, CheckpointPair, DriverMeter, Experiment, make_record
+from flowspec.virtual_time import Clock, Sizes, VirtualLink
+
+_LONGEST_WAIT_S = 0.2
+
+
+@dataclass(frozen=True)
+class Emulated:
+    """What an emulated run gave."""
+
+    records: list[RequestRecord]
+    max_lag_s: float  # of the wall clock behind virtual time, anywhere, in virtual seconds
+
+
+class Emulator:
+    """Worker processes that play a cluster's devices; a context manager.
+
+    Raises ``UsageError`` for a model that has too few layers, ``WorkerError`` when a worker fails.
+    """
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        cluster_text: str,
+        schedule: str,
+        model: str,
+        pair: CheckpointPair,
+        time_scale: float,
+    ) -> None:
+        """``cluster_text``: the text of the file that ``experiment.cluster`` was read from."""
+        if schedule in TENSOR_PARALLEL:
+            raise UsageError(f"{schedule} is a cost model; it runs in the simulator only")
+        self._experiment = experiment
+        self._pair = pair
+        cluster, costs = experiment.cluster, experiment.costs_of(schedule)
+        num_stages = cluster.num_stages
+        checkpoint = Checkpoint.open(model)
+        if num_stages > checkpoint.num_layers:
+            raise UsageError(f"{model} has {checkpoint.num_layers} layers, too few for {num_stages} stages")
+        self._link = LinkConfig()
+        emulation = Emulation(cluster_text, costs.hop_ms, time.monotonic(), time_scale)
+        wall = WallClock(emulation.start_s, time_scale)
+        self._clock = clock = Clock()
+        self._driver = Driver(
+            pair.head,
+            pair.source,
+            lambda: make_schedule(schedule, experiment.config, num_stages, costs=experiment),
+            experiment.config.pipeline,
+            pair.max_positions,
+            clock,
+            DriverMeter(costs, clock),
+        )
+        sizes = Sizes(cluster.model)
+        first, control = cluster.links[0], cluster.control
+        commit_s = control.latency_ms * costs.broadcast_hops(num_stages) / 1000
+        self._links = {
+            Route.NEXT: VirtualLink(first, (first.latency_ms + costs.hop_ms) / 1000, sizes, Random(0)),
+            Route.WORKERS: VirtualLink(control, commit_s, sizes, Random(1)),
+        }
+        self._sizes = sizes
+        self._actor = PacedActor(self._driver, clock, wall, self._links)
+        self._wall = wall
+        self._next_id = 0
+        self._result_bytes = 0
+        self._worker_bytes: dict[int, int] = {}  # received by each worker, by stage
+        torch.set_num_threads(1)
+        processes = LocalProcesses(num_stages, threads=1, device="cpu")
+        self._cluster = RemoteCluster(processes.addresses, self._link, processes)
+        try:
+            path = model if model == DEMO else str(Path(model).resolve())
+            self._cluster.configure(path, Partition.even(checkpoint.num_layers, num_stages), "float32", emulation)
+            self._cluster.await_ready(lambda done: None)
+        except BaseException:
+            self.close()
+            raise
+
+    def run(self, prompts: Sequence[tuple[int, str]]) -> Emulated:
+        """One request after the other. Raises ``WorkerError`` when the machine cannot keep up."""
+        return Emulated([self._run(index, self._pair.encode(prompt)) for index, prompt in prompts], self._actor.lag_s)
+
+    def _run(self, index: int, prompt_ids: tuple[int, ...]) -> RequestRecord:
+        start_s = self._clock.now = max(self._clock.now, self._wall.now())
+        self._clock.spans.clear()
+        bytes_before = self._num_bytes()
+        request = Request(self._next_id, prompt_ids, self._experiment.params_of(index), self._pair.eos_ids)
+        self._next_id += 1
+        generation, sends = self._driver.submit(request)
+        self._actor.place.wake()
+        self._cluster.send(self._actor.stamp_all(sends))
+        emissions: list[tuple[float, int]] = []
+        sent_s: dict[int, float] = {}
+        num_segments, last_news = 0, time.monotonic()
+        while self._driver.num_open:
+            wait_s = min(_LONGEST_WAIT_S, max(0.0, self._actor.wake_s - time.monotonic()))
+            for message in self._cluster.receive(wait_s):
+                if isinstance(message, Stamped):
+                    last_news = time.monotonic()
+                    self._note_result(message)
+                    self._actor.on_message(message)
+            self._cluster.send(self._actor.on_idle() or [])
+            now = self._clock.now - start_s
+            sent_s |= dict.fromkeys(range(num_segments, generation.next_segment_id), now)
+            num_segments = generation.next_segment_id
+            if len(generation.output_ids) > (emissions[-1][1] if emissions else 0):
+                emissions.append((now, len(generation.output_ids)))
+            if time.monotonic() - last_news > self._link.stall_timeout_s:
+                raise WorkerError(f"the emulated pipeline has been silent for {self._link.stall_timeout_s:.0f} s")
+        self._check_lag()
+        forwards = [
+            Span(timing.stage, timing.start_s - start_s, timing.end_s - start_s, "forward", timing.num_rows)
+            for timings in generation.stats.timings
+            for timing in timings
+        ]
+        own = [replace(s, start_s=s.start_s - start_s, end_s=s.end_s - start_s) for s in self._clock.spans]
+        num_places = self._experiment.cluster.num_stages + 1
+        num_bytes = self._num_bytes() - bytes_before
+        return make_record(index, generation, [*own, *forwards], num_places, emissions, sent_s, num_bytes, True)
+
+    def _note_result(self, stamped: Stamped) -> None:
+        if isinstance(stamped.message, Result):
+            self._result_bytes += self._sizes.num_bytes(stamped.message)
+            self._worker_bytes |= {timing.stage: timing.link_bytes for timing in stamped.message.timings}
+
+    def _num_bytes(self) -> int:
+        """On all links so far: the driver's own, results, and what workers after the first have received."""
+        commits = self._links[Route.WORKERS].num_bytes * self._experiment.cluster.num_stages
+        between = sum(num for stage, num in self._worker_bytes.items() if stage > 1)
+        return self._links[Route.NEXT].num_bytes + commits + between + self._result_bytes
+
+    def _check_lag(self) -> None:
+        stage_s = self._experiment.stage_s(1)
+        if self._actor.lag_s > stage_s:
+            raise WorkerError(
+                f"this machine cannot keep up: the wall clock fell {self._actor.lag_s * 1000:.0f} ms of virtual time "
+                f"behind, more than the {stage_s * 1000:.0f} ms of a stage; use a larger --time-scale"
+            )
+
+    def close(self) -> None:
+        """End the workers."""
+        self._cluster.close()
+
+    def __enter__(self) -> Emulator:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

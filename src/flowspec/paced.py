@@ -1,0 +1,109 @@
+"""An actor in virtual time inside a real process: it sleeps until the wall clock has caught up with what it did.
+
+Messages carry the virtual time at which they arrive, and what happens when is decided by these stamps alone. So a late
+wake-up of one process is not passed on to the others: it only shows as a lag of the wall clock, which is reported.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from random import Random
+from typing import Any
+
+from flowspec.cluster import ClusterSpec
+from flowspec.errors import ProtocolError
+from flowspec.messages import Emulation, Message, Route, Segment, Send, Stamped
+from flowspec.virtual_time import Actor, Clock, EmulatedStage, Place, Sizes, VirtualLink
+from flowspec.worker import Worker
+
+_POLL_S = 0.0015  # waits below this are slept, since polling knows whole milliseconds only
+
+
+class WallClock:
+    """Virtual seconds since the emulation began."""
+
+    def __init__(self, start_s: float, time_scale: float) -> None:
+        """``start_s`` on the monotonic clock, which all processes of a machine share."""
+        self._start_s = start_s
+        self._time_scale = time_scale
+
+    def now(self) -> float:
+        return (time.monotonic() - self._start_s) / self._time_scale
+
+    def monotonic_s(self, virtual_s: float) -> float:
+        return self._start_s + virtual_s * self._time_scale
+
+    def sleep_until(self, virtual_s: float) -> None:
+        wait_s = self.monotonic_s(virtual_s) - time.monotonic()
+        if wait_s > 0:
+            time.sleep(wait_s)
+
+
+class PacedActor:
+    """Takes and sends ``Stamped`` messages; otherwise what its shell expects of a worker or driver."""
+
+    def __init__(self, actor: Actor, clock: Clock, wall: WallClock, links: Mapping[Route, VirtualLink]) -> None:
+        self.link_bytes = 0  # the shell's count of real bytes, of which nobody asks
+        self.lag_s = 0.0  # the largest, in virtual seconds, here and wherever messages came from
+        self.place = Place(actor, clock)
+        self._wall = wall
+        self._links = links
+
+    @property
+    def wake_s(self) -> float:
+        """On the monotonic clock."""
+        return self._wall.monotonic_s(self.place.next_s)
+
+    def on_message(self, message: Message) -> list[Send]:
+        """Keep it until its time has come."""
+        if not isinstance(message, Stamped):
+            raise ProtocolError(f"an emulated worker takes no {type(message).__name__} without a time stamp")
+        self.lag_s = max(self.lag_s, message.lag_s)
+        self.place.deliver(message.arrival_s, message.message)
+        return []
+
+    def on_idle(self) -> list[Send] | None:
+        """Do the next thing if its time has come, and return when it is over; ``None`` when there is none yet."""
+        wait_s = self.wake_s - time.monotonic()
+        if wait_s > _POLL_S:
+            return None
+        self._wall.sleep_until(self.place.next_s)
+        sends = self.place.run()
+        self.lag_s = max(self.lag_s, self._wall.now() - self.place.clock.now)
+        self._wall.sleep_until(self.place.clock.now)
+        return [self._stamp(send) for send in sends]
+
+    def stamp_all(self, sends: list[Send]) -> list[Send]:
+        return [self._stamp(send) for send in sends]
+
+    def _stamp(self, send: Send) -> Send:
+        arrival_s = self._links[send.route].arrival_s(self.place.clock.now, send.message)
+        message: Any = send.message
+        return Send(send.route, Stamped(arrival_s, self.lag_s, message))
+
+
+def paced_worker(stage: Any, index: int, emulation: Emulation) -> PacedActor:
+    """A worker that plays the cluster's device ``index`` (from 1)."""
+    cluster = ClusterSpec.parse(emulation.cluster, "the emulated cluster")
+    clock = Clock()
+    sizes = Sizes(cluster.model)
+    out = cluster.links[index]
+    link = VirtualLink(out, (out.latency_ms + emulation.hop_ms) / 1000, sizes, Random(index))
+    emulated = EmulatedStage(stage, index, clock, lambda rows, context, now: cluster.stage_s(index - 1, rows, context))
+    worker = CountingWorker(emulated, index, clock, sizes)
+    wall = WallClock(emulation.start_s, emulation.time_scale)
+    return PacedActor(worker, clock, wall, {Route.NEXT: link, Route.DRIVER: link})
+
+
+class CountingWorker(Worker):
+    """Counts the emulated bytes that it receives, which its timings report."""
+
+    def __init__(self, stage: Any, index: int, clock: Clock, sizes: Sizes) -> None:
+        super().__init__(stage, index, clock)
+        self._sizes = sizes
+
+    def on_message(self, message: Message) -> list[Send]:
+        if isinstance(message, Segment):
+            self.link_bytes += self._sizes.num_bytes(message)
+        return super().on_message(message)
