@@ -49,7 +49,8 @@ verify_ms = 1.0
 def run_emulate(tmp_path: Path, *options: str) -> subprocess.CompletedProcess[str]:
     cluster = tmp_path / "slow.toml"
     cluster.write_text(TWO_SLOW_STAGES)
-    command = [sys.executable, "-m", "flowspec", "emulate", str(cluster), "--max-new-tokens", "12", "--num-prompts", "1"]
+    command = [sys.executable, "-m", "flowspec", "emulate", str(cluster)]
+    options = ("--max-new-tokens", "12", *(() if "--num-prompts" in options else ("--num-prompts", "1")), *options)
     return subprocess.run([*command, *options], capture_output=True, text=True, timeout=120)
 
 

@@ -17,6 +17,7 @@ from flowspec.messages import (
     Codec,
     Commit,
     Configure,
+    Emulation,
     Failure,
     Loading,
     Message,
@@ -24,6 +25,8 @@ from flowspec.messages import (
     Ready,
     Result,
     Segment,
+    Stamped,
+    Step,
     Stop,
     Timing,
 )
@@ -51,9 +54,12 @@ def test_a_segment_survives_the_wire(ids: list[int], dtype: torch.dtype, width: 
     hidden = None if has_tokens else torch.randn(len(ids), width).to(dtype)
     segment = Segment(
         3, 1, 9, ids, [i - 1 for i in ids], ids, len(ids) // 2, ids if has_tokens else None, hidden,
-        [Timing(1, 16, 0.25, 0.5, 77)],
+        [Timing(1, 16, 0.25, 0.5, 77)], width - 4,
     )  # fmt: skip
     assert_equal(Codec().decode_to_worker(wire(segment)), segment)
+    stamped = Codec().decode_to_worker(wire(Stamped(1.5, 0.0, segment)))
+    assert isinstance(stamped, Stamped) and stamped.arrival_s == 1.5
+    assert_equal(stamped.message, segment)
 
 
 @given(IDS, DTYPES, st.integers(0, 8))
@@ -67,7 +73,10 @@ def test_a_result_survives_the_wire(ids: list[int], dtype: torch.dtype, width: i
     [
         Configure(1, 2, 4, "demo", 0, 2, "float32", "10.0.0.2:7070", 2.0),
         Configure(1, 4, 4, "demo", 6, 8, "bfloat16", None, 2.0),
+        Configure(1, 1, 1, "demo", 0, 8, "float32", None, 2.0, Emulation("[model]", 2.5, 17.25, 4.0)),
         Commit(5, 0, [3, 7], 9),
+        Step(5, 0, 2**62),
+        Stamped(3.5, 0.25, Step(5, 0, 2)),
         Stop(),
         Open(5, 0, 3, True),
         Close(5, 0),
