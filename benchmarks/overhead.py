@@ -27,6 +27,7 @@ from flowspec.llm import LLM
 from flowspec.messages import Result, Segment, Send, ToDriver
 from flowspec.model.loader import Checkpoint
 from flowspec.model.stage import Stage
+from flowspec.sampling import Sampler
 from flowspec.tree import UNDRAFTED, DraftTree, Ints
 
 PROMPT = "class Queue:\n    def __init__(self, maxsize=0):\n"
@@ -69,7 +70,7 @@ class FixedSource:
     name = "fixed"
     needs_features = False
 
-    def open(self, prompt_ids: Sequence[int]) -> FixedDraft:
+    def open(self, prompt_ids: Sequence[int], sampler: Sampler) -> FixedDraft:
         return FixedDraft()
 
 

@@ -13,7 +13,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from flowspec.config import PipelineConfig, TreeConfig
 from flowspec.core import SamplingParams
 from flowspec.draft.base import Accepted
+from flowspec.draft.eagle import GREEDY
 from flowspec.draft.ngram import NgramConfig, NgramSource
+from flowspec.sampling import Sampler
 from flowspec.tree import DraftTree, Ints
 from pump import Choose, Pump
 
@@ -27,7 +29,7 @@ class TargetSource:
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
 
-    def open(self, prompt_ids: Sequence[int]) -> TargetDraft:
+    def open(self, prompt_ids: Sequence[int], sampler: Sampler) -> TargetDraft:
         return TargetDraft(self._model, prompt_ids)
 
 
@@ -78,7 +80,7 @@ def test_a_draft_that_is_the_target_accepts_full_depth(checkpoint_dir: Callable[
 
 def test_the_ngram_draft_continues_the_longest_match() -> None:
     draft = NgramSource(NgramConfig(min_match=2, max_match=4, num_tokens=3)).open(
-        [1, 2, 3, 4, 5, 9, 2, 3, 7, 8, 1, 2, 3]
+        [1, 2, 3, 4, 5, 9, 2, 3, 7, 8, 1, 2, 3], GREEDY
     )
     tree = DraftTree(12, 3, 80)
     assert draft.expand(tree, np.zeros(1, dtype=np.int64))
@@ -87,7 +89,7 @@ def test_the_ngram_draft_continues_the_longest_match() -> None:
 
 
 def test_the_ngram_draft_adds_nothing_when_it_knows_nothing() -> None:
-    draft = NgramSource().open([1, 2, 3, 4, 5])
+    draft = NgramSource().open([1, 2, 3, 4, 5], GREEDY)
     tree = DraftTree(4, 5, 80)
     draft.expand(tree, np.zeros(1, dtype=np.int64))
     assert len(tree) == 1

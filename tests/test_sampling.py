@@ -3,9 +3,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy import stats
 
-from flowspec.core import SamplingParams
+from flowspec.core import MAX_SEED, SamplingParams
 from flowspec.sampling import Sampler, filtered_logprobs, gumbel_noise
 
 
@@ -56,3 +58,45 @@ def test_filters_keep_what_they_say() -> None:
     torch.testing.assert_close(by_p, torch.tensor([2 / 3, 1 / 3, 0, 0], dtype=torch.float64))
     only_best = filtered_logprobs(logits, SamplingParams(temperature=1.0, top_p=1e-9, seed=0)).exp()
     torch.testing.assert_close(only_best, torch.tensor([1.0, 0, 0, 0], dtype=torch.float64))
+
+
+@given(
+    seed=st.integers(0, MAX_SEED),
+    temperature=st.floats(0.05, 3),
+    top_k=st.integers(0, 12),
+    top_p=st.floats(0.05, 1),
+)
+def test_a_draft_that_knows_the_target_guesses_every_draw(
+    seed: int, temperature: float, top_k: int, top_p: float
+) -> None:
+    params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    logits = torch.randn(4, 50, generator=torch.Generator().manual_seed(seed % 2**31)) * 3
+    positions = np.array([7, 8, 9, 7])
+    guesses = Sampler(params).draft_logprobs(logits, positions).argmax(dim=-1).tolist()
+    drawn = [Sampler(params).token(row, position) for row, position in zip(logits, positions.tolist(), strict=True)]
+    assert guesses == drawn
+
+
+def test_a_greedy_draft_sees_its_own_distribution() -> None:
+    logits = torch.randn(3, 20)
+    logprobs = Sampler(SamplingParams()).draft_logprobs(logits, np.array([1, 2, 3]))
+    assert torch.allclose(logprobs, logits.log_softmax(-1))
+
+
+def test_draft_logprobs_are_finite_and_sum_to_one() -> None:
+    params = SamplingParams(temperature=0.7, top_k=3, top_p=0.5, seed=1)
+    logprobs = Sampler(params).draft_logprobs(torch.randn(2, 30), np.array([4, 5]))
+    assert logprobs.isfinite().all()
+    assert torch.allclose(logprobs.exp().sum(-1), torch.ones(2))
+
+
+def test_looking_ahead_at_the_noise_changes_no_draw() -> None:
+    params = SamplingParams(temperature=1.0, seed=3)
+    logits = torch.randn(10, 40)
+    plain = [Sampler(params).token(logits[i], i) for i in range(10)]
+    sampler = Sampler(params)
+    tokens: list[int] = []
+    for i in range(10):
+        sampler.draft_logprobs(logits[:4], np.arange(i, i + 4))
+        tokens.append(sampler.token(logits[i], i))
+    assert tokens == plain

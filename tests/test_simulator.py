@@ -11,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from flowspec.bench.prompts import BUILT_IN_PROMPTS
 from flowspec.cluster import ClusterSpec, EmulatedModel, LinkModel
 from flowspec.config import ScheduleConfig
 from flowspec.core import SamplingParams
@@ -355,3 +356,16 @@ def test_a_lost_packet_costs_a_retransmission() -> None:
     assert delays.count(0.2) / 1000 == pytest.approx(0.25, abs=0.06)
     slow, good = (run("ar", with_links(NANO, loss=loss)) for loss in (0.02, 0.0))
     assert slow.end_s > good.end_s + 0.2 and slow.token_ids == good.token_ids
+
+
+def test_a_draft_that_knows_the_noise_is_accepted_more_often_and_changes_no_token() -> None:
+    params = SamplingParams(max_tokens=40, temperature=0.8, seed=1)
+    experiment = Experiment(NANO, ScheduleConfig(), params)
+    prompts = list(enumerate(BUILT_IN_PROMPTS[:2]))
+    coupled, plain = (
+        simulate(experiment, CheckpointPair("demo", "auto", 10, is_coupled), "serial", prompts)
+        for is_coupled in (True, False)
+    )
+    assert [r.token_ids for r in coupled] == [r.token_ids for r in plain]
+    assert sum(r.accepted for r in coupled) > 1.1 * sum(r.accepted for r in plain)
+    assert sum(r.segments for r in coupled) < sum(r.segments for r in plain)

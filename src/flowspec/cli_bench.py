@@ -367,7 +367,7 @@ class _Simulated:
         torch.set_num_threads(1)  # as in the processes of other jobs
         return Study(
             Experiment(cluster, config, self.params, self.as_published, Faults(self.delay, slowdown, seed)),
-            PairSpec(self.model, quality_name, self.draft or "auto"),
+            PairSpec(self.model, quality_name, self.draft or "auto", is_coupled=not self.as_published),
             names,
             prompts,
             num_cores() if self.jobs is None else self.jobs,

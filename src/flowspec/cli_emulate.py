@@ -64,7 +64,7 @@ def emulate(
         params = SamplingParams(max_new_tokens, temperature, seed=seed)
         experiment = Experiment(cluster, ScheduleConfig(), params, as_published)
         torch.set_num_threads(1)
-        pair = CheckpointPair(model, draft or "auto", ScheduleConfig().flow.top_k)
+        pair = CheckpointPair(model, draft or "auto", ScheduleConfig().flow.top_k, is_coupled=not as_published)
         results: list[ScheduleResult] = []
         remarks: dict[str, dict[str, float]] = {}
         for place, name in enumerate(names):

@@ -19,7 +19,8 @@ def _check_positive(owner: object, *names: str) -> None:
 class TreeConfig:
     """What a draft tree may look like (EAGLE-2, arXiv 2406.16858, and FlowSpec, arXiv 2507.02620)."""
 
-    top_k: int = 10  # children drafted for a node, and nodes expanded in one draft pass
+    top_k: int = 10  # children drafted for a node
+    width: int = 10  # nodes expanded in one draft pass
     depth: int = 6  # levels below the root that are drafted at once
     max_depth: int = 12  # levels below the root that deepening may reach while nothing was verified
     root_passes: int = 2  # draft passes that a root outside the tree waits for at most, to take its first guesses along
@@ -28,7 +29,7 @@ class TreeConfig:
     min_probability: float = 0.02  # nodes that are reached less often, by the draft's own score, are not worth a row
 
     def __post_init__(self) -> None:
-        _check_positive(self, "top_k", "depth", "size")
+        _check_positive(self, "top_k", "width", "depth", "size")
         if not 0 <= self.min_probability < 1:
             raise UsageError(f"min_probability is {self.min_probability}; it must lie in [0, 1)")
         if self.max_depth < self.depth:

@@ -133,7 +133,7 @@ class Generation:
         self._sampler = Sampler(request.params)
         self._num_tokens = min(request.params.max_tokens, max_positions - len(request.prompt_ids))
         self._want_features = source is not None and source.needs_features
-        self._draft: Draft | None = source.open(request.prompt_ids) if source else None
+        self._draft: Draft | None = source.open(request.prompt_ids, self._sampler) if source else None
         self.num_passes = 0  # draft passes since the last commit
         self.next_segment_id = 0
         self._root_parent_id = NO_PARENT

@@ -81,13 +81,13 @@ class SyntheticPair:
 class CheckpointPair:
     """A real model and draft, as the demo pair, cut as evenly as its layers allow."""
 
-    def __init__(self, model: str, draft: str, top_k: int) -> None:
-        """Raises ``UsageError`` for what cannot be loaded."""
+    def __init__(self, model: str, draft: str, top_k: int, is_coupled: bool = True) -> None:
+        """``is_coupled``: see ``draft.eagle.EagleSource``. Raises ``UsageError`` for what cannot be loaded."""
         self._checkpoint = Checkpoint.open(model)
         head = TargetHead(self._checkpoint.load_lm_head("float32", "cpu"))
         chosen = choose_draft(self._checkpoint, draft)
         self.head = head
-        self.source = load_draft(chosen, self._checkpoint, head, top_k, "float32", "cpu")
+        self.source = load_draft(chosen, self._checkpoint, head, top_k, "float32", "cpu", is_coupled)
         self.max_positions = self._checkpoint.max_positions
         self.eos_ids = self._checkpoint.eos_token_ids
         self._tokenizer = self._checkpoint.load_tokenizer()

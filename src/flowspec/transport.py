@@ -165,7 +165,9 @@ class Connection:
                 self.is_lost = True
 
     def close(self, linger_s: float = 0.0) -> None:
-        """``linger_s``: how long messages that are still queued may take to leave."""
+        """``linger_s``: how long messages that are still queued may take to leave. Safe to call twice."""
+        if self._socket.closed:
+            return
         self._socket.disable_monitor()
         self._monitor.close(linger=0)
         self._socket.close(linger=int(linger_s * 1000))

@@ -221,9 +221,11 @@ class WorkerProcess:
             self._listener.reply(self._session.driver, failure)
 
     def _end_session(self) -> None:
+        """May be called again where a signal has interrupted it."""
         if self._session is not None and self._session.link is not None:
             for socket in self._session.link.sockets:
-                self._poller.unregister(socket)
+                if socket in self._poller:
+                    self._poller.unregister(socket)
             self._session.link.close()
         self._session = None
 

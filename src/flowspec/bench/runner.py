@@ -27,6 +27,7 @@ class PairSpec:
     draft_quality: str = "eagle1"  # of the synthetic language
     draft: str = "auto"  # of a real model
     top_k: int = 10  # children that a node gets in one draft pass
+    is_coupled: bool = True  # a real draft guesses with the noise of sampling; no published one does
 
     @property
     def name(self) -> str:
@@ -36,7 +37,7 @@ class PairSpec:
         """Raises ``UsageError``."""
         if self.model == SYNTHETIC:
             return SyntheticPair(self.draft_quality, self.top_k)
-        return CheckpointPair(self.model, self.draft, self.top_k)
+        return CheckpointPair(self.model, self.draft, self.top_k, self.is_coupled)
 
 
 _load = lru_cache(maxsize=2)(PairSpec.load)

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from flowspec.sampling import Sampler
 from flowspec.tree import DraftTree, Ints
 
 
@@ -47,4 +48,6 @@ class DraftSource(Protocol):
     name: str
     needs_features: bool  # whether the hidden states of the prompt must come back from the last worker
 
-    def open(self, prompt_ids: Sequence[int]) -> Draft: ...
+    def open(self, prompt_ids: Sequence[int], sampler: Sampler) -> Draft:
+        """``sampler`` is the request's: what it knows of the noise to come may guide the guesses."""
+        ...

@@ -41,9 +41,15 @@ def choose_draft(checkpoint: Checkpoint, draft: str | Path | DraftSource) -> Cho
 
 
 def load_draft(
-    chosen: ChosenDraft, checkpoint: Checkpoint, head: TargetHead, top_k: int, dtype: DType, device: str
+    chosen: ChosenDraft,
+    checkpoint: Checkpoint,
+    head: TargetHead,
+    top_k: int,
+    dtype: DType,
+    device: str,
+    is_coupled: bool = True,
 ) -> DraftSource | None:
-    """``None`` when nothing is to be drafted."""
+    """``None`` when nothing is to be drafted. ``is_coupled``: see ``EagleSource``."""
     match chosen:
         case "none":
             return None
@@ -51,6 +57,6 @@ def load_draft(
             return NgramSource()
         case Path():
             embedding = checkpoint.load_embedding(dtype, device)
-            return EagleSource(EagleHead.load(chosen, embedding, dtype, device), head, top_k)
+            return EagleSource(EagleHead.load(chosen, embedding, dtype, device), head, top_k, is_coupled)
         case _:
             return chosen

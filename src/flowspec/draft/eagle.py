@@ -14,13 +14,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flowspec.core import SamplingParams
 from flowspec.draft.base import Accepted
 from flowspec.messages import NO_PARENT
 from flowspec.model.eagle_head import EagleHead
 from flowspec.model.kv_cache import KVCache
 from flowspec.model.stage import ATTENTION
 from flowspec.model.target_head import TargetHead
+from flowspec.sampling import Sampler
 from flowspec.tree import DraftTree, Floats, Ints
+
+GREEDY = Sampler(SamplingParams())  # knows of no noise
 
 
 class EagleSource:
@@ -29,15 +33,18 @@ class EagleSource:
     name = "eagle"
     needs_features = True
 
-    def __init__(self, head: EagleHead, target_head: TargetHead, top_k: int) -> None:
-        """``top_k``: children that a node gets in one pass."""
+    def __init__(self, head: EagleHead, target_head: TargetHead, top_k: int, is_coupled: bool = True) -> None:
+        """``top_k``: children that a node gets in one pass. ``is_coupled``: guess with the noise of the draws to come;
+        off for comparison with systems that do not.
+        """
         head.config._attn_implementation = ATTENTION
         self.head = head
         self.target_head = target_head
         self.top_k = top_k
+        self.is_coupled = is_coupled
 
-    def open(self, prompt_ids: Sequence[int]) -> EagleDraft:
-        return EagleDraft(self, prompt_ids)
+    def open(self, prompt_ids: Sequence[int], sampler: Sampler) -> EagleDraft:
+        return EagleDraft(self, prompt_ids, sampler if self.is_coupled else GREEDY)
 
 
 @dataclass
@@ -54,10 +61,11 @@ class _TrueRow:
 class EagleDraft:
     """One request's drafting: the head's own cache, and the newest feature of every node in it, by slot."""
 
-    def __init__(self, source: EagleSource, prompt_ids: Sequence[int]) -> None:
+    def __init__(self, source: EagleSource, prompt_ids: Sequence[int], sampler: Sampler) -> None:
         self._head = source.head
         self._target_head = source.target_head
         self._top_k = source.top_k
+        self._sampler = sampler
         self._prompt_ids = prompt_ids
         self._cache = KVCache(0, 1, root_id=len(prompt_ids) - 1)
         self._features = source.head.embedding.new_zeros(0, source.head.embedding.shape[1])
@@ -146,7 +154,8 @@ class EagleDraft:
 
     def _grow(self, tree: DraftTree, rows: Ints, features: Tensor, staleness: Ints) -> None:
         """Give the nodes the ``top_k`` most probable tokens after them."""
-        logits = self._target_head.logits(features).float()
-        best = logits.topk(min(self._top_k, logits.shape[-1]), dim=-1)
-        logprobs: Floats = (best.values - logits.logsumexp(dim=-1, keepdim=True)).double().cpu().numpy()
+        positions = tree.depths[rows] + self._root_position + 2  # a node's token is one behind its row's feature
+        all_logprobs = self._sampler.draft_logprobs(self._target_head.logits(features), positions)
+        best = all_logprobs.topk(min(self._top_k, all_logprobs.shape[-1]), dim=-1)
+        logprobs: Floats = best.values.double().cpu().numpy()
         tree.expand(rows, best.indices.cpu().numpy(), logprobs, staleness)

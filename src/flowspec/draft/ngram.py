@@ -13,6 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from flowspec.draft.base import Accepted
+from flowspec.sampling import Sampler
 from flowspec.tree import DraftTree, Ints
 
 
@@ -34,7 +35,7 @@ class NgramSource:
     def __init__(self, config: NgramConfig | None = None) -> None:
         self.config = config or NgramConfig()
 
-    def open(self, prompt_ids: Sequence[int]) -> NgramDraft:
+    def open(self, prompt_ids: Sequence[int], sampler: Sampler) -> NgramDraft:
         return NgramDraft(self.config, prompt_ids)
 
 

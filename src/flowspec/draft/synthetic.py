@@ -10,6 +10,7 @@ from torch import Tensor
 
 from flowspec.draft.base import Accepted
 from flowspec.model.synthetic import Language, increments
+from flowspec.sampling import Sampler
 from flowspec.tree import DraftTree, Ints
 
 
@@ -21,7 +22,8 @@ class SyntheticSource:
         self.language = language
         self.top_k = top_k
 
-    def open(self, prompt_ids: Sequence[int]) -> SyntheticDraft:
+    def open(self, prompt_ids: Sequence[int], sampler: Sampler) -> SyntheticDraft:
+        """The calibrated rates are those of drafts that know nothing of the noise."""
         return SyntheticDraft(self, prompt_ids)
 
 

@@ -22,6 +22,7 @@ from flowspec.messages import Result
 from flowspec.schedule.pace import Pace
 
 DEFAULT_SEGMENT_LEN = 16  # where nothing is known of the devices, as published
+PASSES_SHARE = 0.45  # of a segment's time that a new root may wait for draft passes, where both are known
 
 
 class Flow:
@@ -33,7 +34,12 @@ class Flow:
         self._segment_len = pipeline.segment_len or (pace.segment_len if pace else DEFAULT_SEGMENT_LEN)
         # The more rows cost nothing, the less probable a node may be that is worth one; nobody has time for thousands.
         share = min(max(1.0, self._segment_len / DEFAULT_SEGMENT_LEN), 4.0) if pace else 1.0
-        self.tree = replace(tree, size=round(tree.size * share), min_probability=tree.min_probability / share)
+        self.tree = replace(
+            tree,
+            size=round(tree.size * share),
+            width=round(tree.width * share),
+            min_probability=tree.min_probability / share,
+        )
         self._max_in_flight = pipeline.segments_in_flight or (2 if pace else 1) * (num_parallel + 1)
         self._pace = pace
         self._pass_s = 0.0  # what the last draft pass took
@@ -70,12 +76,16 @@ class Flow:
 
         A root that the draft missed takes its first guesses along; else the refreshed scores are worth one pass.
         """
-        wanted = self.tree.refresh_passes if generation.tree.sent[0] else self.tree.root_passes
+        root_is_sent = bool(generation.tree.sent[0])
+        wanted = self.tree.refresh_passes if root_is_sent else self.tree.root_passes
+        if self._pace is not None and self._pass_s:
+            affordable = round(PASSES_SHARE * self._pace.slot_s / self._pass_s)
+            wanted = max(1, min(affordable - root_is_sent, self.tree.depth))
         return generation.num_passes >= wanted
 
     def _propose(self, generation: Generation, depth: int) -> bool:
         start_s = generation.clock()
-        if not generation.propose(depth, self.tree.top_k):
+        if not generation.propose(depth, self.tree.width):
             return False
         self._pass_s = generation.clock() - start_s
         return True

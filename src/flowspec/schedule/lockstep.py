@@ -44,12 +44,12 @@ class Lockstep(Stepped):
             self._draft(generation, config.expand_depth)
             best = tree.best(config.expand_size + 1)
         else:
-            generation.propose(self.tree.max_depth, self.tree.top_k)
+            generation.propose(self.tree.max_depth, self.tree.width)
             best = tree.best(int(tree.sent.sum()) + config.deepen_size)
         return np.sort(best[~tree.sent[best]])
 
     def _draft(self, generation: Generation, depth: int) -> None:
         """A whole EAGLE-2 tree from the root, merged into what there is: a pass for each level."""
         for level in range(depth):
-            if not generation.propose_level(level, self.tree.top_k):
+            if not generation.propose_level(level, self.tree.width):
                 return

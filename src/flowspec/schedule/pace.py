@@ -44,6 +44,7 @@ class Pace:
     def __init__(self, costs: Costs) -> None:
         self._costs = costs
         self.segment_len = free_rows(costs)
+        self.slot_s = self._slot_s(self.segment_len)  # how long a full segment keeps the slowest stage or link busy
         self._hop_s = 0.0  # the shortest that was seen
         self._knows_hop = False
         self._sent_s: dict[int, float] = {}  # by segment id
@@ -58,7 +59,10 @@ class Pace:
     def note_sent(self, segment_id: int, num_rows: int, now: float) -> None:
         self._sent_s[segment_id] = now
         self._start_s = max(self._free_s, now + self._hop_s)
-        self._free_s = self._start_s + max(self._costs.stage_s(num_rows), self._costs.wire_s(num_rows))
+        self._free_s = self._start_s + self._slot_s(num_rows)
+
+    def _slot_s(self, num_rows: int) -> float:
+        return max(self._costs.stage_s(num_rows), self._costs.wire_s(num_rows))
 
     def note_miss(self, now: float) -> None:
         """All that is under way is dead; what has not begun when the commit arrives costs nothing."""

@@ -31,7 +31,7 @@ class Serial:
         if generation.tree.sent[0]:
             return False
         level = generation.num_passes
-        if level < self.tree.depth and generation.propose_level(level, self.tree.top_k):
+        if level < self.tree.depth and generation.propose_level(level, self.tree.width):
             return True
         for rows in np.array_split(generation.tree.best(), self._num_chunks):
             if len(rows):
