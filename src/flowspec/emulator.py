@@ -142,7 +142,17 @@ class Emulator:
         own = [replace(s, start_s=s.start_s - start_s, end_s=s.end_s - start_s) for s in self._clock.spans]
         num_places = self._experiment.cluster.num_stages + 1
         num_bytes = self._num_bytes() - bytes_before
-        return make_record(index, generation, [*own, *forwards], num_places, emissions, sent_s, num_bytes, True)
+        return make_record(
+            index,
+            generation.output_ids,
+            generation.stats,
+            [*own, *forwards],
+            num_places,
+            emissions,
+            sent_s,
+            num_bytes,
+            True,
+        )
 
     def _note_result(self, stamped: Stamped) -> None:
         if isinstance(stamped.message, Result):

@@ -20,7 +20,7 @@ from flowspec.draft.catalogue import choose_draft, load_draft
 from flowspec.draft.synthetic import SyntheticSource
 from flowspec.driver import Driver
 from flowspec.errors import UsageError
-from flowspec.generation import Generation, LogitsHead, Request, Work
+from flowspec.generation import LogitsHead, Request, Stats, Work
 from flowspec.messages import Route, Send
 from flowspec.model.loader import Checkpoint
 from flowspec.model.stage import Stage
@@ -270,7 +270,8 @@ class _Simulation:
             assert not worker.num_open, "a cache has leaked"
         return make_record(
             index,
-            generation,
+            generation.output_ids,
+            generation.stats,
             [span for place in self._places for span in place.clock.spans],
             len(self._places),
             emissions,
@@ -297,7 +298,8 @@ class _Simulation:
 
 def make_record(
     index: int,
-    generation: Generation,
+    token_ids: Sequence[int],
+    stats: Stats,
     spans: Sequence[Span],
     num_places: int,
     emissions: Sequence[tuple[float, int]],
@@ -305,8 +307,7 @@ def make_record(
     link_bytes: int,
     with_spans: bool,
 ) -> RequestRecord:
-    """``emissions``: (time, tokens so far), one for each time that tokens came; ``sent_s``: by segment id."""
-    stats = generation.stats
+    """``emissions``: (time, tokens so far), one for each time that tokens came; ``sent_s``: by segment id, if known."""
     (first_s, num_first), end_s = emissions[0], emissions[-1][0]
     start_s = first_s if end_s > first_s else 0.0
     busy_s = [0.0] * num_places
@@ -314,7 +315,7 @@ def make_record(
         busy_s[span.place] += max(0.0, min(span.end_s, end_s) - max(span.start_s, start_s))
     return RequestRecord(
         index,
-        tuple(generation.output_ids),
+        tuple(token_ids),
         first_s,
         num_first,
         end_s,
@@ -328,7 +329,7 @@ def make_record(
         link_bytes,
         tuple(busy_s),
         tuple(
-            SegmentRecord(i, sent_s[i], segment.num_sent, segment.num_verified, segment.num_accepted)
+            SegmentRecord(i, sent_s.get(i, 0.0), segment.num_sent, segment.num_verified, segment.num_accepted)
             for i, segment in stats.by_segment.items()
         ),
         tuple(spans) if with_spans else (),

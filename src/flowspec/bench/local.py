@@ -10,7 +10,8 @@ from flowspec.bench.study import Records, check_same_tokens
 from flowspec.core import SamplingParams
 from flowspec.generation import Stats
 from flowspec.llm import LLM
-from flowspec.records import RequestRecord, SegmentRecord, Span
+from flowspec.records import RequestRecord, Span
+from flowspec.simulator import make_record
 
 _WARM_UP_TOKENS = 16
 
@@ -64,30 +65,10 @@ def _run(llm: LLM, index: int, prompt: str, params: SamplingParams, schedule: st
         emissions.append((time.perf_counter() - start_s, len(token_ids)))
         completion = chunk.completion
     assert completion is not None and llm.last_stats is not None
-    (first_s, num_first), end_s = emissions[0], emissions[-1][0]
-    stats, spans = completion.stats, _forwards(llm.last_stats, start_s)
-    return RequestRecord(
-        index,
-        tuple(token_ids),
-        first_s,
-        num_first,
-        end_s,
-        stats.segments,
-        stats.rows,
-        stats.drafted,
-        stats.accepted,
-        stats.verified,
-        stats.restarts,
-        stats.draft_passes,
-        stats.link_bytes,
-        _busy_s(spans, len(llm.partition), first_s if end_s > first_s else 0.0, end_s),
-        tuple(
-            # When a segment was sent is not kept in real runs.
-            SegmentRecord(segment_id, 0.0, segment.num_sent, segment.num_verified, segment.num_accepted)
-            for segment_id, segment in llm.last_stats.by_segment.items()
-        ),
-        spans,
-    )
+    # The driver's own work is not measured, and when a segment was sent is not kept.
+    spans, num_places = _forwards(llm.last_stats, start_s), len(llm.partition) + 1
+    num_bytes = completion.stats.link_bytes
+    return make_record(index, token_ids, llm.last_stats, spans, num_places, emissions, {}, num_bytes, with_spans=True)
 
 
 def _forwards(stats: Stats, start_s: float) -> tuple[Span, ...]:
@@ -97,11 +78,3 @@ def _forwards(stats: Stats, start_s: float) -> tuple[Span, ...]:
         for timings in stats.timings
         for timing in timings
     )
-
-
-def _busy_s(spans: Sequence[Span], num_stages: int, start_s: float, end_s: float) -> tuple[float, ...]:
-    """Of every place between two moments; the driver's own work is not measured and stays 0."""
-    busy_s = [0.0] * (num_stages + 1)
-    for span in spans:
-        busy_s[span.place] += max(0.0, min(span.end_s, end_s) - max(span.start_s, start_s))
-    return tuple(busy_s)
