@@ -41,13 +41,14 @@ class Pump:
         schedule: str = "flow",
         tree: TreeConfig | None = None,
         pipeline: PipelineConfig | None = None,
+        patience_s: float | None = 0.0,  # a commit may come after every layer
     ) -> None:
         # Random models guess so badly that nothing would be worth a row: here everything is.
         tree, pipeline = tree or TreeConfig(min_probability=0.0), pipeline or PipelineConfig()
         checkpoint = Checkpoint.open(directory)
         partition = Partition.even(checkpoint.num_layers, num_stages)
         self.workers = [
-            Worker(Stage.load(checkpoint, layers, "float32", "cpu"), index, time.perf_counter)
+            Worker(Stage.load(checkpoint, layers, "float32", "cpu"), index, time.perf_counter, patience_s)
             for index, layers in enumerate(partition.stages, start=1)
         ]
         head = TargetHead(checkpoint.load_lm_head("float32", "cpu"))

@@ -8,13 +8,15 @@ from random import Random
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from flowspec.config import PipelineConfig, TreeConfig
 from flowspec.core import SamplingParams
-from flowspec.messages import Commit, Segment, Send
+from flowspec.messages import Commit, Message, Segment, Send
 from flowspec.transport import DRIVER, Link
+from flowspec.worker import Worker
 from pump import Choose, Pump
 
 PROMPT = [1, 4, 2, 1, 4, 2, 3, 1, 4]
@@ -87,13 +89,7 @@ def test_a_row_with_living_siblings_in_the_cache_does_not_see_them(checkpoint_di
 
 
 def test_a_segment_whose_rows_are_all_dead_is_dropped_without_a_word(checkpoint_dir: Callable[[str], Path]) -> None:
-    pump = Pump(checkpoint_dir("llama"), 1, "none")
-    pump.submit([1, 2, 3], SamplingParams(max_tokens=5))
-    worker = pump.workers[0]
-    while pump.network.waiting():
-        worker.on_message(pump.network.take(pump.network.waiting()[0]))
-    while worker.on_idle() is not None:
-        pass
+    worker = worker_behind_the_prompt(checkpoint_dir("llama"), patience_s=None)
     worker.on_message(Commit(0, 0, [2], 9))
     worker.on_message(Segment(0, 0, 5, [3, 4], [2, 3], [3, 4], 0, [1, 1], None, []))
     assert worker.on_idle() == [] and worker.on_idle() is None
@@ -101,6 +97,45 @@ def test_a_segment_whose_rows_are_all_dead_is_dropped_without_a_word(checkpoint_
     sends = worker.on_idle()
     assert sends is not None and [s.message.node_ids for s in sends] == [[9, 10]]  # type: ignore[attr-defined]
     worker.check_integrity()
+
+
+def worker_behind_the_prompt(directory: Path, patience_s: float | None) -> Worker:
+    """The only worker; the prompt 1, 2, 3 is computed, node 2 is the root."""
+    pump = Pump(directory, 1, "none", patience_s=patience_s)
+    pump.submit([1, 2, 3], SamplingParams(max_tokens=5))
+    worker = pump.workers[0]
+    while pump.network.waiting():
+        worker.on_message(pump.network.take(pump.network.waiting()[0]))
+    while worker.on_idle() is not None:
+        pass
+    return worker
+
+
+def test_a_forward_whose_rows_have_died_ends_between_two_layers(checkpoint_dir: Callable[[str], Path]) -> None:
+    worker = worker_behind_the_prompt(checkpoint_dir("llama"), patience_s=0.0)
+    worker.on_message(Segment(0, 0, 5, [3, 4], [2, 3], [3, 4], 0, [1, 1], None, []))
+    assert worker.on_idle() == []
+    worker.on_message(Commit(0, 0, [2], 9))
+    assert worker.on_idle() == [] and worker.on_idle() is None
+    worker.check_integrity()
+
+
+def test_a_forward_passes_on_what_is_still_alive_at_its_end(checkpoint_dir: Callable[[str], Path]) -> None:
+    segment = Segment(0, 0, 5, [3, 4, 5], [2, 2, 3], [3, 3, 4], 0, [1, 2, 3], None, [])
+    results: list[Message] = []
+    for commit in (None, Commit(0, 0, [2], 3)):
+        worker = worker_behind_the_prompt(checkpoint_dir("llama"), patience_s=0.0)
+        worker.on_message(segment)
+        assert worker.on_idle() == []
+        if commit is not None:
+            worker.on_message(commit)
+        while not (sends := worker.on_idle()):
+            assert sends is not None
+        results.append(sends[0].message)
+        worker.check_integrity()
+    whole, pruned = results
+    assert whole.node_ids == [3, 4, 5] and pruned.node_ids == [3, 5]  # type: ignore[attr-defined]
+    assert torch.equal(whole.hidden[[0, 2]], pruned.hidden)  # type: ignore[attr-defined]
 
 
 def test_messages_of_another_epoch_are_dropped_whole(checkpoint_dir: Callable[[str], Path]) -> None:

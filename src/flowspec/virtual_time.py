@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field, replace
 from random import Random
 from typing import Any, Protocol
@@ -20,6 +20,8 @@ from torch import Tensor
 from flowspec.cluster import EmulatedModel, LinkModel
 from flowspec.messages import Codec, Message, Result, Segment, Send
 from flowspec.records import Span
+
+PAUSES = 3  # of an emulated forward, to look for commits; real ones pause after every layer
 
 
 class Actor(Protocol):
@@ -47,9 +49,19 @@ class Clock:
         start, self.now = self.now, self.now + seconds
         self.spans.append(Span(place, start, self.now, work, num_rows))
 
-    def label(self, first: int, segment_id: int) -> None:
-        """The spans from this one on were spent on that segment."""
-        self.spans[first:] = [replace(span, segment_id=segment_id) for span in self.spans[first:]]
+    def extend(self, seconds: float) -> None:
+        """Go on with what the last span was spent on."""
+        self.now += seconds
+        self.spans[-1] = replace(self.spans[-1], end_s=self.now)
+
+    def rename(self, work: str) -> None:
+        """The last span was spent on something else."""
+        self.spans[-1] = replace(self.spans[-1], work=work)
+
+    def label(self, segment_id: int) -> None:
+        """The work that has just ended was for that segment."""
+        if self.spans and self.spans[-1].end_s == self.now and self.spans[-1].segment_id < 0:
+            self.spans[-1] = replace(self.spans[-1], segment_id=segment_id)
 
 
 class Place:
@@ -79,11 +91,10 @@ class Place:
         if self._inbox and self._inbox[0][0] <= self.clock.now:
             self._may_work = True
             return self._actor.on_message(heapq.heappop(self._inbox)[2])
-        num_spans = len(self.clock.spans)
         sends = self._actor.on_idle()
         self._may_work = sends is not None
         if sends and isinstance(sends[0].message, (Segment, Result)):
-            self.clock.label(num_spans, sends[0].message.segment_id)
+            self.clock.label(sends[0].message.segment_id)
         return sends or []
 
     def wake(self) -> None:
@@ -105,12 +116,20 @@ class EmulatedStage:
     def open_cache(self, root_id: int) -> Any:
         return self._stage.open_cache(root_id)
 
-    def forward(self, inputs: Tensor, slots: NDArray[np.int64], cache: Any) -> Tensor:
-        hidden = self._stage.forward(inputs, slots, cache)
+    def steps(self, inputs: Tensor, slots: NDArray[np.int64], cache: Any) -> Generator[Tensor | None]:
+        """The emulated device pauses ``PAUSES`` times, evenly."""
+        *_, hidden = self._stage.steps(inputs, slots, cache)
         if len(slots):
             seconds = self._cost_s(len(slots), cache.slots.high_water, self._clock.now)
-            self._clock.spend(seconds, self._index, "forward", len(slots))
-        return hidden
+            self._clock.spend(seconds / (PAUSES + 1), self._index, "forward", len(slots))
+            for _ in range(PAUSES):
+                try:
+                    yield None
+                except GeneratorExit:
+                    self._clock.rename("cancelled forward")
+                    raise
+                self._clock.extend(seconds / (PAUSES + 1))
+        yield hidden
 
 
 class VirtualLink:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -30,6 +30,10 @@ from flowspec.messages import (
 )
 from flowspec.model.kv_cache import SlotTable
 
+PATIENCE_S = 0.002  # a forward is interrupted no more often, to look for commits
+
+Ints: TypeAlias = NDArray[np.int64]
+
 
 class Cache(Protocol):
     """What one request has left on a stage, by slot."""
@@ -47,8 +51,8 @@ class Stage(Protocol):
         """An empty ``Cache`` of this stage's own kind."""
         ...
 
-    def forward(self, inputs: Tensor, slots: NDArray[np.int64], cache: Any) -> Tensor:
-        """Rows that have slots -> their hidden states [rows, hidden size]; no rows -> none."""
+    def steps(self, inputs: Tensor, slots: NDArray[np.int64], cache: Any) -> Generator[Tensor | None]:
+        """Rows that have slots -> their hidden states [rows, hidden size], after a ``None`` for each pause before."""
         ...
 
 
@@ -60,21 +64,38 @@ class _OpenRequest:
     step: int = 0  # the newest step of a lock-step schedule
 
 
+@dataclass
+class _Forward:
+    """A segment's forward, as far as it has come."""
+
+    segment: Segment
+    rows: Ints  # of the segment, that are run
+    request: _OpenRequest
+    steps: Generator[Tensor | None]
+    start_s: float
+
+
 class Worker:
     """Runs one stage.
 
     ``on_message`` takes a message without working on it: a commit is applied at once, the data path queues. ``on_idle``
-    works off one queued message. So every commit that has arrived is applied before the next segment starts, and
-    nothing ever waits for one.
+    works off one queued message, in pieces of ``PATIENCE_S``. So every commit that has arrived is applied before the
+    next segment starts, a forward whose rows have all died stops between two layers, and nothing ever waits for a
+    commit.
     """
 
-    def __init__(self, stage: Stage, index: int, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, stage: Stage, index: int, clock: Callable[[], float], patience_s: float | None = PATIENCE_S
+    ) -> None:
+        """``patience_s``: a forward looks for commits after as long, between layers; ``None``: never."""
         self.link_bytes = 0  # received on the data path; the shell counts
         self._stage = stage
         self._index = index
         self._clock = clock
+        self._patience_s = math.inf if patience_s is None else patience_s
         self._requests: dict[int, _OpenRequest] = {}
         self._queue: deque[DataMessage] = deque()
+        self._running: _Forward | None = None
 
     wake_s = math.inf  # a worker has work when a message has come, and only then
 
@@ -97,7 +118,9 @@ class Worker:
         return []
 
     def on_idle(self) -> list[Send] | None:
-        """Work off the oldest queued message that may run; ``None`` when there is none."""
+        """Go on with the forward under way, else work off the oldest queued message that may run; ``None``: no work."""
+        if self._running is not None:
+            return self._go_on(self._running)
         match self._next_message():
             case None:
                 return None
@@ -110,7 +133,7 @@ class Worker:
                 closed = Send(Route.DRIVER, Closed(message.request_id, message.epoch))
                 return [closed] if self._stage.is_last else [Send(Route.NEXT, message)]
             case Segment() as message:
-                return self._forward(message)
+                return self._begin(message)
 
     def _next_message(self) -> DataMessage | None:
         """Take the oldest; a request whose oldest segment waits for a step lets the others' messages pass."""
@@ -130,23 +153,45 @@ class Worker:
         request = self._requests.get(message.request_id)
         return request is not None and request.epoch == message.epoch and message.gate > request.step
 
-    def _forward(self, segment: Segment) -> list[Send]:
-        """Run the rows that are alive and pass them on; a free segment with none is dropped without a word."""
+    def _begin(self, segment: Segment) -> list[Send]:
+        """Run the rows that are alive; a free segment with none is dropped without a word."""
         request = self._requests.get(segment.request_id)
         if request is None or request.epoch != segment.epoch:
             return []
         rows, slots = _place(segment, request.cache)
         if not len(rows) and segment.gate is None:
             return []
-        start_s = self._clock()
         if self._stage.is_first != (segment.token_ids is not None):
             raise ProtocolError("token ids belong on the first stage, hidden states on the others")
         inputs = torch.tensor(segment.token_ids) if segment.hidden is None else segment.hidden
         if len(rows) < len(segment.node_ids):
             inputs = inputs[torch.from_numpy(rows)]
-        hidden = self._stage.forward(inputs, slots, request.cache)
-        timing = Timing(self._index, len(rows), start_s, self._clock(), self.link_bytes)
+        self._running = _Forward(segment, rows, request, self._stage.steps(inputs, slots, request.cache), self._clock())
+        return self._go_on(self._running)
+
+    def _go_on(self, forward: _Forward) -> list[Send]:
+        """Run some layers, unless all rows have died meanwhile; pass the living rows on when it was the last one."""
+        if not len(_living(forward)) and forward.segment.gate is None:
+            forward.steps.close()
+            self._running = None
+            return []
+        until_s = self._clock() + self._patience_s
+        for hidden in forward.steps:
+            if hidden is not None:
+                self._running = None
+                return self._pass_on(forward, hidden)
+            if self._clock() >= until_s:
+                return []
+        raise AssertionError("a stage's last step has hidden states")
+
+    def _pass_on(self, forward: _Forward, hidden: Tensor) -> list[Send]:
+        segment, request = forward.segment, forward.request
+        timing = Timing(self._index, len(forward.rows), forward.start_s, self._clock(), self.link_bytes)
         timings = [*segment.timings, timing]
+        living = _living(forward)
+        rows = forward.rows[living]
+        if len(rows) < len(forward.rows):
+            hidden = hidden[torch.from_numpy(living)]
         node_ids = [segment.node_ids[row] for row in rows]
         if not self._stage.is_last:
             passed_on = Segment(
@@ -179,6 +224,14 @@ class Worker:
     def num_open(self) -> int:
         """Requests that hold a cache here."""
         return len(self._requests)
+
+
+def _living(forward: _Forward) -> Ints:
+    """Which of the forward's rows are alive; prefix rows never die."""
+    segment, slots = forward.segment, forward.request.cache.slots
+    ids = segment.node_ids
+    is_alive = [row < segment.num_prefix or slots.slot_of(ids[row]) is not None for row in forward.rows.tolist()]
+    return np.flatnonzero(is_alive)
 
 
 def _place(segment: Segment, cache: Cache) -> tuple[np.ndarray, np.ndarray]:

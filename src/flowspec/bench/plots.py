@@ -41,6 +41,7 @@ _MARKERS = "s^Dv<oPXhp>d"  # in the order of the schedules, then of unknown name
 _ACCEPTED, _WASTED, _PRUNED = "forward, rows accepted", "forward, verified but wasted", "forward, pruned"
 _WORK = {
     "forward": _BLUE,
+    "cancelled forward": "#E0E0E0",
     _ACCEPTED: _GREEN,
     _WASTED: _ORANGE,
     _PRUNED: "#BDBDBD",

@@ -7,7 +7,7 @@ Attention here always applies the mask it is given, to a segment of a single row
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import Any
 
 import numpy as np
@@ -80,21 +80,33 @@ class Stage:
         """An empty cache for one request."""
         return KVCache(self.layers.start, len(self.layers), root_id)
 
-    @torch.inference_mode()
     def forward(self, inputs: Tensor, slots: NDArray[np.int64], cache: KVCache) -> Tensor:
         """Run rows that have slots in the cache; return their hidden states [n, H], normed on the last stage.
 
         ``inputs``: token ids [n] on the first stage, hidden states [n, H] on the others.
         """
+        *_, hidden = self.steps(inputs, slots, cache)
+        assert hidden is not None
+        return hidden
+
+    @torch.inference_mode()
+    def steps(self, inputs: Tensor, slots: NDArray[np.int64], cache: KVCache) -> Generator[Tensor | None]:
+        """``forward`` with a pause after each layer but the last: ``None``s, then the hidden states.
+
+        Until it ends, nothing may be placed in the cache; what is committed meanwhile does not concern it.
+        """
         if not len(slots):
-            return torch.empty(0, self.hidden_size, dtype=self.dtype, device=self.device)
+            yield torch.empty(0, self.hidden_size, dtype=self.dtype, device=self.device)
+            return
         table = cache.slots
         positions = torch.from_numpy(table.positions[slots])[None].to(self.device)
         masks = self._masks(table.rows_mask(slots), table.positions[slots], table.positions[: table.high_water])
         cache.write_at(torch.from_numpy(slots).to(self.device))
         hidden = self._embed(inputs)[None]
         rotation = self._rotary(hidden, positions)
-        for layer, layer_type in zip(self._layers, self._types, strict=True):
+        for index, (layer, layer_type) in enumerate(zip(self._layers, self._types, strict=True)):
+            if index:
+                yield None
             hidden = layer(
                 hidden,
                 attention_mask=masks[layer_type],
@@ -103,7 +115,7 @@ class Stage:
                 use_cache=True,
                 position_embeddings=rotation,
             )
-        return (hidden if self._norm is None else self._norm(hidden))[0]
+        yield (hidden if self._norm is None else self._norm(hidden))[0]
 
     def _embed(self, inputs: Tensor) -> Tensor:
         if self._embedding is None:

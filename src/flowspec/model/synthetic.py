@@ -13,6 +13,7 @@ every step of extrapolation the draft's logits get noise of their own for each (
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -164,6 +165,15 @@ class Language:
         best = np.argsort(-logprobs, axis=1, kind="stable")[:, :top_k]
         return np.take_along_axis(token_ids, best, axis=1), np.take_along_axis(logprobs, best, axis=1)
 
+    def hit_rates(self, num_steps: int = 24, num_contexts: int = 2000) -> list[float]:
+        """How often the draft's first guess is the greedy token, after 1 .. ``num_steps`` steps of extrapolation."""
+        contexts = np.random.default_rng(0).integers(-(2**63), 2**63, size=(num_contexts, 2), dtype=np.int64)
+        targets = self.target_logits(contexts).argmax(axis=1)
+        return [
+            float((self.draft(contexts, np.full(num_contexts, step), top_k=1)[0][:, 0] == targets).mean())
+            for step in range(1, num_steps + 1)
+        ]
+
 
 @dataclass
 class SyntheticCache:
@@ -185,6 +195,10 @@ class SyntheticStage:
     def open_cache(self, root_id: int | None = None) -> SyntheticCache:
         slots = SlotTable(root_id)
         return SyntheticCache(slots, np.zeros((slots.capacity, 2), dtype=np.int64))
+
+    def steps(self, inputs: Tensor, slots: NDArray[np.int64], cache: SyntheticCache) -> Generator[Tensor | None]:
+        """All at once: there is nothing to pause for."""
+        yield self.forward(inputs, slots, cache)
 
     def forward(self, inputs: Tensor, slots: NDArray[np.int64], cache: SyntheticCache) -> Tensor:
         """Sum up what the mask shows; where that is not what the stage before saw, the text goes astray."""

@@ -65,9 +65,8 @@ class Pace:
         return max(self._costs.stage_s(num_rows), self._costs.wire_s(num_rows))
 
     def note_miss(self, now: float) -> None:
-        """All that is under way is dead; what has not begun when the commit arrives costs nothing."""
-        if self._start_s > now + self._hop_s:
-            self._free_s = self._start_s
+        """All that is under way is dead, and ends where the commit meets it."""
+        self._free_s = min(self._free_s, now + self._hop_s)
 
     def note_result(self, result: Result, now: float) -> None:
         """A result's way, less the forwards in it, is its hops and its waiting; the shortest had least waiting."""
