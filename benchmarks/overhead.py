@@ -68,6 +68,7 @@ class FixedSource:
     """Guesses tokens 1 to 15 after every root: full segments at no cost, since drafting is not what is measured."""
 
     name = "fixed"
+    steady_steps = 1
     needs_features = False
 
     def open(self, prompt_ids: Sequence[int], sampler: Sampler) -> FixedDraft:

@@ -24,6 +24,7 @@ class TargetSource:
     """The target itself as the draft: every guess is right."""
 
     name = "target"
+    steady_steps = 1
     needs_features = False
 
     def __init__(self, model: PreTrainedModel) -> None:

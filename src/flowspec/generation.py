@@ -321,9 +321,9 @@ class Generation:
 
     # --- drafting ---
 
-    def propose(self, depth: int, width: int) -> bool:
-        """One draft pass over the ``width`` nodes, above ``depth``, that gain most; False when none does."""
-        return self.expand(self.tree.worth_expanding(self._useful_depth(depth), width))
+    def propose(self, depth: int, width: int, steady_steps: int = 1) -> bool:
+        """One draft pass over the ``width`` best nodes, above ``depth``, that gain by it; False when none does."""
+        return self.expand(self.tree.worth_expanding(self._useful_depth(depth), width, steady_steps))
 
     def propose_level(self, level: int, width: int) -> bool:
         """One draft pass over the best ``width`` nodes at a depth; False when there are none, or none is of use."""

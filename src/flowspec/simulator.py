@@ -215,10 +215,11 @@ class _Simulation:
         is_pipeline = schedule not in TENSOR_PARALLEL
         num_stages, page = (cluster.num_stages, schedule) if is_pipeline else (1, "serial")
         clock = Clock()
+        steady_steps = pair.source.steady_steps if pair.source else 1
         self._driver = Driver(
             pair.head,
             pair.source,
-            lambda: make_schedule(page, experiment.config, num_stages, costs=experiment),
+            lambda: make_schedule(page, experiment.config, num_stages, costs=experiment, steady_steps=steady_steps),
             experiment.config.pipeline,
             pair.max_positions,
             clock,

@@ -95,17 +95,19 @@ class DraftTree:
         rows = np.flatnonzero(self.depths == depth)
         return np.sort(rows[np.argsort(-self.scores[rows], kind="stable")[:limit]])
 
-    def worth_expanding(self, max_depth: int, limit: int) -> Ints:
+    def worth_expanding(self, max_depth: int, limit: int, steady_steps: int = 1) -> Ints:
         """The best ``limit`` rows above ``max_depth`` that a draft pass is worth, in id order; the root goes alone.
 
-        A row gains when its children were never drafted, or from a staler feature than its parent has by now.
+        A row gains when its children were never drafted, or from a staler feature than its parent has by now; but what
+        was extrapolated for no more than ``steady_steps`` is as good as new.
         """
-        if self.staleness[0] > 1:
+        if self.staleness[0] > steady_steps:
             return np.zeros(min(max_depth, 1), dtype=np.int64)
         best = self.best()
         best = best[(best != 0) & (self.depths[best] < max_depth)]
         parents_staleness = self.staleness[self.parents[best]]
-        gains = (parents_staleness != UNDRAFTED) & (self.staleness[best] > parents_staleness + 1)
+        staleness = self.staleness[best]
+        gains = (parents_staleness != UNDRAFTED) & (staleness > parents_staleness + 1) & (staleness > steady_steps)
         return np.sort(best[gains][:limit])
 
     def ancestor_mask(self) -> Bools:

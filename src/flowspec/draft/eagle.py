@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from flowspec.core import SamplingParams
-from flowspec.draft.base import Accepted
+from flowspec.draft.base import Accepted, steady_steps
 from flowspec.messages import NO_PARENT
 from flowspec.model.eagle_head import EagleHead
 from flowspec.model.kv_cache import KVCache
@@ -42,6 +42,7 @@ class EagleSource:
         self.target_head = target_head
         self.top_k = top_k
         self.is_coupled = is_coupled
+        self.steady_steps = steady_steps(getattr(head.config, "hit_rates", ()))
 
     def open(self, prompt_ids: Sequence[int], sampler: Sampler) -> EagleDraft:
         return EagleDraft(self, prompt_ids, sampler if self.is_coupled else GREEDY)

@@ -30,6 +30,7 @@ class NgramSource:
     """Longest-suffix match over prompt and output."""
 
     name = "ngram"
+    steady_steps = 1
     needs_features = False
 
     def __init__(self, config: NgramConfig | None = None) -> None:

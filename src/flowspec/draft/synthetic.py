@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from flowspec.draft.base import Accepted
+from flowspec.draft.base import Accepted, steady_steps
 from flowspec.model.synthetic import Language, increments
 from flowspec.sampling import Sampler
 from flowspec.tree import DraftTree, Ints
@@ -21,6 +21,7 @@ class SyntheticSource:
     def __init__(self, language: Language, top_k: int) -> None:
         self.language = language
         self.top_k = top_k
+        self.steady_steps = steady_steps(language.hit_rates())
 
     def open(self, prompt_ids: Sequence[int], sampler: Sampler) -> SyntheticDraft:
         """The calibrated rates are those of drafts that know nothing of the noise."""

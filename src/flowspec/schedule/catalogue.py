@@ -24,6 +24,7 @@ def make_schedule(
     num_stages: int,
     num_parallel: int | None = None,
     costs: Costs | None = None,
+    steady_steps: int = 1,
 ) -> Schedule:
     """A schedule for one request.
 
@@ -52,6 +53,7 @@ def make_schedule(
             return Lockstep(replace(config.lockstep, expand=False), num_stages)
         case "flow":
             pace = None if costs is None else Pace(costs)
-            return Flow(config.flow, config.pipeline, num_stages if num_parallel is None else num_parallel, pace)
+            num_parallel = num_stages if num_parallel is None else num_parallel
+            return Flow(config.flow, config.pipeline, num_parallel, pace, steady_steps)
         case _:
             raise UsageError(f"schedule {name!r} is none of {', '.join((*SCHEDULES, *ABLATIONS))}")

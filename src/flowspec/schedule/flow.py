@@ -29,8 +29,18 @@ class Flow:
     name = "flow"
     uses_draft = True
 
-    def __init__(self, tree: TreeConfig, pipeline: PipelineConfig, num_parallel: int, pace: Pace | None = None) -> None:
-        """``num_parallel``: stages that run at the same time; fewer than all where they share one machine's cores."""
+    def __init__(
+        self,
+        tree: TreeConfig,
+        pipeline: PipelineConfig,
+        num_parallel: int,
+        pace: Pace | None = None,
+        steady_steps: int = 1,
+    ) -> None:
+        """``num_parallel``: stages that run at the same time; fewer than all where they share one machine's cores.
+
+        ``steady_steps``: the draft's; within them it drafts nothing twice, and needs no feature to go deeper.
+        """
         self._segment_len = pipeline.segment_len or (pace.segment_len if pace else DEFAULT_SEGMENT_LEN)
         # The more rows cost nothing, the less probable a node may be that is worth one; nobody has time for thousands.
         share = min(max(1.0, self._segment_len / DEFAULT_SEGMENT_LEN), 4.0) if pace else 1.0
@@ -39,7 +49,10 @@ class Flow:
             size=round(tree.size * share),
             width=round(tree.width * share),
             min_probability=tree.min_probability / share,
+            depth=max(tree.depth, steady_steps),
+            max_depth=max(tree.max_depth, steady_steps),
         )
+        self._steady_steps = steady_steps
         self._max_in_flight = pipeline.segments_in_flight or (2 if pace else 1) * (num_parallel + 1)
         self._pace = pace
         self._pass_s = 0.0  # what the last draft pass took
@@ -85,7 +98,7 @@ class Flow:
 
     def _propose(self, generation: Generation, depth: int) -> bool:
         start_s = generation.clock()
-        if not generation.propose(depth, self.tree.width):
+        if not generation.propose(depth, self.tree.width, self._steady_steps):
             return False
         self._pass_s = generation.clock() - start_s
         return True
