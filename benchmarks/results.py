@@ -19,21 +19,20 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 
 import torch
 
 from flowspec.bench import plots
 from flowspec.bench.report import markdown_table, ratio_interval, results_json
-from flowspec.bench.runner import PairSpec
+from flowspec.bench.runner import PairSpec, simulate_piece
 from flowspec.bench.study import draw_timeline
 from flowspec.cluster import ClusterSpec
 from flowspec.config import LockstepConfig, ScheduleConfig
 from flowspec.core import SamplingParams
 from flowspec.records import RequestRecord, ScheduleResult
 from flowspec.schedule.catalogue import ABLATIONS, SCHEDULES
-from flowspec.simulator import TENSOR_PARALLEL, Experiment, ModelPair, simulate
+from flowspec.simulator import TENSOR_PARALLEL, Experiment
 
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- simulated: begin -->", "<!-- simulated: end -->"
@@ -105,14 +104,9 @@ class Piece:
     prompts: range
 
 
-@lru_cache(maxsize=2)
-def load_pair(quality: str) -> ModelPair:
-    return PairSpec(draft_quality=quality).load()
-
-
-def simulate_piece(piece: Piece) -> list[RequestRecord]:
+def run_piece(piece: Piece) -> list[RequestRecord]:
     prompts = [(index, f"{SEED} {index}") for index in piece.prompts]  # the texts of ``flowspec simulate``
-    return simulate(piece.experiment, load_pair(piece.quality), piece.schedule, prompts)
+    return simulate_piece(piece.experiment, PairSpec(draft_quality=piece.quality), piece.schedule, prompts)
 
 
 class Lab:
@@ -128,7 +122,7 @@ class Lab:
         """The records of every case."""
         cases = [replace(case, num_prompts=case.num_prompts or self.options.num_prompts) for case in cases]
         pieces = list(dict.fromkeys(piece for case in cases for piece in self._missing(case)))
-        for done, (piece, records) in enumerate(zip(pieces, self._map(simulate_piece, pieces), strict=True), 1):
+        for done, (piece, records) in enumerate(zip(pieces, self._map(run_piece, pieces), strict=True), 1):
             self._records.setdefault((piece.experiment, piece.quality, piece.schedule), []).extend(records)
             print(f"  {done}/{len(pieces)} {piece.experiment.cluster.name} {piece.schedule}", file=sys.stderr)
         runs = [
@@ -426,7 +420,7 @@ def timeline(lab: Lab) -> str:
     case = Case(cluster(NANO_7B), ("chunked", "lockstep", "flow"), as_published=True, num_prompts=1)
     params = SamplingParams(lab.options.max_new_tokens, seed=SEED)
     experiment = Experiment(case.cluster, case.config, params, case.as_published, with_spans=True)
-    records = {name: simulate_piece(Piece(experiment, case.quality, name, range(1))) for name in case.schedules}
+    records = {name: run_piece(Piece(experiment, case.quality, name, range(1))) for name in case.schedules}
     title = f"{NANO_7B}, draft eagle1, chunked and lockstep as published, first prompt"
     draw_timeline(lab.plot_path("timeline"), records, title)
     return "\n\n".join(

@@ -54,19 +54,13 @@ class Pump:
         head = TargetHead(checkpoint.load_lm_head("float32", "cpu"))
         source = draft if not isinstance(draft, str) else _source(draft, directory, checkpoint, head, tree)
         config = ScheduleConfig(tree, LockstepConfig(replace(tree, size=tree.size + 1)), pipeline=pipeline)
-        self.driver = Driver(
-            head,
-            source,
-            lambda: make_schedule(schedule, config, num_stages),
-            pipeline,
-            checkpoint.max_positions,
-            time.perf_counter,
-        )
+        self.driver = Driver(head, source, pipeline, checkpoint.max_positions, time.perf_counter)
+        self._make_schedule = lambda: make_schedule(schedule, config, num_stages)
         self.network = InprocNetwork(num_stages)
         self._next_id = 0
 
     def submit(self, prompt_ids: Sequence[int], params: SamplingParams) -> Generation:
-        generation, sends = self.driver.submit(Request(self._next_id, tuple(prompt_ids), params))
+        generation, sends = self.driver.submit(Request(self._next_id, tuple(prompt_ids), params), self._make_schedule())
         self._next_id += 1
         self.network.post(DRIVER, sends)
         return generation

@@ -14,7 +14,7 @@ import pytest
 import torch
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config
+from transformers import GPT2Config, PreTrainedConfig
 
 from flowspec.errors import ModelError
 from flowspec.model import loader
@@ -53,6 +53,13 @@ def test_the_config_is_read(saved: Path) -> None:
         assert checkpoint.name == str(saved)
         assert (checkpoint.num_layers, checkpoint.hidden_size, checkpoint.vocab_size) == (6, 32, VOCAB_SIZE)
         assert checkpoint.max_positions == 256
+
+
+def test_the_full_name_means_the_same_in_another_folder(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(saved.parent)
+    assert Checkpoint.open(saved.name).full_name == str(saved.resolve())
+    assert Checkpoint.open("demo").full_name == "demo"
+    assert Checkpoint("owner/model", None, PreTrainedConfig()).full_name == "owner/model"
 
 
 @pytest.mark.parametrize(

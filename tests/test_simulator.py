@@ -12,10 +12,9 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from flowspec.bench.prompts import BUILT_IN_PROMPTS
-from flowspec.cluster import ClusterSpec, EmulatedModel, LinkModel
+from flowspec.cluster import ClusterSpec, LinkModel
 from flowspec.config import ScheduleConfig
 from flowspec.core import SamplingParams
-from flowspec.messages import Segment
 from flowspec.records import RequestRecord, Span
 from flowspec.schedule.catalogue import ABLATIONS, SCHEDULES
 from flowspec.simulator import (
@@ -28,7 +27,7 @@ from flowspec.simulator import (
     SyntheticPair,
     simulate,
 )
-from flowspec.virtual_time import Sizes, VirtualLink
+from flowspec.virtual_time import VirtualLink
 
 NANO = ClusterSpec.load(Path(__file__).parents[1] / "clusters" / "7b-nano-150m.toml")
 PAIR = SyntheticPair("eagle1", 10)
@@ -314,46 +313,44 @@ def test_flow_sends_when_worker_1_is_about_to_be_free(prompt: str) -> None:
 # --- links ---
 
 
-def row(segment_id: int, num_rows: int = 1) -> Segment:
-    ids = list(range(1, num_rows + 1))
-    return Segment(0, 0, segment_id, ids, [i - 1 for i in ids], ids, 0, token_ids=ids, hidden=None, timings=[])
+NUM_BYTES = 100  # of a message
 
 
 def make_link(latency_s: float = 0.01, seed: int = 0, max_delay_s: float = 0.0, **changes: float) -> VirtualLink:
     model = LinkModel("link", latency_ms=0.0, bandwidth_mbps=changes.pop("bandwidth_mbps", 100.0), **changes)
-    sizes = Sizes(EmulatedModel("model", 1, 1000, 100, 1, 1))
-    return VirtualLink(model, latency_s, sizes, Random(seed), max_delay_s)
+    return VirtualLink(model, latency_s, Random(seed), max_delay_s)
 
 
 @given(seed=st.integers(0, 2**32), gaps=st.lists(st.floats(0, 0.3), min_size=2, max_size=40))
 def test_messages_keep_their_order_whatever_the_link_does(seed: int, gaps: list[float]) -> None:
     link = make_link(seed=seed, max_delay_s=2.0, jitter_ms=300.0, loss=0.1, retransmit_ms=500.0)
     now, arrivals = 0.0, [0.0]
-    for i, gap in enumerate(gaps):
+    for gap in gaps:
         now += gap
-        arrivals.append(link.arrival_s(now, row(i)))
+        arrivals.append(link.arrival_s(now, NUM_BYTES))
         assert arrivals[-1] >= now + 0.01
     assert all(left <= right for left, right in pairwise(arrivals))
 
 
 def test_messages_on_one_link_take_turns() -> None:
     link = make_link(bandwidth_mbps=0.001)  # 8 s for 1000 bytes
-    arrivals = [link.arrival_s(0.0, row(i)) for i in range(4)]
-    transfer_s = link.num_bytes / 4 * 8 / 1000
+    arrivals = [link.arrival_s(0.0, NUM_BYTES) for _ in range(4)]
+    transfer_s = NUM_BYTES * 8 / 1000
+    assert link.num_bytes == 4 * NUM_BYTES
     assert arrivals == pytest.approx([0.01 + i * transfer_s for i in range(1, 5)])
-    assert link.arrival_s(1e6, row(5)) == pytest.approx(1e6 + 0.01 + transfer_s)
+    assert link.arrival_s(1e6, NUM_BYTES) == pytest.approx(1e6 + 0.01 + transfer_s)
 
 
 def test_jitter_delays_by_up_to_its_bound() -> None:
     plain, link = make_link(), make_link(jitter_ms=100.0)
-    delays = [link.arrival_s(i, row(i)) - plain.arrival_s(i, row(i)) for i in range(500)]
+    delays = [link.arrival_s(i, NUM_BYTES) - plain.arrival_s(i, NUM_BYTES) for i in range(500)]
     assert all(-1e-9 <= delay <= 0.1 for delay in delays)
     assert sum(delays) / 500 == pytest.approx(0.05, abs=0.01)
 
 
 def test_a_lost_packet_costs_a_retransmission() -> None:
     plain, link = make_link(), make_link(loss=0.25, retransmit_ms=200.0)
-    delays = [round(link.arrival_s(i, row(i)) - plain.arrival_s(i, row(i)), 6) for i in range(1000)]
+    delays = [round(link.arrival_s(i, NUM_BYTES) - plain.arrival_s(i, NUM_BYTES), 6) for i in range(1000)]
     assert set(delays) == {0.0, 0.2}
     assert delays.count(0.2) / 1000 == pytest.approx(0.25, abs=0.06)
     slow, good = (run("ar", with_links(NANO, loss=loss)) for loss in (0.02, 0.0))

@@ -70,7 +70,7 @@ def emulate(
         for place, name in enumerate(names):
             progress("emulating", place / len(names))
             simulated = simulate(experiment, pair, name, indexed)
-            with Emulator(experiment, text, name, model, pair, time_scale) as emulator:
+            with Emulator(experiment, text, name, pair, time_scale) as emulator:
                 emulated = emulator.run(indexed)
             check_same_tokens({f"{name} simulated": simulated, f"{name} emulated": emulated.records})
             results.append(ScheduleResult.of(name, emulated.records))

@@ -31,7 +31,6 @@ class Driver:
         self,
         head: LogitsHead,
         source: DraftSource | None,
-        make_schedule: Callable[[], Schedule],
         pipeline_config: PipelineConfig,
         max_positions: int,
         clock: Callable[[], float],
@@ -39,7 +38,6 @@ class Driver:
     ) -> None:
         self._head = head
         self._source = source
-        self._make_schedule = make_schedule
         self._pipeline_config = pipeline_config
         self._max_positions = max_positions
         self._clock = clock
@@ -51,13 +49,12 @@ class Driver:
         """Requests of which something may still be in the pipeline."""
         return len(self._running)
 
-    def submit(self, request: Request, schedule: Schedule | None = None) -> tuple[Generation, list[Send]]:
-        """Start a request, by a schedule made for it if one is given; ids only grow.
+    def submit(self, request: Request, schedule: Schedule) -> tuple[Generation, list[Send]]:
+        """Start a request by a schedule made for it; ids only grow.
 
         The caller reads the generation's output as it comes.
         """
         assert request.request_id not in self._running, "request ids are never reused"
-        schedule = schedule or self._make_schedule()
         source = self._source if schedule.uses_draft else None
         generation = Generation(
             request,

@@ -9,24 +9,19 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from random import Random
 from types import TracebackType
 
 import torch
 
 from flowspec.config import LinkConfig
-from flowspec.core import Partition
-from flowspec.driver import Driver
 from flowspec.errors import UsageError, WorkerError
 from flowspec.generation import Request
 from flowspec.launch import LocalProcesses, RemoteCluster
 from flowspec.messages import Emulation, Result, Route, Stamped
-from flowspec.model.loader import DEMO, Checkpoint
 from flowspec.paced import PacedActor, WallClock
-from flowspec.records import RequestRecord, Span
-from flowspec.schedule.catalogue import make_schedule
-from flowspec.simulator import TENSOR_PARALLEL, CheckpointPair, DriverMeter, Experiment, make_record
+from flowspec.records import RequestRecord
+from flowspec.simulator import TENSOR_PARALLEL, CheckpointPair, Experiment, forward_spans, make_driver, make_record
 from flowspec.virtual_time import Clock, Sizes, VirtualLink
 
 _LONGEST_WAIT_S = 0.2
@@ -51,7 +46,6 @@ class Emulator:
         experiment: Experiment,
         cluster_text: str,
         schedule: str,
-        model: str,
         pair: CheckpointPair,
         time_scale: float,
     ) -> None:
@@ -60,33 +54,23 @@ class Emulator:
             raise UsageError(f"{schedule} is a cost model; it runs in the simulator only")
         self._experiment = experiment
         self._pair = pair
+        self._schedule = schedule
         cluster, costs = experiment.cluster, experiment.costs_of(schedule)
         num_stages = cluster.num_stages
-        checkpoint = Checkpoint.open(model)
-        if num_stages > checkpoint.num_layers:
-            raise UsageError(f"{model} has {checkpoint.num_layers} layers, too few for {num_stages} stages")
+        partition = pair.partition(num_stages)
         self._link = LinkConfig()
         emulation = Emulation(cluster_text, costs.hop_ms, time.monotonic(), time_scale)
         wall = WallClock(emulation.start_s, time_scale)
         self._clock = clock = Clock()
-        self._driver = Driver(
-            pair.head,
-            pair.source,
-            lambda: make_schedule(schedule, experiment.config, num_stages, costs=experiment),
-            experiment.config.pipeline,
-            pair.max_positions,
-            clock,
-            DriverMeter(costs, clock),
-        )
-        sizes = Sizes(cluster.model)
+        self._driver = make_driver(experiment, pair, costs, clock)
         first, control = cluster.links[0], cluster.control
         commit_s = control.latency_ms * costs.broadcast_hops(num_stages) / 1000
         self._links = {
-            Route.NEXT: VirtualLink(first, (first.latency_ms + costs.hop_ms) / 1000, sizes, Random(0)),
-            Route.WORKERS: VirtualLink(control, commit_s, sizes, Random(1)),
+            Route.NEXT: VirtualLink(first, (first.latency_ms + costs.hop_ms) / 1000, Random(0)),
+            Route.WORKERS: VirtualLink(control, commit_s, Random(1)),
         }
-        self._sizes = sizes
-        self._actor = PacedActor(self._driver, clock, wall, self._links)
+        self._sizes = Sizes(cluster.model)
+        self._actor = PacedActor(self._driver, clock, wall, self._links, self._sizes)
         self._wall = wall
         self._next_id = 0
         self._result_bytes = 0
@@ -95,8 +79,7 @@ class Emulator:
         processes = LocalProcesses(num_stages, threads=1, device="cpu")
         self._cluster = RemoteCluster(processes.addresses, self._link, processes)
         try:
-            path = model if model == DEMO else str(Path(model).resolve())
-            self._cluster.configure(path, Partition.even(checkpoint.num_layers, num_stages), "float32", emulation)
+            self._cluster.configure(pair.checkpoint.full_name, partition, "float32", emulation)
             self._cluster.await_ready(lambda done: None)
         except BaseException:
             self.close()
@@ -107,14 +90,16 @@ class Emulator:
         return Emulated([self._run(index, self._pair.encode(prompt)) for index, prompt in prompts], self._actor.lag_s)
 
     def _run(self, index: int, prompt_ids: tuple[int, ...]) -> RequestRecord:
+        experiment, num_stages = self._experiment, self._experiment.cluster.num_stages
+        schedule = experiment.make_schedule(self._schedule, num_stages, self._pair.source)
         start_s = self._clock.now = max(self._clock.now, self._wall.now())
         self._clock.spans.clear()
         bytes_before = self._num_bytes()
-        request = Request(self._next_id, prompt_ids, self._experiment.params_of(index), self._pair.eos_ids)
+        request = Request(self._next_id, prompt_ids, experiment.params_of(index), self._pair.eos_ids)
         self._next_id += 1
-        generation, sends = self._driver.submit(request)
+        generation, sends = self._driver.submit(request, schedule)
         self._actor.place.wake()
-        self._cluster.send(self._actor.stamp_all(sends))
+        self._cluster.send(self._actor.stamp(sends))
         emissions: list[tuple[float, int]] = []
         sent_s: dict[int, float] = {}
         num_segments, last_news = 0, time.monotonic()
@@ -134,20 +119,14 @@ class Emulator:
             if time.monotonic() - last_news > self._link.stall_timeout_s:
                 raise WorkerError(f"the emulated pipeline has been silent for {self._link.stall_timeout_s:.0f} s")
         self._check_lag()
-        forwards = [
-            Span(timing.stage, timing.start_s - start_s, timing.end_s - start_s, "forward", timing.num_rows)
-            for timings in generation.stats.timings
-            for timing in timings
-        ]
         own = [replace(s, start_s=s.start_s - start_s, end_s=s.end_s - start_s) for s in self._clock.spans]
-        num_places = self._experiment.cluster.num_stages + 1
         num_bytes = self._num_bytes() - bytes_before
         return make_record(
             index,
             generation.output_ids,
             generation.stats,
-            [*own, *forwards],
-            num_places,
+            [*own, *forward_spans(generation.stats, start_s)],
+            num_stages + 1,
             emissions,
             sent_s,
             num_bytes,

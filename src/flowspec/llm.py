@@ -120,6 +120,7 @@ class LLM:
         self._device = device
         self._next_request_id = 0
         self._cluster: Cluster | None = None
+        self._source: DraftSource | None = None
         self.ready: list[Ready] = []  # what each worker said of its stage; empty in process
         self.last_stats: Stats | None = None  # all counts of the newest finished run, the workers' timings among them
         self._worker_bytes: dict[int, int] = {}  # the newest count of each worker, by stage
@@ -155,11 +156,7 @@ class LLM:
             workers = processes.addresses
         cluster = RemoteCluster(workers, self._link, processes)
         try:
-            name = self.checkpoint.name
-            directory = Path(name).expanduser()
-            # Workers run in folders of their own, so a directory goes to them in full.
-            path = str(directory.resolve()) if name != DEMO and directory.is_dir() else name
-            cluster.configure(path, self.partition, self._dtype)
+            cluster.configure(self.checkpoint.full_name, self.partition, self._dtype)
         except BaseException:
             cluster.close()
             raise
@@ -169,17 +166,11 @@ class LLM:
         self.tokenizer: PreTrainedTokenizerBase = self.checkpoint.load_tokenizer()
         head = TargetHead(self.checkpoint.load_lm_head(self._dtype, self._device))
         self._source = load_draft(draft, self.checkpoint, head, self._tree.top_k, self._dtype, self._device)
-        self._driver = Driver(
-            head,
-            self._source,
-            lambda: self._make_schedule(self._schedule_name),
-            self._pipeline,
-            self.checkpoint.max_positions,
-            time.perf_counter,
-        )
+        self._driver = Driver(head, self._source, self._pipeline, self.checkpoint.max_positions, time.perf_counter)
 
     def _make_schedule(self, name: str) -> Schedule:
-        return make_schedule(name, self._schedules, len(self.partition), self._num_parallel)
+        steady_steps = 1 if self._source is None else self._source.steady_steps
+        return make_schedule(name, self._schedules, len(self.partition), self._num_parallel, steady_steps=steady_steps)
 
     # --- generating ---
 

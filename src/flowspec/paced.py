@@ -47,12 +47,15 @@ class WallClock:
 class PacedActor:
     """Takes and sends ``Stamped`` messages; otherwise what its shell expects of a worker or driver."""
 
-    def __init__(self, actor: Actor, clock: Clock, wall: WallClock, links: Mapping[Route, VirtualLink]) -> None:
+    def __init__(
+        self, actor: Actor, clock: Clock, wall: WallClock, links: Mapping[Route, VirtualLink], sizes: Sizes
+    ) -> None:
         self.link_bytes = 0  # the shell's count of real bytes, of which nobody asks
         self.lag_s = 0.0  # the largest, in virtual seconds, here and wherever messages came from
         self.place = Place(actor, clock)
         self._wall = wall
         self._links = links
+        self._sizes = sizes
 
     @property
     def wake_s(self) -> float:
@@ -76,15 +79,16 @@ class PacedActor:
         sends = self.place.run()
         self.lag_s = max(self.lag_s, self._wall.now() - self.place.clock.now)
         self._wall.sleep_until(self.place.clock.now)
-        return [self._stamp(send) for send in sends]
+        return self.stamp(sends)
 
-    def stamp_all(self, sends: list[Send]) -> list[Send]:
-        return [self._stamp(send) for send in sends]
-
-    def _stamp(self, send: Send) -> Send:
-        arrival_s = self._links[send.route].arrival_s(self.place.clock.now, send.message)
-        message: Any = send.message
-        return Send(send.route, Stamped(arrival_s, self.lag_s, message))
+    def stamp(self, sends: list[Send]) -> list[Send]:
+        """With the time at which each arrives if it leaves now."""
+        stamped: list[Send] = []
+        for send in sends:
+            message: Any = send.message
+            arrival_s = self._links[send.route].arrival_s(self.place.clock.now, self._sizes.num_bytes(message))
+            stamped.append(Send(send.route, Stamped(arrival_s, self.lag_s, message)))
+        return stamped
 
 
 def paced_worker(stage: Stage, index: int, emulation: Emulation) -> PacedActor:
@@ -94,11 +98,11 @@ def paced_worker(stage: Stage, index: int, emulation: Emulation) -> PacedActor:
     clock = Clock()
     sizes = Sizes(cluster.model)
     out = cluster.links[index]
-    link = VirtualLink(out, (out.latency_ms + emulation.hop_ms) / 1000, sizes, Random(index))
+    link = VirtualLink(out, (out.latency_ms + emulation.hop_ms) / 1000, Random(index))
     emulated = EmulatedStage(stage, index, clock, lambda rows, context, now: cluster.stage_s(index - 1, rows, context))
     worker = CountingWorker(emulated, index, clock, sizes)
     wall = WallClock(emulation.start_s, emulation.time_scale)
-    return PacedActor(worker, clock, wall, {Route.NEXT: link, Route.DRIVER: link})
+    return PacedActor(worker, clock, wall, {Route.NEXT: link, Route.DRIVER: link}, sizes)
 
 
 def _warm_up(stage: Stage) -> None:

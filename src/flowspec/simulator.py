@@ -27,6 +27,7 @@ from flowspec.model.stage import Stage
 from flowspec.model.synthetic import VOCAB_SIZE, Language, SyntheticHead, SyntheticStage, quality
 from flowspec.model.target_head import TargetHead
 from flowspec.records import RequestRecord, SegmentRecord, Span
+from flowspec.schedule.base import Schedule
 from flowspec.schedule.catalogue import make_schedule
 from flowspec.transport import DRIVER, Link
 from flowspec.virtual_time import Clock, EmulatedStage, Place, Sizes, VirtualLink
@@ -83,27 +84,29 @@ class CheckpointPair:
 
     def __init__(self, model: str, draft: str, top_k: int, is_coupled: bool = True) -> None:
         """``is_coupled``: see ``draft.eagle.EagleSource``. Raises ``UsageError`` for what cannot be loaded."""
-        self._checkpoint = Checkpoint.open(model)
-        head = TargetHead(self._checkpoint.load_lm_head("float32", "cpu"))
-        chosen = choose_draft(self._checkpoint, draft)
+        self.checkpoint = Checkpoint.open(model)
+        head = TargetHead(self.checkpoint.load_lm_head("float32", "cpu"))
+        chosen = choose_draft(self.checkpoint, draft)
         self.head = head
-        self.source = load_draft(chosen, self._checkpoint, head, top_k, "float32", "cpu", is_coupled)
-        self.max_positions = self._checkpoint.max_positions
-        self.eos_ids = self._checkpoint.eos_token_ids
-        self._tokenizer = self._checkpoint.load_tokenizer()
+        self.source = load_draft(chosen, self.checkpoint, head, top_k, "float32", "cpu", is_coupled)
+        self.max_positions = self.checkpoint.max_positions
+        self.eos_ids = self.checkpoint.eos_token_ids
+        self._tokenizer = self.checkpoint.load_tokenizer()
         self._stages: dict[int, list[Stage]] = {}
 
     def make_stages(self, num_stages: int) -> list[Any]:
         if num_stages not in self._stages:
-            layers = self._checkpoint.num_layers
-            if num_stages > layers:
-                name = self._checkpoint.name
-                raise UsageError(f"{name} has {layers} layers, too few for {num_stages} stages; use --model synthetic")
-            partition = Partition.even(layers, num_stages)
             self._stages[num_stages] = [
-                Stage.load(self._checkpoint, part, "float32", "cpu") for part in partition.stages
+                Stage.load(self.checkpoint, layers, "float32", "cpu") for layers in self.partition(num_stages).stages
             ]
         return self._stages[num_stages]
+
+    def partition(self, num_stages: int) -> Partition:
+        """Raises ``UsageError`` for more stages than layers."""
+        name, num_layers = self.checkpoint.name, self.checkpoint.num_layers
+        if num_stages > num_layers:
+            raise UsageError(f"{name} has {num_layers} layers, too few for {num_stages} stages; use --model synthetic")
+        return Partition.even(num_layers, num_stages)
 
     def encode(self, prompt: str) -> tuple[int, ...]:
         prompt_ids = tuple(self._tokenizer(prompt, verbose=False).input_ids)
@@ -164,6 +167,11 @@ class Experiment:
         num_bytes = num_rows * model.hidden_size * model.bytes_per_activation
         return max(link.transfer_s(num_bytes) for link in self.cluster.links[1:])
 
+    def make_schedule(self, name: str, num_stages: int, source: DraftSource | None) -> Schedule:
+        """For one request, with the costs that a start-up measurement would tell."""
+        steady_steps = 1 if source is None else source.steady_steps
+        return make_schedule(name, self.config, num_stages, costs=self, steady_steps=steady_steps)
+
     def forward_cost(self, schedule: str, worker: int) -> Callable[[int, int, float], float]:
         """What a forward costs that worker: (rows, rows in the cache, time) -> seconds."""
         cluster, slowdown = self.cluster, self.faults.slowdown
@@ -203,6 +211,12 @@ class DriverMeter:
             self._clock.spend(self._costs_ms[kind] / 1000, 0, kind.value, num_rows)
 
 
+def make_driver(experiment: Experiment, pair: ModelPair, costs: DriverCosts, clock: Clock) -> Driver:
+    """A driver whose work costs time on ``clock``."""
+    meter = DriverMeter(costs, clock)
+    return Driver(pair.head, pair.source, experiment.config.pipeline, pair.max_positions, clock, meter)
+
+
 class _Simulation:
     """One cluster for one request."""
 
@@ -215,16 +229,8 @@ class _Simulation:
         is_pipeline = schedule not in TENSOR_PARALLEL
         num_stages, page = (cluster.num_stages, schedule) if is_pipeline else (1, "serial")
         clock = Clock()
-        steady_steps = pair.source.steady_steps if pair.source else 1
-        self._driver = Driver(
-            pair.head,
-            pair.source,
-            lambda: make_schedule(page, experiment.config, num_stages, costs=experiment, steady_steps=steady_steps),
-            experiment.config.pipeline,
-            pair.max_positions,
-            clock,
-            DriverMeter(costs, clock),
-        )
+        self._schedule = experiment.make_schedule(page, num_stages, pair.source)
+        self._driver = make_driver(experiment, pair, costs, clock)
         self._workers: list[Worker] = []
         self._places = [Place(self._driver, clock)]
         for index, stage in enumerate(pair.make_stages(num_stages), start=1):
@@ -232,24 +238,24 @@ class _Simulation:
             emulated = EmulatedStage(stage, index, clock, experiment.forward_cost(schedule, index))
             self._workers.append(Worker(emulated, index, clock))
             self._places.append(Place(self._workers[-1], clock))
+        self._sizes = Sizes(cluster.model)
         self._links = self._make_links(costs, num_stages)
 
     def _make_links(self, costs: DriverCosts, num_stages: int) -> dict[Link, VirtualLink]:
         cluster, faults = self._experiment.cluster, self._experiment.faults
-        sizes = Sizes(cluster.model)
         models = [*cluster.links[:num_stages], cluster.links[-1]]
         data = [*(Link(place, place + 1, "data") for place in range(num_stages)), Link(num_stages, DRIVER, "control")]
         links = [(link, model, model.latency_ms + costs.hop_ms) for link, model in zip(data, models, strict=True)]
         commit_ms = cluster.control.latency_ms * costs.broadcast_hops(num_stages)
         links += [(Link(DRIVER, place, "control"), cluster.control, commit_ms) for place in range(1, num_stages + 1)]
         return {
-            link: VirtualLink(model, ms / 1000, sizes, Random(f"{faults.seed} {link}"), faults.max_delay_ms / 1000)
+            link: VirtualLink(model, ms / 1000, Random(f"{faults.seed} {link}"), faults.max_delay_ms / 1000)
             for link, model, ms in links
         }
 
     def run(self, index: int, prompt_ids: tuple[int, ...]) -> RequestRecord:
         params = self._experiment.params_of(index)
-        generation, sends = self._driver.submit(Request(0, prompt_ids, params, self._pair.eos_ids))
+        generation, sends = self._driver.submit(Request(0, prompt_ids, params, self._pair.eos_ids), self._schedule)
         self._places[DRIVER].wake()
         self._post(DRIVER, 0.0, sends)
         emissions: list[tuple[float, int]] = []  # (time, tokens so far)
@@ -292,9 +298,19 @@ class _Simulation:
                     links = [Link(DRIVER, target, "control") for target in range(1, num_stages + 1)]
                 case Route.DRIVER:
                     links = [Link(source, DRIVER, "control")]
+            num_bytes = self._sizes.num_bytes(send.message)
             for link in links:
-                arrival_s = self._links[link].arrival_s(now, send.message)
+                arrival_s = self._links[link].arrival_s(now, num_bytes)
                 self._places[link.target].deliver(arrival_s, send.message)
+
+
+def forward_spans(stats: Stats, start_s: float) -> list[Span]:
+    """What the workers say of the segments that came back, since ``start_s`` on their clock."""
+    return [
+        Span(timing.stage, timing.start_s - start_s, timing.end_s - start_s, "forward", timing.num_rows)
+        for timings in stats.timings
+        for timing in timings
+    ]
 
 
 def make_record(

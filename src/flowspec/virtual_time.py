@@ -135,21 +135,17 @@ class EmulatedStage:
 class VirtualLink:
     """One direction of one connection: bytes take turns, messages keep their order."""
 
-    def __init__(
-        self, model: LinkModel, latency_s: float, sizes: Sizes, random: Random, max_delay_s: float = 0.0
-    ) -> None:
+    def __init__(self, model: LinkModel, latency_s: float, random: Random, max_delay_s: float = 0.0) -> None:
         """``latency_s``: of the whole way; ``max_delay_s``: a fault, each message is late by up to this."""
         self.num_bytes = 0
         self._model = model
         self._random = random
         self._latency_s = latency_s
-        self._sizes = sizes
         self._max_delay_s = max_delay_s
         self._free_s = 0.0
         self._last_arrival_s = 0.0
 
-    def arrival_s(self, sent_s: float, message: Message) -> float:
-        num_bytes = self._sizes.num_bytes(message)
+    def arrival_s(self, sent_s: float, num_bytes: int) -> float:
         self.num_bytes += num_bytes
         model, random = self._model, self._random
         self._free_s = max(self._free_s, sent_s) + model.transfer_s(num_bytes)

@@ -8,10 +8,9 @@ from dataclasses import replace
 
 from flowspec.bench.study import Records, check_same_tokens
 from flowspec.core import SamplingParams
-from flowspec.generation import Stats
 from flowspec.llm import LLM
-from flowspec.records import RequestRecord, Span
-from flowspec.simulator import make_record
+from flowspec.records import RequestRecord
+from flowspec.simulator import forward_spans, make_record
 
 _WARM_UP_TOKENS = 16
 
@@ -65,16 +64,8 @@ def _run(llm: LLM, index: int, prompt: str, params: SamplingParams, schedule: st
         emissions.append((time.perf_counter() - start_s, len(token_ids)))
         completion = chunk.completion
     assert completion is not None and llm.last_stats is not None
-    # The driver's own work is not measured, and when a segment was sent is not kept.
-    spans, num_places = _forwards(llm.last_stats, start_s), len(llm.partition) + 1
+    # On one machine the workers' clock is the driver's. The driver's own work is not measured, and when a segment was
+    # sent is not kept.
+    spans, num_places = forward_spans(llm.last_stats, start_s), len(llm.partition) + 1
     num_bytes = completion.stats.link_bytes
     return make_record(index, token_ids, llm.last_stats, spans, num_places, emissions, {}, num_bytes, with_spans=True)
-
-
-def _forwards(stats: Stats, start_s: float) -> tuple[Span, ...]:
-    """What the workers say of the segments that came back; on one machine their clock is the driver's."""
-    return tuple(
-        Span(timing.stage, timing.start_s - start_s, timing.end_s - start_s, "forward", timing.num_rows)
-        for timings in stats.timings
-        for timing in timings
-    )

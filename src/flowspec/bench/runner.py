@@ -57,7 +57,7 @@ def run_simulated(
     if jobs == 1:
         done = []
         for schedule, part in pieces:
-            done.append(_run(experiment, pair, schedule, part))
+            done.append(simulate_piece(experiment, pair, schedule, part))
             progress(len(done) / len(pieces))
     else:
         # Spawned, not forked: torch's threads do not survive a fork.
@@ -67,7 +67,9 @@ def run_simulated(
         ) as pool:
             try:
                 with _sigint_blocked():
-                    futures = [pool.submit(_run, experiment, pair, schedule, part) for schedule, part in pieces]
+                    futures = [
+                        pool.submit(simulate_piece, experiment, pair, schedule, part) for schedule, part in pieces
+                    ]
                 for num_done, future in enumerate(as_completed(futures), start=1):
                     future.result()
                     progress(num_done / len(pieces))
@@ -93,5 +95,8 @@ def _sigint_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
-def _run(experiment: Experiment, pair: PairSpec, schedule: str, prompts: list[tuple[int, str]]) -> list[RequestRecord]:
+def simulate_piece(
+    experiment: Experiment, pair: PairSpec, schedule: str, prompts: Sequence[tuple[int, str]]
+) -> list[RequestRecord]:
+    """In this process, which keeps the models for the next piece."""
     return simulate(experiment, _load(pair), schedule, prompts)

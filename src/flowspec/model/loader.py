@@ -70,6 +70,11 @@ class Checkpoint:
         return cls(str(name), directory, _read_config(config_path))
 
     @property
+    def full_name(self) -> str:
+        """The name for a process in another folder: a directory's absolute path; ``demo`` and hub names as they are."""
+        return self.name if self._directory is None or self.name == DEMO else str(self._directory.resolve())
+
+    @property
     def num_layers(self) -> int:
         return int(self.config.num_hidden_layers)
 

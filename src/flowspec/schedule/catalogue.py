@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from flowspec.config import ScheduleConfig
@@ -15,7 +16,11 @@ from flowspec.schedule.pipedec import PipeDec
 from flowspec.schedule.serial import Chunked, Serial
 
 SCHEDULES = ("ar", "serial", "chunked", "pipedec", "lockstep", "flow")
-ABLATIONS = ("lockstep-no-score-order", "lockstep-no-prune", "lockstep-no-expand")
+ABLATIONS: Mapping[str, str] = {  # name -> the field of ``LockstepConfig`` that is off
+    "lockstep-no-score-order": "score_order",
+    "lockstep-no-prune": "prune",
+    "lockstep-no-expand": "expand",
+}
 
 
 def make_schedule(
@@ -45,12 +50,8 @@ def make_schedule(
             return PipeDec(tree, num_stages, config.pipedec_width)
         case "lockstep":
             return Lockstep(config.lockstep, num_stages)
-        case "lockstep-no-score-order":
-            return Lockstep(replace(config.lockstep, score_order=False), num_stages)
-        case "lockstep-no-prune":
-            return Lockstep(replace(config.lockstep, prune=False), num_stages)
-        case "lockstep-no-expand":
-            return Lockstep(replace(config.lockstep, expand=False), num_stages)
+        case _ if name in ABLATIONS:
+            return Lockstep(replace(config.lockstep, **{ABLATIONS[name]: False}), num_stages)
         case "flow":
             pace = None if costs is None else Pace(costs)
             num_parallel = num_stages if num_parallel is None else num_parallel
