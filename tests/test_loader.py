@@ -93,13 +93,13 @@ def test_tensors_come_one_at_a_time_and_converted(max_shard_size: str, tmp_path:
 
 def test_only_the_named_tensors_are_read(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[str] = []
-    original = loader._read_tensor
+    original = loader.read_tensor
 
     def recording(path: Path, name: str, *rest: Any) -> torch.Tensor:
         read.append(name)
         return original(path, name, *rest)
 
-    monkeypatch.setattr(loader, "_read_tensor", recording)
+    monkeypatch.setattr(loader, "read_tensor", recording)
     tensors = Checkpoint.open(saved).tensors([EMBEDDING, LM_HEAD], "float32", "cpu")
     assert read == []
     next(tensors)

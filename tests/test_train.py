@@ -23,13 +23,13 @@ from transformers import (
 from flowspec.errors import ModelError, UsageError
 from flowspec.model.eagle_head import EagleHead
 from flowspec.train import corpus, demo
+from flowspec.train.draft import train_draft
 from flowspec.train.eagle import (
     DraftRecipe,
     Target,
     embedding_of,
     generate_windows,
     head_config,
-    train_draft,
     train_head,
     unroll,
 )

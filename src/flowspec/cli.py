@@ -253,6 +253,14 @@ def train_draft(
     compiled: Annotated[
         bool, typer.Option("--compile", help="Faster after some minutes; needs a C++ compiler.")
     ] = False,
+    hints: Annotated[
+        bool,
+        typer.Option(
+            "--hints",
+            help="Also train hint heads, with which the workers between two layers guess the next token early. "
+            "With the arguments and --work-dir of a finished run, trains these alone.",
+        ),
+    ] = False,
     verbose: Verbose = False,
 ) -> None:
     """Train an EAGLE draft head for a target model."""
@@ -260,13 +268,15 @@ def train_draft(
         logging.getLogger("flowspec").setLevel(logging.INFO)
         import torch
 
+        from flowspec.train.draft import train_draft as train
         from flowspec.train.eagle import DraftRecipe
-        from flowspec.train.eagle import train_draft as train
+        from flowspec.train.hints import HintRecipe
 
         if threads:
             torch.set_num_threads(threads)
         recipe = DraftRecipe(num_tokens=tokens, generated_share=generated_share)
-        train(target, out, data, recipe, work_dir or out / "training", compiled=compiled)
+        hint_recipe = HintRecipe() if hints else None
+        train(target, out, data, recipe, work_dir or out / "training", hints=hint_recipe, compiled=compiled)
 
 
 app.command()(simulate)

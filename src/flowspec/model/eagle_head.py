@@ -17,13 +17,14 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
 from flowspec.core import DType
 from flowspec.errors import ModelError
+from flowspec.model.loader import save_tensors
 
 _CONFIG, _SAFETENSORS, _BIN = "config.json", "model.safetensors", "pytorch_model.bin"
 _EMBEDDING = "embed_tokens.weight"
@@ -130,7 +131,6 @@ class EagleHead(nn.Module):
 
     def save(self, directory: Path, dtype: torch.dtype = torch.float16) -> None:
         """Write ``config.json`` and ``model.safetensors``; each file is replaced at once or not at all."""
-        directory.mkdir(parents=True, exist_ok=True)
         config = self.config.to_dict() | {
             "architectures": ["LlamaForCausalLM"],
             "bias": self.fc.bias is not None,
@@ -138,11 +138,7 @@ class EagleHead(nn.Module):
         }
         config.pop("_name_or_path", None)
         text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-        weights = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in self.state_dict().items()}
-        partial = directory / f".{_SAFETENSORS}.partial"
-        save_file(weights, partial, metadata={"format": "pt"})
-        partial.chmod(0o644)  # safetensors makes files that only their owner may read
-        os.replace(partial, directory / _SAFETENSORS)
+        save_tensors(directory / _SAFETENSORS, self.state_dict(), dtype)
         partial = directory / f".{_CONFIG}.partial"
         partial.write_text(text, encoding="utf-8")
         os.replace(partial, directory / _CONFIG)

@@ -7,9 +7,10 @@ The first use of a hub name fetches ``config.json`` alone; every other file is f
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
@@ -19,6 +20,7 @@ import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError, StrictDataclassError
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from flowspec.core import DType
@@ -139,7 +141,7 @@ class Checkpoint:
         for shard, shard_names in names_by_shard.items():
             path = self.path(shard)
             for name in shard_names:
-                yield name, _read_tensor(path, name, dtype, device)
+                yield name, read_tensor(path, name, dtype, device)
 
     def load_embedding(self, dtype: DType, device: torch.device | str) -> torch.Tensor:
         """The token embedding [vocab_size, hidden_size]."""
@@ -181,7 +183,7 @@ class Checkpoint:
         """Tensor name -> file name. A single file comes first, as in transformers."""
         single = _find(self.name, self._directory, "model.safetensors")
         if single is not None:
-            with _opened(single) as file:
+            with open_tensors(single) as file:
                 return dict.fromkeys(file.keys(), single.name)
         index = _find(self.name, self._directory, "model.safetensors.index.json")
         if index is None:
@@ -259,16 +261,18 @@ def _read_config(path: Path) -> PreTrainedConfig:
         raise ModelError(f"{path} is no valid {SUPPORTED[model_type]} config ({_first_line(error)})") from error
 
 
-def _opened(path: Path) -> safe_open:
+def open_tensors(path: Path) -> safe_open:
+    """A safetensors file; raises ``ModelError`` for a broken one."""
     try:
         return safe_open(path, framework="pt", device="cpu")
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{path} is truncated or damaged ({_first_line(error)}); download or copy it again") from error
 
 
-def _read_tensor(path: Path, name: str, dtype: DType, device: torch.device | str) -> torch.Tensor:
+def read_tensor(path: Path, name: str, dtype: DType, device: torch.device | str) -> torch.Tensor:
+    """One tensor of a safetensors file, converted, in private memory; raises ``ModelError`` for a broken file."""
     # Opened for each tensor, since the pages of a mapped file count as the process's memory until it is closed.
-    with _opened(path) as file:
+    with open_tensors(path) as file:
         try:
             tensor = file.get_tensor(name)
         except SafetensorError as error:
@@ -278,6 +282,16 @@ def _read_tensor(path: Path, name: str, dtype: DType, device: torch.device | str
         if not tensor.is_floating_point():
             raise ModelError(f"{path}: tensor {name} has type {tensor.dtype}; only float checkpoints are supported")
         return tensor.to(device=device, dtype=getattr(torch, dtype), copy=True)
+
+
+def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> None:
+    """Write a safetensors file, which is replaced at once or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    stored = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in tensors.items()}
+    save_file(stored, partial, metadata={"format": "pt"})
+    partial.chmod(0o644)  # safetensors makes files that only their owner may read
+    os.replace(partial, path)
 
 
 def _first_line(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""Rebuilds the shipped demo pair from nothing: ``python -m flowspec.train.demo``.
+"""Rebuilds the shipped demo pair and its hints from nothing: ``python -m flowspec.train.demo``.
 
 The corpus is the running interpreter's own standard library, so another Python version gives slightly other weights. An
 interrupted run goes on where it was.
@@ -14,14 +14,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import mkdtemp
 from textwrap import fill
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer as FastTokenizer
 
 from flowspec.model.eagle_head import EagleHead
+from flowspec.model.hint_head import HintHead
 from flowspec.train.corpus import Document, encode_documents, read_stdlib, split_documents
 from flowspec.train.eagle import DraftRecipe, Target, embedding_of, load_model, train_head
 from flowspec.train.evaluate import Evaluation, EvaluationConfig, evaluate
+from flowspec.train.hints import HintRecipe, train_hints
 from flowspec.train.loop import write_atomically, write_json
 from flowspec.train.target import (
     END_OF_TEXT,
@@ -51,6 +54,7 @@ class DemoBuild:
 
     target: TargetRecipe = field(default_factory=TargetRecipe)
     draft: DraftRecipe = field(default_factory=DraftRecipe)
+    hints: HintRecipe = field(default_factory=HintRecipe)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     max_documents: int | None = None  # of modules, of tests, and held out; None takes all
     compiled: bool = True  # torch.compile and bfloat16: twice as fast, but takes a C++ compiler
@@ -77,7 +81,8 @@ class DemoBuild:
             batch_tokens=256,
         )
         evaluation = EvaluationConfig(num_prompts=2, prompt_len=16, num_new_tokens=16, loss_window_len=64)
-        return cls(target, draft, evaluation, max_documents=5, compiled=False)
+        hints = HintRecipe(rank=4, num_tokens=1024, batch_tokens=256)
+        return cls(target, draft, hints, evaluation, max_documents=5, compiled=False)
 
 
 def build(plan: DemoBuild, work_dir: Path, out_dir: Path) -> Evaluation:
@@ -101,11 +106,12 @@ def build(plan: DemoBuild, work_dir: Path, out_dir: Path) -> Evaluation:
 
     target = Target.open(target_dir, compiled=plan.compiled)
     train_head(target, data.train, plan.draft, work_dir, draft_dir, compiled=plan.compiled)
+    train_hints(target, data.train, plan.hints, plan.draft, work_dir, draft_dir)
 
     # What is measured is what is shipped: the weights as they come back from float16.
     model = load_model(target_dir, torch.float32)
     head = EagleHead.load(draft_dir, embedding_of(model), "float32", "cpu")
-    result = evaluate(model, head, data.held_out, plan.evaluation)
+    result = evaluate(model, head, data.held_out, plan.evaluation, load_hints(draft_dir, model))
     write_json(out_dir / "evaluation.json", result.to_json())
     cards = {
         target_dir: target_card(plan, data, result),
@@ -114,6 +120,16 @@ def build(plan: DemoBuild, work_dir: Path, out_dir: Path) -> Evaluation:
     for directory, text in cards.items():
         write_atomically(directory / "MODEL_CARD.md", lambda path, text=text: path.write_text(text, encoding="utf-8"))
     return result
+
+
+def load_hints(draft_dir: Path, target: Any) -> list[HintHead]:
+    """The hint heads of all boundaries of a target in float32."""
+    config, lm_head = target.config, target.get_output_embeddings().weight
+    loaded = (
+        HintHead.load(draft_dir, num_layers, lm_head, config.rms_norm_eps, "float32", "cpu")
+        for num_layers in range(1, config.num_hidden_layers)
+    )
+    return [head for head in loaded if head is not None]
 
 
 def _tokenizer(documents: Sequence[Document], recipe: TargetRecipe, work_dir: Path) -> FastTokenizer:
@@ -131,6 +147,8 @@ def command_of(plan: DemoBuild) -> str:
         words.append(f"--tokens {plan.target.num_tokens}")
     if plan.draft.num_tokens != defaults.draft.num_tokens:
         words.append(f"--draft-tokens {plan.draft.num_tokens}")
+    if plan.hints.num_tokens != defaults.hints.num_tokens:
+        words.append(f"--hint-tokens {plan.hints.num_tokens}")
     return " ".join(words)
 
 
@@ -176,7 +194,7 @@ and norms; linear warm-up, linear decay to zero. Command: `{command_of(plan)}`.
 
 
 def draft_card(plan: DemoBuild, result: Evaluation) -> str:
-    recipe = plan.draft
+    recipe, hints = plan.draft, plan.hints
     num_generated = recipe.num_generation_batches * recipe.generation_batch * recipe.context_len
     is_unrolled = recipe.unroll_len > 1 and recipe.unroll_share > 0
     unrolled = f", the last {recipe.unroll_share:.0%} unrolled over {recipe.unroll_len} levels" if is_unrolled else ""
@@ -201,14 +219,24 @@ gradient values clipped at {recipe.max_gradient:g}. Command: `{command_of(plan)}
 
 ## Measured
 
-{result.to_markdown()}""")
+{result.to_markdown()}
+## Hints
+
+`hints.safetensors` has a small head for every boundary between two layers of the target: it guesses a row's next token
+from the hidden state that a worker sends on, while the row is still on its way. A tuned lens (arXiv 2303.08112) of rank
+{hints.rank}: a norm, `down` and `up`, and the target's own lm_head. Trained with the command above on
+{hints.num_tokens / 1e6:g} million tokens of the same windows: cross-entropy against the target's distribution, AdamW
+({hints.learning_rate:g}).
+
+{result.hints_to_markdown()}""")
 
 
 def main(arguments: list[str] | None = None) -> None:
     defaults = DemoBuild()
-    parser = argparse.ArgumentParser(prog=COMMAND, description="Rebuild the demo target and its draft head.")
+    parser = argparse.ArgumentParser(prog=COMMAND, description="Rebuild the demo target, its draft head and its hints.")
     parser.add_argument("--tokens", type=int, default=defaults.target.num_tokens, help="the target's (%(default)s)")
     parser.add_argument("--draft-tokens", type=int, default=defaults.draft.num_tokens, help="the head's (%(default)s)")
+    parser.add_argument("--hint-tokens", type=int, default=defaults.hints.num_tokens, help="the hints' (%(default)s)")
     parser.add_argument("--threads", type=int, default=0, help="torch threads; 0 leaves torch's choice (%(default)s)")
     parser.add_argument("--work", type=Path, help="checkpoints (runs/demo; with --smoke, a temporary directory)")
     parser.add_argument("--out", type=Path, help="the pair (the package's own; with --smoke, a temporary directory)")
@@ -226,10 +254,12 @@ def main(arguments: list[str] | None = None) -> None:
             defaults,
             target=replace(defaults.target, num_tokens=options.tokens),
             draft=replace(defaults.draft, num_tokens=options.draft_tokens),
+            hints=replace(defaults.hints, num_tokens=options.hint_tokens),
             compiled=not options.no_compile,
         )
     out_dir = options.out or out_dir
-    print(build(plan, options.work or work_dir, out_dir).to_markdown())
+    result = build(plan, options.work or work_dir, out_dir)
+    print(f"{result.to_markdown()}\n{result.hints_to_markdown()}")
     logger.info("written to %s", out_dir)
 
 

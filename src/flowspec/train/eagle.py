@@ -8,9 +8,7 @@ unrolled over its own estimates (as in HASS, arXiv 2408.15766), which it meets w
 from __future__ import annotations
 
 import hashlib
-import logging
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,24 +16,16 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, PreTrainedModel, StaticCache
 
 from flowspec.errors import ModelError, UsageError
 from flowspec.model.eagle_head import EagleHead
 from flowspec.model.loader import DEMO, Checkpoint, demo_directory
-from flowspec.train.corpus import Tokens, encode_documents, read_documents, shuffled_rows, windows
-from flowspec.train.loop import (
-    TrainingProgress,
-    learning_rate_factor,
-    load_checkpoint,
-    save_checkpoint,
-    write_atomically,
-)
+from flowspec.train.corpus import Tokens, shuffled_rows, windows
+from flowspec.train.loop import TrainingProgress, run_steps, write_atomically
 
-logger = logging.getLogger("flowspec.train")
-
-_REFERENCE_WIDTH = 256  # hidden size that the recipe's learning rate is for
+REFERENCE_WIDTH = 256  # hidden size that a recipe's learning rate is for
 _MAX_LOGITS = 2**25  # elements of one matrix of logits; a step that needs more is taken in parts
 
 
@@ -77,8 +67,12 @@ class DraftRecipe:
         return max(1, self.batch_tokens // self.context_len)
 
     @property
+    def step_tokens(self) -> int:
+        return self.rows_per_step * self.context_len
+
+    @property
     def num_steps(self) -> int:
-        return max(1, self.num_tokens // (self.rows_per_step * self.context_len))
+        return max(1, self.num_tokens // self.step_tokens)
 
     @property
     def num_generation_batches(self) -> int:
@@ -96,6 +90,7 @@ class Target:
         self.device = model.device
         self.embedding = embedding_of(model).float()
         self.lm_head: Tensor = self.model.get_output_embeddings().weight.detach()
+        self.final_norm: Tensor = self.model.base_model.norm.weight.detach()
         self._run: Callable[[Tensor], Tensor] = torch.compile(self._features) if compiled else self._features
 
     @classmethod
@@ -116,6 +111,16 @@ class Target:
     def features(self, token_ids: Tensor) -> Tensor:
         """float32 [B, T, H], after the final norm, of tokens [B, T]."""
         return self._run(token_ids).float()
+
+    @torch.no_grad()
+    def hidden_states(self, token_ids: Tensor) -> tuple[Tensor, ...]:
+        """float32 [B, T, H] after 1, 2, ... layers, of tokens [B, T]; the last are the features."""
+        output = self.model.base_model(input_ids=token_ids, use_cache=False, output_hidden_states=True)
+        return tuple(states.float() for states in output.hidden_states[1:])
+
+    def logits(self, features: Tensor) -> Tensor:
+        """float32 [..., V]."""
+        return F.linear(features.to(self.lm_head.dtype), self.lm_head).float()
 
     def _features(self, token_ids: Tensor) -> Tensor:
         return self.model.base_model(input_ids=token_ids, use_cache=False).last_hidden_state
@@ -160,33 +165,6 @@ def head_config(target: Any) -> LlamaConfig:
     )
 
 
-def train_draft(
-    target: str | Path,
-    out: Path,
-    data: Sequence[Path],
-    config: DraftRecipe,
-    work_dir: Path,
-    *,
-    compiled: bool = False,
-) -> EagleHead:
-    """Train a head for ``target`` (a directory, a hub name or ``demo``) on the text files below ``data``, into ``out``.
-
-    Goes on from ``work_dir`` where an interrupted run with the same arguments left off. ``compiled``: faster, and needs
-    a C++ compiler. Raises ``ModelError`` for a target and ``UsageError`` for data that cannot be used.
-    """
-    tokenizer = Checkpoint.open(target).load_tokenizer()
-    if not isinstance(tokenizer.eos_token_id, int):
-        raise ModelError(f"the tokenizer of {target} names no eos_token, which separates the texts; add it")
-
-    def encode(text: str) -> list[int]:
-        return tokenizer.encode(text, add_special_tokens=False)
-
-    documents = read_documents(data)
-    logger.info("reading %d texts", len(documents))
-    tokens = encode_documents(documents, encode, tokenizer.eos_token_id)
-    return train_head(Target.open(target, compiled=compiled), tokens, config, work_dir, out, compiled=compiled)
-
-
 def train_head(
     target: Target,
     tokens: Tokens,
@@ -206,50 +184,48 @@ def train_head(
     generated = generate_windows(target, tokens, recipe, work_dir / "generated")
     torch.manual_seed(recipe.seed)
     head = EagleHead(head_config(target.config), target.embedding).to(target.device)
-    rate = recipe.learning_rate * _REFERENCE_WIDTH / head.config.hidden_size
-    optimizer = torch.optim.AdamW(head.parameters(), lr=rate, betas=(0.9, 0.95))
-    identity = asdict(recipe) | {"target": target.digest, "data": hashlib.sha256(tokens.tobytes()).hexdigest()[:12]}
-    checkpoint = work_dir / "draft.pt"
-    step = 0
-    if (saved := load_checkpoint(checkpoint, identity)) is not None:
-        head.load_state_dict(saved["head"])
-        optimizer.load_state_dict(saved["optimizer"])
-        step = saved["step"]
+    size = head.config.hidden_size
     losses = torch.compile(head_losses) if compiled else head_losses
-    step_tokens = recipe.rows_per_step * recipe.context_len
-    rows_per_part = max(1, _MAX_LOGITS // (head.config.vocab_size * recipe.context_len))
-    last_step = recipe.num_steps if stop_after is None else min(stop_after, recipe.num_steps)
-    last_save = time.monotonic()
-    with TrainingProgress("draft head", recipe.num_steps * step_tokens, step * step_tokens) as progress:
-        while step < last_step:
-            done = (step + 0.5) / recipe.num_steps
-            optimizer.param_groups[0]["lr"] = rate * learning_rate_factor(done, recipe.warmup_share)
-            num_levels = recipe.unroll_len if done > 1 - recipe.unroll_share else 1
-            rows = batch_at(recipe, tokens, generated, step).to(target.device)
-            noise = noise_at(recipe, step, head.config.hidden_size).to(target.device)
-            totals = torch.zeros(3)
-            for part, part_noise in zip(rows.split(rows_per_part), noise.split(rows_per_part), strict=True):
-                features = target.features(part)
-                with torch.autocast(target.device.type, torch.bfloat16):
-                    feature_loss, token_loss, hits = losses(
-                        head, target.lm_head, part, features, part_noise, num_levels
-                    )
-                loss = recipe.feature_weight * feature_loss + recipe.token_weight * token_loss
-                (loss * (len(part) / len(rows))).backward()
-                totals += torch.stack([feature_loss, token_loss, hits]).detach().cpu() * (len(part) / len(rows))
-            nn.utils.clip_grad_value_(head.parameters(), recipe.max_gradient)
-            optimizer.step()
-            optimizer.zero_grad()
-            step += 1
-            feature, token, top1 = totals.tolist()
-            progress.update(step * step_tokens, feature=feature, token=token, top1=top1)
-            if time.monotonic() - last_save > checkpoint_interval_s or step == last_step:
-                state = {"recipe": identity, "step": step, "head": head.state_dict()}
-                save_checkpoint(checkpoint, state | {"optimizer": optimizer.state_dict()})
-                head.save(out)
-                last_save = time.monotonic()
-    head.save(out)
+
+    def learn(step: int) -> dict[str, float]:
+        done = (step + 0.5) / recipe.num_steps
+        num_levels = recipe.unroll_len if done > 1 - recipe.unroll_share else 1
+        rows = batch_at(recipe, tokens, generated, step).to(target.device)
+        noise = noise_at(recipe, step, size).to(target.device)
+        totals = torch.zeros(3)
+        num_rows = rows_per_part(target, recipe)
+        for part, part_noise in zip(rows.split(num_rows), noise.split(num_rows), strict=True):
+            features = target.features(part)
+            with torch.autocast(target.device.type, torch.bfloat16):
+                feature_loss, token_loss, hits = losses(head, target.lm_head, part, features, part_noise, num_levels)
+            loss = recipe.feature_weight * feature_loss + recipe.token_weight * token_loss
+            (loss * (len(part) / len(rows))).backward()
+            totals += torch.stack([feature_loss, token_loss, hits]).detach().cpu() * (len(part) / len(rows))
+        return dict(zip(("feature", "token", "top1"), totals.tolist(), strict=True))
+
+    run_steps(
+        "draft head",
+        head,
+        torch.optim.AdamW(head.parameters(), lr=recipe.learning_rate * REFERENCE_WIDTH / size, betas=(0.9, 0.95)),
+        recipe,
+        learn,
+        work_dir / "draft.pt",
+        asdict(recipe) | data_identity(target, tokens),
+        lambda: head.save(out),
+        checkpoint_interval_s=checkpoint_interval_s,
+        stop_after=stop_after,
+    )
     return head.eval().requires_grad_(False)
+
+
+def data_identity(target: Target, tokens: Tokens) -> dict[str, str]:
+    """Tells a training's target and text from others."""
+    return {"target": target.digest, "data": hashlib.sha256(tokens.tobytes()).hexdigest()[:12]}
+
+
+def rows_per_part(target: Target, recipe: DraftRecipe) -> int:
+    """Windows whose logits are in memory at a time."""
+    return max(1, _MAX_LOGITS // (target.config.vocab_size * recipe.context_len))
 
 
 def head_losses(

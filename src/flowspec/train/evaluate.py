@@ -1,4 +1,4 @@
-"""Measures a target and its draft head: held-out loss, hit rate by draft level, tokens per target pass with a tree.
+"""Measures a target, its draft head and its hints: held-out loss, hit rates, tokens per target pass with a tree.
 
 Self-contained on purpose: one process, no pipeline, no schedule. The target's continuation of each prompt is generated
 first; drafts are then checked against it, which gives what exact verification gives: at a position the target's token
@@ -7,6 +7,7 @@ is fixed, whatever was drafted.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from flowspec.errors import UsageError
 from flowspec.model.eagle_head import EagleHead
+from flowspec.model.hint_head import HintHead
 from flowspec.train.corpus import Tokens
 from flowspec.train.eagle import continue_rows, unroll
 from flowspec.train.target import held_out_loss
@@ -39,6 +41,24 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True)
+class HitRate:
+    """Share of tokens that are a guesser's first guess, or among its first four."""
+
+    top_1: float
+    top_4: float
+
+
+@dataclass(frozen=True)
+class HintResult:
+    """Hit rates of the hints behind ``num_layers`` layers, over all tokens and over those that need a hint."""
+
+    num_layers: int
+    all_tokens: HitRate
+    draft_wrong: HitRate  # where the draft head's first guess at level 1 is wrong
+    draft_lacks: HitRate  # where the token is not even among its first ``top_k``
+
+
+@dataclass(frozen=True)
 class TextResult:
     """What was measured on one kind of continuation."""
 
@@ -46,6 +66,9 @@ class TextResult:
     tokens_per_pass: float  # new tokens per target forward, the bonus token included
     mean_accepted: float  # draft nodes accepted per target forward
     distinct_4_grams: float  # share of different ones among all runs of four new tokens of a text; low for loops
+    draft_wrong: float  # share of the tokens that are not the draft head's first guess at level 1
+    draft_lacks: float  # share of those that are not among its first ``top_k``
+    hints: list[HintResult]  # by boundary, from the first; empty for a draft without hints
 
 
 @dataclass(frozen=True)
@@ -72,8 +95,7 @@ class Evaluation:
             "| text | tokens per target pass | accepted per pass | distinct 4-grams |",
             "|---|---|---|---|",
         ]
-        kinds = {"greedy": self.greedy, f"sampled, temperature {config.temperature:g}": self.sampled}
-        for name, text in kinds.items():
+        for name, text in self._texts().items():
             row = f"{text.tokens_per_pass:.2f} | {text.mean_accepted:.2f} | {text.distinct_4_grams:.2f}"
             lines.append(f"| {name} | {row} |")
         lines += [
@@ -86,16 +108,43 @@ class Evaluation:
             f"| text | {levels} |",
             "|---" * (config.num_levels + 1) + "|",
         ]
-        for name, text in kinds.items():
+        for name, text in self._texts().items():
             lines.append(f"| {name} | {' | '.join(f'{rate:.2f}' for rate in text.hit_rates)} |")
         return "\n".join(lines) + "\n"
+
+    def hints_to_markdown(self) -> str:
+        top_k = self.config.top_k
+        lines = [
+            "Hits of the hints among the same new tokens, first guess / first four guesses: among all of them, among "
+            "those that are not the draft head's first guess, and among those that are not even among its first "
+            f"{top_k} (in brackets their share of all):",
+        ]
+        for name, text in self._texts().items():
+            lines += [
+                "",
+                f"| {name}: layers | all | not the draft's first ({text.draft_wrong:.1%}) "
+                f"| not in its first {top_k} ({text.draft_lacks:.1%}) |",
+                "|---|---|---|---|",
+            ]
+            for hint in text.hints:
+                rates = (hint.all_tokens, hint.draft_wrong, hint.draft_lacks)
+                cells = " | ".join(f"{rate.top_1:.2f} / {rate.top_4:.2f}" for rate in rates)
+                lines.append(f"| {hint.num_layers} | {cells} |")
+        return "\n".join(lines) + "\n"
+
+    def _texts(self) -> dict[str, TextResult]:
+        return {"greedy": self.greedy, f"sampled, temperature {self.config.temperature:g}": self.sampled}
 
 
 @torch.inference_mode()
 def evaluate(
-    target: PreTrainedModel, head: EagleHead, held_out: Tokens, config: EvaluationConfig | None = None
+    target: PreTrainedModel,
+    head: EagleHead,
+    held_out: Tokens,
+    config: EvaluationConfig | None = None,
+    hints: Sequence[HintHead] = (),
 ) -> Evaluation:
-    """Measure on a held-out stream of tokens [T]; target and head must be in the same dtype (float32 for exactness)."""
+    """Measure on a held-out stream of tokens [T]; all weights must be in the same dtype (float32 for exactness)."""
     config = config or EvaluationConfig()
     if len(held_out) < config.num_prompts * config.prompt_len:
         raise UsageError(f"{len(held_out)} held-out tokens are too few for {config.num_prompts} prompts; add text")
@@ -106,7 +155,7 @@ def evaluate(
         length = config.prompt_len + config.num_new_tokens
         temperatures = torch.full((len(prompts),), temperature)
         token_ids = continue_rows(target, prompts, length, temperatures, generator)
-        texts.append(_measure(target, head, token_ids, config))
+        texts.append(_measure(target, head, hints, token_ids, config))
     return Evaluation(
         config=config,
         held_out_loss=held_out_loss(target, held_out, config.loss_window_len),
@@ -122,20 +171,27 @@ def _spaced_prompts(held_out: Tokens, config: EvaluationConfig) -> Tensor:
     return torch.from_numpy(np.stack([held_out[begin : begin + config.prompt_len] for begin in begins]))
 
 
-def _measure(target: PreTrainedModel, head: EagleHead, token_ids: Tensor, config: EvaluationConfig) -> TextResult:
+def _measure(
+    target: PreTrainedModel, head: EagleHead, hints: Sequence[HintHead], token_ids: Tensor, config: EvaluationConfig
+) -> TextResult:
     model: Any = target
-    features = model.model(input_ids=token_ids, use_cache=False).last_hidden_state
+    hidden_states = model.model(input_ids=token_ids, use_cache=False, output_hidden_states=True).hidden_states
+    features = hidden_states[-1]
     lm_head = model.get_output_embeddings()
     num_tokens = num_passes = 0
     for row_ids, row_features in zip(token_ids, features, strict=True):
         run_tokens, run_passes = _run_with_trees(head, lm_head, row_ids, row_features, config)
         num_tokens += run_tokens
         num_passes += run_passes
+    draft_ranks = _draft_ranks(head, lm_head, token_ids, features, config)
     return TextResult(
         hit_rates=_hit_rates(head, lm_head, token_ids, features, config),
         tokens_per_pass=num_tokens / num_passes,
         mean_accepted=num_tokens / num_passes - 1,
         distinct_4_grams=float(np.mean([_distinct_share(row[config.prompt_len :].tolist(), 4) for row in token_ids])),
+        draft_wrong=_share(draft_ranks > 0),
+        draft_lacks=_share(draft_ranks >= config.top_k),
+        hints=[_hint_result(hint, hidden_states[hint.num_layers], token_ids, draft_ranks, config) for hint in hints],
     )
 
 
@@ -148,6 +204,40 @@ def _hit_rates(
         drafted = lm_head(predicted[:, :-1]).argmax(-1)[:, config.prompt_len - 2 :]
         rates.append((drafted == token_ids[:, config.prompt_len :]).float().mean().item())
     return rates
+
+
+def _draft_ranks(
+    head: EagleHead, lm_head: torch.nn.Module, token_ids: Tensor, features: Tensor, config: EvaluationConfig
+) -> Tensor:
+    """Places [B, N] of the new tokens in the head's order at draft level 1, from 0."""
+    (predicted,) = unroll(head, token_ids, features[:, :-1], 1)
+    return _ranks(lm_head(predicted[:, config.prompt_len - 2 : -1]), token_ids[:, config.prompt_len :])
+
+
+def _hint_result(
+    hint: HintHead, hidden: Tensor, token_ids: Tensor, draft_ranks: Tensor, config: EvaluationConfig
+) -> HintResult:
+    """``hidden`` [B, T, H]: the hint's row i guesses token i + 1."""
+    ranks = _ranks(hint(hidden[:, config.prompt_len - 1 : -1]), token_ids[:, config.prompt_len :])
+
+    def rate(ranks: Tensor) -> HitRate:
+        return HitRate(_share(ranks < 1), _share(ranks < 4))
+
+    return HintResult(
+        num_layers=hint.num_layers,
+        all_tokens=rate(ranks),
+        draft_wrong=rate(ranks[draft_ranks > 0]),
+        draft_lacks=rate(ranks[draft_ranks >= config.top_k]),
+    )
+
+
+def _ranks(logits: Tensor, token_ids: Tensor) -> Tensor:
+    """Places of tokens [...] in the descending order of logits [..., V], from 0."""
+    return (logits > logits.gather(-1, token_ids[..., None])).sum(-1)
+
+
+def _share(hits: Tensor) -> float:
+    return hits.float().mean().item() if hits.numel() else 0.0
 
 
 def _run_with_trees(

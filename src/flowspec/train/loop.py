@@ -1,4 +1,4 @@
-"""What every training loop here shares: learning-rate schedule, checkpoints, progress. Knows no model."""
+"""What every training loop here shares: learning-rate schedule, steps, checkpoints, progress. Knows no model."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import nn
 
 from flowspec.errors import ModelError
 
@@ -57,6 +58,65 @@ def load_checkpoint(path: Path, recipe: dict[str, Any]) -> dict[str, Any] | None
     if state.get("recipe") != recipe:
         raise ModelError(f"checkpoint {path} belongs to a run with other settings; delete it or use those settings")
     return state
+
+
+class StepRecipe(Protocol):
+    """What ``run_steps`` asks of a recipe."""
+
+    @property
+    def num_steps(self) -> int: ...
+    @property
+    def step_tokens(self) -> int: ...
+    @property
+    def warmup_share(self) -> float: ...
+    @property
+    def max_gradient(self) -> float: ...
+
+
+def run_steps(
+    title: str,
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    recipe: StepRecipe,
+    learn: Callable[[int], dict[str, float]],
+    checkpoint: Path,
+    identity: dict[str, Any],
+    save: Callable[[], object],
+    *,
+    checkpoint_interval_s: float,
+    stop_after: int | None,
+) -> None:
+    """Take the recipe's steps, from ``checkpoint`` on where it exists; it must come from the same ``identity``.
+
+    ``learn(step)`` adds the gradients of a step to the module's, and returns figures to report; what it does should
+    depend on the step and the weights alone. The optimiser's own learning rate is the highest. ``save`` is called with
+    every checkpoint and at the end. ``stop_after``: the step to interrupt this run at.
+    """
+    rate = optimizer.param_groups[0]["lr"]
+    step = 0
+    if (saved := load_checkpoint(checkpoint, identity)) is not None:
+        module.load_state_dict(saved["head"])
+        optimizer.load_state_dict(saved["optimizer"])
+        step = saved["step"]
+    num_steps, step_tokens = recipe.num_steps, recipe.step_tokens
+    last_step = num_steps if stop_after is None else min(stop_after, num_steps)
+    last_save = time.monotonic()
+    with TrainingProgress(title, num_steps * step_tokens, step * step_tokens) as progress:
+        while step < last_step:
+            done = (step + 0.5) / num_steps
+            optimizer.param_groups[0]["lr"] = rate * learning_rate_factor(done, recipe.warmup_share)
+            figures = learn(step)
+            nn.utils.clip_grad_value_(module.parameters(), recipe.max_gradient)
+            optimizer.step()
+            optimizer.zero_grad()
+            step += 1
+            progress.update(step * step_tokens, **figures)
+            if time.monotonic() - last_save > checkpoint_interval_s or step == last_step:
+                state = {"recipe": identity, "step": step, "head": module.state_dict()}
+                save_checkpoint(checkpoint, state | {"optimizer": optimizer.state_dict()})
+                save()
+                last_save = time.monotonic()
+    save()
 
 
 class TrainingProgress:

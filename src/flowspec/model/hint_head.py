@@ -1,0 +1,112 @@
+"""Hint heads: guesses of the next token from a row that is still on its way through the layers.
+
+Each is a tuned lens (Belrose et al., arXiv 2303.08112) of low rank for the boundary behind one layer, and reads the
+residual stream as one worker sends it to the next. ``hints.safetensors``, beside the draft head's files, holds
+``layers.{l}.norm.weight`` [H], ``layers.{l}.down.weight`` [rank, H] and ``layers.{l}.up.weight`` [H, rank] for every
+boundary l = 1 .. number of layers - 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flowspec.core import DType
+from flowspec.errors import ModelError
+from flowspec.model.loader import open_tensors, read_tensor, save_tensors
+
+_FILE = "hints.safetensors"
+
+
+class HintHead(nn.Module):
+    """Hidden states after ``num_layers`` layers -> logits of the next token: ``(x + up(down(x))) @ lm_head^T``.
+
+    ``x`` is the RMS-normed hidden state.
+    """
+
+    lm_head: Tensor
+
+    def __init__(self, num_layers: int, lm_head: Tensor, rank: int, rms_eps: float) -> None:
+        """``lm_head`` [V, H] is the target's, shared, never trained and never stored."""
+        super().__init__()
+        size = lm_head.shape[1]
+        self.num_layers = num_layers
+        self.register_buffer("lm_head", lm_head.detach(), persistent=False)
+        self.norm = nn.RMSNorm(size, eps=rms_eps)
+        self.down = nn.Linear(size, rank, bias=False)
+        self.up = nn.Linear(rank, size, bias=False)
+
+    @classmethod
+    def logit_lens(cls, num_layers: int, norm: Tensor, lm_head: Tensor, rank: int, rms_eps: float) -> HintHead:
+        """An untrained head: the target's own final norm, of weight ``norm`` [H], and lm_head, and nothing between."""
+        head = cls(num_layers, lm_head, rank, rms_eps)
+        with torch.no_grad():
+            head.norm.weight.copy_(norm)
+            head.up.weight.zero_()
+        return head
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """float32 logits [..., V] of the tokens that follow the rows of hidden states [..., H]."""
+        weight = self.norm.weight
+        rows = self.norm(hidden.to(weight.device, weight.dtype))
+        rows = rows + self.up(self.down(rows))
+        return F.linear(rows.to(self.lm_head.dtype), self.lm_head).float()
+
+    @torch.inference_mode()
+    def guess(self, hidden: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The ``k`` best next tokens of rows [n, H], best first: token ids and log-probabilities, each [n, k]."""
+        logprobs, token_ids = self(hidden).log_softmax(-1).topk(k)
+        return token_ids, logprobs
+
+    @classmethod
+    def load(
+        cls,
+        directory: Path,
+        num_layers: int,
+        lm_head: Tensor,
+        rms_eps: float,
+        dtype: DType,
+        device: torch.device | str,
+    ) -> HintHead | None:
+        """Read the head behind the target's first ``num_layers`` layers; None where the draft has no hints.
+
+        No other head is read. Raises ``ModelError`` for a truncated file and for one of another target.
+        """
+        path = directory / _FILE
+        if not path.is_file():
+            return None
+        prefix = _prefix(num_layers)
+        names = [f"{prefix}{name}.weight" for name in ("norm", "down", "up")]
+        with open_tensors(path) as file:
+            missing = sorted({*names} - {*file.keys()})
+        if missing:
+            raise ModelError(
+                f"{path} lacks {', '.join(missing)}, so it has no hints after {num_layers} layers; "
+                "train hints for this target, or remove the file"
+            )
+        weights = {name.removeprefix(prefix): read_tensor(path, name, dtype, device) for name in names}
+        rank = max(1, weights["down.weight"].numel() // lm_head.shape[1])
+        with torch.device("meta"):
+            head = cls(num_layers, lm_head.to(device, getattr(torch, dtype)), rank, rms_eps)
+        for name, tensor in head.state_dict().items():
+            if weights[name].shape != tensor.shape:
+                raise ModelError(
+                    f"{path}: {prefix}{name} has shape {list(weights[name].shape)}, but {list(tensor.shape)} is "
+                    "needed; train hints for this target, or remove the file"
+                )
+        head.load_state_dict(weights, assign=True)
+        return head.eval().requires_grad_(False)
+
+
+def save_hints(directory: Path, heads: Iterable[HintHead], dtype: torch.dtype = torch.float16) -> None:
+    """Write the heads of all boundaries into ``hints.safetensors``, which is replaced at once or not at all."""
+    tensors = {_prefix(head.num_layers) + name: tensor for head in heads for name, tensor in head.state_dict().items()}
+    save_tensors(directory / _FILE, tensors, dtype)
+
+
+def _prefix(num_layers: int) -> str:
+    return f"layers.{num_layers}."
