@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from flowspec.config import LockstepConfig, PipelineConfig, ScheduleConfig, TreeConfig
 from flowspec.core import Partition, SamplingParams
 from flowspec.draft.base import DraftSource
@@ -15,6 +17,7 @@ from flowspec.draft.ngram import NgramSource
 from flowspec.driver import Driver
 from flowspec.generation import Generation, Request
 from flowspec.model.eagle_head import EagleHead
+from flowspec.model.hint_head import HintHead
 from flowspec.model.loader import Checkpoint
 from flowspec.model.stage import Stage
 from flowspec.model.target_head import TargetHead
@@ -42,18 +45,21 @@ class Pump:
         tree: TreeConfig | None = None,
         pipeline: PipelineConfig | None = None,
         patience_s: float | None = 0.0,  # a commit may come after every layer
+        hints: bool = True,  # of untrained heads: they lead the draft astray, and the tokens must not care
     ) -> None:
         # Random models guess so badly that nothing would be worth a row: here everything is.
         tree, pipeline = tree or TreeConfig(min_probability=0.0), pipeline or PipelineConfig()
         checkpoint = Checkpoint.open(directory)
         partition = Partition.even(checkpoint.num_layers, num_stages)
-        self.workers = [
-            Worker(Stage.load(checkpoint, layers, "float32", "cpu"), index, time.perf_counter, patience_s)
-            for index, layers in enumerate(partition.stages, start=1)
-        ]
-        head = TargetHead(checkpoint.load_lm_head("float32", "cpu"))
+        lm_head = checkpoint.load_lm_head("float32", "cpu")
+        self.workers: list[Worker] = []
+        for index, layers in enumerate(partition.stages, start=1):
+            stage = Stage.load(checkpoint, layers, "float32", "cpu")
+            lens = HintHead.logit_lens(layers.end, torch.ones(stage.hidden_size), lm_head, 1, 1e-6).eval()
+            self.workers.append(Worker(stage, index, time.perf_counter, patience_s, lens if hints else None))
+        head = TargetHead(lm_head)
         source = draft if not isinstance(draft, str) else _source(draft, directory, checkpoint, head, tree)
-        config = ScheduleConfig(tree, LockstepConfig(replace(tree, size=tree.size + 1)), pipeline=pipeline)
+        config = ScheduleConfig(tree, lockstep=LockstepConfig(replace(tree, size=tree.size + 1)), pipeline=pipeline)
         self.driver = Driver(head, source, pipeline, checkpoint.max_positions, time.perf_counter)
         self._make_schedule = lambda: make_schedule(schedule, config, num_stages)
         self.network = InprocNetwork(num_stages)

@@ -19,6 +19,7 @@ from flowspec.messages import (
     Configure,
     Emulation,
     Failure,
+    Hint,
     Loading,
     Message,
     Open,
@@ -89,7 +90,15 @@ def test_every_message_to_a_worker_survives_the_wire(message: Message) -> None:
 
 @pytest.mark.parametrize(
     "message",
-    [Loading(1, 0.5), Ready(1, 1000, 2000), Closed(5, 0), Alive(2), Busy("x"), Failure(1, "E", "t", "trace", False)],
+    [
+        Loading(1, 0.5),
+        Ready(1, 1000, 2000),
+        Hint(5, 0, [3, 7], [[1, 2], [9, 8]], [[-0.5, -1.0], [-0.25, -4.0]]),
+        Closed(5, 0),
+        Alive(2),
+        Busy("x"),
+        Failure(1, "E", "t", "trace", False),
+    ],
     ids=lambda m: type(m).__name__,
 )
 def test_every_message_to_the_driver_survives_the_wire(message: Message) -> None:
@@ -111,6 +120,17 @@ def test_a_damaged_message_is_a_protocol_error_or_still_a_message(data: st.DataO
     frame[data.draw(st.integers(0, len(frame) - 1))] = data.draw(st.integers(0, 255))
     with contextlib.suppress(ProtocolError):
         assert isinstance(Codec().decode_to_worker(frames), Message)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [([3], [[1, 2]], [[-0.5]]), ([3, 7], [[1]], [[-0.5]]), ([3, 7], [[1], [1, 2]], [[-0.5], [-0.5, -1.0]])],
+)
+def test_a_hint_whose_lists_differ_in_length_is_refused(
+    fields: tuple[list[int], list[list[int]], list[list[float]]],
+) -> None:
+    with pytest.raises(ValueError, match="differ in length"):
+        Hint(5, 0, *fields)
 
 
 def bad_segments() -> list[tuple[str, list[object]]]:

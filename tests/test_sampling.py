@@ -90,6 +90,32 @@ def test_draft_logprobs_are_finite_and_sum_to_one() -> None:
     assert torch.allclose(logprobs.exp().sum(-1), torch.ones(2))
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_a_hint_that_names_the_whole_distribution_says_what_a_draft_would(temperature: float) -> None:
+    logits, positions = torch.randn(3, 12, generator=torch.Generator().manual_seed(1)), np.array([4, 9, 30])
+    sampler = Sampler(SamplingParams(temperature=temperature, seed=5))
+    best = logits.double().log_softmax(dim=-1).topk(12)
+    named = sampler.hint_logprobs(best.indices.numpy(), best.values.numpy(), positions)
+    wanted = sampler.draft_logprobs(logits, positions).gather(1, best.indices).double().numpy()
+    assert np.exp(named) == pytest.approx(np.exp(wanted), abs=1e-4)
+
+
+def test_a_hint_knows_the_noise_of_the_tokens_it_names() -> None:
+    """A draw that is among them is the hint's first guess most of the time."""
+    logits = torch.randn(1, 50, generator=torch.Generator().manual_seed(2))
+    best = logits.double().log_softmax(dim=-1).topk(16)
+    sampler = Sampler(SamplingParams(temperature=1.0, seed=7))
+    hits = num_named = 0
+    for position in range(200):
+        named = sampler.hint_logprobs(best.indices.numpy(), best.values.numpy(), np.array([position]))
+        assert np.exp(named).sum() < 1
+        token = sampler.token(logits[0], position)
+        if token in best.indices[0].tolist():
+            num_named += 1
+            hits += int(best.indices[0, named[0].argmax()]) == token
+    assert hits == num_named > 100
+
+
 def test_looking_ahead_at_the_noise_changes_no_draw() -> None:
     params = SamplingParams(temperature=1.0, seed=3)
     logits = torch.randn(10, 40)

@@ -255,10 +255,10 @@ def test_a_place_does_one_thing_at_a_time(schedule: str) -> None:
         assert 0.0 <= record.busy_s[place] <= record.decode_s * (1 + 1e-12)
     for span in record.spans:
         if span.place:
-            assert span.work in ("forward", "cancelled forward") and span.num_rows > 0
+            assert span.work in ("forward", "cancelled forward", "hint") and span.num_rows > 0
             assert (span.segment_id >= 0) == (span.work == "forward")
         else:
-            assert span.work in ("draft pass", "merging draft pass", "lm_head", "verify", "send")
+            assert span.work in ("draft pass", "merging draft pass", "hint", "lm_head", "verify", "send")
 
 
 @pytest.mark.parametrize("schedule", [*SCHEDULES, *ABLATIONS])

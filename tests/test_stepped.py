@@ -170,6 +170,7 @@ class Watched:
     inner: Schedule
     name: str
     uses_draft: bool
+    wants_hints: bool
     tree: Any
     events: list[Sent | Result | Message] = field(default_factory=list)
     num_tokens: list[int] = field(default_factory=list)  # emitted so far, at each step
@@ -207,7 +208,7 @@ def watch(
 
     def make_watched(*args: Any, **options: Any) -> Watched:
         inner = make_schedule(*args, **options)
-        made.append(Watched(inner, inner.name, inner.uses_draft, inner.tree))
+        made.append(Watched(inner, inner.name, inner.uses_draft, inner.wants_hints, inner.tree))
         return made[-1]
 
     monkeypatch.setattr(simulator, "make_schedule", make_watched)

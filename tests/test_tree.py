@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flowspec.tree import UNDRAFTED, DraftTree
+
+ROOT, ONE = np.zeros(1, dtype=np.int64), np.ones(1, dtype=np.int64)
 
 
 def grown_tree(data: st.DataObject, size: int = 12) -> DraftTree:
@@ -18,11 +21,15 @@ def grown_tree(data: st.DataObject, size: int = 12) -> DraftTree:
 def change(data: st.DataObject, tree: DraftTree) -> None:
     logprob = st.floats(-5.0, 0.0)
     row = data.draw(st.integers(0, len(tree) - 1))
-    match data.draw(st.sampled_from(["expand", "add_path", "send"])):
+    match data.draw(st.sampled_from(["expand", "hint", "add_path", "send"])):
         case "expand":
             tokens = data.draw(st.lists(st.integers(0, 9), min_size=1, max_size=4, unique=True))
             logprobs = data.draw(st.lists(logprob, min_size=len(tokens), max_size=len(tokens)))
             tree.expand(np.array([row]), np.array([tokens]), np.array([logprobs]), np.array([1]))
+        case "hint":
+            tokens = data.draw(st.lists(st.integers(0, 9), min_size=1, max_size=4, unique=True))
+            shares = data.draw(st.lists(st.floats(0.01, 0.24), min_size=len(tokens), max_size=len(tokens)))
+            tree.hint(np.array([row]), np.array([tokens]), np.log([shares]))
         case "add_path":
             tokens = data.draw(st.lists(st.integers(0, 9), min_size=1, max_size=3))
             tree.add_path(row, tokens, [data.draw(logprob) for _ in tokens])
@@ -98,6 +105,48 @@ def test_merging_finds_existing_children_and_takes_the_new_probabilities() -> No
     # What the new draft does not name ranks no higher than the last that it names.
     np.testing.assert_allclose(np.exp(tree.logprobs[[found[t] for t in (1, 2, 3, 4)]]), [0.2, 0.6, 0.1, 0.2])  # type: ignore[index]
     assert tree.staleness[0] == 1 and (tree.staleness[1:] == UNDRAFTED).all()
+
+
+def test_a_hint_and_the_draft_are_multiplied_whichever_comes_first() -> None:
+    tree = DraftTree(0, 5, size=20)
+    tree.expand(ROOT, np.array([[1, 2, 3]]), np.log([[0.6, 0.3, 0.05]]), ONE)
+    tree.hint(ROOT, np.array([[2, 9]]), np.log([[0.8, 0.1]]))
+    # What one of them does not name has its last one's share, and the hint leaves 0.1 to what neither names.
+    products = {1: 0.6 * 0.1, 2: 0.3 * 0.8, 3: 0.05 * 0.1, 9: 0.05 * 0.1}
+    total = sum(products.values()) + 0.05 * 0.1
+    expected = {token: share / total for token, share in products.items()}
+    assert probabilities(tree) == pytest.approx(expected)
+    other = DraftTree(0, 5, size=20)
+    other.hint(ROOT, np.array([[2, 9]]), np.log([[0.8, 0.1]]))
+    other.expand(ROOT, np.array([[1, 2, 3]]), np.log([[0.6, 0.3, 0.05]]), ONE)
+    assert probabilities(other) == pytest.approx(expected)
+    tree.hint(ROOT, np.array([[1, 9]]), np.log([[0.9, 0.05]]))
+    assert probabilities(tree)[1] > 0.9, "a later hint replaces the earlier one"
+    tree.expand(ROOT, np.array([[1, 2, 3]]), np.log([[0.1, 0.8, 0.05]]), ONE)
+    assert probabilities(tree)[1] < 0.9, "and the draft has its say again"
+    tree.check_integrity()
+
+
+def test_a_hint_does_not_outlive_the_choice_it_is_about() -> None:
+    tree = DraftTree(0, 5, size=20)
+    tree.expand(ROOT, np.array([[1, 2]]), np.log([[0.7, 0.2]]), ONE)
+    tree.hint(ROOT, np.array([[2]]), np.log([[0.8]]))
+    tree.reroot(tree.find(0, 1) or 0)
+    tree.expand(ROOT, np.array([[6, 7]]), np.log([[0.7, 0.2]]), ONE)
+    assert tree.scores[0] == 0.0 and probabilities(tree) == pytest.approx({6: 0.7, 7: 0.2})
+    tree.check_integrity()
+
+
+def test_a_hint_adds_nothing_that_would_not_be_sent() -> None:
+    tree = DraftTree(0, 5, size=20, min_score=np.log(0.1))
+    tree.hint(ROOT, np.array([[1, 2]]), np.log([[0.9, 0.05]]))
+    assert list(probabilities(tree)) == [1]
+
+
+def probabilities(tree: DraftTree) -> dict[int, float]:
+    """Of the root's children, by token."""
+    rows = np.flatnonzero(tree.parents == 0)
+    return dict(zip(tree.token_ids[rows].tolist(), np.exp(tree.logprobs[rows]).tolist(), strict=True))
 
 
 def test_only_the_best_nodes_are_sent_and_only_once() -> None:

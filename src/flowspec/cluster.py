@@ -111,6 +111,10 @@ class Device:
             return 0.0
         return num_layers * self.layer_s(model, num_rows, context_len) + self.fixed_s
 
+    def hint_s(self, model: EmulatedModel) -> float:
+        """Seconds that a hint head takes: it reads the target's lm_head in 16 bits; the rows cost nothing beside it."""
+        return 2 * model.vocab_size * model.hidden_size / (self.memory_gb_s * 1e9) + self.layer_overhead_ms / 1e3
+
     def layer_s(self, model: EmulatedModel, num_rows: int, context_len: int, num_shares: int = 1) -> float:
         """Seconds of one layer, or of one of ``num_shares`` equal shares of its weights and heads.
 
@@ -176,12 +180,14 @@ class DriverCosts:
     verify_ms: float  # walking the tree and sampling, for each verification
     merge_ms: float = 0.0  # after a commit that kept the tree
     send_ms: float = 0.0  # for each segment sent
+    hint_ms: float = 0.0  # for each hint read
     hop_ms: float = 0.0  # codec, copies and sockets, for each hop of a segment
     broadcast: Broadcast = "direct"  # one message to every worker, or handed on along a binary tree
     broadcast_messages: int = 1  # messages, one after the other, that a commit consists of
 
     def __post_init__(self) -> None:
         _check_not_negative(self, "draft_pass_ms", "lm_head_ms", "verify_ms", "merge_ms", "send_ms", "hop_ms")
+        _check_not_negative(self, "hint_ms")
         _check_positive(self, "broadcast_messages")
         if self.broadcast not in get_args(Broadcast):
             raise _FieldError("broadcast", f"is {self.broadcast!r}; it must be 'direct' or 'tree'")

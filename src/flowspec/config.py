@@ -67,6 +67,17 @@ class LockstepConfig:
 
 
 @dataclass(frozen=True)
+class FlowParts:
+    """The parts of ``flow`` that can be switched off, to see what each is worth."""
+
+    late_binding: bool = True  # a segment is composed when the pipeline is about to be free; else as soon as it may go
+    segment_costs: bool = True  # segments are as long as the devices' costs allow; else as published
+    steady: bool = True  # what a steady draft has guessed is not drafted again
+    cancel: bool = True  # a forward whose rows have died stops between layers
+    hints: bool = True  # workers tell early what they guess of rows under way
+
+
+@dataclass(frozen=True)
 class PipelineConfig:
     """How a request is cut into segments."""
 
@@ -87,6 +98,7 @@ class ScheduleConfig:
     """The settings of all schedules."""
 
     flow: TreeConfig = TreeConfig()  # of the schedule ``flow``
+    flow_parts: FlowParts = FlowParts()
     lockstep: LockstepConfig = LockstepConfig()  # its tree is that of ``serial`` and ``chunked`` too
     pipedec_width: int = 16  # nodes of one tree level
     pipeline: PipelineConfig = PipelineConfig()

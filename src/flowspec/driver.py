@@ -10,7 +10,7 @@ from flowspec.config import PipelineConfig
 from flowspec.draft.base import DraftSource
 from flowspec.errors import ProtocolError
 from flowspec.generation import Generation, LogitsHead, Meter, NoMeter, Request
-from flowspec.messages import Alive, Closed, Message, Result, Send
+from flowspec.messages import Alive, Closed, Hint, Message, Result, Send
 from flowspec.schedule.base import Schedule
 
 
@@ -65,6 +65,7 @@ class Driver:
             self._max_positions,
             self._meter,
             self._clock,
+            schedule.wants_hints,
         )
         self._running[request.request_id] = _Running(generation, schedule)
         generation.prefill()
@@ -83,6 +84,11 @@ class Driver:
                     return []
                 running.schedule.on_result(running.generation, message)
                 return running.generation.take_outbox()
+            case Hint():
+                running = self._running.get(message.request_id)
+                if running is not None and running.generation.epoch == message.epoch:
+                    running.generation.take_hint(message)
+                return []
             case Closed():
                 self._running.pop(message.request_id, None)
                 return []

@@ -18,9 +18,11 @@ from flowspec.config import LinkConfig
 from flowspec.errors import UsageError, WorkerError
 from flowspec.generation import Request
 from flowspec.launch import LocalProcesses, RemoteCluster
-from flowspec.messages import Emulation, Result, Route, Stamped
+from flowspec.messages import Emulation, Hint, Result, Route, Stamped
+from flowspec.model.loader import draft_place
 from flowspec.paced import PacedActor, WallClock
 from flowspec.records import RequestRecord
+from flowspec.schedule.catalogue import flow_parts
 from flowspec.simulator import TENSOR_PARALLEL, CheckpointPair, Experiment, forward_spans, make_driver, make_record
 from flowspec.virtual_time import Clock, Sizes, VirtualLink
 
@@ -59,7 +61,9 @@ class Emulator:
         num_stages = cluster.num_stages
         partition = pair.partition(num_stages)
         self._link = LinkConfig()
-        emulation = Emulation(cluster_text, costs.hop_ms, time.monotonic(), time_scale)
+        parts = flow_parts(schedule, experiment.config)
+        emulation = Emulation(cluster_text, costs.hop_ms, time.monotonic(), time_scale, parts.cancel)
+        hints = draft_place(pair.draft_directory) if pair.draft_directory is not None and parts.hints else None
         wall = WallClock(emulation.start_s, time_scale)
         self._clock = clock = Clock()
         self._driver = make_driver(experiment, pair, costs, clock)
@@ -79,7 +83,7 @@ class Emulator:
         processes = LocalProcesses(num_stages, threads=1, device="cpu")
         self._cluster = RemoteCluster(processes.addresses, self._link, processes)
         try:
-            self._cluster.configure(pair.checkpoint.full_name, partition, "float32", emulation)
+            self._cluster.configure(pair.checkpoint.full_name, partition, "float32", emulation, hints)
             self._cluster.await_ready(lambda done: None)
         except BaseException:
             self.close()
@@ -134,8 +138,9 @@ class Emulator:
         )
 
     def _note_result(self, stamped: Stamped) -> None:
-        if isinstance(stamped.message, Result):
+        if isinstance(stamped.message, (Hint, Result)):
             self._result_bytes += self._sizes.num_bytes(stamped.message)
+        if isinstance(stamped.message, Result):
             self._worker_bytes |= {timing.stage: timing.link_bytes for timing in stamped.message.timings}
 
     def _num_bytes(self) -> int:

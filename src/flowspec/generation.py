@@ -18,7 +18,20 @@ from torch import Tensor
 from flowspec.config import PipelineConfig, TreeConfig
 from flowspec.core import FinishReason, SamplingParams
 from flowspec.draft.base import Accepted, Draft, DraftSource
-from flowspec.messages import LAST_STEP, NO_PARENT, Close, Commit, Open, Result, Route, Segment, Send, Step, Timing
+from flowspec.messages import (
+    LAST_STEP,
+    NO_PARENT,
+    Close,
+    Commit,
+    Hint,
+    Open,
+    Result,
+    Route,
+    Segment,
+    Send,
+    Step,
+    Timing,
+)
 from flowspec.sampling import Sampler
 from flowspec.tree import DraftTree, Ints
 
@@ -38,6 +51,7 @@ class Work(str, Enum):
 
     DRAFT_PASS = "draft pass"
     MERGE_PASS = "merging draft pass"  # the first pass over a tree that a commit has kept
+    HINT = "hint"
     LM_HEAD = "lm_head"
     VERIFY = "verify"
     SEND = "send"
@@ -116,6 +130,7 @@ class Generation:
         max_positions: int,
         meter: Meter,
         clock: Callable[[], float],
+        want_hints: bool = False,
     ) -> None:
         self.request = request
         self.clock = clock
@@ -133,6 +148,7 @@ class Generation:
         self._sampler = Sampler(request.params)
         self._num_tokens = min(request.params.max_tokens, max_positions - len(request.prompt_ids))
         self._want_features = source is not None and source.needs_features
+        self._want_hints = want_hints and source is not None
         self._draft: Draft | None = source.open(request.prompt_ids, self._sampler) if source else None
         self.num_passes = 0  # draft passes since the last commit
         self.next_segment_id = 0
@@ -159,7 +175,7 @@ class Generation:
     def prefill(self) -> None:
         """Open the request at every worker and send the prompt; its last token is the first root."""
         request_id, prompt = self.request.request_id, self.request.prompt_ids
-        self._post(Route.NEXT, Open(request_id, self.epoch, self.tree.root_id, self._want_features))
+        self._post(Route.NEXT, Open(request_id, self.epoch, self.tree.root_id, self._want_features, self._want_hints))
         for start in range(0, len(prompt), self.pipeline_config.prefill_chunk):
             ids = list(range(start, min(start + self.pipeline_config.prefill_chunk, len(prompt))))
             holds_root = ids[-1] == self.tree.root_id
@@ -344,6 +360,19 @@ class Generation:
         self.num_passes += 1
         self.stats.draft_passes += 1
         return True
+
+    def take_hint(self, hint: Hint) -> None:
+        """Let what a worker guesses of rows under way overrule the draft."""
+        node_ids = np.array(hint.node_ids, dtype=np.int64)
+        is_open = np.isin(node_ids, self.tree.node_ids, assume_unique=True)
+        if self.is_finished or not is_open.any():
+            return
+        with self._meter.work(Work.HINT, len(node_ids)):
+            rows = self.tree.rows_of(node_ids[is_open])
+            token_ids = np.array(hint.token_ids, dtype=np.int64)[is_open]
+            positions = self.tree.depths[rows] + self.prefix_len + 1
+            logprobs = self._sampler.hint_logprobs(token_ids, np.array(hint.logprobs)[is_open], positions)
+            self.tree.hint(rows, token_ids, logprobs)
 
     # --- ending ---
 

@@ -33,6 +33,7 @@ from flowspec.messages import (
     Stop,
     ToDriver,
 )
+from flowspec.model.hint_head import load_hinter
 from flowspec.model.loader import Checkpoint
 from flowspec.model.stage import Stage
 from flowspec.transport import DRIVER, Connection, InprocNetwork
@@ -66,11 +67,14 @@ class Cluster(Protocol):
 class InprocCluster:
     """All workers in this process, one after the other: no parallelism, no sockets; for tests and for debugging."""
 
-    def __init__(self, checkpoint: Checkpoint, partition: Partition, dtype: DType, device: str) -> None:
-        self._workers = [
-            Worker(Stage.load(checkpoint, layers, dtype, device), index, time.perf_counter)
-            for index, layers in enumerate(partition.stages, start=1)
-        ]
+    def __init__(
+        self, checkpoint: Checkpoint, partition: Partition, dtype: DType, device: str, hints: str | None = None
+    ) -> None:
+        self._workers: list[Worker] = []
+        for index, layers in enumerate(partition.stages, start=1):
+            hinter = None if hints is None else load_hinter(hints, checkpoint, layers.end, dtype, device)
+            stage = Stage.load(checkpoint, layers, dtype, device)
+            self._workers.append(Worker(stage, index, time.perf_counter, hinter=hinter))
         self._network = InprocNetwork(len(partition))
 
     @property
@@ -177,8 +181,15 @@ class RemoteCluster:
     def link_bytes(self) -> int:
         return self._num_bytes
 
-    def configure(self, model: str, partition: Partition, dtype: DType, emulation: Emulation | None = None) -> None:
-        """Tell every worker which stage to load, whom to pass it on to, and what device to play."""
+    def configure(
+        self,
+        model: str,
+        partition: Partition,
+        dtype: DType,
+        emulation: Emulation | None = None,
+        hints: str | None = None,
+    ) -> None:
+        """Tell every worker which stage to load, whom to pass it on to, what device to play, and where hints are."""
         addresses = [connection.address for connection in self._controls]
         for index, (connection, layers) in enumerate(zip(self._controls, partition.stages, strict=True)):
             connection.send(
@@ -193,6 +204,7 @@ class RemoteCluster:
                     addresses[index + 1] if index + 1 < len(addresses) else None,
                     self._config.heartbeat_s,
                     emulation,
+                    hints,
                 )
             )
 

@@ -22,7 +22,7 @@ from flowspec.errors import FlowspecError, UsageError, WorkerError
 from flowspec.generation import Generation, Request, Stats
 from flowspec.launch import Cluster, InprocCluster, LocalProcesses, RemoteCluster, local_threads, num_cores
 from flowspec.messages import Alive, Ready
-from flowspec.model.loader import DEMO, Checkpoint, check_device
+from flowspec.model.loader import DEMO, Checkpoint, check_device, draft_place
 from flowspec.model.target_head import TargetHead
 from flowspec.schedule.base import Schedule
 from flowspec.schedule.catalogue import make_schedule
@@ -89,6 +89,8 @@ class LLM:
         stages: how many stages; the layers are shared out evenly.
         partition: the stages' layer ranges instead, ``"0:4,4:8"``.
         workers: addresses of running workers in pipeline order, instead of starting some here.
+        hints: workers tell the driver early what they guess, where the draft has hint heads; by default where they
+            do not share this machine's cores.
         in_process: run the workers in this process, one after the other; slow, for tests and debugging.
 
     Raises ``UsageError`` for what the caller can mend, ``WorkerError`` when a worker fails.
@@ -108,6 +110,7 @@ class LLM:
         tree: TreeConfig | None = None,
         pipeline: PipelineConfig | None = None,
         link: LinkConfig | None = None,
+        hints: bool | None = None,
         in_process: bool = False,
         progress: Progress | None = None,
     ) -> None:
@@ -134,10 +137,13 @@ class LLM:
         self._num_parallel = len(self.partition) if workers else min(len(self.partition), max(1, num_cores() - 1))
         chosen_draft = choose_draft(self.checkpoint, draft)  # before any process is started
         self._make_schedule(schedule)
+        if hints is None:
+            hints = self._num_parallel == len(self.partition)
+        place = draft_place(chosen_draft) if hints and isinstance(chosen_draft, Path) else None
         if in_process:
-            self._cluster = InprocCluster(self.checkpoint, self.partition, dtype, device)
+            self._cluster = InprocCluster(self.checkpoint, self.partition, dtype, device, place)
         else:
-            self._cluster = self._connect(workers)
+            self._cluster = self._connect(workers, place)
         try:
             self._load_driver(chosen_draft)
             if isinstance(self._cluster, RemoteCluster):
@@ -146,7 +152,7 @@ class LLM:
             self.close()
             raise
 
-    def _connect(self, workers: Sequence[str] | None) -> RemoteCluster:
+    def _connect(self, workers: Sequence[str] | None, hints: str | None) -> RemoteCluster:
         """Start loading at the workers; what the driver itself loads is loaded meanwhile."""
         processes = None
         if workers is None:
@@ -156,7 +162,7 @@ class LLM:
             workers = processes.addresses
         cluster = RemoteCluster(workers, self._link, processes)
         try:
-            cluster.configure(self.checkpoint.full_name, self.partition, self._dtype)
+            cluster.configure(self.checkpoint.full_name, self.partition, self._dtype, hints=hints)
         except BaseException:
             cluster.close()
             raise

@@ -52,6 +52,7 @@ class Emulation(msgspec.Struct, frozen=True, array_like=True):
     hop_ms: float  # what the engine adds to each hop
     start_s: float  # when virtual time began, on the machine's monotonic clock
     time_scale: float  # wall clock seconds in a virtual second
+    cancels: bool = True  # a forward whose rows have died stops
 
 
 class Configure(Message, frozen=True):
@@ -67,6 +68,7 @@ class Configure(Message, frozen=True):
     next_address: str | None
     heartbeat_s: float
     emulation: Emulation | None = None
+    hints: str | None = None  # the draft's directory, as the worker finds it, if hints are wanted
 
 
 class Commit(Message, frozen=True):
@@ -97,12 +99,16 @@ class Stop(Message, frozen=True):
 
 
 class Open(Message, frozen=True):
-    """Begins a request, or a new epoch of it. ``want_features``: return hidden states of prefix rows too."""
+    """Begins a request, or a new epoch of it.
+
+    ``want_features``: return hidden states of prefix rows too. ``want_hints``: workers that can send ``Hint``s.
+    """
 
     request_id: int
     epoch: int
     root_id: int
     want_features: bool
+    want_hints: bool = False
 
 
 class Segment(Message, frozen=True):
@@ -183,6 +189,24 @@ class Result(Message, frozen=True):
             raise ValueError(f"result: hidden states {tuple(self.hidden.shape)} for {len(self.node_ids)} nodes")
 
 
+class Hint(Message, frozen=True):
+    """What a worker in the middle guesses of the tokens after some rows that are still on their way; it only steers.
+
+    For each node its most probable next tokens, best first, with their log-probabilities.
+    """
+
+    request_id: int
+    epoch: int
+    node_ids: list[int]
+    token_ids: list[list[int]]
+    logprobs: list[list[float]]
+
+    def __post_init__(self) -> None:
+        widths = {len(guesses) for guesses in (*self.token_ids, *self.logprobs)}
+        if not len(self.node_ids) == len(self.token_ids) == len(self.logprobs) or len(widths) > 1:
+            raise ValueError("hint: node, token and log-probability lists differ in length")
+
+
 class Closed(Message, frozen=True):
     """A ``Close`` has passed the last worker: nothing of the request is left in the pipeline."""
 
@@ -220,12 +244,12 @@ class Stamped(Message, frozen=True):
 
     arrival_s: float
     lag_s: float
-    message: Commit | Step | Open | Segment | Close | Result | Closed
+    message: Commit | Step | Open | Segment | Close | Hint | Result | Closed
 
 
 DataMessage: TypeAlias = Open | Segment | Close
 ToWorker: TypeAlias = Configure | Commit | Step | Stop | Open | Segment | Close | Stamped
-ToDriver: TypeAlias = Loading | Ready | Result | Closed | Alive | Busy | Failure | Stamped
+ToDriver: TypeAlias = Loading | Ready | Hint | Result | Closed | Alive | Busy | Failure | Stamped
 
 
 class Route(Enum):

@@ -18,8 +18,8 @@ from flowspec.cluster import ClusterSpec
 from flowspec.errors import ProtocolError
 from flowspec.messages import Emulation, Message, Route, Segment, Send, Stamped
 from flowspec.model.stage import Stage
-from flowspec.virtual_time import Actor, Clock, EmulatedStage, Place, Sizes, VirtualLink
-from flowspec.worker import Worker
+from flowspec.virtual_time import Actor, Clock, EmulatedHinter, EmulatedStage, Place, Sizes, VirtualLink
+from flowspec.worker import NUM_GUESSES, PATIENCE_S, Hinter, Worker
 
 _POLL_S = 0.0015  # waits below this are slept, since polling knows whole milliseconds only
 
@@ -91,7 +91,7 @@ class PacedActor:
         return stamped
 
 
-def paced_worker(stage: Stage, index: int, emulation: Emulation) -> PacedActor:
+def paced_worker(stage: Stage, index: int, emulation: Emulation, hinter: Hinter | None = None) -> PacedActor:
     """A worker that plays the cluster's device ``index`` (from 1)."""
     _warm_up(stage)
     cluster = ClusterSpec.parse(emulation.cluster, "the emulated cluster")
@@ -100,9 +100,16 @@ def paced_worker(stage: Stage, index: int, emulation: Emulation) -> PacedActor:
     out = cluster.links[index]
     link = VirtualLink(out, (out.latency_ms + emulation.hop_ms) / 1000, Random(index))
     emulated = EmulatedStage(stage, index, clock, lambda rows, context, now: cluster.stage_s(index - 1, rows, context))
-    worker = CountingWorker(emulated, index, clock, sizes)
+    if hinter is not None:
+        hinter.guess(torch.zeros(16, stage.hidden_size), NUM_GUESSES)  # warms it up
+        hinter = EmulatedHinter(hinter, index, clock, cluster.devices[index - 1].hint_s(cluster.model))
+    patience_s = PATIENCE_S if emulation.cancels else None
+    worker = CountingWorker(emulated, index, clock, patience_s, hinter)
+    worker.sizes = sizes
     wall = WallClock(emulation.start_s, emulation.time_scale)
-    return PacedActor(worker, clock, wall, {Route.NEXT: link, Route.DRIVER: link}, sizes)
+    hints = VirtualLink(cluster.control, cluster.control.latency_ms / 1000, Random(-index))
+    to_driver = link if stage.is_last else hints
+    return PacedActor(worker, clock, wall, {Route.NEXT: link, Route.DRIVER: to_driver}, sizes)
 
 
 def _warm_up(stage: Stage) -> None:
@@ -117,11 +124,9 @@ def _warm_up(stage: Stage) -> None:
 class CountingWorker(Worker):
     """Counts the emulated bytes that it receives, which its timings report."""
 
-    def __init__(self, stage: Any, index: int, clock: Clock, sizes: Sizes) -> None:
-        super().__init__(stage, index, clock)
-        self._sizes = sizes
+    sizes: Sizes
 
     def on_message(self, message: Message) -> list[Send]:
         if isinstance(message, Segment):
-            self.link_bytes += self._sizes.num_bytes(message)
+            self.link_bytes += self.sizes.num_bytes(message)
         return super().on_message(message)

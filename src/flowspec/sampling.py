@@ -71,10 +71,10 @@ class Sampler:
         return token_id
 
     def _noise_at(self, position: int, size: int) -> NDArray[np.float64]:
-        if position not in self._noise:
+        if len(self._noise.get(position, ())) < size:
             assert self._params.seed is not None
             self._noise[position] = gumbel_noise(self._params.seed, position, size)
-        return self._noise[position]
+        return self._noise[position][:size]
 
     def draft_logprobs(self, logits: Tensor, positions: NDArray[np.int64]) -> Tensor:
         """How probable each token is to be the one drawn, as far as a draft with these logits can tell.
@@ -88,6 +88,25 @@ class Sampler:
         noise = np.stack([self._noise_at(position, logits.shape[-1]) for position in positions.tolist()])
         perturbed = logprobs + torch.as_tensor(noise, dtype=logprobs.dtype, device=logprobs.device)
         return (perturbed / DRAFT_SPREAD).log_softmax(dim=-1)
+
+    def hint_logprobs(
+        self, token_ids: NDArray[np.int64], logprobs: NDArray[np.float64], positions: NDArray[np.int64]
+    ) -> NDArray[np.float64]:
+        """As ``draft_logprobs``, where a few tokens are named for each position: all [n, k], ``positions`` [n].
+
+        What is returned leaves a part to the tokens that are not named, as what is given does.
+        """
+        if self._params.temperature == 0:
+            return logprobs
+        rest = np.log(np.maximum(1 - np.exp(logprobs).sum(axis=1, keepdims=True), 1e-6))
+        ids = token_ids.tolist()
+        noise = np.stack(
+            [self._noise_at(at, max(row) + 1)[row] for at, row in zip(positions.tolist(), ids, strict=True)]
+        )
+        # What is not named gets the noise's mean.
+        scaled = np.concatenate([logprobs, rest], axis=1) / self._params.temperature
+        perturbed = scaled + np.pad(noise, ((0, 0), (0, 1)), constant_values=np.euler_gamma)
+        return torch.as_tensor(perturbed / DRAFT_SPREAD).log_softmax(dim=-1)[:, :-1].numpy()
 
     def _filter_draft(self, scaled: Tensor) -> Tensor:
         """As ``filtered_logprobs``, for many rows at once; ties at the edge are kept."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from random import Random
 from typing import Any, Protocol
 
@@ -22,16 +23,17 @@ from flowspec.driver import Driver
 from flowspec.errors import UsageError
 from flowspec.generation import LogitsHead, Request, Stats, Work
 from flowspec.messages import Route, Send
+from flowspec.model.hint_head import HINT_DEPTH, load_hinter
 from flowspec.model.loader import Checkpoint
 from flowspec.model.stage import Stage
-from flowspec.model.synthetic import VOCAB_SIZE, Language, SyntheticHead, SyntheticStage, quality
+from flowspec.model.synthetic import VOCAB_SIZE, Language, SyntheticHead, SyntheticHinter, SyntheticStage, quality
 from flowspec.model.target_head import TargetHead
 from flowspec.records import RequestRecord, SegmentRecord, Span
 from flowspec.schedule.base import Schedule
-from flowspec.schedule.catalogue import make_schedule
+from flowspec.schedule.catalogue import flow_parts, make_schedule
 from flowspec.transport import DRIVER, Link
-from flowspec.virtual_time import Clock, EmulatedStage, Place, Sizes, VirtualLink
-from flowspec.worker import Worker
+from flowspec.virtual_time import Clock, EmulatedHinter, EmulatedStage, Place, Sizes, VirtualLink
+from flowspec.worker import PATIENCE_S, Hinter, Worker
 
 TENSOR_PARALLEL = ("tp-megatron", "tp-galaxy")
 PROMPT_LEN = 64  # tokens of a synthetic prompt
@@ -56,6 +58,10 @@ class ModelPair(Protocol):
         """Stages for one request; weights may be shared."""
         ...
 
+    def make_hinter(self, index: int, num_stages: int) -> Hinter | None:
+        """What worker ``index`` of so many guesses with, if it gives hints."""
+        ...
+
     def encode(self, prompt: str) -> tuple[int, ...]: ...
 
 
@@ -72,6 +78,10 @@ class SyntheticPair:
 
     def make_stages(self, num_stages: int) -> list[Any]:
         return [SyntheticStage(i == 0, i == num_stages - 1) for i in range(num_stages)]
+
+    def make_hinter(self, index: int, num_stages: int) -> Hinter | None:
+        depth = index / num_stages
+        return SyntheticHinter(self.source.language, depth) if HINT_DEPTH <= depth < 1 else None
 
     def encode(self, prompt: str) -> tuple[int, ...]:
         """Another text for another prompt."""
@@ -93,6 +103,8 @@ class CheckpointPair:
         self.eos_ids = self.checkpoint.eos_token_ids
         self._tokenizer = self.checkpoint.load_tokenizer()
         self._stages: dict[int, list[Stage]] = {}
+        self.draft_directory = chosen if isinstance(chosen, Path) else None
+        self._hinters: dict[tuple[int, int], Hinter | None] = {}
 
     def make_stages(self, num_stages: int) -> list[Any]:
         if num_stages not in self._stages:
@@ -100,6 +112,14 @@ class CheckpointPair:
                 Stage.load(self.checkpoint, layers, "float32", "cpu") for layers in self.partition(num_stages).stages
             ]
         return self._stages[num_stages]
+
+    def make_hinter(self, index: int, num_stages: int) -> Hinter | None:
+        if self.draft_directory is None:
+            return None
+        if (index, num_stages) not in self._hinters:
+            end = self.partition(num_stages).stages[index - 1].end
+            self._hinters[index, num_stages] = load_hinter(self.draft_directory, self.checkpoint, end, "float32", "cpu")
+        return self._hinters[index, num_stages]
 
     def partition(self, num_stages: int) -> Partition:
         """Raises ``UsageError`` for more stages than layers."""
@@ -199,6 +219,7 @@ class DriverMeter:
         self._costs_ms = {
             Work.DRAFT_PASS: costs.draft_pass_ms,
             Work.MERGE_PASS: costs.draft_pass_ms + costs.merge_ms,
+            Work.HINT: costs.hint_ms,
             Work.LM_HEAD: costs.lm_head_ms,
             Work.VERIFY: costs.verify_ms,
             Work.SEND: costs.send_ms,
@@ -231,12 +252,16 @@ class _Simulation:
         clock = Clock()
         self._schedule = experiment.make_schedule(page, num_stages, pair.source)
         self._driver = make_driver(experiment, pair, costs, clock)
+        patience_s = PATIENCE_S if flow_parts(page, experiment.config).cancel else None
         self._workers: list[Worker] = []
         self._places = [Place(self._driver, clock)]
         for index, stage in enumerate(pair.make_stages(num_stages), start=1):
             clock = Clock()
             emulated = EmulatedStage(stage, index, clock, experiment.forward_cost(schedule, index))
-            self._workers.append(Worker(emulated, index, clock))
+            hinter = pair.make_hinter(index, num_stages) if self._schedule.wants_hints else None
+            if hinter is not None:
+                hinter = EmulatedHinter(hinter, index, clock, cluster.devices[index - 1].hint_s(cluster.model))
+            self._workers.append(Worker(emulated, index, clock, patience_s, hinter))
             self._places.append(Place(self._workers[-1], clock))
         self._sizes = Sizes(cluster.model)
         self._links = self._make_links(costs, num_stages)
@@ -247,6 +272,8 @@ class _Simulation:
         data = [*(Link(place, place + 1, "data") for place in range(num_stages)), Link(num_stages, DRIVER, "control")]
         links = [(link, model, model.latency_ms + costs.hop_ms) for link, model in zip(data, models, strict=True)]
         commit_ms = cluster.control.latency_ms * costs.broadcast_hops(num_stages)
+        hint_ms = cluster.control.latency_ms
+        links += [(Link(place, DRIVER, "control"), cluster.control, hint_ms) for place in range(1, num_stages)]
         links += [(Link(DRIVER, place, "control"), cluster.control, commit_ms) for place in range(1, num_stages + 1)]
         return {
             link: VirtualLink(model, ms / 1000, Random(f"{faults.seed} {link}"), faults.max_delay_ms / 1000)

@@ -16,6 +16,7 @@ Ints: TypeAlias = NDArray[np.int64]
 Floats: TypeAlias = NDArray[np.float64]
 Bools: TypeAlias = NDArray[np.bool_]
 
+_LEAST_REST = 1e-4  # probability that a hint leaves to tokens it does not name, at least
 UNDRAFTED = 2**31 - 1  # staleness of a node whose children were never drafted
 
 
@@ -32,8 +33,11 @@ class DraftTree:
     ``parents``    the parent's row; -1 for the root
     ``depths``     distance from the root
     ``staleness``  how many steps the node's children were extrapolated from a verified feature; ``UNDRAFTED``
-    ``logprobs``   log-probability of the token after its parent, as drafted; 0 for the root
+    ``logprobs``   log-probability of the token after its parent, by draft and hint; 0 for the root
     ``scores``     sum of ``logprobs`` over the path from the root
+    ``drafted``    the token's log-probability by the draft; NaN where only a hint names it
+    ``hinted``     by a hint; NaN where none names it
+    ``rests``      log of what a hint leaves to children that it does not name; 0 without a hint
     ``sent``       the node has been given to the pipeline
     =============  =====================================================================================
     """
@@ -44,13 +48,13 @@ class DraftTree:
         self.min_score = min_score
         self._next_id = root_id
         self._ints: Ints = np.zeros((5, 4 * size), dtype=np.int64)
-        self._floats: Floats = np.zeros((2, 4 * size))
+        self._floats: Floats = np.zeros((5, 4 * size))
         self._sent: Bools = np.zeros(4 * size, dtype=np.bool_)
         self.restart(token_id)
 
     def _resize(self, num_nodes: int) -> None:
         self.node_ids, self.token_ids, self.parents, self.depths, self.staleness = self._ints[:, :num_nodes]
-        self.logprobs, self.scores = self._floats[:, :num_nodes]
+        self.logprobs, self.scores, self.drafted, self.hinted, self.rests = self._floats[:, :num_nodes]
         self.sent = self._sent[:num_nodes]
 
     def __len__(self) -> int:
@@ -131,57 +135,88 @@ class DraftTree:
         if again.any():
             floor = np.zeros(len(self))
             floor[rows] = logprobs.min(axis=1)
-            self.logprobs[1:] = np.minimum(self.logprobs[1:], floor[self.parents[1:]])
-            self._rescore()
-        self._merge(np.repeat(rows, token_ids.shape[1]), token_ids.ravel(), logprobs.ravel())
+            self.drafted[1:] = np.minimum(self.drafted[1:], floor[self.parents[1:]])
+        children = self._merge(np.repeat(rows, token_ids.shape[1]), token_ids.ravel())
+        self.drafted[children] = np.minimum(logprobs.ravel(), 0.0)  # rounding may leave the surest just above zero
+        self._rate()
+        self._forget()
+
+    def hint(self, rows: Ints, token_ids: Ints, logprobs: Floats) -> None:
+        """Another source knows better than the draft what follows each of ``rows`` [w]: one of ``token_ids`` [w, k].
+
+        It gives their ``logprobs`` [w, k]; other children share what is left. What is not good enough to be sent is not
+        added. A later hint for a row replaces an earlier one. Rows may change.
+        """
+        self.rests[rows] = np.log(np.maximum(1 - np.exp(logprobs).sum(axis=1), _LEAST_REST))
+        self.hinted[1:][np.isin(self.parents[1:], rows)] = np.nan
+        is_good = self.scores[rows][:, None] + logprobs >= self.min_score
+        children = self._merge(np.repeat(rows, is_good.sum(axis=1)), token_ids[is_good])
+        self.hinted[children] = logprobs[is_good]
+        self._rate()
         self._forget()
 
     def add_path(self, row: int, token_ids: list[int], logprobs: list[float]) -> None:
         """Merge a chain of guesses below ``row``; a node that exists keeps the better of both log-probabilities."""
         for token_id, logprob in zip(token_ids, logprobs, strict=True):
-            child = self.find(row, token_id)
-            if child is not None:
-                logprob = max(logprob, float(self.logprobs[child]))
-            self._merge(np.array([row]), np.array([token_id]), np.array([logprob]))
-            row = len(self) - 1 if child is None else child
+            row = int(self._merge(np.array([row]), np.array([token_id]))[0])
+            self.drafted[row] = np.fmax(self.drafted[row], logprob)
+        self._rate()
         self._forget()
 
-    def _merge(self, parents: Ints, token_ids: Ints, logprobs: Floats) -> None:
-        """Find or add each (parent row, token); no pair may occur twice."""
-        logprobs = np.minimum(logprobs, 0.0)  # rounding may leave the surest token just above zero
+    def _merge(self, parents: Ints, token_ids: Ints) -> Ints:
+        """Find or add each (parent row, token), and return their rows; no pair may occur twice."""
         # (parent row, token) as one integer: rows and tokens stay far below 2**31.
         keys, known = (parents << 31) | token_ids, (self.parents[1:] << 31) | self.token_ids[1:]
         order = np.argsort(known)
         places = np.searchsorted(known, keys, sorter=order)
         found = places < len(known)
         found[found] = known[order[places[found]]] == keys[found]
-        self.logprobs[1 + order[places[found]]] = logprobs[found]
+        rows = np.zeros(len(keys), dtype=np.int64)
+        rows[found] = 1 + order[places[found]]
         new = ~found
         if new.any():
-            self._append(parents[new], token_ids[new], logprobs[new])
-        if found.any():
-            self._rescore()
+            rows[new] = np.arange(len(self), len(self) + new.sum())
+            self._append(parents[new], token_ids[new])
+        return rows
 
-    def _append(self, parents: Ints, token_ids: Ints, logprobs: Floats) -> None:
+    def _append(self, parents: Ints, token_ids: Ints) -> None:
         start, end = len(self), len(self) + len(parents)
         if end > self._ints.shape[1]:
             self._ints = np.concatenate([self._ints, np.zeros_like(self._ints)], axis=1)
             self._floats = np.concatenate([self._floats, np.zeros_like(self._floats)], axis=1)
             self._sent = np.concatenate([self._sent, np.zeros_like(self._sent)])
             self._resize(start)
-            self._append(parents, token_ids, logprobs)
+            self._append(parents, token_ids)
             return
-        depths, scores = self.depths[parents] + 1, self.scores[parents] + logprobs
+        depths = self.depths[parents] + 1
         self._resize(end)
         self.node_ids[start:] = np.arange(self._next_id, self._next_id + len(parents))
         self.token_ids[start:] = token_ids
         self.parents[start:] = parents
         self.depths[start:] = depths
         self.staleness[start:] = UNDRAFTED
-        self.logprobs[start:] = logprobs
-        self.scores[start:] = scores
+        self.drafted[start:], self.hinted[start:], self.rests[start:] = np.nan, np.nan, 0.0
         self.sent[start:] = False
         self._next_id += len(parents)
+
+    def _rate(self) -> None:
+        """Log-probabilities from what draft and hints say, and the scores that follow.
+
+        Where both name children of a node, the shares of the two are multiplied, as if neither knew the other; one that
+        does not name a child leaves it what it gives to the last one named.
+        """
+        self.logprobs[1:] = self.drafted[1:]
+        rows = 1 + np.flatnonzero(self.rests[self.parents[1:]])
+        if len(rows):
+            parents, drafted, hinted = self.parents[rows], self.drafted[rows], self.hinted[rows]
+            least_drafted, least_hinted = np.zeros(len(self)), np.array(self.rests)
+            np.fmin.at(least_drafted, parents, drafted)
+            np.fmin.at(least_hinted, parents, hinted)
+            products = np.where(np.isnan(drafted), least_drafted[parents], drafted)
+            products += np.where(np.isnan(hinted), least_hinted[parents], hinted)
+            totals = np.exp(least_drafted + self.rests) + np.bincount(parents, np.exp(products), len(self))
+            self.logprobs[rows] = products - np.log(totals[parents])
+        self._rescore()
 
     def _rescore(self) -> None:
         self.scores[0] = 0.0
@@ -209,6 +244,7 @@ class DraftTree:
         self.node_ids[0], self.token_ids[0], self.parents[0] = self._next_id, token_id, -1
         self.depths[0], self.staleness[0] = 0, UNDRAFTED
         self.logprobs[0], self.scores[0], self.sent[0] = 0.0, 0.0, False
+        self.drafted[0], self.hinted[0], self.rests[0] = 0.0, np.nan, 0.0
         self._next_id += 1
 
     def mark_sent(self, rows: Ints) -> None:

@@ -132,6 +132,20 @@ class EmulatedStage:
         yield hidden
 
 
+class EmulatedHinter:
+    """A hint head that takes as long as the emulated one would."""
+
+    def __init__(self, hinter: Any, index: int, clock: Clock, seconds: float) -> None:
+        self._hinter = hinter
+        self._index = index
+        self._clock = clock
+        self._seconds = seconds
+
+    def guess(self, hidden: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        self._clock.spend(self._seconds, self._index, "hint", len(hidden))
+        return self._hinter.guess(hidden, k)
+
+
 class VirtualLink:
     """One direction of one connection: bytes take turns, messages keep their order."""
 

@@ -19,6 +19,7 @@ from flowspec.messages import (
     Closed,
     Commit,
     DataMessage,
+    Hint,
     Message,
     Open,
     Result,
@@ -30,6 +31,7 @@ from flowspec.messages import (
 )
 from flowspec.model.kv_cache import SlotTable
 
+NUM_GUESSES = 16  # tokens that a hint names for each row
 PATIENCE_S = 0.002  # a forward is interrupted no more often, to look for commits
 
 Ints: TypeAlias = NDArray[np.int64]
@@ -61,6 +63,7 @@ class _OpenRequest:
     epoch: int
     cache: Cache
     want_features: bool
+    want_hints: bool
     step: int = 0  # the newest step of a lock-step schedule
 
 
@@ -75,17 +78,30 @@ class _Forward:
     start_s: float
 
 
+class Hinter(Protocol):
+    """Guesses next tokens from what a worker passes on: ``model.hint_head.HintHead``, or what stands in for it."""
+
+    def guess(self, hidden: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Hidden states [n, H] -> the ``k`` best tokens, best first, and their log-probabilities, both [n, k]."""
+        ...
+
+
 class Worker:
     """Runs one stage.
 
     ``on_message`` takes a message without working on it: a commit is applied at once, the data path queues. ``on_idle``
     works off one queued message, in pieces of ``PATIENCE_S``. So every commit that has arrived is applied before the
     next segment starts, a forward whose rows have all died stops between two layers, and nothing ever waits for a
-    commit.
+    commit. A worker with a ``hinter`` tells the driver what it guesses of a segment, once that has been passed on.
     """
 
     def __init__(
-        self, stage: Stage, index: int, clock: Callable[[], float], patience_s: float | None = PATIENCE_S
+        self,
+        stage: Stage,
+        index: int,
+        clock: Callable[[], float],
+        patience_s: float | None = PATIENCE_S,
+        hinter: Hinter | None = None,
     ) -> None:
         """``patience_s``: a forward looks for commits after as long, between layers; ``None``: never."""
         self.link_bytes = 0  # received on the data path; the shell counts
@@ -95,7 +111,9 @@ class Worker:
         self._patience_s = math.inf if patience_s is None else patience_s
         self._requests: dict[int, _OpenRequest] = {}
         self._queue: deque[DataMessage] = deque()
+        self._hinter = hinter
         self._running: _Forward | None = None
+        self._passed_on: Segment | None = None  # to be hinted at
 
     wake_s = math.inf  # a worker has work when a message has come, and only then
 
@@ -121,12 +139,17 @@ class Worker:
         """Go on with the forward under way, else work off the oldest queued message that may run; ``None``: no work."""
         if self._running is not None:
             return self._go_on(self._running)
+        if self._passed_on is not None and self._hinter is not None:
+            segment, self._passed_on = self._passed_on, None
+            return self._hint(segment, self._hinter)
         match self._next_message():
             case None:
                 return None
             case Open() as message:
                 cache = self._stage.open_cache(message.root_id)
-                self._requests[message.request_id] = _OpenRequest(message.epoch, cache, message.want_features)
+                self._requests[message.request_id] = _OpenRequest(
+                    message.epoch, cache, message.want_features, message.want_hints
+                )
                 return [] if self._stage.is_last else [Send(Route.NEXT, message)]
             case Close() as message:
                 self._requests.pop(message.request_id, None)
@@ -207,6 +230,8 @@ class Worker:
                 timings=timings,
                 gate=None if segment.gate is None else segment.gate + 1,
             )
+            if request.want_hints and passed_on.num_prefix < len(node_ids):
+                self._passed_on = passed_on
             return [Send(Route.NEXT, passed_on)]
         if not request.want_features:
             node_ids, hidden = node_ids[segment.num_prefix :], hidden[segment.num_prefix :]
@@ -214,6 +239,14 @@ class Worker:
             segment.request_id, segment.epoch, segment.segment_id, node_ids, segment.num_prefix, hidden, timings
         )
         return [Send(Route.DRIVER, result)]
+
+    def _hint(self, segment: Segment, hinter: Hinter) -> list[Send]:
+        assert segment.hidden is not None
+        num_prefix = segment.num_prefix
+        token_ids, logprobs = hinter.guess(segment.hidden[num_prefix:], NUM_GUESSES)
+        node_ids = segment.node_ids[num_prefix:]
+        hint = Hint(segment.request_id, segment.epoch, node_ids, token_ids.tolist(), logprobs.tolist())
+        return [Send(Route.DRIVER, hint)]
 
     def check_integrity(self) -> None:
         """Assert the invariants of all caches."""

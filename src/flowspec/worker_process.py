@@ -37,6 +37,7 @@ from flowspec.messages import (
     Send,
     Stop,
 )
+from flowspec.model.hint_head import load_hinter
 from flowspec.model.loader import Checkpoint, check_device
 from flowspec.model.stage import Stage
 from flowspec.paced import PacedActor, paced_worker
@@ -154,10 +155,13 @@ class WorkerProcess:
         layers = LayerRange(configure.start_layer, configure.end_layer)
         progress = _Throttled(_LOADING_INTERVAL_S, lambda done: self._tell_driver(Loading(configure.stage, done)))
         stage = Stage.load(checkpoint, layers, configure.dtype, self._device, progress)
+        hinter = None
+        if configure.hints is not None:
+            hinter = load_hinter(configure.hints, checkpoint, layers.end, configure.dtype, self._device)
         if configure.emulation is None:
-            session.worker = Worker(stage, configure.stage, time.perf_counter)
+            session.worker = Worker(stage, configure.stage, time.perf_counter, hinter=hinter)
         else:
-            session.worker = paced_worker(stage, configure.stage, configure.emulation)
+            session.worker = paced_worker(stage, configure.stage, configure.emulation, hinter)
         if session.link is not None:
             self._await_link(session.link)
         logger.info("layers %s of %s are ready", layers, configure.model)

@@ -29,6 +29,18 @@ VOCAB_SIZE = 64
 NUM_CANDIDATES = 24  # tokens of a context that a draft may propose
 STYLE_LEN = 8  # the first tokens of a text decide how predictable all of it is
 
+# How often a hint head's first guess is right after a share of the layers, where the right token is the draft's first
+# guess, another of its first NUM_LISTED, or none of them: measured on the demo pair, greedy text (the model card of its
+# draft has the figures).
+NUM_LISTED = 10
+HINT_STRAY = 0.15  # of wrong guesses lie outside the draft's list
+HINT_DEPTHS = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
+HINT_RATES = (
+    (0.0, 0.24, 0.26, 0.36, 0.44, 0.82, 0.95, 0.97, 1.0),
+    (0.0, 0.05, 0.14, 0.13, 0.19, 0.36, 0.59, 0.68, 1.0),
+    (0.0, 0.00, 0.00, 0.00, 0.00, 0.00, 0.00, 0.25, 1.0),
+)
+
 Hashes = NDArray[np.uint64]
 Floats = NDArray[np.float64]
 
@@ -89,6 +101,11 @@ def increments(token_ids: NDArray[np.int64], positions: NDArray[np.int64]) -> ND
     hashes = mix((positions.astype(np.uint64) << np.uint64(20)) + token_ids.astype(np.uint64) + np.uint64(1))
     style = np.where(positions < STYLE_LEN, mix(hashes), np.uint64(0))
     return np.stack([hashes, style], axis=-1).view(np.int64)
+
+
+def random_contexts(num: int) -> NDArray[np.int64]:
+    """As different texts would lead to; [num, 2], always the same ones."""
+    return np.random.default_rng(0).integers(-(2**63), 2**63, size=(num, 2), dtype=np.int64)
 
 
 class Language:
@@ -165,9 +182,29 @@ class Language:
         best = np.argsort(-logprobs, axis=1, kind="stable")[:, :top_k]
         return np.take_along_axis(token_ids, best, axis=1), np.take_along_axis(logprobs, best, axis=1)
 
+    def hints(self, contexts: NDArray[np.int64], depth: float) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """The tokens [n] that a hint head names which has seen the share ``depth`` of the layers, and which are right.
+
+        They are right as often as ``HINT_RATES`` says; a wrong one is drawn from the draft's distribution, or lies
+        outside of its list.
+        """
+        token_ids, logprobs = self.candidates(contexts)
+        truths = self.target_logits(contexts).argmax(axis=1)
+        ranks = (token_ids == truths[:, None]).argmax(axis=1)
+        rates = np.array([np.interp(depth, HINT_DEPTHS, rates) for rates in HINT_RATES])
+        hashes = mix(contexts[:, 0].view(np.uint64))
+        # A hint that is right at some depth is so at all later ones.
+        is_right = uniform(hashes, 3) < rates[np.where(ranks == 0, 0, np.where(ranks < NUM_LISTED, 1, 2))]
+        others = np.where(np.arange(NUM_LISTED) == ranks[:, None], 0.0, np.exp(logprobs[:, :NUM_LISTED]))
+        others *= (1 - HINT_STRAY) / others.sum(axis=1, keepdims=True)
+        wrong = (np.cumsum(others, axis=1) < uniform(hashes, 4)[:, None]).sum(axis=1)
+        strays = NUM_LISTED + (hashes >> np.uint64(40)).astype(np.int64) % (VOCAB_SIZE - NUM_LISTED)
+        named = np.where(is_right, ranks, np.where(wrong < NUM_LISTED, wrong, strays))
+        return token_ids[np.arange(len(named)), named], is_right
+
     def hit_rates(self, num_steps: int = 24, num_contexts: int = 2000) -> list[float]:
         """How often the draft's first guess is the greedy token, after 1 .. ``num_steps`` steps of extrapolation."""
-        contexts = np.random.default_rng(0).integers(-(2**63), 2**63, size=(num_contexts, 2), dtype=np.int64)
+        contexts = random_contexts(num_contexts)
         targets = self.target_logits(contexts).argmax(axis=1)
         return [
             float((self.draft(contexts, np.full(num_contexts, step), top_k=1)[0][:, 0] == targets).mean())
@@ -213,6 +250,21 @@ class SyntheticStage:
         if not self.is_first:
             contexts = rows[:, 2:] + mix((contexts - rows[:, 2:]).view(np.uint64)).view(np.int64)
         return torch.from_numpy(np.concatenate([own, contexts], axis=1))
+
+
+class SyntheticHinter:
+    """Stands for a hint head behind some share of the layers; it knows how often it is right."""
+
+    def __init__(self, language: Language, depth: float) -> None:
+        self.language = language
+        self.depth = depth
+        contexts = random_contexts(2000)
+        self._logprob = float(np.log(language.hints(contexts, depth)[1].mean()))
+
+    def guess(self, hidden: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """One token for each row, whatever ``k``."""
+        token_ids, _ = self.language.hints(hidden.numpy()[:, 2:], self.depth)
+        return torch.from_numpy(token_ids)[:, None], torch.full((len(hidden), 1), self._logprob, dtype=torch.float64)
 
 
 class SyntheticHead:

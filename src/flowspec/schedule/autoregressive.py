@@ -10,6 +10,7 @@ from flowspec.messages import Result
 class Autoregressive:
     name = "ar"
     uses_draft = False
+    wants_hints = False
 
     def __init__(self, tree: TreeConfig) -> None:
         self.tree = tree

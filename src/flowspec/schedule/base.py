@@ -14,6 +14,7 @@ class Schedule(Protocol):
 
     name: str
     uses_draft: bool
+    wants_hints: bool  # of workers, see ``messages.Hint``
     tree: TreeConfig  # what the request's tree may look like
 
     def on_result(self, generation: Generation, result: Result) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from flowspec.config import ScheduleConfig
+from flowspec.config import FlowParts, ScheduleConfig
 from flowspec.errors import UsageError
 from flowspec.schedule.autoregressive import Autoregressive
 from flowspec.schedule.base import Schedule
@@ -16,11 +16,23 @@ from flowspec.schedule.pipedec import PipeDec
 from flowspec.schedule.serial import Chunked, Serial
 
 SCHEDULES = ("ar", "serial", "chunked", "pipedec", "lockstep", "flow")
-ABLATIONS: Mapping[str, str] = {  # name -> the field of ``LockstepConfig`` that is off
+ABLATIONS: Mapping[str, str] = {  # name -> the field of ``LockstepConfig`` or ``FlowParts`` that is off
     "lockstep-no-score-order": "score_order",
     "lockstep-no-prune": "prune",
     "lockstep-no-expand": "expand",
+    "flow-no-late-binding": "late_binding",
+    "flow-no-segment-costs": "segment_costs",
+    "flow-no-steady": "steady",
+    "flow-no-cancel": "cancel",
+    "flow-no-hints": "hints",
 }
+
+
+def flow_parts(name: str, config: ScheduleConfig) -> FlowParts:
+    """The parts of ``flow`` that are on in the schedule of that name."""
+    if not name.startswith("flow-"):
+        return config.flow_parts
+    return replace(config.flow_parts, **{ABLATIONS[name]: False})
 
 
 def make_schedule(
@@ -50,11 +62,11 @@ def make_schedule(
             return PipeDec(tree, num_stages, config.pipedec_width)
         case "lockstep":
             return Lockstep(config.lockstep, num_stages)
-        case _ if name in ABLATIONS:
+        case _ if name in ABLATIONS and name.startswith("lockstep"):
             return Lockstep(replace(config.lockstep, **{ABLATIONS[name]: False}), num_stages)
-        case "flow":
+        case _ if name == "flow" or name in ABLATIONS:
             pace = None if costs is None else Pace(costs)
             num_parallel = num_stages if num_parallel is None else num_parallel
-            return Flow(config.flow, config.pipeline, num_parallel, pace, steady_steps)
+            return Flow(config.flow, flow_parts(name, config), config.pipeline, num_parallel, pace, steady_steps)
         case _:
             raise UsageError(f"schedule {name!r} is none of {', '.join((*SCHEDULES, *ABLATIONS))}")

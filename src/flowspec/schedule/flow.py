@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from flowspec.config import PipelineConfig, TreeConfig
+from flowspec.config import FlowParts, PipelineConfig, TreeConfig
 from flowspec.generation import Generation
 from flowspec.messages import Result
 from flowspec.schedule.pace import Pace
@@ -32,6 +32,7 @@ class Flow:
     def __init__(
         self,
         tree: TreeConfig,
+        parts: FlowParts,
         pipeline: PipelineConfig,
         num_parallel: int,
         pace: Pace | None = None,
@@ -41,7 +42,10 @@ class Flow:
 
         ``steady_steps``: the draft's; within them it drafts nothing twice, and needs no feature to go deeper.
         """
-        self._segment_len = pipeline.segment_len or (pace.segment_len if pace else DEFAULT_SEGMENT_LEN)
+        by_costs = pace.segment_len if pace and parts.segment_costs else DEFAULT_SEGMENT_LEN
+        self._segment_len = pipeline.segment_len or by_costs
+        self.wants_hints = parts.hints
+        steady_steps = steady_steps if parts.steady else 1
         # The more rows cost nothing, the less probable a node may be that is worth one; nobody has time for thousands.
         share = min(max(1.0, self._segment_len / DEFAULT_SEGMENT_LEN), 4.0) if pace else 1.0
         self.tree = replace(
@@ -54,7 +58,7 @@ class Flow:
         )
         self._steady_steps = steady_steps
         self._max_in_flight = pipeline.segments_in_flight or (2 if pace else 1) * (num_parallel + 1)
-        self._pace = pace
+        self._pace = pace if parts.late_binding else None
         self._pass_s = 0.0  # what the last draft pass took
 
     def on_result(self, generation: Generation, result: Result) -> None:

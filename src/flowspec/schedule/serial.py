@@ -16,6 +16,7 @@ from flowspec.messages import Result
 class Serial:
     name = "serial"
     uses_draft = True
+    wants_hints = False
 
     def __init__(self, tree: TreeConfig, num_chunks: int = 1) -> None:
         self.tree = tree

@@ -25,6 +25,7 @@ from flowspec.tree import Ints
 class Stepped(ABC):
     name: str
     uses_draft = True
+    wants_hints = False
 
     def __init__(self, tree: TreeConfig, num_stages: int, prunes: bool = True) -> None:
         """``prunes``: tell the workers of each commit at once, and not only at the end of the round."""
