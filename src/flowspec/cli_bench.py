@@ -72,6 +72,7 @@ TreeSize = Annotated[
 ]
 SegmentLen = Annotated[int, typer.Option(help="Nodes in one segment of flow at most; 0: by the devices' costs.")]
 Jobs = Annotated[int | None, typer.Option(help="Processes that simulate.", show_default="the usable cores")]
+Int8Draft = Annotated[bool, typer.Option("--int8-draft", help="The driver's costs with the draft's weights in int8.")]
 Bandwidth = Annotated[
     float | None, typer.Option(help="Mbps of every link.", metavar="MBPS", show_default="the cluster's")
 ]
@@ -100,6 +101,7 @@ def simulate(
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     seed: Seed = 0,
     as_published: AsPublished = False,
+    int8_draft: Int8Draft = False,
     no_score_order: NoScoreOrder = False,
     no_prune: NoPrune = False,
     no_expand: NoExpand = False,
@@ -126,7 +128,7 @@ def simulate(
             check_place(path)
         wanted = _Simulated(
             cluster_file, schedule, model, draft_quality, draft, prompts, num_prompts,
-            SamplingParams(max_new_tokens, temperature, seed=seed), as_published,
+            SamplingParams(max_new_tokens, temperature, seed=seed), as_published, int8_draft,
             no_score_order, no_prune, no_expand, tree_depth, tree_size, segment_len,
             jobs, bandwidth, latency, stages, delay, slow,
         )  # fmt: skip
@@ -206,7 +208,7 @@ def bench(
                 raise UsageError("--repeats is for real time; the simulator gives the same figures every time")
             wanted = _Simulated(
                 cluster_file, schedule, model or _SYNTHETIC, draft_quality, draft, prompts, num_prompts,
-                params, as_published, no_score_order, no_prune, no_expand, tree_depth, tree_size, segment_len,
+                params, as_published, False, no_score_order, no_prune, no_expand, tree_depth, tree_size, segment_len,
                 jobs, bandwidth, latency, stages, delay, slow,
             )  # fmt: skip
             study = wanted.study()
@@ -319,6 +321,7 @@ class _Simulated:
     num_prompts: int | None
     params: SamplingParams
     as_published: bool
+    int8_draft: bool
     no_score_order: bool
     no_prune: bool
     no_expand: bool
@@ -366,7 +369,9 @@ class _Simulated:
         quality(quality_name)
         torch.set_num_threads(1)  # as in the processes of other jobs
         return Study(
-            Experiment(cluster, config, self.params, self.as_published, Faults(self.delay, slowdown, seed)),
+            Experiment(
+                cluster, config, self.params, self.as_published, self.int8_draft, Faults(self.delay, slowdown, seed)
+            ),
             PairSpec(self.model, quality_name, self.draft or "auto", is_coupled=not self.as_published),
             names,
             prompts,
@@ -496,6 +501,7 @@ def _draw_throughput(path: Path, groups: dict[str, list[ScheduleResult]], title:
 def _title(study: Study) -> str:
     experiment = study.experiment
     costs = ", as published" if experiment.as_published else ""
+    costs += ", draft in int8" if experiment.int8_draft else ""
     return f"{experiment.cluster.name}, {study.pair.name}, {_counts(len(study.prompts), experiment.params)}{costs}"
 
 

@@ -181,13 +181,14 @@ class DriverCosts:
     merge_ms: float = 0.0  # after a commit that kept the tree
     send_ms: float = 0.0  # for each segment sent
     hint_ms: float = 0.0  # for each hint read
+    int8_draft_pass_ms: float = 0.0  # a draft pass with weights in int8; 0: unknown
     hop_ms: float = 0.0  # codec, copies and sockets, for each hop of a segment
     broadcast: Broadcast = "direct"  # one message to every worker, or handed on along a binary tree
     broadcast_messages: int = 1  # messages, one after the other, that a commit consists of
 
     def __post_init__(self) -> None:
         _check_not_negative(self, "draft_pass_ms", "lm_head_ms", "verify_ms", "merge_ms", "send_ms", "hop_ms")
-        _check_not_negative(self, "hint_ms")
+        _check_not_negative(self, "hint_ms", "int8_draft_pass_ms")
         _check_positive(self, "broadcast_messages")
         if self.broadcast not in get_args(Broadcast):
             raise _FieldError("broadcast", f"is {self.broadcast!r}; it must be 'direct' or 'tree'")

@@ -166,6 +166,7 @@ class Experiment:
     config: ScheduleConfig
     params: SamplingParams
     as_published: bool = False  # the driver's costs of the paper's code for all schedules but ``flow``
+    int8_draft: bool = False  # the driver keeps the draft's weights in int8
     faults: Faults = Faults()
     with_spans: bool = False  # keep every piece of work, for traces
 
@@ -176,7 +177,14 @@ class Experiment:
         return replace(self.params, seed=((self.params.seed or 0) + index) % (MAX_SEED + 1))
 
     def costs_of(self, schedule: str) -> DriverCosts:
-        return self.cluster.published if self.as_published and schedule != "flow" else self.cluster.ours
+        """Raises ``UsageError`` where the cluster's file does not know what an int8 draft costs."""
+        if self.as_published and not schedule.startswith("flow"):
+            return self.cluster.published
+        if not self.int8_draft:
+            return self.cluster.ours
+        if not self.cluster.ours.int8_draft_pass_ms:
+            raise UsageError(f"{self.cluster.name} has no int8_draft_pass_ms in [driver.ours]; add it, in milliseconds")
+        return replace(self.cluster.ours, draft_pass_ms=self.cluster.ours.int8_draft_pass_ms)
 
     def stage_s(self, num_rows: int) -> float:
         """As ``schedule.pace.Costs``: what a start-up measurement would tell."""

@@ -252,6 +252,30 @@ def sweep(
     _save(figure, path)
 
 
+@matplotlib.rc_context(_STYLE)
+def stacked(path: Path | str, bars: Mapping[str, Mapping[str, float]], y_label: str, title: str) -> None:
+    """Parts of a whole for each bar, in the order of their names; every bar's sum is drawn as 100 %.
+
+    A part below zero is left out of its bar.
+    """
+    assert bars, "nothing to draw"
+    names = list(next(iter(bars.values())))
+    palette = dict(zip(names, (_GREEN, _ORANGE, _SKY, _VERMILION, _PURPLE, _WINE, _BLUE), strict=False))
+    figure, axes = _figure(max(_MIN_WIDTH_IN, 0.5 * len(bars) + 2), 4.6, title)
+    for position, parts in enumerate(bars.values()):
+        total, bottom = sum(max(0.0, value) for value in parts.values()), 0.0
+        for name, value in parts.items():
+            height = 100 * max(0.0, value) / total
+            axes.bar(position, height, bottom=bottom, width=0.8, color=palette[name])
+            bottom += height
+        axes.annotate(f"{total:.0f} ms", (position, 100), ha="center", va="bottom", fontsize=7)
+    axes.set_xticks(range(len(bars)), list(bars), rotation=60, ha="right", fontsize=7)
+    axes.set_ylabel(y_label)
+    axes.set_ylim(0, 108)
+    _legend(figure, palette)
+    _save(figure, path)
+
+
 def _figure(width_in: float, height_in: float, title: str) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(width_in, height_in), dpi=_DPI, layout="constrained")
     _title(figure, title)

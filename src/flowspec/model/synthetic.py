@@ -14,7 +14,7 @@ every step of extrapolation the draft's logits get noise of their own for each (
 from __future__ import annotations
 
 from collections.abc import Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -60,6 +60,7 @@ class DraftQuality:
     style_deviation: float = 0.3  # of texts: a shift of the best token's logit
     sharpness: float = 0.6  # of the target's probability lies on its greedy token
     flatness: float = 0.05  # of it is spread over all tokens, which no draft can foresee
+    has_truth: bool = False  # an oracle's: its last guess is the greedy token, where that is none of the others
 
 
 # Calibrated against the published rates; benchmarks/synthetic_language.py shows what each gives.
@@ -67,6 +68,7 @@ QUALITIES = {
     "eagle1": DraftQuality("eagle1", 0.5, (12.0, 0.55), (1.6, 1.5), 0.19, 0.75, 0.55, 0.12),
     "eagle3": DraftQuality("eagle3", 0.6, (12.0, 0.5), (2.2, 1.3), 0.17, 0.0, 0.55, 0.0),
 }
+QUALITIES |= {f"{name}-oracle": replace(own, name=f"{name}-oracle", has_truth=True) for name, own in QUALITIES.items()}
 
 
 def quality(name: str) -> DraftQuality:
@@ -180,7 +182,15 @@ class Language:
             shift = np.logaddexp.reduce(logprobs, axis=1) - np.logaddexp.reduce(logits, axis=1)
             logprobs = logits + shift[:, None]
         best = np.argsort(-logprobs, axis=1, kind="stable")[:, :top_k]
-        return np.take_along_axis(token_ids, best, axis=1), np.take_along_axis(logprobs, best, axis=1)
+        best_ids, best_logprobs = (
+            np.take_along_axis(token_ids, best, axis=1),
+            np.take_along_axis(logprobs, best, axis=1),
+        )
+        if self.quality.has_truth:
+            truths = self.target_logits(contexts).argmax(axis=1)
+            lacks = ~(best_ids == truths[:, None]).any(axis=1)
+            best_ids[lacks, -1] = truths[lacks]
+        return best_ids, best_logprobs
 
     def hints(self, contexts: NDArray[np.int64], depth: float) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         """The tokens [n] that a hint head names which has seen the share ``depth`` of the layers, and which are right.
