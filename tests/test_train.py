@@ -246,6 +246,7 @@ def test_train_draft_makes_a_head_for_a_target_of_another_family(tmp_path: Path)
     train_draft(tmp_path / "target", out, [text], tiny_draft_recipe(), tmp_path / "work")
     head = EagleHead.load(out, torch.zeros(300, 16), "float32", "cpu")
     assert head.config.to_dict()["rope_parameters"]["rope_theta"] == 5000.0
+    assert len(head.config.hit_rates) == 8 and all(0 <= rate <= 1 for rate in head.config.hit_rates)
     assert sorted(path.name for path in out.iterdir()) == ["config.json", "model.safetensors"]
 
     with pytest.raises(ModelError, match="director"):

@@ -1,9 +1,10 @@
 """The EAGLE-1/2 draft head and its published checkpoint format. Knows one layer; nothing of trees or slots.
 
-A checkpoint is ``config.json`` (a Llama config with one layer, and ``bias``: whether ``fc`` has one, absent means true;
-``qkv_bias``: whether the projections have one, absent means false) and ``model.safetensors`` or ``pytorch_model.bin``
-with ``fc.*`` and ``layers.0.*``. It has no input norm, no final norm, no head; the embedding is the target's unless the
-file brings ``embed_tokens.weight``.
+A checkpoint is ``config.json`` (a Llama config with one layer, and ``bias``: whether ``fc`` has one, absent means
+true; ``qkv_bias``: whether the projections have one, absent means false) and ``model.safetensors`` or
+``pytorch_model.bin`` with ``fc.*`` and ``layers.0.*``. Our own heads add ``hit_rates``, which no other reader minds.
+It has no input norm, no final norm, no head; the embedding is the target's unless the file brings
+``embed_tokens.weight``.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -128,6 +130,10 @@ class EagleHead(nn.Module):
                 raise ModelError(_wrong_shape(path, name, weights[name], tensor))
         head.load_state_dict({name: weights[name].to(device, torch_dtype) for name in expected}, assign=True)
         return head.eval().requires_grad_(False)
+
+    def note_hit_rates(self, rates: Sequence[float]) -> None:
+        """Keep in the config how often the first guess is right at draft level 1, 2, ...; see ``draft.base``."""
+        self.config.hit_rates = [round(rate, 4) for rate in rates]
 
     def save(self, directory: Path, dtype: torch.dtype = torch.float16) -> None:
         """Write ``config.json`` and ``model.safetensors``; each file is replaced at once or not at all."""

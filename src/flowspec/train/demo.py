@@ -112,6 +112,8 @@ def build(plan: DemoBuild, work_dir: Path, out_dir: Path) -> Evaluation:
     model = load_model(target_dir, torch.float32)
     head = EagleHead.load(draft_dir, embedding_of(model), "float32", "cpu")
     result = evaluate(model, head, data.held_out, plan.evaluation, load_hints(draft_dir, model))
+    head.note_hit_rates(result.sampled.hit_rates)
+    head.save(draft_dir)
     write_json(out_dir / "evaluation.json", result.to_json())
     cards = {
         target_dir: target_card(plan, data, result),

@@ -10,6 +10,7 @@ from flowspec.errors import ModelError
 from flowspec.model.loader import Checkpoint
 from flowspec.train.corpus import encode_documents, read_documents
 from flowspec.train.eagle import DraftRecipe, Target, train_head
+from flowspec.train.evaluate import measure_steadiness
 from flowspec.train.hints import HintRecipe, train_hints
 
 logger = logging.getLogger("flowspec.train")
@@ -42,6 +43,8 @@ def train_draft(
     logger.info("reading %d texts", len(documents))
     tokens = encode_documents(documents, encode, tokenizer.eos_token_id)
     opened = Target.open(target, compiled=compiled)
-    train_head(opened, tokens, recipe, work_dir, out, compiled=compiled)
+    head = train_head(opened, tokens, recipe, work_dir, out, compiled=compiled)
+    head.note_hit_rates(measure_steadiness(opened, head, tokens, recipe))
+    head.save(out)
     if hints is not None:
         train_hints(opened, tokens, hints, recipe, work_dir, out)

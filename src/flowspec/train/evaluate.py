@@ -7,7 +7,7 @@ is fixed, whatever was drafted.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,9 +19,11 @@ from transformers import DynamicCache, PreTrainedModel
 from flowspec.errors import UsageError
 from flowspec.model.eagle_head import EagleHead
 from flowspec.model.hint_head import HintHead
-from flowspec.train.corpus import Tokens
-from flowspec.train.eagle import continue_rows, unroll
+from flowspec.train.corpus import Tokens, windows
+from flowspec.train.eagle import DraftRecipe, Target, continue_rows, unroll
 from flowspec.train.target import held_out_loss
+
+_NUM_STEADINESS_ROWS, _STEADINESS_LEN, _STEADINESS_LEVELS = 16, 128, 8
 
 
 @dataclass(frozen=True)
@@ -185,7 +187,7 @@ def _measure(
         num_passes += run_passes
     draft_ranks = _draft_ranks(head, lm_head, token_ids, features, config)
     return TextResult(
-        hit_rates=_hit_rates(head, lm_head, token_ids, features, config),
+        hit_rates=hit_rates(head, lm_head, token_ids, features, config.prompt_len, config.num_levels),
         tokens_per_pass=num_tokens / num_passes,
         mean_accepted=num_tokens / num_passes - 1,
         distinct_4_grams=float(np.mean([_distinct_share(row[config.prompt_len :].tolist(), 4) for row in token_ids])),
@@ -195,15 +197,36 @@ def _measure(
     )
 
 
-def _hit_rates(
-    head: EagleHead, lm_head: torch.nn.Module, token_ids: Tensor, features: Tensor, config: EvaluationConfig
+def hit_rates(
+    head: EagleHead,
+    lm_head: Callable[[Tensor], Tensor],
+    token_ids: Tensor,
+    features: Tensor,
+    prompt_len: int,
+    num_levels: int,
 ) -> list[float]:
+    """How often the head's first guess is right at draft level 1, 2, ...: true tokens, its own features.
+
+    ``token_ids`` [B, T] with the target's ``features`` [B, T, H]; tokens from ``prompt_len`` on are counted.
+    """
     rates: list[float] = []
-    for predicted in unroll(head, token_ids, features[:, :-1], config.num_levels):
+    for predicted in unroll(head, token_ids, features[:, :-1], num_levels):
         # Row i predicts the feature of token i + 1, whose logits are those of token i + 2.
-        drafted = lm_head(predicted[:, :-1]).argmax(-1)[:, config.prompt_len - 2 :]
-        rates.append((drafted == token_ids[:, config.prompt_len :]).float().mean().item())
+        drafted = lm_head(predicted[:, :-1]).argmax(-1)[:, prompt_len - 2 :]
+        rates.append((drafted == token_ids[:, prompt_len:]).float().mean().item())
     return rates
+
+
+@torch.inference_mode()
+def measure_steadiness(target: Target, head: EagleHead, tokens: Tokens, recipe: DraftRecipe) -> list[float]:
+    """``hit_rates`` on text that the target goes on with after given ``tokens`` [T], sampled; for the head's config."""
+    given = torch.from_numpy(windows(tokens, recipe.prompt_len, 0, _NUM_STEADINESS_ROWS, recipe.seed + 3)).long()
+    temperatures = torch.full((len(given),), recipe.temperature)
+    generator = torch.Generator().manual_seed(recipe.seed)
+    length = recipe.prompt_len + min(_STEADINESS_LEN, recipe.context_len - recipe.prompt_len)
+    token_ids = continue_rows(target.model, given, length, temperatures, generator).to(target.device)
+    features = target.features(token_ids)
+    return hit_rates(head.float(), target.logits, token_ids, features, recipe.prompt_len, _STEADINESS_LEVELS)
 
 
 def _draft_ranks(
