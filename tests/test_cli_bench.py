@@ -15,10 +15,10 @@ import pytest
 from flowspec.bench.prompts import BUILT_IN_PROMPTS
 from flowspec.bench.study import check_same_tokens
 from flowspec.cli import main
-from flowspec.cli_common import SCHEDULE_NAMES
+from flowspec.cli_common import ABLATION_NAMES, SCHEDULE_NAMES
 from flowspec.errors import FlowspecError
 from flowspec.records import RequestRecord
-from flowspec.schedule.catalogue import ABLATIONS, SCHEDULES
+from flowspec.schedule.catalogue import ABLATIONS, AUTO, SCHEDULES
 from flowspec.simulator import TENSOR_PARALLEL
 
 CLUSTER = str(Path(__file__).parent.parent / "clusters" / "7b-nano-150m.toml")
@@ -171,7 +171,7 @@ def test_a_schedule_that_changes_the_text_is_an_error() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--schedule", "ar,nonsense"], "'nonsense' is none of ar, serial, chunked"),
+        (["--schedule", "ar,nonsense"], "'nonsense' is none of auto, ar, serial, chunked"),
         (["--schedule", "ar,,flow"], "has an empty place"),
         (["--schedule", "ar,ar"], "names ar twice"),
         (["--schedule", "lockstep,lockstep-no-prune", "--no-prune"], "lockstep-no-prune would run twice"),
@@ -309,7 +309,8 @@ def test_a_users_mistake_in_bench_is_one_line_and_exit_code_2(
 
 
 def test_help_names_all_schedules(run: Run) -> None:
-    assert ", ".join(SCHEDULES) == SCHEDULE_NAMES
+    assert ", ".join((AUTO, *SCHEDULES)) == SCHEDULE_NAMES
+    assert ", ".join(ABLATIONS) == ABLATION_NAMES
     for command in ("generate", "simulate", "bench"):
         text = " ".join(run(command, "--help").out.replace("│", " ").split())
         names = SCHEDULES if command == "generate" else (*SCHEDULES, *ABLATIONS, *TENSOR_PARALLEL)

@@ -7,16 +7,20 @@ from itertools import pairwise
 from pathlib import Path
 from random import Random
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from flowspec.bench.prompts import BUILT_IN_PROMPTS
 from flowspec.cluster import ClusterSpec, LinkModel
-from flowspec.config import ScheduleConfig
+from flowspec.config import FlowParts, ScheduleConfig
 from flowspec.core import SamplingParams
+from flowspec.draft.synthetic import SyntheticSource
+from flowspec.model.synthetic import VOCAB_SIZE, Language, quality
 from flowspec.records import RequestRecord, Span
-from flowspec.schedule.catalogue import ABLATIONS, SCHEDULES
+from flowspec.schedule.catalogue import ABLATIONS, AUTO, SCHEDULES
 from flowspec.simulator import (
     PROMPT_LEN,
     CheckpointPair,
@@ -31,7 +35,7 @@ from flowspec.virtual_time import VirtualLink
 
 NANO = ClusterSpec.load(Path(__file__).parents[1] / "clusters" / "7b-nano-150m.toml")
 PAIR = SyntheticPair("eagle1", 10)
-ALL = (*SCHEDULES, *ABLATIONS, "tp-megatron")
+ALL = (AUTO, *SCHEDULES, *ABLATIONS, "tp-megatron")
 PROMPT = "a prompt"
 NO_FAULTS = Faults()
 GREEDY = SamplingParams(max_tokens=20)
@@ -368,3 +372,34 @@ def test_a_draft_that_knows_the_noise_is_accepted_more_often_and_changes_no_toke
     assert [r.token_ids for r in coupled] == [r.token_ids for r in plain]
     assert sum(r.accepted for r in coupled) > 1.1 * sum(r.accepted for r in plain)
     assert sum(r.segments for r in coupled) < sum(r.segments for r in plain)
+
+
+# --- the schedule that chooses ---
+
+
+class Misled(Language):
+    """A draft of it is always wrong."""
+
+    def draft(
+        self, contexts: NDArray[np.int64], staleness: NDArray[np.int64], top_k: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        token_ids, logprobs = super().draft(contexts, staleness, top_k)
+        truths = self.target_logits(contexts).argmax(axis=1)
+        token_ids[token_ids == truths[:, None]] = VOCAB_SIZE  # a token that is never drawn
+        return token_ids, logprobs
+
+
+def test_auto_is_flow_where_that_is_faster() -> None:
+    flow, auto = run("flow"), run("auto")
+    assert auto.token_ids == flow.token_ids and auto.end_s == flow.end_s
+
+
+def test_auto_gives_a_useless_draft_up() -> None:
+    pair = SyntheticPair("eagle1", 10)
+    pair.source = SyntheticSource(Misled(quality("eagle1")), 10)
+    experiment = Experiment(NANO, ScheduleConfig(flow_parts=FlowParts(hints=False)), SamplingParams(400, seed=0))
+    plain, flow, auto = (simulate(experiment, pair, name, [(0, "x")])[0] for name in ("ar", "flow", "auto"))
+    assert plain.token_ids == flow.token_ids == auto.token_ids
+    assert flow.decode_s > 1.03 * plain.decode_s, "the case did not occur"
+    assert auto.decode_s < 1.05 * plain.decode_s
+    assert auto.draft_passes < 0.5 * flow.draft_passes

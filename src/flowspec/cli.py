@@ -62,8 +62,12 @@ def generate(
         str | None, typer.Option(help="host:port,host:port,... of running workers, in pipeline order.")
     ] = None,
     schedule: Annotated[
-        str, typer.Option(help=f"One of {SCHEDULE_NAMES}. ar: one token at a time; the others are speculative.")
-    ] = "flow",
+        str,
+        typer.Option(
+            help=f"One of {SCHEDULE_NAMES}. ar: one token at a time; the others are speculative. auto: flow while "
+            "that is faster."
+        ),
+    ] = "auto",
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 64,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens of this total probability.")] = 1.0,

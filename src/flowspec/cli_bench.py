@@ -13,7 +13,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flowspec.cli_common import SCHEDULE_NAMES, TerminalProgress, Verbose, errors_in_one_line, print_table, stdout
+from flowspec.cli_common import (
+    ABLATION_NAMES,
+    COMPARED_NAMES,
+    SCHEDULE_NAMES,
+    TerminalProgress,
+    Verbose,
+    errors_in_one_line,
+    print_table,
+    stdout,
+)
 from flowspec.config import PUBLISHED_TREE, LockstepConfig, PipelineConfig, ScheduleConfig, TreeConfig
 from flowspec.core import SamplingParams
 from flowspec.errors import UsageError
@@ -32,9 +41,8 @@ ScheduleNames = Annotated[
     str | None,
     typer.Option(
         "--schedule",
-        help=f"Comma list of {SCHEDULE_NAMES}, lockstep-no-score-order, lockstep-no-prune, lockstep-no-expand; with a "
-        "cluster file also tp-megatron, tp-galaxy.",
-        show_default="the first six",
+        help=f"Comma list of {SCHEDULE_NAMES}; {ABLATION_NAMES}; with a cluster file also tp-megatron, tp-galaxy.",
+        show_default="ar to flow",
     ),
 ]
 PromptsFile = Annotated[
@@ -411,7 +419,7 @@ class _Simulated:
 def _schedules(text: str | None, is_simulated: bool) -> list[str]:
     from flowspec.bench.study import check_schedules
 
-    names = comma_list(text or SCHEDULE_NAMES, "--schedule")
+    names = comma_list(text or COMPARED_NAMES, "--schedule")
     check_schedules(names, is_simulated)
     return names
 

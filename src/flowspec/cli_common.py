@@ -20,7 +20,12 @@ stderr = Console(stderr=True, highlight=False)
 stdout = Console(highlight=False)
 
 # As in ``schedule.catalogue``, which would load torch: ``--help`` must be fast.
-SCHEDULE_NAMES = "ar, serial, chunked, pipedec, lockstep, flow"
+COMPARED_NAMES = "ar, serial, chunked, pipedec, lockstep, flow"
+SCHEDULE_NAMES = f"auto, {COMPARED_NAMES}"
+ABLATION_NAMES = (
+    "lockstep-no-score-order, lockstep-no-prune, lockstep-no-expand, flow-no-late-binding, flow-no-segment-costs, "
+    "flow-no-steady, flow-no-cancel, flow-no-hints"
+)
 
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Log more, and show tracebacks.")]
 

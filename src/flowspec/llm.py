@@ -24,8 +24,9 @@ from flowspec.launch import Cluster, InprocCluster, LocalProcesses, RemoteCluste
 from flowspec.messages import Alive, Ready
 from flowspec.model.loader import DEMO, Checkpoint, check_device, draft_place
 from flowspec.model.target_head import TargetHead
+from flowspec.schedule.auto import Experience
 from flowspec.schedule.base import Schedule
-from flowspec.schedule.catalogue import make_schedule
+from flowspec.schedule.catalogue import AUTO, make_schedule
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -104,7 +105,7 @@ class LLM:
         stages: int | None = None,
         partition: str | Partition | None = None,
         workers: Sequence[str] | None = None,
-        schedule: str = "flow",
+        schedule: str = AUTO,
         dtype: DType = "float32",
         device: str = "cpu",
         tree: TreeConfig | None = None,
@@ -124,6 +125,7 @@ class LLM:
         self._next_request_id = 0
         self._cluster: Cluster | None = None
         self._source: DraftSource | None = None
+        self._experience = Experience()
         self.ready: list[Ready] = []  # what each worker said of its stage; empty in process
         self.last_stats: Stats | None = None  # all counts of the newest finished run, the workers' timings among them
         self._worker_bytes: dict[int, int] = {}  # the newest count of each worker, by stage
@@ -176,7 +178,14 @@ class LLM:
 
     def _make_schedule(self, name: str) -> Schedule:
         steady_steps = 1 if self._source is None else self._source.steady_steps
-        return make_schedule(name, self._schedules, len(self.partition), self._num_parallel, steady_steps=steady_steps)
+        return make_schedule(
+            name,
+            self._schedules,
+            len(self.partition),
+            self._num_parallel,
+            steady_steps=steady_steps,
+            experience=self._experience,
+        )
 
     # --- generating ---
 

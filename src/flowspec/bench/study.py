@@ -19,7 +19,7 @@ from flowspec.cluster import ClusterSpec
 from flowspec.errors import FlowspecError, UsageError
 from flowspec.model.loader import Checkpoint
 from flowspec.records import RequestRecord, ScheduleResult
-from flowspec.schedule.catalogue import ABLATIONS, SCHEDULES, make_schedule
+from flowspec.schedule.catalogue import ABLATIONS, AUTO, SCHEDULES, make_schedule
 from flowspec.simulator import TENSOR_PARALLEL, Experiment
 
 Records = Mapping[str, Sequence[RequestRecord]]  # by schedule, in the order of the prompts
@@ -35,7 +35,7 @@ _EXCERPT_S = 3.0  # of a timeline
 
 def check_schedules(names: Sequence[str], is_simulated: bool) -> None:
     """Raises ``UsageError`` for a name that is none, with all that there are."""
-    known = (*SCHEDULES, *ABLATIONS, *(TENSOR_PARALLEL if is_simulated else ()))
+    known = (AUTO, *SCHEDULES, *ABLATIONS, *(TENSOR_PARALLEL if is_simulated else ()))
     for name in names:
         if name not in known:
             only = "; it runs in the simulator only" if name in TENSOR_PARALLEL else ""

@@ -59,8 +59,9 @@ class HintHead(nn.Module):
 
     @torch.inference_mode()
     def guess(self, hidden: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """The ``k`` best next tokens of rows [n, H], best first: token ids and log-probabilities, each [n, k]."""
-        logprobs, token_ids = self(hidden).log_softmax(-1).topk(k)
+        """The at most ``k`` best next tokens of rows [n, H], best first: token ids and log-probabilities [n, k]."""
+        logits = self(hidden)
+        logprobs, token_ids = logits.log_softmax(-1).topk(min(k, logits.shape[-1]))
         return token_ids, logprobs
 
     @classmethod

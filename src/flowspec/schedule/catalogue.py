@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from flowspec.config import FlowParts, ScheduleConfig
 from flowspec.errors import UsageError
+from flowspec.schedule.auto import Auto, Experience
 from flowspec.schedule.autoregressive import Autoregressive
 from flowspec.schedule.base import Schedule
 from flowspec.schedule.flow import Flow
@@ -15,7 +16,8 @@ from flowspec.schedule.pace import Costs, Pace
 from flowspec.schedule.pipedec import PipeDec
 from flowspec.schedule.serial import Chunked, Serial
 
-SCHEDULES = ("ar", "serial", "chunked", "pipedec", "lockstep", "flow")
+SCHEDULES = ("ar", "serial", "chunked", "pipedec", "lockstep", "flow")  # compared where none is named
+AUTO = "auto"  # the default where one is to be fast
 ABLATIONS: Mapping[str, str] = {  # name -> the field of ``LockstepConfig`` or ``FlowParts`` that is off
     "lockstep-no-score-order": "score_order",
     "lockstep-no-prune": "prune",
@@ -42,11 +44,12 @@ def make_schedule(
     num_parallel: int | None = None,
     costs: Costs | None = None,
     steady_steps: int = 1,
+    experience: Experience | None = None,
 ) -> Schedule:
     """A schedule for one request.
 
     ``num_parallel``: stages that run at the same time, if not all of them do. ``costs`` of segments, where they
-    are known.
+    are known. ``experience``: what earlier requests have left for ``auto``.
 
     Raises ``UsageError`` for a name that is none.
     """
@@ -64,9 +67,13 @@ def make_schedule(
             return Lockstep(config.lockstep, num_stages)
         case _ if name in ABLATIONS and name.startswith("lockstep"):
             return Lockstep(replace(config.lockstep, **{ABLATIONS[name]: False}), num_stages)
-        case _ if name == "flow" or name in ABLATIONS:
+        case _ if name in ("flow", "auto") or name in ABLATIONS:
             pace = None if costs is None else Pace(costs)
             num_parallel = num_stages if num_parallel is None else num_parallel
-            return Flow(config.flow, flow_parts(name, config), config.pipeline, num_parallel, pace, steady_steps)
+            parts = flow_parts(name, config)
+            if name == "auto":
+                experience = experience or Experience()
+                return Auto(config.flow, parts, config.pipeline, num_parallel, pace, steady_steps, experience)
+            return Flow(config.flow, parts, config.pipeline, num_parallel, pace, steady_steps)
         case _:
-            raise UsageError(f"schedule {name!r} is none of {', '.join((*SCHEDULES, *ABLATIONS))}")
+            raise UsageError(f"schedule {name!r} is none of {', '.join((AUTO, *SCHEDULES, *ABLATIONS))}")
