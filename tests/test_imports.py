@@ -17,7 +17,7 @@ LEVELS = {
     "tree": 1, "sampling": 1, "messages": 1, "cluster": 1,
     "transport": 2, "model": 2,
     "draft.base": 3, "generation": 3, "draft": 3, "schedule": 3,
-    "worker": 4, "driver": 4,
+    "worker": 4, "driver": 4, "measure": 4,
     "virtual_time": 5, "paced": 5, "worker_process": 5, "launch": 5, "llm": 5, "simulator": 5, "emulator": 5,
     "train": 6, "bench": 6, "cli_common": 6, "cli_bench": 6, "cli_emulate": 6, "cli": 6, "__main__": 7,
 }  # fmt: skip
@@ -26,6 +26,7 @@ FORBIDDEN = {
     "worker": {"driver", "draft", "schedule", "generation"},
     "worker_process": {"driver", "draft", "schedule", "generation"},
     "driver": {"worker"},
+    "measure": {"driver", "draft", "schedule", "generation", "transport"},
     "transport": {"model"},
     "model": {"messages", "transport"},
 }

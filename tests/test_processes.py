@@ -150,6 +150,25 @@ def test_remote_workers_serve_one_driver_after_another(
         assert llm.generate(PROMPT_IDS, params).token_ids == expected
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_flow_with_measured_costs_gives_the_text_of_plain_decoding(
+    checkpoint_dir: Callable[[str], Path], remote_workers: list[str], temperature: float
+) -> None:
+    params = SamplingParams(max_tokens=40, temperature=temperature, seed=5)
+    with LLM(checkpoint_dir("qwen2"), workers=remote_workers[:2], link=LINK) as llm:
+        for ready in llm.ready:
+            rows, seconds = zip(*ready.forward_s, strict=True)
+            assert rows[0] == 1 and list(rows) == sorted(set(rows)) and list(seconds) == sorted(seconds)
+            assert seconds[0] > 0
+        first, last = llm.ready
+        assert first.link_bytes_per_s is not None and first.link_bytes_per_s > 0
+        assert first.link_latency_s is not None and first.link_latency_s > 0
+        assert last.link_bytes_per_s is None and last.link_latency_s is None
+        flow, plain = (llm.generate(PROMPT_IDS, params, schedule=name) for name in ("flow", "ar"))
+    assert flow.token_ids == plain.token_ids
+    assert flow.stats.drafted > 0
+
+
 def _connect_patiently(directory: Path, workers: list[str]) -> LLM:
     """The workers notice within a few heartbeats that their driver is gone."""
     for _ in range(20):

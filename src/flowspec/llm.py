@@ -21,12 +21,13 @@ from flowspec.driver import Driver
 from flowspec.errors import FlowspecError, UsageError, WorkerError
 from flowspec.generation import Generation, Request, Stats
 from flowspec.launch import Cluster, InprocCluster, LocalProcesses, RemoteCluster, local_threads, num_cores
-from flowspec.messages import Alive, Ready
+from flowspec.messages import Alive, Ready, Result
 from flowspec.model.loader import DEMO, Checkpoint, check_device, draft_place
 from flowspec.model.target_head import TargetHead
 from flowspec.schedule.auto import Experience
 from flowspec.schedule.base import Schedule
 from flowspec.schedule.catalogue import AUTO, make_schedule
+from flowspec.schedule.pace import MeasuredCosts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -133,6 +134,7 @@ class LLM:
             raise UsageError("workers: name at least one address, and do not ask for in_process too")
         check_device(device)
         self._schedule_name = schedule
+        self._costs: MeasuredCosts | None = None
         self.checkpoint = Checkpoint.open(model)
         self.partition = _choose_partition(self.checkpoint, stages, partition, workers)
         # Workers elsewhere have cores of their own; here they share what the driver leaves them.
@@ -150,6 +152,10 @@ class LLM:
             self._load_driver(chosen_draft)
             if isinstance(self._cluster, RemoteCluster):
                 self.ready = self._cluster.await_ready(lambda done: self._progress("loading", done))
+                # Workers that share cores, or one accelerator, measure at the same time, and so nothing of use.
+                if workers or (torch.device(device).type == "cpu" and num_cores() > len(self.partition)):
+                    row_bytes = self.checkpoint.hidden_size * getattr(torch, dtype).itemsize
+                    self._costs = MeasuredCosts(self.ready, row_bytes)
         except BaseException:
             self.close()
             raise
@@ -183,8 +189,9 @@ class LLM:
             self._schedules,
             len(self.partition),
             self._num_parallel,
-            steady_steps=steady_steps,
-            experience=self._experience,
+            self._costs,
+            steady_steps,
+            self._experience,
         )
 
     # --- generating ---
@@ -289,6 +296,8 @@ class LLM:
         while not generation.is_finished and len(generation.output_ids) == num_seen:
             wait_s = 0.0 if has_worked else min(0.5, max(0.0, self._driver.wake_s - time.perf_counter()))
             for message in self._cluster.receive(wait_s):
+                if isinstance(message, Result) and self._costs is not None:
+                    self._costs.note(message.timings)
                 self._cluster.send(self._driver.on_message(message))
                 if not isinstance(message, Alive):
                     last_news = time.monotonic()

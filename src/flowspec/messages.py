@@ -23,7 +23,7 @@ from torch import Tensor
 from flowspec.core import DType
 from flowspec.errors import ProtocolError
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 NO_PARENT = -1  # the parent id of a request's first token
 LAST_STEP = 2**62  # the step after which no segment of a request waits any more
 
@@ -155,6 +155,13 @@ class Close(Message, frozen=True):
     epoch: int
 
 
+class Probe(Message, frozen=True):
+    """From a worker to the next one at start-up: an ``Echo`` tells how long it took."""
+
+    number: int
+    payload: bytes
+
+
 # --- worker to driver ----------------------------------------------------------------------------------------------
 
 
@@ -166,11 +173,14 @@ class Loading(Message, frozen=True):
 
 
 class Ready(Message, frozen=True):
-    """A worker has loaded its stage and is connected to the next one."""
+    """A worker has loaded its stage and is connected to the next one; what segments cost there, unless emulated."""
 
     stage: int
     weight_bytes: int
     peak_memory_bytes: int
+    forward_s: list[tuple[int, float]] = []  # (rows, seconds) by growing rows
+    link_bytes_per_s: float | None = None  # to the next worker; ``None``: unknown, or the last one
+    link_latency_s: float | None = None  # one way
 
 
 class Result(Message, frozen=True):
@@ -236,6 +246,12 @@ class Failure(Message, frozen=True):
     user_error: bool
 
 
+class Echo(Message, frozen=True):
+    """Answers a ``Probe``, on the same connection: to the worker before, not to the driver."""
+
+    number: int
+
+
 class Stamped(Message, frozen=True):
     """A message of an emulated cluster, with the virtual time at which it arrives.
 
@@ -248,8 +264,8 @@ class Stamped(Message, frozen=True):
 
 
 DataMessage: TypeAlias = Open | Segment | Close
-ToWorker: TypeAlias = Configure | Commit | Step | Stop | Open | Segment | Close | Stamped
-ToDriver: TypeAlias = Loading | Ready | Hint | Result | Closed | Alive | Busy | Failure | Stamped
+ToWorker: TypeAlias = Configure | Commit | Step | Stop | Open | Segment | Close | Probe | Stamped
+ToDriver: TypeAlias = Loading | Ready | Hint | Result | Closed | Alive | Busy | Failure | Echo | Stamped
 
 
 class Route(Enum):

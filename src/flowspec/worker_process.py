@@ -20,18 +20,22 @@ from typing import Any
 
 import torch
 import zmq
+from msgspec.structs import replace
 
 from flowspec.config import LinkConfig
 from flowspec.core import LayerRange
 from flowspec.errors import FlowspecError, ProtocolError, UsageError, WorkerError
+from flowspec.measure import LinkMeter, measure_forward
 from flowspec.messages import (
     PROTOCOL_VERSION,
     Alive,
     Busy,
     Configure,
+    Echo,
     Failure,
     Loading,
     Message,
+    Probe,
     Ready,
     Route,
     Send,
@@ -65,6 +69,7 @@ class _Session:
     heartbeat_s: float
     link: Connection | None = None  # to the next worker
     worker: Worker | PacedActor | None = None  # once the stage is loaded
+    measuring: tuple[LinkMeter, Ready] | None = None  # the link, and what the driver will then be told
 
 
 class WorkerProcess:
@@ -110,6 +115,7 @@ class WorkerProcess:
         if sends is not None:
             self._dispatch(sends)
         self._check_peers()
+        self._read_link()
         if sends is None:
             # Never for long: a signal that comes just before the wait does not end it.
             wake_s = session.worker.wake_s if session is not None and session.worker is not None else math.inf
@@ -131,6 +137,8 @@ class WorkerProcess:
                 self._begin(sender, identity, message)
             case Configure():
                 self._listener.reply(identity, Busy("another driver uses this worker; try again when it has ended"))
+            case Probe() if is_ours:
+                self._listener.reply(identity, Echo(message.number))
             case Stop() if is_ours:
                 raise _SessionOver("the driver has finished")
             case _ if session is not None and is_ours and session.worker is not None:
@@ -140,7 +148,7 @@ class WorkerProcess:
                 logger.debug("dropped a %s of another session", type(message).__name__)
 
     def _begin(self, name: str, driver: bytes, configure: Configure) -> None:
-        """Load the stage, connect to the next worker, and say so."""
+        """Load the stage, connect to the next worker, measure both; then tell the driver."""
         self._session = session = _Session(name, driver, configure.stage, configure.heartbeat_s)
         if configure.version != PROTOCOL_VERSION:
             raise UsageError(
@@ -158,15 +166,20 @@ class WorkerProcess:
         hinter = None
         if configure.hints is not None:
             hinter = load_hinter(configure.hints, checkpoint, layers.end, configure.dtype, self._device)
+        peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        ready = Ready(configure.stage, stage.weights_bytes, peak_bytes)
         if configure.emulation is None:
             session.worker = Worker(stage, configure.stage, time.perf_counter, hinter=hinter)
+            ready = replace(ready, forward_s=measure_forward(stage))
         else:
             session.worker = paced_worker(stage, configure.stage, configure.emulation, hinter)
         if session.link is not None:
             self._await_link(session.link)
         logger.info("layers %s of %s are ready", layers, configure.model)
-        peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        self._tell_driver(Ready(configure.stage, stage.weights_bytes, peak_bytes))
+        if session.link is None or configure.emulation is not None:
+            self._tell_ready(ready)
+        else:
+            session.measuring = LinkMeter(), ready
 
     def _await_link(self, link: Connection) -> None:
         deadline = time.monotonic() + _LINK_TIMEOUT_S
@@ -177,6 +190,27 @@ class WorkerProcess:
                 )
             self._poller.poll(100)
             link.check()
+
+    def _read_link(self) -> None:
+        """Measure the link, unless that is done: then what is read is an echo that nobody waits for any more."""
+        session = self._session
+        if session is None or session.link is None:
+            return
+        meter, ready = session.measuring or (None, None)
+        while (arrived := session.link.receive()) is not None:
+            if meter is not None and isinstance(arrived[0], Echo):
+                meter.on_echo(arrived[0], time.monotonic())
+        if meter is None or ready is None:
+            return
+        if (probe := meter.next_probe(time.monotonic())) is not None:
+            session.link.send(probe)
+        elif meter.is_done:
+            session.measuring = None
+            self._tell_ready(replace(ready, link_bytes_per_s=meter.bytes_per_s, link_latency_s=meter.latency_s))
+
+    def _tell_ready(self, ready: Ready) -> None:
+        logger.debug("measured %s", ready)
+        self._tell_driver(ready)
 
     def _dispatch(self, sends: list[Send]) -> None:
         assert self._session is not None

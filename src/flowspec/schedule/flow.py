@@ -19,9 +19,8 @@ from dataclasses import replace
 from flowspec.config import FlowParts, PipelineConfig, TreeConfig
 from flowspec.generation import Generation
 from flowspec.messages import Result
-from flowspec.schedule.pace import Pace
+from flowspec.schedule.pace import DEFAULT_SEGMENT_LEN, Pace
 
-DEFAULT_SEGMENT_LEN = 16  # where nothing is known of the devices, as published
 PASSES_SHARE = 0.45  # of a segment's time that a new root may wait for draft passes, where both are known
 
 

@@ -6,11 +6,17 @@ what, and from the results how long a hop takes; from these it follows when work
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_left
+from collections.abc import Sequence
 from typing import Protocol
 
-from flowspec.messages import Result
+from flowspec.messages import Ready, Result, Timing
 
 MAX_SEGMENT_LEN = 128
+DEFAULT_SEGMENT_LEN = 16  # where nothing is known of the devices, as published
+
+_CORRECTION_SHARE = 0.1  # of a forward's surprise that the next ones are expected to repeat
 
 
 class Costs(Protocol):
@@ -25,17 +31,61 @@ class Costs(Protocol):
         ...
 
 
+class MeasuredCosts:
+    """As the workers have measured them at start-up, and corrected by what their forwards take since."""
+
+    def __init__(self, ready: Sequence[Ready], row_bytes: int) -> None:
+        """``row_bytes``: of one row's hidden states."""
+        self._tables = [r.forward_s for r in ready]
+        self._s_per_row = row_bytes / min((r.link_bytes_per_s for r in ready if r.link_bytes_per_s), default=math.inf)
+        self._factors = [1.0] * len(ready)  # by which forwards take longer than at start-up
+
+    def stage_s(self, num_rows: int) -> float:
+        stages = zip(self._tables, self._factors, strict=True)
+        return max(_interpolate(table, num_rows) * factor for table, factor in stages)
+
+    def wire_s(self, num_rows: int) -> float:
+        return num_rows * self._s_per_row
+
+    def note(self, timings: Sequence[Timing]) -> None:
+        """A segment's forwards: the text grows, devices get warm, and other programs want them too.
+
+        None is faster than the fastest at start-up, but one on an accelerator may seem so: nobody has waited for it.
+        """
+        for timing in timings:
+            if timing.num_rows:
+                measured_s = _interpolate(self._tables[timing.stage - 1], timing.num_rows)
+                factor = max(1.0, (timing.end_s - timing.start_s) / measured_s)
+                self._factors[timing.stage - 1] += _CORRECTION_SHARE * (factor - self._factors[timing.stage - 1])
+
+
+def _interpolate(table: list[tuple[int, float]], num_rows: int) -> float:
+    """Linear between the measured points, and beyond them as between the last two; proportional if there is one."""
+    if len(table) == 1:
+        return table[0][1] * num_rows / table[0][0]
+    above = min(max(1, bisect_left([rows for rows, _ in table], num_rows)), len(table) - 1)
+    (rows_0, s_0), (rows_1, s_1) = table[above - 1 : above + 1]
+    slope = (s_1 - s_0) / (rows_1 - rows_0)
+    return s_1 + (slope if num_rows < rows_1 else max(0.0, slope)) * (num_rows - rows_1)
+
+
 def free_rows(costs: Costs) -> int:
-    """The most rows that cost hardly more than one: 10 % of a forward, and 35 % of its time on the wire."""
+    """The most rows that cost hardly more than one: 10 % of a forward, and 35 % of its time on the wire.
+
+    Where few are free, as on processors, rows may cost what they bring: the tokens that the best n nodes of a tree
+    bring grow about like log2(n + 1). Up to ``DEFAULT_SEGMENT_LEN`` rows, the most tokens for their time.
+    """
     one_s = costs.stage_s(1)
-    return max(
-        (
-            n
-            for n in range(1, MAX_SEGMENT_LEN + 1)
-            if costs.stage_s(n) <= 1.1 * one_s and costs.wire_s(n) <= 0.35 * one_s
-        ),
-        default=1,
+    free = (
+        n for n in range(1, MAX_SEGMENT_LEN + 1) if costs.stage_s(n) <= 1.1 * one_s and costs.wire_s(n) <= 0.35 * one_s
     )
+    worth = max(range(1, DEFAULT_SEGMENT_LEN + 1), key=lambda n: math.log2(n + 1) / slot_s(costs, n))
+    return max([worth, *free])
+
+
+def slot_s(costs: Costs, num_rows: int) -> float:
+    """How long a segment keeps the slowest stage or link busy."""
+    return max(costs.stage_s(num_rows), costs.wire_s(num_rows))
 
 
 class Pace:
@@ -44,7 +94,7 @@ class Pace:
     def __init__(self, costs: Costs) -> None:
         self._costs = costs
         self.segment_len = free_rows(costs)
-        self.slot_s = self._slot_s(self.segment_len)  # how long a full segment keeps the slowest stage or link busy
+        self.slot_s = slot_s(costs, self.segment_len)  # of a full segment
         self._hop_s = 0.0  # the shortest that was seen
         self._knows_hop = False
         self._sent_s: dict[int, float] = {}  # by segment id
@@ -59,10 +109,7 @@ class Pace:
     def note_sent(self, segment_id: int, num_rows: int, now: float) -> None:
         self._sent_s[segment_id] = now
         self._start_s = max(self._free_s, now + self._hop_s)
-        self._free_s = self._start_s + self._slot_s(num_rows)
-
-    def _slot_s(self, num_rows: int) -> float:
-        return max(self._costs.stage_s(num_rows), self._costs.wire_s(num_rows))
+        self._free_s = self._start_s + slot_s(self._costs, num_rows)
 
     def note_miss(self, now: float) -> None:
         """All that is under way is dead, and ends where the commit meets it."""
