@@ -155,7 +155,7 @@ class Lab:
     def _key(self, case: Case, schedule: str) -> tuple[Experiment, PairSpec, str]:
         params = SamplingParams(self.options.max_new_tokens, case.temperature, seed=SEED)
         as_published = case.as_published and not schedule.startswith("flow")  # which has its own costs in any case
-        experiment = Experiment(case.cluster, case.config, params, as_published, case.int8_draft)
+        experiment = Experiment(case.cluster, case.config, params, as_published, int8_draft=case.int8_draft)
         return experiment, case.pair, schedule
 
     def _missing(self, case: Case) -> Iterator[Piece]:

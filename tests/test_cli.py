@@ -56,10 +56,11 @@ def test_json_is_one_object_and_nothing_else(checkpoint_dir: Callable[[str], Pat
         (["t1", "--partition", "0:3,4:6"], "leaves a gap"),
         (["t1", "--partition", "0:3,3:5"], "covers 5 layers, but the model has 6"),
         (["t1", "--draft", "/no/such/head"], "no draft head"),
+        (["t1", "--draft", "ngram", "--draft-dtype", "int8"], "int8 is for draft heads, and the draft is ngram"),
         (["t1", "--model", "/no/such/model"], "not a directory"),
         (["t1", "--workers", "nonsense"], "not HOST:PORT"),
         (["t1", "--segment-len", "-1"], "segment_len is -1"),
-        (["t1", "--schedule", "nonsense"], "schedule 'nonsense' is none of ar, serial"),
+        (["t1", "--schedule", "nonsense"], "schedule 'nonsense' is none of auto, ar, serial"),
         (["t1", "--device", "nonsense"], "device 'nonsense' cannot be used here"),
         (["t1 " * 300], "300 tokens, but"),
     ],
@@ -74,6 +75,17 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(
     assert done.returncode == 2, done.stderr
     assert done.stdout == ""
     assert message in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_an_int8_draft_changes_no_token_and_an_unknown_dtype_is_refused(
+    checkpoint_dir: Callable[[str], Path],
+) -> None:
+    command = ("generate", "t1 t4 t2", "--model", str(checkpoint_dir("llama")), "--stages", "2", "--json")
+    plain, int8 = (run(*command, *options) for options in ([], ["--draft-dtype", "int8"]))
+    assert int8.returncode == 0, int8.stderr
+    assert json.loads(int8.stdout)["token_ids"] == json.loads(plain.stdout)["token_ids"]
+    refused = run(*command, "--draft-dtype", "int4")
+    assert refused.returncode == 2 and "'int4' is not one of 'auto', 'int8'" in refused.stderr
 
 
 def test_a_head_of_another_model_is_refused(checkpoint_dir: Callable[[str], Path], tmp_path: Path) -> None:

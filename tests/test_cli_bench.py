@@ -74,8 +74,8 @@ def test_json_is_one_object_with_these_keys(simulated: Callable[..., str]) -> No
     assert (values["cluster"], values["model"], values["seed"]) == ("7b-nano-150m", "synthetic:eagle1", 0)
     settings = values["settings"]
     assert settings.keys() == {
-        "max_new_tokens", "temperature", "num_prompts", "as_published", "draft_quality", "draft", "schedule_config",
-        "overrides", "faults",
+        "max_new_tokens", "temperature", "num_prompts", "as_published", "draft_quality", "draft", "int8_draft",
+        "schedule_config", "overrides", "faults",
     }  # fmt: skip
     assert settings["overrides"] == {"bandwidth_mbps": 300, "latency_ms": None, "num_stages": None}
     assert settings["faults"] == {"max_delay_ms": 0, "slowdown": {"worker": 2, "from_s": 0.5, "times": 3}}
@@ -108,6 +108,21 @@ def test_faults_and_clusters_change_the_figures_and_not_the_number_of_tokens(sim
         assert other["num_tokens"] == plain["num_tokens"]
     stages = json.loads(simulated("--json", "--schedule", "flow", "--stages", "8"))["results"][0]["stage_busy"]
     assert len(stages) == 8
+
+
+@pytest.mark.parametrize("options", [[], ["--model", "demo", "--temperature", "0.8"]], ids=["synthetic", "demo"])
+def test_an_int8_draft_costs_less_and_changes_no_token(
+    simulated: Callable[..., str], tmp_path: Path, options: list[str]
+) -> None:
+    def draft_passes(*more: str) -> tuple[int, set[int]]:
+        trace = tmp_path / "trace.json"
+        values = json.loads(simulated("--json", "--schedule", "serial", "--trace", str(trace), *options, *more))
+        assert values["settings"]["int8_draft"] is bool(more)
+        events = json.loads(trace.read_text())["traceEvents"]
+        return values["results"][0]["num_tokens"], {round(e["dur"]) for e in events if e["name"].startswith("draft")}
+
+    num_tokens, microseconds = draft_passes()
+    assert draft_passes("--int8-draft") == (num_tokens, {8100}) and microseconds == {15600}
 
 
 def test_the_table_has_the_ratios_and_says_which_costs_were_used(simulated: Callable[..., str]) -> None:
@@ -267,7 +282,8 @@ def test_bench_without_a_cluster_runs_on_this_machine(run: Run, tmp_path: Path) 
     (of_temperature,) = values["runs"]
     assert (of_temperature["cluster"], of_temperature["model"]) == (None, "demo")
     assert of_temperature["settings"] == {
-        "max_new_tokens": 8, "temperature": 0, "num_prompts": 1, "repeats": 2, "draft": "auto", "partition": "0:4,4:8",
+        "max_new_tokens": 8, "temperature": 0, "num_prompts": 1, "repeats": 2, "draft": "auto", "int8_draft": False,
+        "partition": "0:4,4:8",
     }  # fmt: skip
     for result in of_temperature["results"]:
         assert result["num_tokens"] == 8 and result["tokens_per_s"] > 0 and result["link_bytes"] > 0

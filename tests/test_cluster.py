@@ -86,6 +86,13 @@ def test_a_shipped_file_loads_and_its_partition_tiles_the_model(path: Path) -> N
     assert path.read_text(encoding="utf-8").startswith("# ")
 
 
+@pytest.mark.parametrize("path", FILES, ids=[path.stem for path in FILES])
+def test_an_int8_draft_pass_saves_half_of_the_reading_and_no_python(path: Path) -> None:
+    ours, devices = ClusterSpec.load(path).ours, ClusterSpec.load(path).devices
+    python_ms = 0.6 if devices[0].memory_gb_s == 49 else 0.3
+    assert ours.int8_draft_pass_ms - python_ms == pytest.approx((ours.draft_pass_ms - python_ms) / 2, abs=0.051)
+
+
 def test_all_kinds_of_clusters_are_shipped() -> None:
     assert {path.stem for path in FILES} >= {"7b-nano-150m", "7b-agx-1g", "13b-4bit-nano-150m", "7b-agx-wan-20ms"}
 
@@ -322,6 +329,7 @@ def test_links_control_name_and_partition_can_be_given() -> None:
             r"\[driver.ours\] broadcast is 'mesh'; it must be 'direct' or 'tree'",
         ),
         ("[driver.ours]\n", "[driver.ours]\nbroadcast_messages = 0\n", 32, "broadcast_messages is 0"),
+        ("[driver.ours]\n", "[driver.ours]\nint8_draft_pass_ms = -1\n", 32, "int8_draft_pass_ms is -1"),
         ("# a cluster", "tensor_parallel.collective_overhead_ms = -1", 1, "collective_overhead_ms is -1"),
         # names, counts and partitions
         (

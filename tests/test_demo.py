@@ -52,6 +52,15 @@ def test_the_overhead_benchmark_prints_json() -> None:
     assert figures["segments"] >= 5 and figures["engine_ms_per_hop"] > 0 and figures["tree"]["build_ms"] > 0
 
 
+def test_the_draft_dtype_benchmark_prints_json() -> None:
+    command = [sys.executable, str(BENCHMARKS / "draft_dtype.py"), "--prompts", "1", "--runs", "0"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    guesses = json.loads(done.stdout)["guesses"]
+    assert guesses.keys() == {"float32", "float32, int8 weights"}
+    assert all(figures["sampled"]["tokens_per_pass"] > 1 for figures in guesses.values())
+
+
 def test_the_speed_benchmark_prints_json() -> None:
     command = [sys.executable, str(BENCHMARKS / "demo_speed.py"), "--repeat", "1", "--stages", "2"]
     done = subprocess.run([*command, "--max-new-tokens", "12"], capture_output=True, text=True, timeout=200)

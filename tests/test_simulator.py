@@ -18,6 +18,7 @@ from flowspec.cluster import ClusterSpec, LinkModel
 from flowspec.config import FlowParts, ScheduleConfig
 from flowspec.core import SamplingParams
 from flowspec.draft.synthetic import SyntheticSource
+from flowspec.errors import UsageError
 from flowspec.model.synthetic import VOCAB_SIZE, Language, quality
 from flowspec.records import RequestRecord, Span
 from flowspec.schedule.catalogue import ABLATIONS, AUTO, SCHEDULES
@@ -359,6 +360,14 @@ def test_a_lost_packet_costs_a_retransmission() -> None:
     assert delays.count(0.2) / 1000 == pytest.approx(0.25, abs=0.06)
     slow, good = (run("ar", with_links(NANO, loss=loss)) for loss in (0.02, 0.0))
     assert slow.end_s > good.end_s + 0.2 and slow.token_ids == good.token_ids
+
+
+def test_an_int8_draft_needs_its_cost_and_only_our_driver_has_one() -> None:
+    with pytest.raises(UsageError, match=r"cluster file flat has no int8_draft_pass_ms in \[driver.ours\]"):
+        Experiment(FLAT_CLUSTER, ScheduleConfig(), GREEDY, int8_draft=True)
+    experiment = Experiment(NANO, ScheduleConfig(), GREEDY, as_published=True, int8_draft=True)
+    assert experiment.costs_of("flow").draft_pass_ms == NANO.ours.int8_draft_pass_ms
+    assert experiment.costs_of("lockstep") == NANO.published
 
 
 def test_a_draft_that_knows_the_noise_is_accepted_more_often_and_changes_no_token() -> None:

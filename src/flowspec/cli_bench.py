@@ -63,6 +63,14 @@ DraftQuality = Annotated[
     str | None,
     typer.Option(help="Of the synthetic model: eagle1 or eagle3.", show_default=_DEFAULT_QUALITY),
 ]
+Int8Draft = Annotated[
+    bool,
+    typer.Option(
+        "--int8-draft",
+        help="The draft head has int8 weights: a real model's is quantised, and in a cluster file a draft pass of "
+        "[driver.ours] costs int8_draft_pass_ms.",
+    ),
+]
 AsPublished = Annotated[
     bool,
     typer.Option("--as-published", help="All schedules but flow pay the driver costs of the published code."),
@@ -80,7 +88,6 @@ TreeSize = Annotated[
 ]
 SegmentLen = Annotated[int, typer.Option(help="Nodes in one segment of flow at most; 0: by the devices' costs.")]
 Jobs = Annotated[int | None, typer.Option(help="Processes that simulate.", show_default="the usable cores")]
-Int8Draft = Annotated[bool, typer.Option("--int8-draft", help="The driver's costs with the draft's weights in int8.")]
 Bandwidth = Annotated[
     float | None, typer.Option(help="Mbps of every link.", metavar="MBPS", show_default="the cluster's")
 ]
@@ -103,13 +110,13 @@ def simulate(
     model: Annotated[str, typer.Option(help="Gives the tokens: synthetic, demo, or a directory.")] = _SYNTHETIC,
     draft_quality: DraftQuality = None,
     draft: Draft = None,
+    int8_draft: Int8Draft = False,
     prompts: PromptsFile = None,
     num_prompts: NumPrompts = None,
     max_new_tokens: MaxNewTokens = 256,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     seed: Seed = 0,
     as_published: AsPublished = False,
-    int8_draft: Int8Draft = False,
     no_score_order: NoScoreOrder = False,
     no_prune: NoPrune = False,
     no_expand: NoExpand = False,
@@ -135,8 +142,8 @@ def simulate(
         for path in (trace, plot, timeline):
             check_place(path)
         wanted = _Simulated(
-            cluster_file, schedule, model, draft_quality, draft, prompts, num_prompts,
-            SamplingParams(max_new_tokens, temperature, seed=seed), as_published, int8_draft,
+            cluster_file, schedule, model, draft_quality, draft, int8_draft, prompts, num_prompts,
+            SamplingParams(max_new_tokens, temperature, seed=seed), as_published,
             no_score_order, no_prune, no_expand, tree_depth, tree_size, segment_len,
             jobs, bandwidth, latency, stages, delay, slow,
         )  # fmt: skip
@@ -179,6 +186,7 @@ def bench(
     ] = None,
     draft_quality: DraftQuality = None,
     draft: Draft = None,
+    int8_draft: Int8Draft = False,
     prompts: PromptsFile = None,
     num_prompts: NumPrompts = None,
     max_new_tokens: MaxNewTokens = 256,
@@ -215,8 +223,8 @@ def bench(
             if repeats != 1:
                 raise UsageError("--repeats is for real time; the simulator gives the same figures every time")
             wanted = _Simulated(
-                cluster_file, schedule, model or _SYNTHETIC, draft_quality, draft, prompts, num_prompts,
-                params, as_published, False, no_score_order, no_prune, no_expand, tree_depth, tree_size, segment_len,
+                cluster_file, schedule, model or _SYNTHETIC, draft_quality, draft, int8_draft, prompts, num_prompts,
+                params, as_published, no_score_order, no_prune, no_expand, tree_depth, tree_size, segment_len,
                 jobs, bandwidth, latency, stages, delay, slow,
             )  # fmt: skip
             study = wanted.study()
@@ -239,7 +247,7 @@ def bench(
         if chosen == _SYNTHETIC:
             raise UsageError("the synthetic model is for the simulator; name a cluster file too, or another model")
         here = _Here(
-            chosen, "auto" if draft is None else draft, stages, _schedules(schedule, is_simulated=False),
+            chosen, "auto" if draft is None else draft, int8_draft, stages, _schedules(schedule, is_simulated=False),
             wanted_prompts(chosen, prompts, num_prompts, seed), params, repeats,
         )  # fmt: skip
         title = f"{chosen}, this machine, {_counts(len(here.prompts), params)}"
@@ -277,6 +285,7 @@ class _Here:
 
     model: str
     draft: str
+    int8_draft: bool
     stages: int | None
     schedules: list[str]
     prompts: list[str]
@@ -289,13 +298,15 @@ def _bench_here(output: _Output, here: _Here, temperatures: Sequence[float], pro
     from flowspec.llm import LLM
 
     first_prompt: Records | None = None
-    with LLM(here.model, draft=here.draft, stages=here.stages, progress=progress) as llm:
+    draft_dtype = "int8" if here.int8_draft else "auto"
+    with LLM(here.model, draft=here.draft, draft_dtype=draft_dtype, stages=here.stages, progress=progress) as llm:
         progress.stop()
         settings = {
             "max_new_tokens": here.params.max_tokens,
             "num_prompts": len(here.prompts),
             "repeats": here.repeats,
             "draft": here.draft,
+            "int8_draft": here.int8_draft,
             "partition": str(llm.partition),
         }
         warm_up(llm, here.schedules, here.prompts[0])
@@ -325,11 +336,11 @@ class _Simulated:
     model: str
     draft_quality: str | None
     draft: str | None
+    int8_draft: bool
     prompts: Path | None
     num_prompts: int | None
     params: SamplingParams
     as_published: bool
-    int8_draft: bool
     no_score_order: bool
     no_prune: bool
     no_expand: bool
@@ -376,11 +387,12 @@ class _Simulated:
 
         quality(quality_name)
         torch.set_num_threads(1)  # as in the processes of other jobs
+        faults, dtype = Faults(self.delay, slowdown, seed), "int8" if self.int8_draft else "auto"
         return Study(
-            Experiment(
-                cluster, config, self.params, self.as_published, self.int8_draft, Faults(self.delay, slowdown, seed)
+            Experiment(cluster, config, self.params, self.as_published, faults, int8_draft=self.int8_draft),
+            PairSpec(
+                self.model, quality_name, self.draft or "auto", is_coupled=not self.as_published, draft_dtype=dtype
             ),
-            PairSpec(self.model, quality_name, self.draft or "auto", is_coupled=not self.as_published),
             names,
             prompts,
             num_cores() if self.jobs is None else self.jobs,

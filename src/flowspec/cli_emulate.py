@@ -11,6 +11,7 @@ import typer
 from flowspec.cli_bench import (
     AsPublished,
     Draft,
+    Int8Draft,
     PromptsFile,
     Seed,
     comma_list,
@@ -29,6 +30,7 @@ def emulate(
     schedule: Annotated[str, typer.Option(help="Comma list, as for simulate, without the tp ones.")] = "lockstep,flow",
     model: Annotated[str, typer.Option(help="Gives the tokens: demo, or a directory.")] = "demo",
     draft: Draft = None,
+    int8_draft: Int8Draft = False,
     prompts: PromptsFile = None,
     num_prompts: Annotated[int, typer.Option(help="Prompts at most.")] = 2,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate for each prompt at most.")] = 64,
@@ -62,9 +64,12 @@ def emulate(
         cluster = ClusterSpec.load(cluster_file)
         text = Path(cluster_file).read_text(encoding="utf-8")
         params = SamplingParams(max_new_tokens, temperature, seed=seed)
-        experiment = Experiment(cluster, ScheduleConfig(), params, as_published)
+        experiment = Experiment(cluster, ScheduleConfig(), params, as_published, int8_draft=int8_draft)
         torch.set_num_threads(1)
-        pair = CheckpointPair(model, draft or "auto", ScheduleConfig().flow.top_k, is_coupled=not as_published)
+        pair = CheckpointPair(
+            model, draft or "auto", ScheduleConfig().flow.top_k, is_coupled=not as_published,
+            draft_dtype="int8" if int8_draft else "auto",
+        )  # fmt: skip
         results: list[ScheduleResult] = []
         remarks: dict[str, dict[str, float]] = {}
         for place, name in enumerate(names):
@@ -83,7 +88,8 @@ def emulate(
         progress.stop()
         settings: dict[str, Any] = {
             "max_new_tokens": max_new_tokens, "temperature": temperature, "num_prompts": len(indexed),
-            "as_published": as_published, "draft": draft or "auto", "time_scale": time_scale,
+            "as_published": as_published, "draft": draft or "auto", "int8_draft": int8_draft,
+            "time_scale": time_scale,
         }  # fmt: skip
         if as_json:
             write_json(results_json(cluster.name, model, seed, settings, results) | {"emulation": remarks})

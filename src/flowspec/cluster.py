@@ -181,7 +181,7 @@ class DriverCosts:
     merge_ms: float = 0.0  # after a commit that kept the tree
     send_ms: float = 0.0  # for each segment sent
     hint_ms: float = 0.0  # for each hint read
-    int8_draft_pass_ms: float = 0.0  # a draft pass with weights in int8; 0: unknown
+    int8_draft_pass_ms: float = 0.0  # a draft pass with head and lm_head in int8; 0: not given
     hop_ms: float = 0.0  # codec, copies and sockets, for each hop of a segment
     broadcast: Broadcast = "direct"  # one message to every worker, or handed on along a binary tree
     broadcast_messages: int = 1  # messages, one after the other, that a commit consists of

@@ -10,6 +10,7 @@ from typing import Literal
 from flowspec.errors import UsageError
 
 DType = Literal["float32", "bfloat16", "float16"]
+DraftDType = Literal["auto", "int8"]  # auto: the model's
 FinishReason = Literal["stop", "length"]
 
 MAX_SEED = 2**64 - 1

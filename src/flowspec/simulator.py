@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from flowspec.cluster import ClusterSpec, DriverCosts
 from flowspec.config import ScheduleConfig
-from flowspec.core import MAX_SEED, Partition, SamplingParams
+from flowspec.core import MAX_SEED, DraftDType, Partition, SamplingParams
 from flowspec.draft.base import DraftSource
 from flowspec.draft.catalogue import choose_draft, load_draft
 from flowspec.draft.synthetic import SyntheticSource
@@ -92,13 +92,15 @@ class SyntheticPair:
 class CheckpointPair:
     """A real model and draft, as the demo pair, cut as evenly as its layers allow."""
 
-    def __init__(self, model: str, draft: str, top_k: int, is_coupled: bool = True) -> None:
+    def __init__(
+        self, model: str, draft: str, top_k: int, is_coupled: bool = True, draft_dtype: DraftDType = "auto"
+    ) -> None:
         """``is_coupled``: see ``draft.eagle.EagleSource``. Raises ``UsageError`` for what cannot be loaded."""
         self.checkpoint = Checkpoint.open(model)
         head = TargetHead(self.checkpoint.load_lm_head("float32", "cpu"))
-        chosen = choose_draft(self.checkpoint, draft)
+        chosen = choose_draft(self.checkpoint, draft, draft_dtype)
         self.head = head
-        self.source = load_draft(chosen, self.checkpoint, head, top_k, "float32", "cpu", is_coupled)
+        self.source = load_draft(chosen, self.checkpoint, head, top_k, "float32", "cpu", is_coupled, draft_dtype)
         self.max_positions = self.checkpoint.max_positions
         self.eos_ids = self.checkpoint.eos_token_ids
         self._tokenizer = self.checkpoint.load_tokenizer()
@@ -166,9 +168,16 @@ class Experiment:
     config: ScheduleConfig
     params: SamplingParams
     as_published: bool = False  # the driver's costs of the paper's code for all schedules but ``flow``
-    int8_draft: bool = False  # the driver keeps the draft's weights in int8
     faults: Faults = Faults()
     with_spans: bool = False  # keep every piece of work, for traces
+    int8_draft: bool = False  # a draft pass of our driver costs what int8 weights cost
+
+    def __post_init__(self) -> None:
+        if self.int8_draft and not self.cluster.ours.int8_draft_pass_ms:
+            raise UsageError(
+                f"the cluster file {self.cluster.name} has no int8_draft_pass_ms in [driver.ours]; add it, "
+                "or simulate without int8 drafts"
+            )
 
     def params_of(self, index: int) -> SamplingParams:
         """Every prompt is sampled by a seed of its own."""
@@ -177,14 +186,10 @@ class Experiment:
         return replace(self.params, seed=((self.params.seed or 0) + index) % (MAX_SEED + 1))
 
     def costs_of(self, schedule: str) -> DriverCosts:
-        """Raises ``UsageError`` where the cluster's file does not know what an int8 draft costs."""
-        if self.as_published and not schedule.startswith("flow"):
+        if self.as_published and not schedule.startswith(("flow", "auto")):
             return self.cluster.published
-        if not self.int8_draft:
-            return self.cluster.ours
-        if not self.cluster.ours.int8_draft_pass_ms:
-            raise UsageError(f"{self.cluster.name} has no int8_draft_pass_ms in [driver.ours]; add it, in milliseconds")
-        return replace(self.cluster.ours, draft_pass_ms=self.cluster.ours.int8_draft_pass_ms)
+        ours = self.cluster.ours
+        return replace(ours, draft_pass_ms=ours.int8_draft_pass_ms) if self.int8_draft else ours
 
     def stage_s(self, num_rows: int) -> float:
         """As ``schedule.pace.Costs``: what a start-up measurement would tell."""

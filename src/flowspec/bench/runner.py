@@ -12,6 +12,7 @@ from functools import lru_cache
 
 import torch
 
+from flowspec.core import DraftDType
 from flowspec.records import RequestRecord
 from flowspec.simulator import CheckpointPair, Experiment, ModelPair, SyntheticPair, simulate
 
@@ -28,6 +29,7 @@ class PairSpec:
     draft: str = "auto"  # of a real model
     top_k: int = 10  # children that a node gets in one draft pass
     is_coupled: bool = True  # a real draft guesses with the noise of sampling; no published one does
+    draft_dtype: DraftDType = "auto"  # of a real model's draft head
 
     @property
     def name(self) -> str:
@@ -37,7 +39,7 @@ class PairSpec:
         """Raises ``UsageError``."""
         if self.model == SYNTHETIC:
             return SyntheticPair(self.draft_quality, self.top_k)
-        return CheckpointPair(self.model, self.draft, self.top_k, self.is_coupled)
+        return CheckpointPair(self.model, self.draft, self.top_k, self.is_coupled, self.draft_dtype)
 
 
 _load = lru_cache(maxsize=2)(PairSpec.load)

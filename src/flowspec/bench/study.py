@@ -92,9 +92,9 @@ class Study:
             "temperature": experiment.params.temperature,
             "num_prompts": len(self.prompts),
             "as_published": experiment.as_published,
-            **({"int8_draft": True} if experiment.int8_draft else {}),
             "draft_quality": None if is_real else self.pair.draft_quality,
             "draft": self.pair.draft if is_real else None,
+            "int8_draft": experiment.int8_draft,
             "schedule_config": asdict(experiment.config),
             "faults": {
                 "max_delay_ms": experiment.faults.max_delay_ms,

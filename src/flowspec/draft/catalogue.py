@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
-from flowspec.core import DType
+from flowspec.core import DraftDType, DType
 from flowspec.draft.base import DraftSource
 from flowspec.draft.eagle import EagleSource
 from flowspec.draft.ngram import NgramSource
 from flowspec.errors import UsageError
 from flowspec.model.eagle_head import EagleHead
+from flowspec.model.int8 import Int8TargetHead, quantize_head
 from flowspec.model.loader import DEMO, Checkpoint, demo_draft_directory
 from flowspec.model.target_head import TargetHead
 
@@ -18,11 +19,25 @@ from flowspec.model.target_head import TargetHead
 ChosenDraft: TypeAlias = Literal["none", "ngram"] | Path | DraftSource
 
 
-def choose_draft(checkpoint: Checkpoint, draft: str | Path | DraftSource) -> ChosenDraft:
+def choose_draft(
+    checkpoint: Checkpoint, draft: str | Path | DraftSource, draft_dtype: DraftDType = "auto"
+) -> ChosenDraft:
     """Find what is meant, without loading it; ``auto`` is the head that belongs to the model, else n-grams.
 
-    Raises ``UsageError``.
+    Raises ``UsageError``, also for int8 where there is no head.
     """
+    if draft_dtype not in get_args(DraftDType):
+        raise UsageError(f"draft_dtype is {draft_dtype!r}; it must be 'auto' or 'int8'")
+    chosen = _find_draft(checkpoint, draft)
+    if draft_dtype == "int8" and not isinstance(chosen, Path):
+        name = chosen if isinstance(chosen, str) else chosen.name
+        raise UsageError(
+            f"int8 is for draft heads, and the draft is {name}; name a head's directory, or leave int8 out"
+        )
+    return chosen
+
+
+def _find_draft(checkpoint: Checkpoint, draft: str | Path | DraftSource) -> ChosenDraft:
     if not isinstance(draft, (str, Path)):
         return draft
     match str(draft):
@@ -48,8 +63,13 @@ def load_draft(
     dtype: DType,
     device: str,
     is_coupled: bool = True,
+    draft_dtype: DraftDType = "auto",
 ) -> DraftSource | None:
-    """``None`` when nothing is to be drafted. ``is_coupled``: see ``EagleSource``."""
+    """``None`` when nothing is to be drafted. ``is_coupled``: see ``EagleSource``.
+
+    ``draft_dtype``: int8 quantises the draft head and a copy of the lm_head; ``head`` itself stays as it is.
+    Raises ``UsageError``.
+    """
     match chosen:
         case "none":
             return None
@@ -57,6 +77,10 @@ def load_draft(
             return NgramSource()
         case Path():
             embedding = checkpoint.load_embedding(dtype, device)
-            return EagleSource(EagleHead.load(chosen, embedding, dtype, device), head, top_k, is_coupled)
+            eagle_head = EagleHead.load(chosen, embedding, dtype, device)
+            if draft_dtype == "auto":
+                return EagleSource(eagle_head, head, top_k, is_coupled)
+            quantize_head(eagle_head)
+            return EagleSource(eagle_head, Int8TargetHead(head.weight), top_k, is_coupled)
         case _:
             return chosen

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from flowspec.core import SamplingParams
 from flowspec.draft.base import Accepted, steady_steps
+from flowspec.generation import LogitsHead
 from flowspec.messages import NO_PARENT
 from flowspec.model.eagle_head import EagleHead
 from flowspec.model.kv_cache import KVCache
 from flowspec.model.stage import ATTENTION
-from flowspec.model.target_head import TargetHead
 from flowspec.sampling import Sampler
 from flowspec.tree import DraftTree, Floats, Ints
 
@@ -33,13 +33,14 @@ class EagleSource:
     name = "eagle"
     needs_features = True
 
-    def __init__(self, head: EagleHead, target_head: TargetHead, top_k: int, is_coupled: bool = True) -> None:
-        """``top_k``: children that a node gets in one pass. ``is_coupled``: guess with the noise of the draws to come;
-        off for comparison with systems that do not.
+    def __init__(self, head: EagleHead, lm_head: LogitsHead, top_k: int, is_coupled: bool = True) -> None:
+        """``lm_head``: the target's, or a cheaper copy. ``top_k``: children that a node gets in one pass.
+
+        ``is_coupled``: guess with the noise of the draws to come; off for comparison with systems that do not.
         """
         head.config._attn_implementation = ATTENTION
         self.head = head
-        self.target_head = target_head
+        self.lm_head = lm_head
         self.top_k = top_k
         self.is_coupled = is_coupled
         self.steady_steps = steady_steps(getattr(head.config, "hit_rates", ()))
@@ -64,7 +65,7 @@ class EagleDraft:
 
     def __init__(self, source: EagleSource, prompt_ids: Sequence[int], sampler: Sampler) -> None:
         self._head = source.head
-        self._target_head = source.target_head
+        self._lm_head = source.lm_head
         self._top_k = source.top_k
         self._sampler = sampler
         self._prompt_ids = prompt_ids
@@ -156,7 +157,7 @@ class EagleDraft:
     def _grow(self, tree: DraftTree, rows: Ints, features: Tensor, staleness: Ints) -> None:
         """Give the nodes the ``top_k`` most probable tokens after them."""
         positions = tree.depths[rows] + self._root_position + 2  # a node's token is one behind its row's feature
-        all_logprobs = self._sampler.draft_logprobs(self._target_head.logits(features), positions)
+        all_logprobs = self._sampler.draft_logprobs(self._lm_head.logits(features), positions)
         best = all_logprobs.topk(min(self._top_k, all_logprobs.shape[-1]), dim=-1)
         logprobs: Floats = best.values.double().cpu().numpy()
         tree.expand(rows, best.indices.cpu().numpy(), logprobs, staleness)

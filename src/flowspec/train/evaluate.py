@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from flowspec.errors import UsageError
@@ -145,8 +145,12 @@ def evaluate(
     held_out: Tokens,
     config: EvaluationConfig | None = None,
     hints: Sequence[HintHead] = (),
+    draft_lm_head: nn.Module | None = None,
 ) -> Evaluation:
-    """Measure on a held-out stream of tokens [T]; all weights must be in the same dtype (float32 for exactness)."""
+    """Measure on a held-out stream of tokens [T]; all weights must be in the same dtype (float32 for exactness).
+
+    ``draft_lm_head``: the copy of the target's lm_head that the draft guesses with, if it has one.
+    """
     config = config or EvaluationConfig()
     if len(held_out) < config.num_prompts * config.prompt_len:
         raise UsageError(f"{len(held_out)} held-out tokens are too few for {config.num_prompts} prompts; add text")
@@ -157,7 +161,7 @@ def evaluate(
         length = config.prompt_len + config.num_new_tokens
         temperatures = torch.full((len(prompts),), temperature)
         token_ids = continue_rows(target, prompts, length, temperatures, generator)
-        texts.append(_measure(target, head, hints, token_ids, config))
+        texts.append(_measure(target, head, hints, token_ids, config, draft_lm_head or target.get_output_embeddings()))
     return Evaluation(
         config=config,
         held_out_loss=held_out_loss(target, held_out, config.loss_window_len),
@@ -174,12 +178,16 @@ def _spaced_prompts(held_out: Tokens, config: EvaluationConfig) -> Tensor:
 
 
 def _measure(
-    target: PreTrainedModel, head: EagleHead, hints: Sequence[HintHead], token_ids: Tensor, config: EvaluationConfig
+    target: PreTrainedModel,
+    head: EagleHead,
+    hints: Sequence[HintHead],
+    token_ids: Tensor,
+    config: EvaluationConfig,
+    lm_head: Any,
 ) -> TextResult:
     model: Any = target
     hidden_states = model.model(input_ids=token_ids, use_cache=False, output_hidden_states=True).hidden_states
     features = hidden_states[-1]
-    lm_head = model.get_output_embeddings()
     num_tokens = num_passes = 0
     for row_ids, row_features in zip(token_ids, features, strict=True):
         run_tokens, run_passes = _run_with_trees(head, lm_head, row_ids, row_features, config)
