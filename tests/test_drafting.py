@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from flowspec.config import PipelineConfig, TreeConfig
 from flowspec.core import SamplingParams
 from flowspec.draft.base import Accepted
 from flowspec.draft.eagle import GREEDY
+from flowspec.draft.lookup import LookupDraft
 from flowspec.draft.ngram import NgramConfig, NgramSource
 from flowspec.sampling import Sampler
 from flowspec.tree import DraftTree, Ints
@@ -105,3 +107,64 @@ def test_repetitive_text_is_accepted_from_ngrams(checkpoint_dir: Callable[[str],
     repeats = sum(tuple(output[i : i + 3]) in {tuple(output[j : j + 3]) for j in range(i)} for i in range(len(output)))
     if repeats > 20:
         assert generation.stats.accepted > 10
+
+
+# --- n-grams beside another draft ---
+
+
+class SilentDraft:
+    """Makes passes, and knows nothing."""
+
+    def read_prompt(self, node_ids: Sequence[int], features: torch.Tensor) -> None: ...
+
+    def commit(self, accepted: Accepted, tree: DraftTree) -> None: ...
+
+    def expand(self, tree: DraftTree, rows: Ints) -> bool:
+        tree.staleness[rows] = 1
+        return True
+
+
+ROOT = np.zeros(1, dtype=np.int64)
+
+
+def accept(draft: LookupDraft, tree: DraftTree, num_nodes: int, new_token: int | None = None) -> None:
+    """Commit the root and ``num_nodes - 1`` nodes below it; without ``new_token`` the next one is the new root."""
+    path = tree.path(len(tree) - 1)[: num_nodes + 1]
+    node_ids, token_ids = tree.node_ids[path[:num_nodes]].tolist(), tree.token_ids[path[:num_nodes]].tolist()
+    if new_token is None:
+        tree.reroot(path[num_nodes])
+    else:
+        tree.restart(new_token)
+    draft.commit(Accepted(node_ids, token_ids, torch.zeros(num_nodes, 1)), tree)
+
+
+@pytest.mark.parametrize(("num_repeated", "is_long"), [(7, False), (8, True)])
+def test_only_long_matches_join_the_tree(num_repeated: int, is_long: bool) -> None:
+    text = list(range(20))
+    prompt = [*text, 50, *text[5 : 5 + num_repeated]]
+    tree = DraftTree(len(prompt) - 1, prompt[-1], 80)
+    assert LookupDraft(SilentDraft(), prompt).expand(tree, ROOT)
+    tree.check_integrity()
+    expected = [*text[13:], 50, *text[5:13]] if is_long else []
+    assert tree.token_ids[1:].tolist() == expected
+    assert not is_long or (tree.logprobs[1:] == math.log(4 / 5)).all()
+
+
+def test_ngrams_are_trusted_as_far_as_they_have_come_true() -> None:
+    text = list(range(20)) * 2
+    tree = DraftTree(len(text) - 1, text[-1], 80)
+    draft = LookupDraft(SilentDraft(), text)
+    draft.expand(tree, ROOT)
+    accept(draft, tree, 3)  # three tokens came true
+    draft.expand(tree, ROOT)
+    tree.check_integrity()
+    assert tree.token_ids.tolist() == [2, *range(3, 19)], "the chain goes on where it ended"
+    assert tree.logprobs[-1] == math.log(7 / 8) and tree.logprobs[1] == math.log(7 / 8)
+    accept(draft, tree, 1, new_token=99)  # and one did not
+    draft.expand(tree, ROOT)
+    assert len(tree) == 1, "nothing like it was there before"
+    for token_id in range(12):
+        accept(draft, tree, 1, new_token=token_id)
+    draft.expand(tree, ROOT)
+    assert tree.token_ids[:9].tolist() == list(range(11, 20))
+    assert np.allclose(tree.logprobs[1:], math.log(7 / 9))

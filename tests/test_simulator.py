@@ -383,6 +383,14 @@ def test_a_draft_that_knows_the_noise_is_accepted_more_often_and_changes_no_toke
     assert sum(r.segments for r in coupled) < sum(r.segments for r in plain)
 
 
+def test_ngrams_save_time_where_text_repeats_itself_and_change_no_token() -> None:
+    experiment = Experiment(NANO, ScheduleConfig(), SamplingParams(max_tokens=100))
+    pair, prompts = CheckpointPair("demo", "auto", 10), list(enumerate(BUILT_IN_PROMPTS[:1]))
+    (without,), (with_ngrams,) = (simulate(experiment, pair, name, prompts) for name in ("flow-no-ngrams", "flow"))
+    assert with_ngrams.token_ids == without.token_ids
+    assert with_ngrams.segments < without.segments and with_ngrams.decode_s < without.decode_s
+
+
 # --- the schedule that chooses ---
 
 

@@ -171,6 +171,7 @@ class Watched:
     name: str
     uses_draft: bool
     wants_hints: bool
+    wants_ngrams: bool
     tree: Any
     events: list[Sent | Result | Message] = field(default_factory=list)
     num_tokens: list[int] = field(default_factory=list)  # emitted so far, at each step
@@ -208,7 +209,7 @@ def watch(
 
     def make_watched(*args: Any, **options: Any) -> Watched:
         inner = make_schedule(*args, **options)
-        made.append(Watched(inner, inner.name, inner.uses_draft, inner.wants_hints, inner.tree))
+        made.append(Watched(inner, inner.name, inner.uses_draft, inner.wants_hints, inner.wants_ngrams, inner.tree))
         return made[-1]
 
     monkeypatch.setattr(simulator, "make_schedule", make_watched)

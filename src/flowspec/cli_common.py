@@ -24,7 +24,7 @@ COMPARED_NAMES = "ar, serial, chunked, pipedec, lockstep, flow"
 SCHEDULE_NAMES = f"auto, {COMPARED_NAMES}"
 ABLATION_NAMES = (
     "lockstep-no-score-order, lockstep-no-prune, lockstep-no-expand, flow-no-late-binding, flow-no-segment-costs, "
-    "flow-no-steady, flow-no-cancel, flow-no-hints"
+    "flow-no-steady, flow-no-cancel, flow-no-hints, flow-no-ngrams"
 )
 
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Log more, and show tracebacks.")]

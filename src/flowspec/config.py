@@ -75,6 +75,7 @@ class FlowParts:
     steady: bool = True  # what a steady draft has guessed is not drafted again
     cancel: bool = True  # a forward whose rows have died stops between layers
     hints: bool = True  # workers tell early what they guess of rows under way
+    ngrams: bool = True  # where the text repeats itself, what followed the last time joins the tree
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from flowspec.config import PipelineConfig
 from flowspec.draft.base import DraftSource
+from flowspec.draft.lookup import LookupSource
 from flowspec.errors import ProtocolError
 from flowspec.generation import Generation, LogitsHead, Meter, NoMeter, Request
 from flowspec.messages import Alive, Closed, Hint, Message, Result, Send
@@ -56,6 +57,8 @@ class Driver:
         """
         assert request.request_id not in self._running, "request ids are never reused"
         source = self._source if schedule.uses_draft else None
+        if source is not None and schedule.wants_ngrams:
+            source = LookupSource(source)
         generation = Generation(
             request,
             self._head,

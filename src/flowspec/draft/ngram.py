@@ -60,7 +60,7 @@ class NgramDraft:
         tree.staleness[rows] = 0  # there is nothing fresher to learn about them
         for node_id in tree.node_ids[rows].tolist():
             row = int(tree.rows_of(np.array([node_id]))[0])  # a chain may have moved the rows
-            match_len, tokens = self._look_up(tree.token_ids[tree.path(row)].tolist())
+            match_len, tokens = self.look_up(tree.token_ids[tree.path(row)].tolist())
             if tokens:
                 # Longer matches are surer; the share is a rule of thumb, and only the order of nodes hangs on it.
                 tree.add_path(row, tokens, [math.log(match_len / (match_len + 1))] * len(tokens))
@@ -74,7 +74,7 @@ class NgramDraft:
                 self._ends[tuple(self._text[end - length : end])] = end
             self._text.append(token_id)
 
-    def _look_up(self, path: list[int]) -> tuple[int, list[int]]:
+    def look_up(self, path: list[int]) -> tuple[int, list[int]]:
         """The longest match of the text's end with ``path`` behind it, and the tokens that followed it."""
         longest = self._config.max_match
         context = (self._text[-longest:] + path)[-longest:]

@@ -62,7 +62,7 @@ class Auto:
         full, small = (Flow(t, parts, pipeline, num_parallel, pace, steady_steps) for t in (tree, small_tree))
         self._rungs = (full, small, Autoregressive(tree))
         self.tree = full.tree
-        self.wants_hints = full.wants_hints
+        self.wants_hints, self.wants_ngrams = full.wants_hints, full.wants_ngrams
         self._experience = experience
         self._rung = experience.rung
         self._round_trip_s = math.inf  # the shortest

@@ -11,6 +11,7 @@ class Autoregressive:
     name = "ar"
     uses_draft = False
     wants_hints = False
+    wants_ngrams = False
 
     def __init__(self, tree: TreeConfig) -> None:
         self.tree = tree

@@ -27,6 +27,7 @@ ABLATIONS: Mapping[str, str] = {  # name -> the field of ``LockstepConfig`` or `
     "flow-no-steady": "steady",
     "flow-no-cancel": "cancel",
     "flow-no-hints": "hints",
+    "flow-no-ngrams": "ngrams",
 }
 
 

@@ -43,7 +43,7 @@ class Flow:
         """
         by_costs = pace.segment_len if pace and parts.segment_costs else DEFAULT_SEGMENT_LEN
         self._segment_len = pipeline.segment_len or by_costs
-        self.wants_hints = parts.hints
+        self.wants_hints, self.wants_ngrams = parts.hints, parts.ngrams
         steady_steps = steady_steps if parts.steady else 1
         # The more rows cost nothing, the less probable a node may be that is worth one; nobody has time for thousands.
         share = min(max(1.0, self._segment_len / DEFAULT_SEGMENT_LEN), 4.0) if pace else 1.0

@@ -17,6 +17,7 @@ class Serial:
     name = "serial"
     uses_draft = True
     wants_hints = False
+    wants_ngrams = False
 
     def __init__(self, tree: TreeConfig, num_chunks: int = 1) -> None:
         self.tree = tree

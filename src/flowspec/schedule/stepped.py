@@ -26,6 +26,7 @@ class Stepped(ABC):
     name: str
     uses_draft = True
     wants_hints = False
+    wants_ngrams = False
 
     def __init__(self, tree: TreeConfig, num_stages: int, prunes: bool = True) -> None:
         """``prunes``: tell the workers of each commit at once, and not only at the end of the round."""
