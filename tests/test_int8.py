@@ -13,6 +13,7 @@ from torch import nn
 from transformers import LlamaConfig
 
 from flowspec import LLM, SamplingParams
+from flowspec.config import LinkConfig
 from flowspec.errors import UsageError
 from flowspec.model.eagle_head import EagleHead
 from flowspec.model.int8 import Int8Linear, Int8TargetHead, quantize_head, quantize_rows
@@ -126,3 +127,8 @@ def test_a_torch_without_the_kernel_is_a_clear_error(monkeypatch: pytest.MonkeyP
 def test_impossible_dtypes_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         LLM("demo", in_process=True, **options)
+
+
+def test_an_int8_wire_needs_a_wire() -> None:
+    with pytest.raises(UsageError, match="there is no wire in one process"):
+        LLM("demo", in_process=True, link=LinkConfig(int8_wire=True))

@@ -71,6 +71,23 @@ def test_a_result_survives_the_wire(ids: list[int], dtype: torch.dtype, width: i
     assert_equal(Codec().decode_to_driver(wire(result)), result)
 
 
+@given(IDS, DTYPES, st.integers(0, 8), st.integers(-9, 9))
+def test_hidden_states_in_int8_are_at_most_half_a_scale_off(
+    ids: list[int], dtype: torch.dtype, width: int, exponent: int
+) -> None:
+    hidden = (torch.randn(len(ids), width) * 2.0**exponent).to(dtype)
+    segment = Segment(3, 1, 9, ids, [i - 1 for i in ids], ids, 0, None, hidden, [])
+    frames = [bytearray(frame) for frame in Codec(int8_wire=True).encode(segment)]
+    assert len(frames[1]) == hidden.numel() + 4 * len(hidden)
+    received = Codec().decode_to_worker(frames)
+    assert isinstance(received, Segment) and received.hidden is not None
+    assert received.hidden.dtype == dtype and received.hidden.shape == hidden.shape
+    if hidden.numel():
+        errors = (received.hidden.float() - hidden.float()).abs()
+        largest = hidden.float().abs().amax(dim=1, keepdim=True)
+        assert (errors <= largest * (0.5 / 127 + torch.finfo(dtype).eps) * 1.001).all()
+
+
 @pytest.mark.parametrize(
     "message",
     [
@@ -120,7 +137,7 @@ def test_garbage_is_a_protocol_error_and_nothing_else(frames: list[bytes]) -> No
 @given(st.data())
 def test_a_damaged_message_is_a_protocol_error_or_still_a_message(data: st.DataObject) -> None:
     segment = Segment(0, 0, 0, [1, 2], [0, 1], [4, 5], 0, None, torch.ones(2, 3), [])
-    frames = wire(segment)
+    frames = [bytearray(frame) for frame in Codec(data.draw(st.booleans())).encode(segment)]
     frame = frames[data.draw(st.integers(0, 1))]
     frame[data.draw(st.integers(0, len(frame) - 1))] = data.draw(st.integers(0, 255))
     with contextlib.suppress(ProtocolError):

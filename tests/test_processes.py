@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -167,6 +168,22 @@ def test_flow_with_measured_costs_gives_the_text_of_plain_decoding(
         flow, plain = (llm.generate(PROMPT_IDS, params, schedule=name) for name in ("flow", "ar"))
     assert flow.token_ids == plain.token_ids
     assert flow.stats.drafted > 0
+
+
+def test_an_int8_wire_saves_bytes_between_workers(
+    checkpoint_dir: Callable[[str], Path], remote_workers: list[str]
+) -> None:
+    params, received = SamplingParams(max_tokens=12), list[int]()
+    for int8_wire in (False, True):
+        link = replace(LINK, int8_wire=int8_wire)
+        with LLM(checkpoint_dir("llama"), workers=remote_workers[:2], link=link, draft="none") as llm:
+            assert llm.generate(PROMPT_IDS, params).num_tokens == 12
+            assert llm.last_stats is not None
+            first, *_, last = llm.last_stats.timings
+            received.append(last[-1].link_bytes - first[-1].link_bytes)
+    num_rows = 11  # that reached the second worker after the first one
+    saved = num_rows * (3 * llm.checkpoint.hidden_size - 4 - len("int8/"))
+    assert abs(received[0] - received[1] - saved) < 20, "but for the lengths of some numbers in the headers"
 
 
 def _connect_patiently(directory: Path, workers: list[str]) -> LLM:

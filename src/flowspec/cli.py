@@ -92,6 +92,10 @@ def generate(
     segment_len: Annotated[
         int, typer.Option(help="Nodes in one segment of flow at most; 0: by the devices' costs.")
     ] = PipelineConfig.segment_len,
+    int8_wire: Annotated[
+        bool,
+        typer.Option("--int8-wire", help="Send hidden states between workers in int8: for slow links; not bit-exact."),
+    ] = False,
     timeout: Annotated[
         float, typer.Option(help="Seconds to wait for workers to come up, or to answer.")
     ] = LinkConfig.stall_timeout_s,
@@ -123,7 +127,7 @@ def generate(
                     device=device,
                     tree=tree,
                     pipeline=PipelineConfig(segment_len=segment_len),
-                    link=LinkConfig(start_timeout_s=timeout, stall_timeout_s=timeout),
+                    link=LinkConfig(start_timeout_s=timeout, stall_timeout_s=timeout, int8_wire=int8_wire),
                     progress=progress,
                 )
             )

@@ -110,11 +110,12 @@ class ScheduleConfig:
 
 @dataclass(frozen=True)
 class LinkConfig:
-    """How long the processes wait for each other."""
+    """How long the processes wait for each other, and what travels between them."""
 
     start_timeout_s: float = 120.0  # a worker must be connected within this time, and say something of its loading
     stall_timeout_s: float = 120.0  # a run fails when no worker says anything for this long while work is under way
     heartbeat_s: float = 2.0  # a connection whose peer is silent for three heartbeats is lost
+    int8_wire: bool = False  # hidden states travel between workers in int8: fewer bytes, and not bit-exact
 
     def __post_init__(self) -> None:
         _check_positive(self, "start_timeout_s", "stall_timeout_s", "heartbeat_s")

@@ -205,6 +205,7 @@ class RemoteCluster:
                     self._config.heartbeat_s,
                     emulation,
                     hints,
+                    self._config.int8_wire,
                 )
             )
 

@@ -136,6 +136,8 @@ class LLM:
         self._worker_bytes: dict[int, int] = {}  # the newest count of each worker, by stage
         if workers is not None and (in_process or not workers):
             raise UsageError("workers: name at least one address, and do not ask for in_process too")
+        if in_process and self._link.int8_wire:
+            raise UsageError("int8_wire: there is no wire in one process; leave in_process or int8_wire out")
         check_device(device)
         self._schedule_name = schedule
         self._costs: MeasuredCosts | None = None
@@ -158,8 +160,8 @@ class LLM:
                 self.ready = self._cluster.await_ready(lambda done: self._progress("loading", done))
                 # Workers that share cores, or one accelerator, measure at the same time, and so nothing of use.
                 if workers or (torch.device(device).type == "cpu" and num_cores() > len(self.partition)):
-                    row_bytes = self.checkpoint.hidden_size * getattr(torch, dtype).itemsize
-                    self._costs = MeasuredCosts(self.ready, row_bytes)
+                    item_bytes = 1 if self._link.int8_wire else getattr(torch, dtype).itemsize
+                    self._costs = MeasuredCosts(self.ready, self.checkpoint.hidden_size * item_bytes)
         except BaseException:
             self.close()
             raise

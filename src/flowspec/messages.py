@@ -4,7 +4,8 @@ Segments run along the data path, driver -> worker 1 -> ... -> worker N, as do `
 on a worker begins and ends in the order of its own rows, whatever the control connection does. Commits overtake the
 data on the control connection, which is what makes them useful; they are correct whenever they arrive.
 
-On the wire a message is one msgpack frame (a tagged array of its fields) and one raw frame for every tensor in it.
+On the wire a message is one msgpack frame (a tagged array of its fields) and one raw frame for every tensor in it, in
+the tensor's own dtype; or, where that is asked for, in int8 with a float32 scale for each row, which is not exact.
 """
 
 from __future__ import annotations
@@ -69,6 +70,7 @@ class Configure(Message, frozen=True):
     heartbeat_s: float
     emulation: Emulation | None = None
     hints: str | None = None  # the draft's directory, as the worker finds it, if hints are wanted
+    int8_wire: bool = False  # hidden states go to the next worker in int8
 
 
 class Commit(Message, frozen=True):
@@ -295,7 +297,9 @@ class Codec:
     }
     _NAMES: ClassVar[dict[torch.dtype, str]] = {dtype: name for name, dtype in _DTYPES.items()}
 
-    def __init__(self) -> None:
+    def __init__(self, int8_wire: bool = False) -> None:
+        """``int8_wire``: encode float tensors [rows, n] in int8; whatever decodes them need not know."""
+        self._int8_wire = int8_wire
         self._buffers: list[Any] = []
         self._encoder = msgspec.msgpack.Encoder(enc_hook=self._encode_tensor)
         self._to_worker = msgspec.msgpack.Decoder(ToWorker, dec_hook=self._decode_tensor)
@@ -332,15 +336,25 @@ class Codec:
     def _encode_tensor(self, value: object) -> object:
         assert isinstance(value, Tensor), f"no wire form for {type(value).__name__}"
         rows = value.detach().to("cpu").contiguous()
+        name, shape = self._NAMES[rows.dtype], tuple(rows.shape)
+        if self._int8_wire and rows.is_floating_point() and rows.ndim == 2:
+            name, rows = _INT8 + name, _to_int8(rows)
         self._buffers.append(rows.reshape(-1).view(torch.uint8).numpy().data if rows.numel() else b"")
-        return self._NAMES[rows.dtype], tuple(rows.shape)
+        return name, shape
 
     def _decode_tensor(self, kind: type, value: Any) -> object:
         assert kind is Tensor, f"no wire form for {kind.__name__}"
         name, shape = value
-        dtype = self._DTYPES.get(name)
+        is_int8 = isinstance(name, str) and name.startswith(_INT8)
+        dtype = self._DTYPES.get(name.removeprefix(_INT8) if is_int8 else name)
         if dtype is None or not all(isinstance(size, int) and size >= 0 for size in shape):
             raise ValueError(f"tensor of unknown type {name!r} or shape {shape!r}")
+        if is_int8:
+            num_rows, num_columns = shape
+            return _from_int8(self._read_tensor((num_rows, num_columns + _SCALE_BYTES), torch.int8)).to(dtype)
+        return self._read_tensor(tuple(shape), dtype)
+
+    def _read_tensor(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         if not self._buffers:
             raise ValueError("a tensor's frame is missing")
         buffer = memoryview(self._buffers.pop(0)).cast("B")
@@ -349,3 +363,21 @@ class Codec:
         if not len(buffer):
             return torch.empty(shape, dtype=dtype)
         return torch.frombuffer(buffer, dtype=dtype).reshape(shape)
+
+
+_INT8 = "int8/"  # before the name of the dtype that was quantised
+_SCALE_BYTES = 4
+
+
+def _to_int8(rows: Tensor) -> Tensor:
+    """Float rows [n, k] as int8 [n, k + 4]: the values, at most half a scale off, and the bytes of the row's scale."""
+    values = rows.float()
+    scales = values.abs().amax(dim=1, keepdim=True) / 127 if rows.numel() else values.new_zeros(len(rows), 1)
+    values = (values / torch.where(scales > 0, scales, 1)).round().to(torch.int8)
+    return torch.cat([values, scales.view(torch.int8)], dim=1)
+
+
+def _from_int8(packed: Tensor) -> Tensor:
+    """float32 [n, k] from [n, k + 4]."""
+    scales = packed[:, -_SCALE_BYTES:].clone(memory_format=torch.contiguous_format).view(torch.float32)
+    return packed[:, :-_SCALE_BYTES].float() * scales

@@ -118,6 +118,7 @@ class Connection:
         session: str,
         kind: Literal["control", "data"],
         heartbeat_s: float,
+        int8_wire: bool = False,
     ) -> None:
         """Raises ``UsageError`` for what is no address; an address where nobody listens is found out by waiting."""
         endpoint = tcp_endpoint(address)
@@ -129,7 +130,7 @@ class Connection:
         self._socket.setsockopt(zmq.IDENTITY, _identity(session, kind))
         self._socket.reconnect_ivl = 100
         self._monitor = self._socket.get_monitor_socket(_EVENTS)
-        self._codec = Codec()
+        self._codec = Codec(int8_wire)
         try:
             self._socket.connect(endpoint)
         except zmq.ZMQError as error:

@@ -156,7 +156,9 @@ class WorkerProcess:
                 "install the same flowspec version on both"
             )
         if configure.next_address is not None:
-            session.link = Connection(self._context, configure.next_address, name, "data", configure.heartbeat_s)
+            session.link = Connection(
+                self._context, configure.next_address, name, "data", configure.heartbeat_s, configure.int8_wire
+            )
             for socket in session.link.sockets:
                 self._poller.register(socket, zmq.POLLIN)
         checkpoint = Checkpoint.open(configure.model)
