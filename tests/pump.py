@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -56,7 +57,7 @@ class Pump:
         for index, layers in enumerate(partition.stages, start=1):
             stage = Stage.load(checkpoint, layers, "float32", "cpu")
             lens = HintHead.logit_lens(layers.end, torch.ones(stage.hidden_size), lm_head, 1, 1e-6).eval()
-            self.workers.append(Worker(stage, index, time.perf_counter, patience_s, lens if hints else None))
+            self.workers.append(Worker(stage, index, time.perf_counter, patience_s, lens if hints else None, math.inf))
         head = TargetHead(lm_head)
         source = draft if not isinstance(draft, str) else _source(draft, directory, checkpoint, head, tree)
         config = ScheduleConfig(tree, lockstep=LockstepConfig(replace(tree, size=tree.size + 1)), pipeline=pipeline)

@@ -391,6 +391,15 @@ def test_ngrams_save_time_where_text_repeats_itself_and_change_no_token() -> Non
     assert with_ngrams.segments < without.segments and with_ngrams.decode_s < without.decode_s
 
 
+@pytest.mark.parametrize(("name", "is_cheap"), [("7b-nano-150m", True), ("7b-int4-nano-150m", False)])
+def test_workers_stop_hinting_where_a_hint_takes_long(name: str, is_cheap: bool) -> None:
+    cluster = ClusterSpec.load(Path(__file__).parents[1] / "clusters" / f"{name}.toml")
+    experiment = Experiment(cluster, ScheduleConfig(), SamplingParams(max_tokens=40), with_spans=True)
+    (record,) = simulate(experiment, PAIR, "flow", [(0, PROMPT)])
+    num_hints = sum(span.work == "hint" for span in record.spans if span.place == 3)
+    assert num_hints > 10 if is_cheap else num_hints == 3
+
+
 # --- the schedule that chooses ---
 
 

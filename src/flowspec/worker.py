@@ -33,6 +33,8 @@ from flowspec.model.kv_cache import SlotTable
 
 NUM_GUESSES = 16  # tokens that a hint names for each row
 PATIENCE_S = 0.002  # a forward is interrupted no more often, to look for commits
+HINT_SHARE = 0.25  # of a forward's time; dearer hints keep the segments that follow waiting
+_NUM_TRIALS = 3  # hints until it is known what one takes
 
 Ints: TypeAlias = NDArray[np.int64]
 
@@ -102,8 +104,12 @@ class Worker:
         clock: Callable[[], float],
         patience_s: float | None = PATIENCE_S,
         hinter: Hinter | None = None,
+        hint_share: float = HINT_SHARE,
     ) -> None:
-        """``patience_s``: a forward looks for commits after as long, between layers; ``None``: never."""
+        """``patience_s``: a forward looks for commits after as long, between layers; ``None``: never.
+
+        ``hint_share``: of a forward's time that a hint may take at most, or none is made.
+        """
         self.link_bytes = 0  # received on the data path; the shell counts
         self._stage = stage
         self._index = index
@@ -112,6 +118,8 @@ class Worker:
         self._requests: dict[int, _OpenRequest] = {}
         self._queue: deque[DataMessage] = deque()
         self._hinter = hinter
+        self._hint_share = hint_share
+        self._hint_s: list[float] = []  # what the first ones took
         self._running: _Forward | None = None
         self._passed_on: Segment | None = None  # to be hinted at
 
@@ -230,7 +238,8 @@ class Worker:
                 timings=timings,
                 gate=None if segment.gate is None else segment.gate + 1,
             )
-            if request.want_hints and passed_on.num_prefix < len(node_ids):
+            may_hint = request.want_hints and self._is_hint_cheap(timing.end_s - timing.start_s)
+            if may_hint and passed_on.num_prefix < len(node_ids):
                 self._passed_on = passed_on
             return [Send(Route.NEXT, passed_on)]
         if not request.want_features:
@@ -242,11 +251,16 @@ class Worker:
 
     def _hint(self, segment: Segment, hinter: Hinter) -> list[Send]:
         assert segment.hidden is not None
-        num_prefix = segment.num_prefix
+        start_s, num_prefix = self._clock(), segment.num_prefix
         token_ids, logprobs = hinter.guess(segment.hidden[num_prefix:], NUM_GUESSES)
+        if len(self._hint_s) < _NUM_TRIALS:
+            self._hint_s.append(self._clock() - start_s)
         node_ids = segment.node_ids[num_prefix:]
         hint = Hint(segment.request_id, segment.epoch, node_ids, token_ids.tolist(), logprobs.tolist())
         return [Send(Route.DRIVER, hint)]
+
+    def _is_hint_cheap(self, forward_s: float) -> bool:
+        return len(self._hint_s) < _NUM_TRIALS or min(self._hint_s) <= self._hint_share * forward_s
 
     def check_integrity(self) -> None:
         """Assert the invariants of all caches."""
