@@ -69,3 +69,13 @@ def test_the_synthetic_language_is_calibrated() -> None:
     assert all(abs(rates[step] - aim) < 0.03 for step, aim in aims.items())
     assert all(abs(row["hit_rate"] - 0.83) < 0.03 for row in figures["eagle3"]["hits"])
     assert all(row["tokens_per_pass"] > 2 for quality in figures.values() for row in quality["trees"])
+
+
+def test_the_growth_benchmark_prints_json_and_draws(tmp_path: Path) -> None:
+    figures = json.loads(run_benchmark("growth.py", "--runs", "2", "--plot", str(tmp_path / "growth.png")))
+    for axis in ("nodes", "context"):
+        points = figures[axis]["points"]
+        assert len(points) == 6 and isinstance(figures[axis]["exponent"], float)
+        assert all(set(point["parts_ms"]) == set(points[0]["parts_ms"]) for point in points)
+        assert all(time_ms > 0 for point in points for time_ms in point["parts_ms"].values())
+    assert 0 < (tmp_path / "growth.png").stat().st_size < 150_000

@@ -330,7 +330,8 @@ class Generation:
 
     def _forget_dead(self) -> None:
         """Segments with no living row are no longer in flight: the workers drop them without a word."""
-        alive = {segment_id: ids[np.isin(ids, self.tree.node_ids)] for segment_id, ids in self.in_flight.items()}
+        tree = self.tree
+        alive = {segment_id: tree.node_ids[tree.rows_of(ids)] for segment_id, ids in self.in_flight.items()}
         self.in_flight = {segment_id: ids for segment_id, ids in alive.items() if len(ids)}
         # A verified node has verified ancestors, so the walk from the root has accepted it or passed it by.
         self._verified = {}

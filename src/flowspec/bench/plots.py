@@ -6,6 +6,7 @@ import textwrap
 import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from flowspec.bench.report import BASELINES, baselines
 from flowspec.bench.trace import TraceRun
@@ -273,6 +275,46 @@ def stacked(path: Path | str, bars: Mapping[str, Mapping[str, float]], y_label: 
     axes.set_ylabel(y_label)
     axes.set_ylim(0, 108)
     _legend(figure, palette)
+    _save(figure, path)
+
+
+@dataclass(frozen=True)
+class Growth:
+    """Times over sizes: all work, and each part of it."""
+
+    sizes: Sequence[float]
+    total_ms: Sequence[float]
+    parts_ms: Mapping[str, Sequence[float]]
+    title: str
+
+
+@matplotlib.rc_context(_STYLE)
+def growth(path: Path | str, panels: Mapping[str, Growth], title: str) -> None:
+    """One log-log panel for each kind of size, by its label; a dashed line shows linear growth from the first total."""
+    assert panels, "nothing to draw"
+    parts = list(dict.fromkeys(part for panel in panels.values() for part in panel.parts_ms))
+    of_part = dict(zip(parts, (_GREEN, _ORANGE, _SKY, _VERMILION, _PURPLE, _WINE, _BLUE), strict=False))
+    figure = Figure(figsize=(5 * len(panels), 4.6), dpi=_DPI, layout="constrained")
+    _title(figure, title)
+    all_axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    for axes, (label, panel) in zip(all_axes, panels.items(), strict=True):
+        guide = [panel.total_ms[0] * size / panel.sizes[0] for size in panel.sizes]
+        axes.plot(panel.sizes, guide, color=_GREY, linestyle="--", linewidth=1.2)
+        axes.plot(panel.sizes, panel.total_ms, color="black", linewidth=2.4, marker="o", markersize=5)
+        for part, times in panel.parts_ms.items():
+            axes.plot(panel.sizes, times, color=of_part[part], linewidth=1.4, marker="o", markersize=3)
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xticks(list(panel.sizes), [f"{size:g}" for size in panel.sizes])
+        axes.set_xticks([], minor=True)
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.grid(axis="y")
+        axes.set_xlabel(label)
+        axes.set_title(panel.title, fontsize=9)
+    all_axes[0].set_ylabel("ms")
+    _legend(figure, {"total": "black", **of_part, "linear growth": _GREY})
     _save(figure, path)
 
 
