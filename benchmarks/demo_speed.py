@@ -11,6 +11,7 @@ import statistics
 from typing import Any
 
 from flowspec.cli import DEMO_PROMPT
+from flowspec.config import EngineConfig
 from flowspec.core import SamplingParams
 from flowspec.llm import LLM, Completion
 
@@ -47,7 +48,7 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=200)
     arguments = parser.parse_args()
     figures: dict[str, Any] = {"stages": arguments.stages, "repeat": arguments.repeat}
-    with LLM("demo", stages=arguments.stages) as llm:
+    with LLM("demo", stages=arguments.stages, config=EngineConfig(keeps_caches=False)) as llm:
         llm.generate(DEMO_PROMPT, SamplingParams(max_tokens=16))  # warm-up
         for name, settings in TEXTS.items():
             params = SamplingParams(max_tokens=arguments.max_new_tokens, **settings)  # type: ignore[arg-type]

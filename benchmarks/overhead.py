@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from flowspec.config import PipelineConfig, TreeConfig
+from flowspec.config import EngineConfig, PipelineConfig, TreeConfig
 from flowspec.core import LayerRange, SamplingParams
 from flowspec.draft.base import Accepted
 from flowspec.launch import Cluster
@@ -100,10 +100,12 @@ def median_ms(work: Callable[[], object], num_runs: int) -> float:
 def measure_hops(num_stages: int, num_segments: int) -> dict[str, Any]:
     """Round trips of segments of 16 nodes through worker processes, one at a time."""
     pipeline = PipelineConfig(segments_in_flight=1)
-    with LLM("demo", stages=num_stages, pipeline=pipeline, draft=FixedSource()) as llm:
+    with LLM(
+        "demo", stages=num_stages, pipeline=pipeline, draft=FixedSource(), config=EngineConfig(keeps_caches=False)
+    ) as llm:
         llm.generate(PROMPT, SamplingParams(max_tokens=16))  # warm-up
-        assert llm._cluster is not None
-        llm._cluster = timed = TimedCluster(llm._cluster)
+        assert llm.engine._cluster is not None
+        llm.engine._cluster = timed = TimedCluster(llm.engine._cluster)
         while len(timed.trips) < num_segments:
             llm.generate(PROMPT, SamplingParams(max_tokens=128))
     engine = [trip - sum(t.end_s - t.start_s for t in result.timings) for trip, result in timed.trips]

@@ -47,6 +47,8 @@ class Pump:
         pipeline: PipelineConfig | None = None,
         patience_s: float | None = 0.0,  # a commit may come after every layer
         hints: bool = True,  # of untrained heads: they lead the draft astray, and the tokens must not care
+        shares_forwards: bool = True,  # whatever waits runs together
+        keeps_caches: bool = False,
     ) -> None:
         # Random models guess so badly that nothing would be worth a row: here everything is.
         tree, pipeline = tree or TreeConfig(min_probability=0.0), pipeline or PipelineConfig()
@@ -57,11 +59,13 @@ class Pump:
         for index, layers in enumerate(partition.stages, start=1):
             stage = Stage.load(checkpoint, layers, "float32", "cpu")
             lens = HintHead.logit_lens(layers.end, torch.ones(stage.hidden_size), lm_head, 1, 1e-6).eval()
-            self.workers.append(Worker(stage, index, time.perf_counter, patience_s, lens if hints else None, math.inf))
+            hinter, forward_s = lens if hints else None, (lambda num_rows: 1.0) if shares_forwards else None
+            self.workers.append(Worker(stage, index, time.perf_counter, patience_s, hinter, math.inf, forward_s))
         head = TargetHead(lm_head)
         source = draft if not isinstance(draft, str) else _source(draft, directory, checkpoint, head, tree)
         config = ScheduleConfig(tree, lockstep=LockstepConfig(replace(tree, size=tree.size + 1)), pipeline=pipeline)
-        self.driver = Driver(head, source, pipeline, checkpoint.max_positions, time.perf_counter)
+        positions = checkpoint.max_positions
+        self.driver = Driver(head, source, pipeline, positions, time.perf_counter, keeps_caches=keeps_caches)
         self._make_schedule = lambda: make_schedule(schedule, config, num_stages)
         self.network = InprocNetwork(num_stages)
         self._next_id = 0

@@ -14,11 +14,12 @@ PACKAGE = Path(__file__).parent.parent / "src" / "flowspec"
 # Lower numbers are imported by higher ones. A longer name overrules its package's.
 LEVELS = {
     "errors": 0, "core": 0, "config": 0, "records": 0,
-    "tree": 1, "sampling": 1, "messages": 1, "cluster": 1,
+    "tree": 1, "text": 1, "sampling": 1, "messages": 1, "cluster": 1,
     "transport": 2, "model": 2,
-    "draft.base": 3, "generation": 3, "draft": 3, "schedule": 3,
+    "draft.base": 3, "generation": 3, "slot_budget": 3, "draft": 3, "schedule": 3,
     "worker": 4, "driver": 4, "measure": 4,
-    "virtual_time": 5, "paced": 5, "worker_process": 5, "launch": 5, "llm": 5, "simulator": 5, "emulator": 5,
+    "virtual_time": 5, "paced": 5, "worker_process": 5, "launch": 5, "engine": 5, "llm": 5,
+    "simulator": 5, "emulator": 5,
     "train": 6, "bench": 6, "cli_common": 6, "cli_bench": 6, "cli_emulate": 6, "cli": 6, "__main__": 7,
 }  # fmt: skip
 
@@ -39,7 +40,7 @@ CONFINED = {
     "pydantic": {"server"},
     "typer": {"cli", "cli_bench", "cli_emulate", "cli_common"},
     "matplotlib": {"bench.plots"},
-    "transformers": {"model", "train", "llm"},
+    "transformers": {"model", "train", "engine"},
     "huggingface_hub": {"model"},
 }
 

@@ -107,10 +107,10 @@ def test_costs_are_those_of_the_slowest_stage_and_link() -> None:
 def test_costs_follow_what_forwards_take() -> None:
     measured = costs([(1, 1.0), (128, 1.0)], [(1, 0.9), (128, 0.9)])
     for _ in range(100):
-        measured.note([Timing(1, 0, 0.0, 9.0, 0), Timing(2, 7, 10.0, 11.8, 0)])
+        measured.note([Timing(1, 0, 0.0, 9.0, 0, 0), Timing(2, 4, 10.0, 11.8, 0, 7)])
     assert measured.stage_s(1) == pytest.approx(1.8, rel=0.01)
     for _ in range(100):
-        measured.note([Timing(2, 7, 10.0, 10.1, 0)])
+        measured.note([Timing(2, 7, 10.0, 10.1, 0, 7)])
     assert measured.stage_s(1) == 1.0  # no longer the second stage's, which is at its 0.9 again
 
 

@@ -57,7 +57,7 @@ def test_a_segment_survives_the_wire(ids: list[int], dtype: torch.dtype, width: 
     hidden = None if has_tokens else torch.randn(len(ids), width).to(dtype)
     segment = Segment(
         3, 1, 9, ids, [i - 1 for i in ids], ids, len(ids) // 2, ids if has_tokens else None, hidden,
-        [Timing(1, 16, 0.25, 0.5, 77)], width - 4,
+        [Timing(1, 16, 0.25, 0.5, 77, 20)], width - 4,
     )  # fmt: skip
     assert_equal(Codec().decode_to_worker(wire(segment)), segment)
     stamped = Codec().decode_to_worker(wire(Stamped(1.5, 0.0, segment)))

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from flowspec.core import DType, LayerRange, Partition
 from flowspec.errors import ModelError
 from flowspec.model import loader
-from flowspec.model.kv_cache import SlotTable
+from flowspec.model.kv_cache import Part, SlotTable
 from flowspec.model.loader import Checkpoint
 from flowspec.model.stage import FULL, SLIDING, Stage, layer_types, slot_attention
 from tiny_models import FAMILIES, VOCAB_SIZE, make_checkpoint
@@ -241,8 +241,12 @@ def test_a_window_over_slots_instead_of_positions_would_be_noticed(
 ) -> None:
     masks = Stage._masks
 
-    def by_slot(stage: Stage, mask: np.ndarray, row_positions: np.ndarray, slot_positions: np.ndarray) -> Any:
-        return masks(stage, mask, np.full(len(mask), mask.shape[1] - 1), np.arange(mask.shape[1]))
+    def by_slot(stage: Stage, part: Part) -> Any:
+        table = part.cache.slots
+        positions, table.positions = table.positions, np.arange(table.capacity)
+        mask = masks(stage, part)
+        table.positions = positions
+        return mask
 
     pipeline = Pipeline(windowed, "0:6", random_tokens(20, seed=3))
     pipeline.run([(1000, -1, 5), *((1001 + i, 1000, i) for i in range(8))])

@@ -20,7 +20,7 @@ from flowspec import __version__
 from flowspec.cli_bench import bench, simulate
 from flowspec.cli_common import SCHEDULE_NAMES, TerminalProgress, Verbose, errors_in_one_line, stderr, stdout
 from flowspec.cli_emulate import emulate
-from flowspec.config import LinkConfig, PipelineConfig, TreeConfig
+from flowspec.config import EngineConfig, LinkConfig, PipelineConfig, TreeConfig
 from flowspec.core import SamplingParams
 from flowspec.errors import FlowspecError, UsageError
 
@@ -211,7 +211,9 @@ def demo(
         params = SamplingParams(max_new_tokens, temperature, seed=seed)
         with contextlib.ExitStack() as stack:
             stack.callback(progress.stop)
-            llm = stack.enter_context(LLM("demo", stages=stages, progress=progress))
+            llm = stack.enter_context(
+                LLM("demo", stages=stages, config=EngineConfig(keeps_caches=False), progress=progress)
+            )
             stdout.print(f"[dim]{stages} worker processes, layers {llm.partition}, and the driver[/dim]\n")
             progress.stop()
             stdout.print(f"[bold]{DEMO_PROMPT}[/bold]", end="")

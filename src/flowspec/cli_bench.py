@@ -23,7 +23,7 @@ from flowspec.cli_common import (
     print_table,
     stdout,
 )
-from flowspec.config import PUBLISHED_TREE, LockstepConfig, PipelineConfig, ScheduleConfig, TreeConfig
+from flowspec.config import PUBLISHED_TREE, EngineConfig, LockstepConfig, PipelineConfig, ScheduleConfig, TreeConfig
 from flowspec.core import SamplingParams
 from flowspec.errors import UsageError
 
@@ -299,7 +299,10 @@ def _bench_here(output: _Output, here: _Here, temperatures: Sequence[float], pro
 
     first_prompt: Records | None = None
     draft_dtype = "int8" if here.int8_draft else "auto"
-    with LLM(here.model, draft=here.draft, draft_dtype=draft_dtype, stages=here.stages, progress=progress) as llm:
+    config = EngineConfig(keeps_caches=False)  # each run computes its own prompt
+    with LLM(
+        here.model, draft=here.draft, draft_dtype=draft_dtype, stages=here.stages, config=config, progress=progress
+    ) as llm:
         progress.stop()
         settings = {
             "max_new_tokens": here.params.max_tokens,

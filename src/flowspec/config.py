@@ -109,6 +109,23 @@ class ScheduleConfig:
 
 
 @dataclass(frozen=True)
+class EngineConfig:
+    """How many requests run at once, and in how much memory."""
+
+    max_running: int = 16  # requests at once; the others wait
+    kv_slots: int = 0  # tokens that the workers' KV caches hold for all requests together; 0: by their free memory
+    kv_memory_share: float = 0.8  # of the memory that is free once the weights are loaded, for KV caches
+    keeps_caches: bool = True  # a prompt that begins like an earlier request's text is not computed again so far
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "max_running")
+        if self.kv_slots < 0:
+            raise UsageError(f"kv_slots is {self.kv_slots}; it must be 0 (by the free memory) or positive")
+        if not 0 < self.kv_memory_share <= 1:
+            raise UsageError(f"kv_memory_share is {self.kv_memory_share}; it must lie in (0, 1]")
+
+
+@dataclass(frozen=True)
 class LinkConfig:
     """How long the processes wait for each other, and what travels between them."""
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
@@ -109,3 +111,16 @@ class SamplingParams:
             raise UsageError(f"top_k is {self.top_k}; it must be 0 (off) or a positive count")
         if self.seed is not None and not 0 <= self.seed <= MAX_SEED:
             raise UsageError(f"seed is {self.seed}; it must lie in [0, 2**64)")
+
+
+def interpolate(table: Sequence[tuple[int, float]], num_rows: int) -> float:
+    """A cost by rows: linear between the measured points, and beyond them as between the last two.
+
+    Proportional to the rows if there is one point.
+    """
+    if len(table) == 1:
+        return table[0][1] * num_rows / table[0][0]
+    above = min(max(1, bisect_left([rows for rows, _ in table], num_rows)), len(table) - 1)
+    (rows_0, s_0), (rows_1, s_1) = table[above - 1 : above + 1]
+    slope = (s_1 - s_0) / (rows_1 - rows_0)
+    return s_1 + (slope if num_rows < rows_1 else max(0.0, slope)) * (num_rows - rows_1)

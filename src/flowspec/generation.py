@@ -5,7 +5,7 @@ A generation decides nothing about timing; a schedule does. It does no I/O: what
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from enum import Enum
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from flowspec.config import PipelineConfig, TreeConfig
 from flowspec.core import FinishReason, SamplingParams
-from flowspec.draft.base import Accepted, Draft, DraftSource
+from flowspec.draft.base import Accepted, Draft, DraftSource, HeritableDraft
 from flowspec.messages import (
     LAST_STEP,
     NO_PARENT,
@@ -44,6 +44,38 @@ class Request:
     prompt_ids: tuple[int, ...]
     params: SamplingParams
     eos_ids: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True)
+class Heritage:
+    """The beginning of a prompt, as an earlier request has computed it; by default nothing."""
+
+    request_id: int | None = None
+    num_kept: int = 0  # tokens
+    draft: HeritableDraft | None = None
+
+
+@dataclass(frozen=True)
+class Left:
+    """What an ended request has left at the workers, and in the driver."""
+
+    request_id: int
+    token_ids: tuple[int, ...]  # whose keys and values the workers hold
+    draft: HeritableDraft | None  # one that needed features, if it can hand on what it made of them
+
+    def heritage(self, prompt_ids: Sequence[int], needs_features: bool) -> Heritage:
+        """What a request with this prompt can take over."""
+        if needs_features and self.draft is None:
+            return Heritage()
+        pairs = enumerate(zip(self.token_ids, prompt_ids, strict=False))
+        num_common = next(
+            (i for i, (ours, theirs) in pairs if ours != theirs), min(len(self.token_ids), len(prompt_ids))
+        )
+        # The root runs again, and one token before it: the features of the last tokens of the prompt must come back.
+        num_kept = min(num_common - 1, len(prompt_ids) - 2)
+        if needs_features and self.draft is not None:
+            num_kept = min(num_kept, self.draft.num_settled)
+        return Heritage(self.request_id, num_kept, self.draft) if num_kept > 0 else Heritage()
 
 
 class Work(str, Enum):
@@ -131,8 +163,13 @@ class Generation:
         meter: Meter,
         clock: Callable[[], float],
         want_hints: bool = False,
+        heritage: Heritage | None = None,
+        num_slots: int = 0,
     ) -> None:
+        """``heritage``: of an earlier request with the same beginning; ``num_slots``: see ``messages.Open``."""
         self.request = request
+        self.num_sharing = 1  # running requests that share the pipeline, this one included
+        self.keeps_cache = False  # whether the caches stay when it ends
         self.clock = clock
         self.wake_s: float | None = None  # when the schedule wants to be asked again, if nothing comes before
         self.pipeline_config = pipeline_config
@@ -141,7 +178,9 @@ class Generation:
         self.output_ids: list[int] = []
         self.finish_reason: FinishReason | None = None
         self.stats = Stats()
-        self.num_prompt_verified = 0  # prompt tokens whose prefill has come back
+        self._heritage = heritage or Heritage()
+        self._num_slots = num_slots
+        self.num_prompt_verified = self._heritage.num_kept  # prompt tokens whose prefill has come back, or is kept
         self.in_flight: dict[int, Ints] = {}  # segment id -> the node ids that were alive at the last commit
         self._head = head
         self._meter = meter
@@ -150,10 +189,14 @@ class Generation:
         self._want_features = source is not None and source.needs_features
         self._want_hints = want_hints and source is not None
         self._draft: Draft | None = source.open(request.prompt_ids, self._sampler) if source else None
+        if self._heritage.draft is not None and self._want_features:
+            assert isinstance(self._draft, HeritableDraft)
+            self._draft.inherit(self._heritage.draft, self._heritage.num_kept)
         self.num_passes = 0  # draft passes since the last commit
         self.next_segment_id = 0
         self._root_parent_id = NO_PARENT
         self._unannounced: list[int] = []  # accepted nodes that the workers have not been told of
+        self._accepted_ids: list[int] = []  # all accepted nodes
         self._has_gates = False
         self.prefix_len = len(request.prompt_ids) - 1  # committed tokens before the root; also the root's position
         self._root_is_draft = False
@@ -175,8 +218,21 @@ class Generation:
     def prefill(self) -> None:
         """Open the request at every worker and send the prompt; its last token is the first root."""
         request_id, prompt = self.request.request_id, self.request.prompt_ids
-        self._post(Route.NEXT, Open(request_id, self.epoch, self.tree.root_id, self._want_features, self._want_hints))
-        for start in range(0, len(prompt), self.pipeline_config.prefill_chunk):
+        heritage = self._heritage
+        self._post(
+            Route.NEXT,
+            Open(
+                request_id,
+                self.epoch,
+                self.tree.root_id,
+                self._want_features,
+                self._want_hints,
+                heritage.request_id,
+                heritage.num_kept,
+                self._num_slots,
+            ),
+        )
+        for start in range(heritage.num_kept, len(prompt), self.pipeline_config.prefill_chunk):
             ids = list(range(start, min(start + self.pipeline_config.prefill_chunk, len(prompt))))
             holds_root = ids[-1] == self.tree.root_id
             self._send_rows(ids, [i - 1 for i in ids], ids, [prompt[i] for i in ids], len(ids) - holds_root, None)
@@ -304,6 +360,8 @@ class Generation:
         self.output_ids += verdict.token_ids
         self.prefix_len += len(prefix_ids)
         self._root_parent_id, self._root_is_draft = prefix_ids[-1], new_root is not None
+        self._unannounced += prefix_ids
+        self._accepted_ids += prefix_ids
         if self._ends(verdict.token_ids) or not self.num_left:
             self.finish("stop" if self._ends(verdict.token_ids) else "length")
             return
@@ -312,7 +370,6 @@ class Generation:
             self.stats.restarts += self._draft is not None
         else:
             tree.reroot(new_root)
-        self._unannounced += prefix_ids
         if announce:
             self._post(Route.WORKERS, Commit(self.request.request_id, self.epoch, self._unannounced, tree.root_id))
             self._unannounced = []
@@ -384,10 +441,20 @@ class Generation:
         self.finish_reason = reason
         self.tree.restart(0)  # a root that is never sent: nothing descends from it
         self.in_flight = {}
-        self._post(Route.WORKERS, Commit(self.request.request_id, self.epoch, [], self.tree.root_id))
+        self._post(Route.WORKERS, Commit(self.request.request_id, self.epoch, self._unannounced, self.tree.root_id))
         if self._has_gates:
             self.step(LAST_STEP)
-        self._post(Route.NEXT, Close(self.request.request_id, self.epoch))
+        # Until all of the prompt has come back, nobody knows what of it the workers hold.
+        self.keeps_cache &= self.num_prompt_verified >= len(self.request.prompt_ids) - 1
+        kept_ids = self._accepted_ids if self.keeps_cache else None
+        self._post(Route.NEXT, Close(self.request.request_id, self.epoch, kept_ids))
+
+    def leave(self) -> Left:
+        """What an ended request that keeps its cache leaves to its heirs."""
+        assert self.is_finished and self.keeps_cache
+        tokens = (*self.request.prompt_ids, *self.output_ids)[: self.prefix_len]
+        has_heirs = self._want_features and isinstance(self._draft, HeritableDraft)
+        return Left(self.request.request_id, tokens, self._draft if has_heirs else None)
 
     def take_outbox(self) -> list[Send]:
         sends, self.outbox = self.outbox, []

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -61,6 +63,10 @@ class Cluster(Protocol):
         """What has arrived; waits up to ``timeout_s`` for the first message. Raises ``WorkerError``."""
         ...
 
+    def wake(self) -> None:
+        """Let a ``receive`` that waits return; any thread may call it."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -96,6 +102,9 @@ class InprocCluster:
         for index, worker in enumerate(self._workers, start=1):
             self._network.post(index, worker.on_idle() or [])
         return received
+
+    def wake(self) -> None:
+        """It never waits."""
 
     def close(self) -> None:
         for worker in self._workers:
@@ -160,6 +169,10 @@ class RemoteCluster:
         self._session = uuid.uuid4().hex
         self._context: zmq.Context[Any] = zmq.Context()
         self._poller = zmq.Poller()
+        self._wake_end, self._woken_end = socket.socketpair()
+        self._wake_end.setblocking(False)
+        self._woken_end.setblocking(False)
+        self._poller.register(self._woken_end.fileno(), zmq.POLLIN)
         self._num_bytes = 0
         self._last_check = 0.0
         self._controls: list[Connection] = []
@@ -173,8 +186,8 @@ class RemoteCluster:
 
     def _connect(self, address: str, kind: Any) -> Connection:
         connection = Connection(self._context, address, self._session, kind, self._config.heartbeat_s)
-        for socket in connection.sockets:
-            self._poller.register(socket, zmq.POLLIN)
+        for end in connection.sockets:
+            self._poller.register(end, zmq.POLLIN)
         return connection
 
     @property
@@ -246,7 +259,9 @@ class RemoteCluster:
 
     def receive(self, timeout_s: float) -> list[ToDriver]:
         """As ``Cluster.receive``; a worker's failure, or its loss, is raised as the error that it is."""
-        self._poller.poll(int(timeout_s * 1000))
+        ready = dict(self._poller.poll(int(timeout_s * 1000)))
+        if self._woken_end.fileno() in ready:
+            self._woken_end.recv(4096)
         received: list[ToDriver] = []
         for index, connection in enumerate(self._controls, start=1):
             while (arrived := connection.receive()) is not None:
@@ -267,6 +282,10 @@ class RemoteCluster:
                 worker = f"worker {index + 1 if index < len(self._controls) else 1}"
                 raise WorkerError(f"lost {worker} ({connection.address}); the run cannot go on without it")
 
+    def wake(self) -> None:
+        with contextlib.suppress(OSError):  # full: a call is on its way already; closed: nobody waits
+            self._wake_end.send(b"w")
+
     def close(self) -> None:
         """End the session; local processes end too, others go back to waiting."""
         for connection in self._controls:
@@ -275,6 +294,8 @@ class RemoteCluster:
         if hasattr(self, "_data"):
             self._data.close()
         self._context.term()
+        self._wake_end.close()
+        self._woken_end.close()
         if self._processes is not None:
             self._processes.close()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -61,6 +62,17 @@ def measure_forward(
                 least_s[num_rows] = min(seconds, run_s(num_rows))
     least = np.minimum.accumulate(list(least_s.values())[::-1])[::-1]  # fewer rows take no longer
     return list(zip(least_s, least.tolist(), strict=True))
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that may still be used there; 0 where nobody can tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), 0)
 
 
 class LinkMeter:

@@ -24,7 +24,7 @@ from torch import Tensor
 from flowspec.core import DType
 from flowspec.errors import ProtocolError
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 NO_PARENT = -1  # the parent id of a request's first token
 LAST_STEP = 2**62  # the step after which no segment of a request waits any more
 
@@ -33,10 +33,11 @@ class Timing(NamedTuple):
     """One stage's forward of one segment; seconds on that worker's own clock."""
 
     stage: int
-    num_rows: int
+    num_rows: int  # of the segment
     start_s: float
     end_s: float
     link_bytes: int  # bytes this worker has received on the data path since its session began
+    num_shared: int  # rows of the whole forward, other requests' segments included
 
 
 class Message(msgspec.Struct, frozen=True, tag=True, array_like=True):
@@ -104,6 +105,8 @@ class Open(Message, frozen=True):
     """Begins a request, or a new epoch of it.
 
     ``want_features``: return hidden states of prefix rows too. ``want_hints``: workers that can send ``Hint``s.
+    ``heir_of``: a request whose cache was kept; its first ``num_kept`` tokens are this one's too.
+    ``num_slots``: that the cache will need at most, as far as the driver can tell; 0: unknown.
     """
 
     request_id: int
@@ -111,6 +114,9 @@ class Open(Message, frozen=True):
     root_id: int
     want_features: bool
     want_hints: bool = False
+    heir_of: int | None = None
+    num_kept: int = 0
+    num_slots: int = 0
 
 
 class Segment(Message, frozen=True):
@@ -151,10 +157,21 @@ class Segment(Message, frozen=True):
 
 
 class Close(Message, frozen=True):
-    """Ends a request on every worker it passes."""
+    """Ends a request on every worker it passes.
+
+    ``kept_ids``: the nodes that were accepted, in path order, if the cache is to stay for an heir. Commits of them may
+    still be on their way, and will find nobody.
+    """
 
     request_id: int
     epoch: int
+    kept_ids: list[int] | None = None
+
+
+class Forget(Message, frozen=True):
+    """Drops the cache that an ended request has left."""
+
+    request_id: int
 
 
 class Probe(Message, frozen=True):
@@ -183,6 +200,8 @@ class Ready(Message, frozen=True):
     forward_s: list[tuple[int, float]] = []  # (rows, seconds) by growing rows
     link_bytes_per_s: float | None = None  # to the next worker; ``None``: unknown, or the last one
     link_latency_s: float | None = None  # one way
+    slot_bytes: int = 0  # of one row's keys and values in all layers of the stage
+    free_bytes: int = 0  # of the device's memory, once the weights are loaded; 0: unknown
 
 
 class Result(Message, frozen=True):
@@ -262,11 +281,11 @@ class Stamped(Message, frozen=True):
 
     arrival_s: float
     lag_s: float
-    message: Commit | Step | Open | Segment | Close | Hint | Result | Closed
+    message: Commit | Step | Open | Segment | Close | Forget | Hint | Result | Closed
 
 
-DataMessage: TypeAlias = Open | Segment | Close
-ToWorker: TypeAlias = Configure | Commit | Step | Stop | Open | Segment | Close | Probe | Stamped
+DataMessage: TypeAlias = Open | Segment | Close | Forget
+ToWorker: TypeAlias = Configure | Commit | Step | Stop | Open | Segment | Close | Forget | Probe | Stamped
 ToDriver: TypeAlias = Loading | Ready | Hint | Result | Closed | Alive | Busy | Failure | Echo | Stamped
 
 

@@ -104,7 +104,9 @@ def paced_worker(stage: Stage, index: int, emulation: Emulation, hinter: Hinter 
         hinter.guess(torch.zeros(16, stage.hidden_size), NUM_GUESSES)  # warms it up
         hinter = EmulatedHinter(hinter, index, clock, cluster.devices[index - 1].hint_s(cluster.model))
     patience_s = PATIENCE_S if emulation.cancels else None
-    worker = CountingWorker(emulated, index, clock, patience_s, hinter)
+    worker = CountingWorker(
+        emulated, index, clock, patience_s, hinter, forward_s=lambda rows: cluster.stage_s(index - 1, rows, 0)
+    )
     worker.sizes = sizes
     wall = WallClock(emulation.start_s, emulation.time_scale)
     hints = VirtualLink(cluster.control, cluster.control.latency_ms / 1000, Random(-index))

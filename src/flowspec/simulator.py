@@ -6,6 +6,7 @@ a cluster of its own, from time 0; the same seed gives the same digits.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -21,7 +22,7 @@ from flowspec.draft.catalogue import choose_draft, load_draft
 from flowspec.draft.synthetic import SyntheticSource
 from flowspec.driver import Driver
 from flowspec.errors import UsageError
-from flowspec.generation import LogitsHead, Request, Stats, Work
+from flowspec.generation import Generation, LogitsHead, Request, Stats, Work
 from flowspec.messages import Route, Send
 from flowspec.model.hint_head import HINT_DEPTH, load_hinter
 from flowspec.model.loader import Checkpoint
@@ -31,6 +32,7 @@ from flowspec.model.target_head import TargetHead
 from flowspec.records import RequestRecord, SegmentRecord, Span
 from flowspec.schedule.base import Schedule
 from flowspec.schedule.catalogue import flow_parts, make_schedule
+from flowspec.schedule.pace import Pace
 from flowspec.transport import DRIVER, Link
 from flowspec.virtual_time import Clock, EmulatedHinter, EmulatedStage, Place, Sizes, VirtualLink
 from flowspec.worker import PATIENCE_S, Hinter, Worker
@@ -200,10 +202,12 @@ class Experiment:
         num_bytes = num_rows * model.hidden_size * model.bytes_per_activation
         return max(link.transfer_s(num_bytes) for link in self.cluster.links[1:])
 
-    def make_schedule(self, name: str, num_stages: int, source: DraftSource | None) -> Schedule:
-        """For one request, with the costs that a start-up measurement would tell."""
+    def make_schedule(
+        self, name: str, num_stages: int, source: DraftSource | None, pace: Pace | None = None
+    ) -> Schedule:
+        """For one request, with the costs that a start-up measurement would tell; ``pace``: of requests at once."""
         steady_steps = 1 if source is None else source.steady_steps
-        return make_schedule(name, self.config, num_stages, costs=self, steady_steps=steady_steps)
+        return make_schedule(name, self.config, num_stages, pace=pace or Pace(self), steady_steps=steady_steps)
 
     def forward_cost(self, schedule: str, worker: int) -> Callable[[int, int, float], float]:
         """What a forward costs that worker: (rows, rows in the cache, time) -> seconds."""
@@ -222,6 +226,25 @@ def simulate(
 ) -> list[RequestRecord]:
     """Run each (index, prompt) alone by one schedule. Raises ``UsageError`` for what cannot be simulated."""
     return [_Simulation(experiment, pair, schedule).run(index, pair.encode(prompt)) for index, prompt in prompts]
+
+
+@dataclass(frozen=True)
+class LoadRecord:
+    """One generation among others on one cluster; seconds since the first one was submitted."""
+
+    index: int  # of the prompt
+    token_ids: tuple[int, ...]
+    start_s: float
+    first_s: float  # when the first tokens were emitted
+    end_s: float
+
+
+def simulate_load(
+    experiment: Experiment, pair: ModelPair, schedule: str, prompts: Sequence[tuple[int, str]], num_clients: int
+) -> list[LoadRecord]:
+    """Clients that each submit the next (index, prompt) as soon as their last one has ended, all on one cluster."""
+    encoded = [(index, pair.encode(prompt)) for index, prompt in prompts]
+    return _Simulation(experiment, pair, schedule).run_load(encoded, num_clients)
 
 
 class DriverMeter:
@@ -263,18 +286,23 @@ class _Simulation:
         is_pipeline = schedule not in TENSOR_PARALLEL
         num_stages, page = (cluster.num_stages, schedule) if is_pipeline else (1, "serial")
         clock = Clock()
-        self._schedule = experiment.make_schedule(page, num_stages, pair.source)
+        self._pace = Pace(experiment)
+        self._make_schedule = lambda: experiment.make_schedule(page, num_stages, pair.source, self._pace)
         self._driver = make_driver(experiment, pair, costs, clock)
         patience_s = PATIENCE_S if flow_parts(page, experiment.config).cancel else None
         self._workers: list[Worker] = []
         self._places = [Place(self._driver, clock)]
         for index, stage in enumerate(pair.make_stages(num_stages), start=1):
             clock = Clock()
-            emulated = EmulatedStage(stage, index, clock, experiment.forward_cost(schedule, index))
-            hinter = pair.make_hinter(index, num_stages) if self._schedule.wants_hints else None
+            forward_s = experiment.forward_cost(schedule, index)
+            emulated = EmulatedStage(stage, index, clock, forward_s)
+            hinter = pair.make_hinter(index, num_stages) if self._make_schedule().wants_hints else None
             if hinter is not None:
                 hinter = EmulatedHinter(hinter, index, clock, cluster.devices[index - 1].hint_s(cluster.model))
-            self._workers.append(Worker(emulated, index, clock, patience_s, hinter))
+            worker = Worker(
+                emulated, index, clock, patience_s, hinter, forward_s=lambda rows, cost=forward_s: cost(rows, 0, 0.0)
+            )
+            self._workers.append(worker)
             self._places.append(Place(self._workers[-1], clock))
         self._sizes = Sizes(cluster.model)
         self._links = self._make_links(costs, num_stages)
@@ -295,7 +323,9 @@ class _Simulation:
 
     def run(self, index: int, prompt_ids: tuple[int, ...]) -> RequestRecord:
         params = self._experiment.params_of(index)
-        generation, sends = self._driver.submit(Request(0, prompt_ids, params, self._pair.eos_ids), self._schedule)
+        generation, sends = self._driver.submit(
+            Request(0, prompt_ids, params, self._pair.eos_ids), self._make_schedule()
+        )
         self._places[DRIVER].wake()
         self._post(DRIVER, 0.0, sends)
         emissions: list[tuple[float, int]] = []  # (time, tokens so far)
@@ -326,6 +356,34 @@ class _Simulation:
             sum(link.num_bytes for link in self._links.values()),
             self._experiment.with_spans,
         )
+
+    def run_load(self, prompts: Sequence[tuple[int, tuple[int, ...]]], num_clients: int) -> list[LoadRecord]:
+        waiting = deque(prompts)
+        running: dict[int, tuple[Generation, float, list[float]]] = {}  # by prompt: start, and when tokens came
+        records: list[LoadRecord] = []
+        now = 0.0
+        while waiting or running:
+            while waiting and len(running) < num_clients:
+                index, prompt_ids = waiting.popleft()
+                request = Request(index, prompt_ids, self._experiment.params_of(index), self._pair.eos_ids)
+                generation, sends = self._driver.submit(request, self._make_schedule())
+                running[index] = generation, now, []
+                self._places[DRIVER].wake()
+                self._post(DRIVER, now, sends)
+            place = min(range(len(self._places)), key=lambda place: self._places[place].next_s)
+            assert self._places[place].next_s < float("inf"), "the pipeline has stalled"
+            sends = self._places[place].run()
+            self._post(place, self._places[place].clock.now, sends)
+            if place != DRIVER:
+                continue
+            now = self._places[DRIVER].clock.now
+            for index, (generation, start_s, emitted_s) in list(running.items()):
+                if len(generation.output_ids) and not emitted_s:
+                    emitted_s.append(now)
+                if generation.is_finished:
+                    records.append(LoadRecord(index, tuple(generation.output_ids), start_s, emitted_s[0], now))
+                    del running[index]
+        return records
 
     def _post(self, source: int, now: float, sends: list[Send]) -> None:
         """Everything an actor sends at once leaves at once; each connection then has its own pace."""

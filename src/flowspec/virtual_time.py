@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field, replace
 from random import Random
 from typing import Any, Protocol
 
-import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
 from flowspec.cluster import EmulatedModel, LinkModel
 from flowspec.messages import Codec, Message, Result, Segment, Send
+from flowspec.model.kv_cache import Part
 from flowspec.records import Span
 
 PAUSES = 3  # of an emulated forward, to look for commits; real ones pause after every layer
@@ -116,12 +115,14 @@ class EmulatedStage:
     def open_cache(self, root_id: int) -> Any:
         return self._stage.open_cache(root_id)
 
-    def steps(self, inputs: Tensor, slots: NDArray[np.int64], cache: Any) -> Generator[Tensor | None]:
+    def steps(self, parts: Sequence[Part]) -> Generator[Tensor | None]:
         """The emulated device pauses ``PAUSES`` times, evenly."""
-        *_, hidden = self._stage.steps(inputs, slots, cache)
-        if len(slots):
-            seconds = self._cost_s(len(slots), cache.slots.high_water, self._clock.now)
-            self._clock.spend(seconds / (PAUSES + 1), self._index, "forward", len(slots))
+        *_, hidden = self._stage.steps(parts)
+        num_rows = sum(len(part.slots) for part in parts)
+        if num_rows:
+            context_len = sum(part.cache.slots.high_water for part in parts)
+            seconds = self._cost_s(num_rows, context_len, self._clock.now)
+            self._clock.spend(seconds / (PAUSES + 1), self._index, "forward", num_rows)
             for _ in range(PAUSES):
                 try:
                     yield None

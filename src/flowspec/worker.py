@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
@@ -19,6 +19,7 @@ from flowspec.messages import (
     Closed,
     Commit,
     DataMessage,
+    Forget,
     Hint,
     Message,
     Open,
@@ -29,7 +30,7 @@ from flowspec.messages import (
     Step,
     Timing,
 )
-from flowspec.model.kv_cache import SlotTable
+from flowspec.model.kv_cache import Part, SlotTable
 
 NUM_GUESSES = 16  # tokens that a hint names for each row
 PATIENCE_S = 0.002  # a forward is interrupted no more often, to look for commits
@@ -55,8 +56,11 @@ class Stage(Protocol):
         """An empty ``Cache`` of this stage's own kind."""
         ...
 
-    def steps(self, inputs: Tensor, slots: NDArray[np.int64], cache: Any) -> Generator[Tensor | None]:
-        """Rows that have slots -> their hidden states [rows, hidden size], after a ``None`` for each pause before."""
+    def steps(self, parts: Sequence[Part]) -> Generator[Tensor | None]:
+        """Rows that have slots -> their hidden states [all rows, hidden size], after a ``None`` for each pause before.
+
+        Each part has a cache of its own, and only one that is alone may be empty.
+        """
         ...
 
 
@@ -70,12 +74,33 @@ class _OpenRequest:
 
 
 @dataclass
-class _Forward:
-    """A segment's forward, as far as it has come."""
+class _Placed:
+    """A segment whose living rows have slots."""
 
     segment: Segment
     rows: Ints  # of the segment, that are run
+    slots: Ints
     request: _OpenRequest
+
+    def part(self) -> Part:
+        segment = self.segment
+        inputs = torch.tensor(segment.token_ids) if segment.hidden is None else segment.hidden
+        if len(self.rows) < len(segment.node_ids):
+            inputs = inputs[torch.from_numpy(self.rows)]
+        return Part(inputs, self.slots, self.request.cache)
+
+    def living(self) -> Ints:
+        """Which of the rows are alive; prefix rows never die."""
+        ids, num_prefix, slots = self.segment.node_ids, self.segment.num_prefix, self.request.cache.slots
+        is_alive = [row < num_prefix or slots.slot_of(ids[row]) is not None for row in self.rows.tolist()]
+        return np.flatnonzero(is_alive)
+
+
+@dataclass
+class _Forward:
+    """A forward of one segment, or of several requests' at once, as far as it has come."""
+
+    segments: list[_Placed]
     steps: Generator[Tensor | None]
     start_s: float
 
@@ -91,6 +116,8 @@ class Hinter(Protocol):
 class Worker:
     """Runs one stage.
 
+    Segments of several requests that wait run as one forward, as far as that is cheaper than one after the other.
+
     ``on_message`` takes a message without working on it: a commit is applied at once, the data path queues. ``on_idle``
     works off one queued message, in pieces of ``PATIENCE_S``. So every commit that has arrived is applied before the
     next segment starts, a forward whose rows have all died stops between two layers, and nothing ever waits for a
@@ -105,10 +132,12 @@ class Worker:
         patience_s: float | None = PATIENCE_S,
         hinter: Hinter | None = None,
         hint_share: float = HINT_SHARE,
+        forward_s: Callable[[int], float] | None = None,
     ) -> None:
         """``patience_s``: a forward looks for commits after as long, between layers; ``None``: never.
 
-        ``hint_share``: of a forward's time that a hint may take at most, or none is made.
+        ``hint_share``: of a forward's time that a hint may take at most, or none is made. ``forward_s``: of so many
+        rows; requests share no forward where it is unknown.
         """
         self.link_bytes = 0  # received on the data path; the shell counts
         self._stage = stage
@@ -120,8 +149,10 @@ class Worker:
         self._hinter = hinter
         self._hint_share = hint_share
         self._hint_s: list[float] = []  # what the first ones took
+        self._forward_s = forward_s
+        self._kept: dict[int, Cache] = {}  # of requests that have ended, for their heirs
         self._running: _Forward | None = None
-        self._passed_on: Segment | None = None  # to be hinted at
+        self._passed_on: deque[Segment] = deque()  # to be hinted at
 
     wake_s = math.inf  # a worker has work when a message has come, and only then
 
@@ -137,7 +168,7 @@ class Worker:
                 request = self._requests.get(request_id)
                 if request is not None and request.epoch == message.epoch:
                     request.step = max(request.step, message.number)
-            case Open() | Segment() | Close():
+            case Open() | Segment() | Close() | Forget():
                 self._queue.append(message)
             case _:
                 raise ProtocolError(f"a worker takes no {type(message).__name__} during a session")
@@ -147,29 +178,45 @@ class Worker:
         """Go on with the forward under way, else work off the oldest queued message that may run; ``None``: no work."""
         if self._running is not None:
             return self._go_on(self._running)
-        if self._passed_on is not None and self._hinter is not None:
-            segment, self._passed_on = self._passed_on, None
-            return self._hint(segment, self._hinter)
+        if self._passed_on and self._hinter is not None:
+            return self._hint(self._passed_on.popleft(), self._hinter)
         match self._next_message():
             case None:
                 return None
             case Open() as message:
-                cache = self._stage.open_cache(message.root_id)
-                self._requests[message.request_id] = _OpenRequest(
-                    message.epoch, cache, message.want_features, message.want_hints
-                )
+                self._open(message)
                 return [] if self._stage.is_last else [Send(Route.NEXT, message)]
             case Close() as message:
-                self._requests.pop(message.request_id, None)
+                self._close(message)
                 closed = Send(Route.DRIVER, Closed(message.request_id, message.epoch))
                 return [closed] if self._stage.is_last else [Send(Route.NEXT, message)]
+            case Forget() as message:
+                self._kept.pop(message.request_id, None)
+                return [] if self._stage.is_last else [Send(Route.NEXT, message)]
             case Segment() as message:
                 return self._begin(message)
 
+    def _open(self, message: Open) -> None:
+        if message.heir_of is None:
+            cache = self._stage.open_cache(message.root_id)
+        elif message.heir_of in self._kept:
+            cache = self._kept.pop(message.heir_of)
+            cache.slots.inherit(message.num_kept, message.root_id)
+        else:
+            raise ProtocolError(f"request {message.request_id} inherits from {message.heir_of}, which left nothing")
+        cache.slots.limit = message.num_slots
+        self._requests[message.request_id] = _OpenRequest(
+            message.epoch, cache, message.want_features, message.want_hints
+        )
+
+    def _close(self, message: Close) -> None:
+        request = self._requests.pop(message.request_id, None)
+        if request is not None and message.kept_ids is not None:
+            request.cache.slots.settle(message.kept_ids)
+            self._kept[message.request_id] = request.cache
+
     def _next_message(self) -> DataMessage | None:
         """Take the oldest; a request whose oldest segment waits for a step lets the others' messages pass."""
-        if self._queue and not self._is_gated(self._queue[0]):
-            return self._queue.popleft()
         waiting: set[int] = set()
         for place, message in enumerate(self._queue):
             if message.request_id not in waiting and not self._is_gated(message):
@@ -186,23 +233,54 @@ class Worker:
 
     def _begin(self, segment: Segment) -> list[Send]:
         """Run the rows that are alive; a free segment with none is dropped without a word."""
+        if (first := self._place(segment)) is None:
+            return []
+        segments = [first] if segment.gate is not None else [first, *self._take_companions(first)]
+        steps = self._stage.steps([placed.part() for placed in segments])
+        self._running = _Forward(segments, steps, self._clock())
+        return self._go_on(self._running)
+
+    def _place(self, segment: Segment) -> _Placed | None:
         request = self._requests.get(segment.request_id)
         if request is None or request.epoch != segment.epoch:
-            return []
-        rows, slots = _place(segment, request.cache)
-        if not len(rows) and segment.gate is None:
-            return []
+            return None
         if self._stage.is_first != (segment.token_ids is not None):
             raise ProtocolError("token ids belong on the first stage, hidden states on the others")
-        inputs = torch.tensor(segment.token_ids) if segment.hidden is None else segment.hidden
-        if len(rows) < len(segment.node_ids):
-            inputs = inputs[torch.from_numpy(rows)]
-        self._running = _Forward(segment, rows, request, self._stage.steps(inputs, slots, request.cache), self._clock())
-        return self._go_on(self._running)
+        table, num_prefix = request.cache.slots, segment.num_prefix
+        prefix_slots = table.append_prefix(segment.positions[:num_prefix])
+        kept, slots = table.place(
+            segment.node_ids[num_prefix:], segment.parent_ids[num_prefix:], segment.positions[num_prefix:]
+        )
+        rows = np.concatenate([np.arange(num_prefix), kept + num_prefix])
+        if not len(rows) and segment.gate is None:
+            return None
+        return _Placed(segment, rows, np.concatenate([prefix_slots, slots]), request)
+
+    def _take_companions(self, first: _Placed) -> list[_Placed]:
+        """The oldest waiting segments of other requests, as long as each costs at most half of what it would alone."""
+        companions: list[_Placed] = []
+        forward_s = self._forward_s
+        if forward_s is None or not self._queue:
+            return companions
+        num_rows, seen = len(first.rows), {first.segment.request_id}
+        for message in list(self._queue):
+            if message.request_id in seen:
+                continue
+            seen.add(message.request_id)  # whether it joins or not: a request's messages keep their order
+            if not isinstance(message, Segment) or message.gate is not None:
+                continue
+            num_more = len(message.node_ids)
+            if forward_s(num_rows + num_more) > forward_s(num_rows) + forward_s(num_more) / 2:
+                continue
+            self._queue.remove(message)
+            if (placed := self._place(message)) is not None:
+                companions.append(placed)
+                num_rows += len(placed.rows)
+        return companions
 
     def _go_on(self, forward: _Forward) -> list[Send]:
         """Run some layers, unless all rows have died meanwhile; pass the living rows on when it was the last one."""
-        if not len(_living(forward)) and forward.segment.gate is None:
+        if not any(placed.segment.gate is not None or len(placed.living()) for placed in forward.segments):
             forward.steps.close()
             self._running = None
             return []
@@ -210,18 +288,30 @@ class Worker:
         for hidden in forward.steps:
             if hidden is not None:
                 self._running = None
-                return self._pass_on(forward, hidden)
+                return self._finish(forward, hidden)
             if self._clock() >= until_s:
                 return []
         raise AssertionError("a stage's last step has hidden states")
 
-    def _pass_on(self, forward: _Forward, hidden: Tensor) -> list[Send]:
-        segment, request = forward.segment, forward.request
-        timing = Timing(self._index, len(forward.rows), forward.start_s, self._clock(), self.link_bytes)
+    def _finish(self, forward: _Forward, hidden: Tensor) -> list[Send]:
+        """Each segment goes its own way."""
+        lengths = [len(placed.rows) for placed in forward.segments]
+        end_s = self._clock()
+        sends: list[Send] = []
+        for placed, rows in zip(forward.segments, hidden.split(lengths), strict=True):
+            timing = Timing(self._index, len(placed.rows), forward.start_s, end_s, self.link_bytes, sum(lengths))
+            sends += self._pass_on(placed, rows, timing)
+        return sends
+
+    def _pass_on(self, placed: _Placed, hidden: Tensor, timing: Timing) -> list[Send]:
+        """Nothing, when a free segment's rows have all died meanwhile."""
+        segment, request = placed.segment, placed.request
+        living = placed.living()
+        if not len(living) and segment.gate is None:
+            return []
         timings = [*segment.timings, timing]
-        living = _living(forward)
-        rows = forward.rows[living]
-        if len(rows) < len(forward.rows):
+        rows = placed.rows[living]
+        if len(rows) < len(placed.rows):
             hidden = hidden[torch.from_numpy(living)]
         node_ids = [segment.node_ids[row] for row in rows]
         if not self._stage.is_last:
@@ -240,7 +330,7 @@ class Worker:
             )
             may_hint = request.want_hints and self._is_hint_cheap(timing.end_s - timing.start_s)
             if may_hint and passed_on.num_prefix < len(node_ids):
-                self._passed_on = passed_on
+                self._passed_on.append(passed_on)
             return [Send(Route.NEXT, passed_on)]
         if not request.want_features:
             node_ids, hidden = node_ids[segment.num_prefix :], hidden[segment.num_prefix :]
@@ -264,28 +354,15 @@ class Worker:
 
     def check_integrity(self) -> None:
         """Assert the invariants of all caches."""
-        for request in self._requests.values():
-            request.cache.slots.check_integrity()
+        for cache in (*self._kept.values(), *(request.cache for request in self._requests.values())):
+            cache.slots.check_integrity()
 
     @property
     def num_open(self) -> int:
         """Requests that hold a cache here."""
         return len(self._requests)
 
-
-def _living(forward: _Forward) -> Ints:
-    """Which of the forward's rows are alive; prefix rows never die."""
-    segment, slots = forward.segment, forward.request.cache.slots
-    ids = segment.node_ids
-    is_alive = [row < segment.num_prefix or slots.slot_of(ids[row]) is not None for row in forward.rows.tolist()]
-    return np.flatnonzero(is_alive)
-
-
-def _place(segment: Segment, cache: Cache) -> tuple[np.ndarray, np.ndarray]:
-    """Slots for the segment's living rows: (their indices, their slots)."""
-    num_prefix = segment.num_prefix
-    prefix_slots = cache.slots.append_prefix(segment.positions[:num_prefix])
-    kept, slots = cache.slots.place(
-        segment.node_ids[num_prefix:], segment.parent_ids[num_prefix:], segment.positions[num_prefix:]
-    )
-    return np.concatenate([np.arange(num_prefix), kept + num_prefix]), np.concatenate([prefix_slots, slots])
+    @property
+    def num_kept(self) -> int:
+        """Requests that have ended and left their cache for an heir."""
+        return len(self._kept)

@@ -23,9 +23,9 @@ import zmq
 from msgspec.structs import replace
 
 from flowspec.config import LinkConfig
-from flowspec.core import LayerRange
+from flowspec.core import LayerRange, interpolate
 from flowspec.errors import FlowspecError, ProtocolError, UsageError, WorkerError
-from flowspec.measure import LinkMeter, measure_forward
+from flowspec.measure import LinkMeter, free_bytes, measure_forward
 from flowspec.messages import (
     PROTOCOL_VERSION,
     Alive,
@@ -169,10 +169,22 @@ class WorkerProcess:
         if configure.hints is not None:
             hinter = load_hinter(configure.hints, checkpoint, layers.end, configure.dtype, self._device)
         peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        ready = Ready(configure.stage, stage.weights_bytes, peak_bytes)
+        ready = Ready(
+            configure.stage,
+            stage.weights_bytes,
+            peak_bytes,
+            slot_bytes=stage.slot_bytes,
+            free_bytes=free_bytes(stage.device),
+        )
         if configure.emulation is None:
-            session.worker = Worker(stage, configure.stage, time.perf_counter, hinter=hinter)
-            ready = replace(ready, forward_s=measure_forward(stage))
+            ready = replace(ready, forward_s=(table := measure_forward(stage)))
+            session.worker = Worker(
+                stage,
+                configure.stage,
+                time.perf_counter,
+                hinter=hinter,
+                forward_s=lambda num_rows: interpolate(table, num_rows),
+            )
         else:
             session.worker = paced_worker(stage, configure.stage, configure.emulation, hinter)
         if session.link is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -39,6 +39,23 @@ class Draft(Protocol):
         ``rows`` is the root alone, or nodes whose parents have been expanded. One pass is the unit of patience: the
         driver looks for results between two of them.
         """
+        ...
+
+
+@runtime_checkable
+class HeritableDraft(Draft, Protocol):
+    """A draft that can take over what one of an earlier request knows of the same first tokens.
+
+    Without it a source that needs features computes every prompt anew.
+    """
+
+    @property
+    def num_settled(self) -> int:
+        """Tokens from the first on of which nothing that the draft holds is a guess."""
+        ...
+
+    def inherit(self, other: HeritableDraft, num_kept: int) -> None:
+        """Before anything else: ``read_prompt`` begins behind these tokens. ``other`` is of no use then."""
         ...
 
 

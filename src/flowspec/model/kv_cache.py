@@ -10,7 +10,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from flowspec.errors import ProtocolError
 
 Ints = Sequence[int] | NDArray[np.integer[Any]]
 
+NO_NODE = -2  # a root that never comes
 INITIAL_CAPACITY = 256  # slots of a new cache; doubled whenever they run out
 
 
@@ -35,6 +36,7 @@ class SlotTable:
     def __init__(self, root_id: int | None = None, capacity: int = INITIAL_CAPACITY) -> None:
         assert capacity > 0, "a table without slots"
         self.root_id = root_id  # may be set until the first node is placed; from then on commits move it
+        self.limit = 0  # slots that are expected at most: the table does not double beyond them; 0: unknown
         self.positions: NDArray[np.int64] = np.zeros(capacity, dtype=np.int64)  # by slot
         self.high_water = 0  # one more than the highest slot ever used
         self._in_prefix: NDArray[np.bool_] = np.zeros(capacity, dtype=np.bool_)  # by slot
@@ -95,6 +97,19 @@ class SlotTable:
         # Each survivor's path began with the nodes that are committed now.
         self._paths = {slot: above[len(path) :] for slot, above in self._paths.items()}
         return np.array(freed, dtype=np.int64)
+
+    def settle(self, node_ids: Ints) -> None:
+        """The request has ended and these nodes were accepted: commit those that are not yet, drop all others."""
+        self.commit([i for i in _as_list(node_ids) if i in self._tree], NO_NODE)
+
+    def inherit(self, num_kept: int, root_id: int) -> None:
+        """After ``settle``, for another request: keep the prefix tokens at positions below ``num_kept``."""
+        assert not self._tree, "the table's request has not ended"
+        dropped = np.flatnonzero(self._in_prefix & (self.positions >= num_kept)).tolist()
+        self._in_prefix[dropped] = False
+        for slot in dropped:
+            heapq.heappush(self._free, slot)
+        self.root_id = root_id
 
     def rows_mask(self, slots: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Ancestor mask [n, high_water] of the nodes in these slots: the prefix up to them, ancestors, themselves."""
@@ -165,7 +180,7 @@ class SlotTable:
         end = self.high_water + count - len(reused)
         capacity = self.capacity
         while capacity < end:
-            capacity *= 2
+            capacity = min(2 * capacity, self.limit) if capacity < self.limit else 2 * capacity
         if capacity > self.capacity:
             self.positions = np.pad(self.positions, (0, capacity - len(self.positions)))
             self._in_prefix = np.pad(self._in_prefix, (0, capacity - len(self._in_prefix)))
@@ -209,6 +224,32 @@ class KVCache(Cache):
         keys.index_copy_(2, self._rows, key_states)
         values.index_copy_(2, self._rows, value_states)
         return keys[:, :, :end], values[:, :, :end]
+
+
+class JointCache(Cache):
+    """Several requests' caches in one forward: the layers' linear parts run on all rows, attention on each one's own.
+
+    ``update`` returns one tensor for each cache, which ``model.stage.slot_attention`` takes in the place of one.
+    """
+
+    def __init__(self, caches: Sequence[KVCache], num_rows: Sequence[int]) -> None:
+        """``num_rows``: how many of the forward's rows belong to each cache, in their order; it knows their slots."""
+        super().__init__(layers=[])
+        self._caches = caches
+        self._num_rows = list(num_rows)
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_: Any, **__: Any) -> Any:
+        rows = zip(key_states.split(self._num_rows, dim=2), value_states.split(self._num_rows, dim=2), strict=True)
+        pairs = [cache.update(*own, layer_idx) for cache, own in zip(self._caches, rows, strict=True)]
+        return tuple(keys for keys, _ in pairs), tuple(values for _, values in pairs)
+
+
+class Part(NamedTuple):
+    """One request's rows in a forward that may be shared with others'."""
+
+    inputs: torch.Tensor  # token ids [n] on the first stage, hidden states [n, H] on the others
+    slots: NDArray[np.int64]  # [n]
+    cache: Any  # of the stage's own kind
 
 
 @dataclass(frozen=True)

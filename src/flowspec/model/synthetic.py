@@ -13,7 +13,7 @@ every step of extrapolation the draft's logits get noise of their own for each (
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flowspec.errors import UsageError
-from flowspec.model.kv_cache import SlotTable
+from flowspec.model.kv_cache import Part, SlotTable
 
 VOCAB_SIZE = 64
 NUM_CANDIDATES = 24  # tokens of a context that a draft may propose
@@ -243,9 +243,9 @@ class SyntheticStage:
         slots = SlotTable(root_id)
         return SyntheticCache(slots, np.zeros((slots.capacity, 2), dtype=np.int64))
 
-    def steps(self, inputs: Tensor, slots: NDArray[np.int64], cache: SyntheticCache) -> Generator[Tensor | None]:
+    def steps(self, parts: Sequence[Part]) -> Generator[Tensor | None]:
         """All at once: there is nothing to pause for."""
-        yield self.forward(inputs, slots, cache)
+        yield torch.cat([self.forward(*part) for part in parts])
 
     def forward(self, inputs: Tensor, slots: NDArray[np.int64], cache: SyntheticCache) -> Tensor:
         """Sum up what the mask shows; where that is not what the stage before saw, the text goes astray."""

@@ -12,7 +12,7 @@ from flowspec.schedule.autoregressive import Autoregressive
 from flowspec.schedule.base import Schedule
 from flowspec.schedule.flow import Flow
 from flowspec.schedule.lockstep import Lockstep
-from flowspec.schedule.pace import Costs, Pace
+from flowspec.schedule.pace import Pace
 from flowspec.schedule.pipedec import PipeDec
 from flowspec.schedule.serial import Chunked, Serial
 
@@ -43,14 +43,14 @@ def make_schedule(
     config: ScheduleConfig,
     num_stages: int,
     num_parallel: int | None = None,
-    costs: Costs | None = None,
+    pace: Pace | None = None,
     steady_steps: int = 1,
     experience: Experience | None = None,
 ) -> Schedule:
     """A schedule for one request.
 
-    ``num_parallel``: stages that run at the same time, if not all of them do. ``costs`` of segments, where they
-    are known. ``experience``: what earlier requests have left for ``auto``.
+    ``num_parallel``: stages that run at the same time, if not all of them do. ``pace``: of the pipeline, where
+    the costs of segments are known. ``experience``: what earlier requests have left for ``auto``.
 
     Raises ``UsageError`` for a name that is none.
     """
@@ -69,7 +69,6 @@ def make_schedule(
         case _ if name in ABLATIONS and name.startswith("lockstep"):
             return Lockstep(replace(config.lockstep, **{ABLATIONS[name]: False}), num_stages)
         case _ if name in ("flow", "auto") or name in ABLATIONS:
-            pace = None if costs is None else Pace(costs)
             num_parallel = num_stages if num_parallel is None else num_parallel
             parts = flow_parts(name, config)
             if name == "auto":

@@ -57,6 +57,8 @@ class Flow:
         )
         self._steady_steps = steady_steps
         self._max_in_flight = pipeline.segments_in_flight or (2 if pace else 1) * (num_parallel + 1)
+        if pace is not None:
+            pace.measure()
         self._pace = pace if parts.late_binding else None
         self._pass_s = 0.0  # what the last draft pass took
 
@@ -66,13 +68,16 @@ class Flow:
         generation.receive(result)
         if verdict := generation.verify():
             generation.commit(verdict)
-            if self._pace is not None and not generation.in_flight:
+            if self._pace is not None and not generation.in_flight and generation.num_sharing == 1:
                 self._pace.note_miss(generation.clock())
 
     def on_idle(self, generation: Generation) -> bool:
         generation.wake_s = None
-        has_room = len(generation.in_flight) < self._max_in_flight
-        due_s = self._pace.due_s if self._pace is not None else generation.clock()
+        num_in_flight = len(generation.in_flight)
+        has_room = num_in_flight < max(1, self._max_in_flight // generation.num_sharing)
+        # Where requests share the pipeline, the workers see to it that nobody's only segment waits for long.
+        is_only = generation.num_sharing > 1 and not num_in_flight
+        due_s = self._pace.due_s if self._pace is not None and not is_only else generation.clock()
         is_due = generation.clock() + self._pass_s >= due_s  # there is no time for another pass
         if has_room and is_due and self._may_send(generation) and self._send_best(generation):
             return True
@@ -111,6 +116,7 @@ class Flow:
         if not len(rows):
             return False
         if self._pace is not None:
-            self._pace.note_sent(generation.next_segment_id, len(rows), generation.clock())
+            request_id, segment_id = generation.request.request_id, generation.next_segment_id
+            self._pace.note_sent(request_id, segment_id, len(rows), generation.clock())
         generation.send(rows)
         return True

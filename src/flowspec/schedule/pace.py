@@ -7,15 +7,16 @@ what, and from the results how long a hop takes; from these it follows when work
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Protocol
 
+from flowspec.core import interpolate
 from flowspec.messages import Ready, Result, Timing
 
 MAX_SEGMENT_LEN = 128
 DEFAULT_SEGMENT_LEN = 16  # where nothing is known of the devices, as published
 
+_MAX_SENT = 1024
 _CORRECTION_SHARE = 0.1  # of a forward's surprise that the next ones are expected to repeat
 
 
@@ -42,7 +43,7 @@ class MeasuredCosts:
 
     def stage_s(self, num_rows: int) -> float:
         stages = zip(self._tables, self._factors, strict=True)
-        return max(_interpolate(table, num_rows) * factor for table, factor in stages)
+        return max(interpolate(table, num_rows) * factor for table, factor in stages)
 
     def wire_s(self, num_rows: int) -> float:
         return num_rows * self._s_per_row
@@ -54,19 +55,9 @@ class MeasuredCosts:
         """
         for timing in timings:
             if timing.num_rows:
-                measured_s = _interpolate(self._tables[timing.stage - 1], timing.num_rows)
+                measured_s = interpolate(self._tables[timing.stage - 1], timing.num_shared)
                 factor = max(1.0, (timing.end_s - timing.start_s) / measured_s)
                 self._factors[timing.stage - 1] += _CORRECTION_SHARE * (factor - self._factors[timing.stage - 1])
-
-
-def _interpolate(table: list[tuple[int, float]], num_rows: int) -> float:
-    """Linear between the measured points, and beyond them as between the last two; proportional if there is one."""
-    if len(table) == 1:
-        return table[0][1] * num_rows / table[0][0]
-    above = min(max(1, bisect_left([rows for rows, _ in table], num_rows)), len(table) - 1)
-    (rows_0, s_0), (rows_1, s_1) = table[above - 1 : above + 1]
-    slope = (s_1 - s_0) / (rows_1 - rows_0)
-    return s_1 + (slope if num_rows < rows_1 else max(0.0, slope)) * (num_rows - rows_1)
 
 
 def free_rows(costs: Costs) -> int:
@@ -89,25 +80,31 @@ def slot_s(costs: Costs, num_rows: int) -> float:
 
 
 class Pace:
-    """One request's pace. All times are on the driver's clock, in seconds."""
+    """The pace of one pipeline, for all its requests. All times are on the driver's clock, in seconds."""
 
     def __init__(self, costs: Costs) -> None:
         self._costs = costs
-        self.segment_len = free_rows(costs)
-        self.slot_s = slot_s(costs, self.segment_len)  # of a full segment
+        self.measure()
         self._hop_s = 0.0  # the shortest that was seen
         self._knows_hop = False
-        self._sent_s: dict[int, float] = {}  # by segment id
+        self._sent_s: dict[tuple[int, int], float] = {}  # by request and segment id, oldest first
         self._start_s = 0.0  # when the last segment sent meets worker 1 free
         self._free_s = 0.0  # when the pipeline can take the next one
+
+    def measure(self) -> None:
+        """Size segments by what they cost now."""
+        self.segment_len = free_rows(self._costs)
+        self.slot_s = slot_s(self._costs, self.segment_len)  # of a full segment
 
     @property
     def due_s(self) -> float:
         """When to send the next segment."""
         return self._free_s - self._hop_s
 
-    def note_sent(self, segment_id: int, num_rows: int, now: float) -> None:
-        self._sent_s[segment_id] = now
+    def note_sent(self, request_id: int, segment_id: int, num_rows: int, now: float) -> None:
+        self._sent_s[request_id, segment_id] = now
+        if len(self._sent_s) > _MAX_SENT:  # segments that died come back never
+            del self._sent_s[next(iter(self._sent_s))]
         self._start_s = max(self._free_s, now + self._hop_s)
         self._free_s = self._start_s + slot_s(self._costs, num_rows)
 
@@ -117,7 +114,7 @@ class Pace:
 
     def note_result(self, result: Result, now: float) -> None:
         """A result's way, less the forwards in it, is its hops and its waiting; the shortest had least waiting."""
-        sent_s = self._sent_s.pop(result.segment_id, None)
+        sent_s = self._sent_s.pop((result.request_id, result.segment_id), None)
         if sent_s is None:
             return
         computing_s = sum(timing.end_s - timing.start_s for timing in result.timings)
