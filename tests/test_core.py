@@ -64,8 +64,38 @@ def test_layer_ranges_are_half_open() -> None:
         {"max_tokens": 0},
         {"seed": -1},
         {"seed": 2**64},
+        {"min_p": -0.1},
+        {"min_p": 1.1},
+        {"min_p": float("nan")},
+        {"presence_penalty": -2.1},
+        {"presence_penalty": float("nan")},
+        {"frequency_penalty": 2.1},
+        {"frequency_penalty": float("inf")},
+        {"repetition_penalty": 0.0},
+        {"repetition_penalty": float("inf")},
+        {"repetition_penalty": float("nan")},
+        {"logit_bias": ((-1, 1.0),)},
+        {"logit_bias": ((1, 100.5),)},
+        {"logit_bias": ((1, float("nan")),)},
+        {"logit_bias": ((1, 1.0), (1, 2.0))},
+        {"stop_token_ids": frozenset({3, -1})},
+        {"num_logprobs": -1},
+        {"num_logprobs": 21},
+        {"stop": ("a", "")},
+        {"stop": ("a",) * 17},
     ],
 )
-def test_impossible_sampling_parameters_are_refused(values: dict[str, float]) -> None:
-    with pytest.raises(UsageError, match=next(iter(values))):
+def test_impossible_sampling_parameters_are_refused(values: dict[str, object]) -> None:
+    with pytest.raises(UsageError, match=f"^{next(iter(values))} "):
         SamplingParams(**values)  # type: ignore[arg-type]
+
+
+def test_the_bounds_of_sampling_parameters_are_allowed() -> None:
+    SamplingParams(min_p=1.0, presence_penalty=-2.0, frequency_penalty=2.0, repetition_penalty=0.01, num_logprobs=20)
+    SamplingParams(logit_bias=((0, -100.0), (1, 100.0)), stop_token_ids=frozenset({0}), stop=("a",) * 16)
+
+
+def test_penalties_are_off_until_one_is_set() -> None:
+    assert not SamplingParams(min_p=0.5, logit_bias=((1, 1.0),)).has_penalties
+    for values in ({"presence_penalty": -0.1}, {"frequency_penalty": 0.1}, {"repetition_penalty": 0.9}):
+        assert SamplingParams(**values).has_penalties  # type: ignore[arg-type]

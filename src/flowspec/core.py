@@ -16,6 +16,8 @@ DraftDType = Literal["auto", "int8"]  # auto: the model's
 FinishReason = Literal["stop", "length"]
 
 MAX_SEED = 2**64 - 1
+MAX_LOGPROBS = 20
+MAX_STOPS = 16
 
 
 @dataclass(frozen=True, order=True)
@@ -99,6 +101,14 @@ class SamplingParams:
     top_k: int = 0  # keep the k most probable tokens; 0 keeps all
     seed: int | None = None  # the same seed gives the same text; None draws one
     ignore_eos: bool = False  # go on past the model's end-of-text token
+    min_p: float = 0.0  # drop tokens less probable than this times the best one; 0 keeps all
+    presence_penalty: float = 0.0  # taken from the logits of tokens that were generated
+    frequency_penalty: float = 0.0  # the same, once for each time
+    repetition_penalty: float = 1.0  # of the prompt's and the generated tokens: divides logits > 0, multiplies others
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, what is added to its logit)
+    stop_token_ids: frozenset[int] = frozenset()  # end the text, even where ``ignore_eos`` goes on
+    num_logprobs: int | None = None  # log-probabilities of each token and of so many best ones; None gives none
+    stop: tuple[str, ...] = ()  # texts that end the answer; for whoever turns tokens into text
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
@@ -111,6 +121,38 @@ class SamplingParams:
             raise UsageError(f"top_k is {self.top_k}; it must be 0 (off) or a positive count")
         if self.seed is not None and not 0 <= self.seed <= MAX_SEED:
             raise UsageError(f"seed is {self.seed}; it must lie in [0, 2**64)")
+        if not 0 <= self.min_p <= 1:
+            raise UsageError(f"min_p is {self.min_p}; it must lie in [0, 1]")
+        if not -2 <= self.presence_penalty <= 2:
+            raise UsageError(f"presence_penalty is {self.presence_penalty}; it must lie in [-2, 2]")
+        if not -2 <= self.frequency_penalty <= 2:
+            raise UsageError(f"frequency_penalty is {self.frequency_penalty}; it must lie in [-2, 2]")
+        if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
+            raise UsageError(f"repetition_penalty is {self.repetition_penalty}; it must be a positive number")
+        for token_id, bias in self.logit_bias:
+            if token_id < 0 or not -100 <= bias <= 100:
+                raise UsageError(f"logit_bias gives token {token_id} {bias}; ids start at 0, biases lie in [-100, 100]")
+        if len({token_id for token_id, _ in self.logit_bias}) < len(self.logit_bias):
+            raise UsageError("logit_bias names a token twice; add its biases up")
+        if any(token_id < 0 for token_id in self.stop_token_ids):
+            raise UsageError(f"stop_token_ids holds {min(self.stop_token_ids)}; ids start at 0")
+        if self.num_logprobs is not None and not 0 <= self.num_logprobs <= MAX_LOGPROBS:
+            raise UsageError(f"num_logprobs is {self.num_logprobs}; it must lie in 0..{MAX_LOGPROBS}")
+        if "" in self.stop or len(self.stop) > MAX_STOPS:
+            raise UsageError(f"stop is {self.stop!r}; it must be at most {MAX_STOPS} texts, none of them empty")
+
+    @property
+    def has_penalties(self) -> bool:
+        return bool(self.presence_penalty or self.frequency_penalty) or self.repetition_penalty != 1
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """How probable the model itself found an emitted token, before any sampling parameter, and its best ones."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]  # (token id, log-probability), best first
 
 
 def interpolate(table: Sequence[tuple[int, float]], num_rows: int) -> float:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from flowspec.config import PipelineConfig, TreeConfig
-from flowspec.core import FinishReason, SamplingParams
+from flowspec.core import FinishReason, SamplingParams, TokenLogprobs
 from flowspec.draft.base import Accepted, Draft, DraftSource, HeritableDraft
 from flowspec.messages import (
     LAST_STEP,
@@ -32,7 +32,7 @@ from flowspec.messages import (
     Step,
     Timing,
 )
-from flowspec.sampling import Sampler
+from flowspec.sampling import Sampler, token_logprobs
 from flowspec.tree import DraftTree, Ints
 
 
@@ -144,6 +144,7 @@ class Verdict:
     accepted_rows: list[int]  # the old root first
     token_ids: list[int]  # the accepted nodes' tokens, then the new root's
     new_root: int | None  # the row that holds the last token; ``None`` when no draft guessed it
+    logprobs: list[TokenLogprobs]  # of the tokens, where the request asks for them
 
 
 class Generation:
@@ -176,6 +177,7 @@ class Generation:
         self.epoch = 0
         self.outbox: list[Send] = []
         self.output_ids: list[int] = []
+        self.output_logprobs: list[TokenLogprobs] = []  # one for each token, where ``params.num_logprobs`` asks for it
         self.finish_reason: FinishReason | None = None
         self.stats = Stats()
         self._heritage = heritage or Heritage()
@@ -184,7 +186,8 @@ class Generation:
         self.in_flight: dict[int, Ints] = {}  # segment id -> the node ids that were alive at the last commit
         self._head = head
         self._meter = meter
-        self._sampler = Sampler(request.params)
+        self._sampler = Sampler(request.params, request.prompt_ids)
+        self._end_ids = request.params.stop_token_ids | (frozenset() if request.params.ignore_eos else request.eos_ids)
         self._num_tokens = min(request.params.max_tokens, max_positions - len(request.prompt_ids))
         self._want_features = source is not None and source.needs_features
         self._want_hints = want_hints and source is not None
@@ -328,25 +331,29 @@ class Generation:
         """Follow the target from the root through the verified nodes; ``None`` when the root's logits are not here.
 
         The target's token at a position is drawn once, with randomness keyed by that position. A child that holds it
-        is accepted; where no child does, it is the bonus token.
+        is accepted; where no child does, it is the bonus token. Until it is committed, a verdict changes nothing.
         """
         if self.tree.root_id not in self._verified:
             return None
         row: int | None = 0
         accepted_rows: list[int] = []
         token_ids: list[int] = []
+        logprobs: list[TokenLogprobs] = []
+        num_logprobs = self.request.params.num_logprobs
         with self._meter.work(Work.VERIFY, len(self._verified)):
             while row is not None and len(token_ids) < self.num_left and not self._ends(token_ids):
                 verified = self._verified.get(int(self.tree.node_ids[row]))
                 if verified is None:
                     break
                 accepted_rows.append(row)
-                token_ids.append(self._sampler.token(verified[1], self.prefix_len + len(accepted_rows)))
+                token_ids.append(self._sampler.token(verified[1], self.prefix_len + len(accepted_rows), token_ids))
+                if num_logprobs is not None:
+                    logprobs.append(token_logprobs(verified[1], token_ids[-1], num_logprobs))
                 row = self.tree.find(row, token_ids[-1])
-        return Verdict(accepted_rows, token_ids, row)
+        return Verdict(accepted_rows, token_ids, row, logprobs)
 
     def _ends(self, token_ids: list[int]) -> bool:
-        return bool(token_ids) and not self.request.params.ignore_eos and token_ids[-1] in self.request.eos_ids
+        return bool(token_ids) and token_ids[-1] in self._end_ids
 
     def commit(self, verdict: Verdict, announce: bool = True) -> None:
         """Emit the verdict's tokens, tell the workers, re-root the tree and let the draft read the true features.
@@ -358,6 +365,8 @@ class Generation:
         prefix_tokens = tree.token_ids[verdict.accepted_rows].tolist()
         self._count(prefix_ids, verdict)
         self.output_ids += verdict.token_ids
+        self.output_logprobs += verdict.logprobs
+        self._sampler.extend(verdict.token_ids)
         self.prefix_len += len(prefix_ids)
         self._root_parent_id, self._root_is_draft = prefix_ids[-1], new_root is not None
         self._unannounced += prefix_ids
