@@ -60,6 +60,9 @@ class TimedCluster:
                 self.trips.append((now - self._sent[message.request_id, message.segment_id], message))
         return received
 
+    def wake(self) -> None:
+        self._inner.wake()
+
     def close(self) -> None:
         self._inner.close()
 

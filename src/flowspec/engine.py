@@ -142,6 +142,7 @@ class Engine:
         self._device = device
         self._next_request_id = 0
         self._cluster: Cluster | None = None
+        self._bytes_at_close = 0
         self.source: DraftSource | None = None
         self._experience = Experience()
         self._waiting: deque[Job] = deque()
@@ -375,8 +376,8 @@ class Engine:
     @property
     def link_bytes(self) -> int:
         """Bytes on all links so far; the driver counts its own, the first hop included, workers the hops between."""
-        assert self._cluster is not None
-        return self._cluster.link_bytes + sum(b for stage, b in self.stage_bytes.items() if stage > 1)
+        own_bytes = self._cluster.link_bytes if self._cluster is not None else self._bytes_at_close
+        return own_bytes + sum(b for stage, b in self.stage_bytes.items() if stage > 1)
 
     def wake(self) -> None:
         """Let a ``step`` that waits return. Any thread may call it."""
@@ -393,6 +394,7 @@ class Engine:
         """End the workers that were started here; others go back to waiting. Safe to call twice."""
         cluster, self._cluster = self._cluster, None
         if cluster is not None:
+            self._bytes_at_close = cluster.link_bytes
             cluster.close()
 
     def __enter__(self) -> Engine:

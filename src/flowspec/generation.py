@@ -462,8 +462,8 @@ class Generation:
         """What an ended request that keeps its cache leaves to its heirs."""
         assert self.is_finished and self.keeps_cache
         tokens = (*self.request.prompt_ids, *self.output_ids)[: self.prefix_len]
-        has_heirs = self._want_features and isinstance(self._draft, HeritableDraft)
-        return Left(self.request.request_id, tokens, self._draft if has_heirs else None)
+        draft = self._draft if self._want_features and isinstance(self._draft, HeritableDraft) else None
+        return Left(self.request.request_id, tokens, draft)
 
     def take_outbox(self) -> list[Send]:
         sends, self.outbox = self.outbox, []
