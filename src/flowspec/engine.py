@@ -9,7 +9,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from flowspec.config import EngineConfig, LinkConfig, PipelineConfig, ScheduleConfig, TreeConfig
-from flowspec.core import DraftDType, DType, Partition, SamplingParams
+from flowspec.core import DraftDType, DType, Partition, SamplingParams, TokenLogprobs
 from flowspec.draft.base import DraftSource
 from flowspec.draft.catalogue import ChosenDraft, choose_draft, load_draft
 from flowspec.driver import Driver
 from flowspec.errors import FlowspecError, UsageError, WorkerError
 from flowspec.generation import Generation, Meter, Request
-from flowspec.launch import Cluster, InprocCluster, LocalProcesses, RemoteCluster, local_threads, num_cores
+from flowspec.launch import Cluster, InprocCluster, LocalProcesses, RemoteCluster, Trip, local_threads, num_cores
 from flowspec.messages import Alive, Ready, Result
 from flowspec.model.loader import DEMO, Checkpoint, check_device, draft_place
 from flowspec.model.target_head import TargetHead
@@ -56,6 +56,10 @@ class Job:
     @property
     def output_ids(self) -> list[int]:
         return self.generation.output_ids if self.generation is not None else []
+
+    @property
+    def output_logprobs(self) -> list[TokenLogprobs]:
+        return self.generation.output_logprobs if self.generation is not None else []
 
     @property
     def is_finished(self) -> bool:
@@ -150,6 +154,9 @@ class Engine:
         self._has_worked = True
         self._last_news = time.monotonic()
         self.result_hook: ResultHook | None = None  # is told of each result before the driver is
+        self.busy_s: dict[int, float] = {}  # of forwards whose results came back, by stage
+        self._busy_since: dict[int, float] = {}  # start of the newest forward that was counted, by stage
+        self._last_probe = 0.0
         self.ready: list[Ready] = []  # what each worker said of its stage; empty in process
         self.stage_bytes: dict[int, int] = {}  # received by each worker on the data path, by stage
         if workers is not None and (in_process or not workers):
@@ -331,6 +338,9 @@ class Engine:
             cluster.send(self._driver.on_message(message))
             if not isinstance(message, Alive):
                 self._last_news = time.monotonic()
+        if time.monotonic() - self._last_probe > self._link.heartbeat_s and isinstance(cluster, RemoteCluster):
+            self._last_probe = time.monotonic()
+            cluster.probe()
         sends = self._driver.on_idle()
         self._has_worked = sends is not None
         cluster.send(sends or [])
@@ -358,7 +368,12 @@ class Engine:
     def _note_result(self, result: Result) -> None:
         if self._costs is not None:
             self._costs.note(result.timings)
-        self.stage_bytes |= {timing.stage: timing.link_bytes for timing in result.timings}
+        for timing in result.timings:
+            self.stage_bytes[timing.stage] = timing.link_bytes
+            if timing.start_s > self._busy_since.get(timing.stage, 0.0):  # requests that shared a forward count once
+                self._busy_since[timing.stage] = timing.start_s
+                busy_s = self.busy_s.get(timing.stage, 0.0)
+                self.busy_s[timing.stage] = busy_s + timing.end_s - timing.start_s
         job = self._running.get(result.request_id)
         if self.result_hook is not None and job is not None and job.generation is not None:
             self.result_hook(job.generation, result)
@@ -378,6 +393,11 @@ class Engine:
         """Bytes on all links so far; the driver counts its own, the first hop included, workers the hops between."""
         own_bytes = self._cluster.link_bytes if self._cluster is not None else self._bytes_at_close
         return own_bytes + sum(b for stage, b in self.stage_bytes.items() if stage > 1)
+
+    @property
+    def trips(self) -> Mapping[int, Trip]:
+        """The newest known round trip to each worker, by stage."""
+        return self._cluster.trips if self._cluster is not None else {}
 
     def wake(self) -> None:
         """Let a ``step`` that waits return. Any thread may call it."""

@@ -126,10 +126,17 @@ class Stats:
     drafted: int = 0  # draft nodes sent (roots that no draft had guessed excluded)
     accepted: int = 0  # draft nodes that became output
     restarts: int = 0  # times the target's token was not in the tree
+    verdicts: int = 0  # verifications that emitted tokens
+    accepted_by_position: list[int] = field(default_factory=list)  # verdicts that accepted so many draft nodes or more
     verified: int = 0  # segments whose result verified at least one node that was alive
     draft_passes: int = 0
     timings: list[tuple[Timing, ...]] = field(default_factory=list)  # one entry per result, one timing per stage
     by_segment: dict[int, SegmentStats] = field(default_factory=dict)  # by segment id
+
+    @property
+    def pruned(self) -> int:
+        """Nodes that died on their way, before a result came back."""
+        return sum(segment.num_sent - segment.num_verified for segment in self.by_segment.values())
 
     @property
     def mean_accepted(self) -> float:
@@ -389,7 +396,12 @@ class Generation:
             self._draft.commit(Accepted(prefix_ids, prefix_tokens, features), tree)
 
     def _count(self, prefix_ids: list[int], verdict: Verdict) -> None:
-        self.stats.accepted += len(verdict.token_ids) - (verdict.new_root is None)
+        stats, num_accepted = self.stats, len(verdict.token_ids) - (verdict.new_root is None)
+        stats.accepted += num_accepted
+        stats.verdicts += 1
+        stats.accepted_by_position += [0] * (num_accepted - len(stats.accepted_by_position))
+        for position in range(num_accepted):
+            stats.accepted_by_position[position] += 1
         for node_id in prefix_ids:
             if (segment := self.stats.by_segment.get(self._verified[node_id][2])) is not None:
                 segment.num_accepted += 1

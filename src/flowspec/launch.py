@@ -13,7 +13,9 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,9 +28,11 @@ from flowspec.messages import (
     PROTOCOL_VERSION,
     Busy,
     Configure,
+    Echo,
     Emulation,
     Failure,
     Loading,
+    Probe,
     Ready,
     Route,
     Send,
@@ -46,6 +50,7 @@ logger = logging.getLogger("flowspec.launch")
 LoadProgress = Callable[[float], None]
 
 _CHECK_INTERVAL_S = 0.1
+_NUM_TRIPS = 8
 _END_TIMEOUT_S = 5.0
 
 
@@ -55,6 +60,11 @@ class Cluster(Protocol):
     @property
     def link_bytes(self) -> int:
         """Bytes that the driver has sent along the data path and received as results."""
+        ...
+
+    @property
+    def trips(self) -> Mapping[int, Trip]:
+        """The newest known round trip to each worker, by stage."""
         ...
 
     def send(self, sends: Iterable[Send]) -> None: ...
@@ -68,6 +78,14 @@ class Cluster(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Trip:
+    """A round trip on a control connection; a worker answers between two pieces of its work."""
+
+    round_trip_s: float
+    clock_offset_s: float  # the driver's clock less the worker's, at most half a round trip off
 
 
 class InprocCluster:
@@ -86,6 +104,10 @@ class InprocCluster:
     @property
     def link_bytes(self) -> int:
         return self._network.num_bytes
+
+    @property
+    def trips(self) -> Mapping[int, Trip]:
+        return dict.fromkeys(range(1, len(self._workers) + 1), Trip(0.0, 0.0))
 
     def send(self, sends: Iterable[Send]) -> None:
         self._network.post(DRIVER, sends)
@@ -175,6 +197,8 @@ class RemoteCluster:
         self._poller.register(self._woken_end.fileno(), zmq.POLLIN)
         self._num_bytes = 0
         self._last_check = 0.0
+        self._probe_sent_s: float | None = None
+        self._trips: dict[int, deque[Trip]] = {}
         self._controls: list[Connection] = []
         try:
             for address in addresses:
@@ -193,6 +217,11 @@ class RemoteCluster:
     @property
     def link_bytes(self) -> int:
         return self._num_bytes
+
+    @property
+    def trips(self) -> Mapping[int, Trip]:
+        """The shortest of the last few, which waited least for the worker's own work."""
+        return {stage: min(trips, key=lambda trip: trip.round_trip_s) for stage, trips in self._trips.items()}
 
     def configure(
         self,
@@ -267,10 +296,25 @@ class RemoteCluster:
             while (arrived := connection.receive()) is not None:
                 message, num_bytes = arrived
                 self._num_bytes += num_bytes
-                received.append(_raise_failure(message, index, connection.address))
+                if isinstance(message, Echo):
+                    self._note_echo(index, message)
+                else:
+                    received.append(_raise_failure(message, index, connection.address))
         if timeout_s > 0 or time.monotonic() - self._last_check > _CHECK_INTERVAL_S:
             self._check_workers()
         return received
+
+    def probe(self) -> None:
+        """Measure the round trips to all workers; their answers are read with everything else."""
+        self._probe_sent_s = time.perf_counter()
+        for connection in self._controls:
+            connection.send(Probe(0, b""))
+
+    def _note_echo(self, stage: int, echo: Echo) -> None:
+        if self._probe_sent_s is not None:
+            now = time.perf_counter()
+            trip = Trip(now - self._probe_sent_s, (now + self._probe_sent_s) / 2 - echo.clock_s)
+            self._trips.setdefault(stage, deque(maxlen=_NUM_TRIPS)).append(trip)
 
     def _check_workers(self) -> None:
         self._last_check = time.monotonic()

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any
 
-from flowspec.core import FinishReason, SamplingParams
+from flowspec.core import FinishReason, SamplingParams, TokenLogprobs
 from flowspec.engine import Engine, Job
 from flowspec.errors import UsageError
 from flowspec.generation import Stats
@@ -56,6 +56,7 @@ class TextChunk:
     text: str
     token_ids: list[int]
     completion: Completion | None = None
+    logprobs: list[TokenLogprobs] = field(default_factory=list)  # of the tokens, where they were asked for
 
 
 class LLM:
@@ -99,7 +100,7 @@ class LLM:
         all_ids = [self.encode(prompt) for prompt in prompts]
         for prompt_ids in all_ids:
             self.engine.check(prompt_ids, params, schedule)
-        runs = [_Run(self, self.engine.submit(ids, params, schedule)) for ids in all_ids]
+        runs = [Run(self.engine, self.engine.submit(ids, params, schedule)) for ids in all_ids]
         by_job = {run.job.request.request_id: run for run in runs}
         try:
             while not all(run.is_finished for run in runs):
@@ -109,7 +110,7 @@ class LLM:
         finally:
             for run in runs:
                 self.engine.cancel(run.job)
-        return [run.completion(bytes_before) for run in runs]
+        return [self._completion(run, bytes_before) for run in runs]
 
     def stream(
         self,
@@ -133,7 +134,7 @@ class LLM:
 
     def _stream(self, prompt_ids: Sequence[int], params: SamplingParams, schedule: str | None) -> Iterator[TextChunk]:
         bytes_before = self.engine.link_bytes
-        run = _Run(self, self.engine.submit(prompt_ids, params, schedule))
+        run = Run(self.engine, self.engine.submit(prompt_ids, params, schedule))
         chunk = TextChunk("", [])
         try:
             while not run.is_finished:
@@ -145,9 +146,14 @@ class LLM:
         finally:
             if not self.engine.is_closed:
                 self.engine.cancel(run.job)
-        yield TextChunk(chunk.text, chunk.token_ids, run.completion(bytes_before))
+        yield replace(chunk, completion=self._completion(run, bytes_before))
 
-    def _report_prefill(self, runs: Sequence[_Run]) -> None:
+    def _completion(self, run: Run, bytes_before: int) -> Completion:
+        assert run.job.generation is not None
+        self.last_stats = run.job.generation.stats
+        return run.completion(bytes_before)
+
+    def _report_prefill(self, runs: Sequence[Run]) -> None:
         generations = [run.job.generation for run in runs if run.job.generation is not None]
         done = sum(generation.num_prompt_verified for generation in generations)
         total = sum(len(run.job.request.prompt_ids) - 1 for run in runs)
@@ -169,16 +175,16 @@ class LLM:
         self.close()
 
 
-class _Run:
-    """A job, and its text."""
+class Run:
+    """A job of an engine, and its text."""
 
-    def __init__(self, llm: LLM, job: Job) -> None:
+    def __init__(self, engine: Engine, job: Job) -> None:
         self.job = job
         self.is_finished = False
-        self._llm = llm
+        self._engine = engine
         params = job.request.params
         hidden_ids = job.request.eos_ids | params.stop_token_ids
-        self._detokenizer = Detokenizer(llm.tokenizer, hidden_ids, params.stop)
+        self._detokenizer = Detokenizer(engine.tokenizer, hidden_ids, params.stop)
         self._num_read = 0
 
     def read(self) -> TextChunk:
@@ -187,17 +193,18 @@ class _Run:
         text = self._detokenizer.add(new_ids)
         if self._detokenizer.is_stopped:
             new_ids = new_ids[: self._detokenizer.num_tokens - self._num_read]
-            self._llm.engine.cancel(self.job)
+            self._engine.cancel(self.job)
+        logprobs = self.job.output_logprobs[self._num_read : self._num_read + len(new_ids)]
         self._num_read += len(new_ids)
         self.is_finished = self.job.is_finished
         if self.is_finished:
             text += self._detokenizer.finish()
-        return TextChunk(text, new_ids)
+        return TextChunk(text, new_ids, logprobs=logprobs)
 
     def completion(self, bytes_before: int) -> Completion:
-        job, engine = self.job, self._llm.engine
+        job, engine = self.job, self._engine
         assert job.generation is not None and job.generation.finish_reason is not None
-        self._llm.last_stats = stats = job.generation.stats
+        stats = job.generation.stats
         return Completion(
             self._detokenizer.text,
             job.output_ids[: self._num_read],

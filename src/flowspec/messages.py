@@ -175,7 +175,7 @@ class Forget(Message, frozen=True):
 
 
 class Probe(Message, frozen=True):
-    """From a worker to the next one at start-up: an ``Echo`` tells how long it took."""
+    """An ``Echo`` tells how long it took. From a worker to the next one at start-up, and from the driver now and then."""
 
     number: int
     payload: bytes
@@ -268,9 +268,10 @@ class Failure(Message, frozen=True):
 
 
 class Echo(Message, frozen=True):
-    """Answers a ``Probe``, on the same connection: to the worker before, not to the driver."""
+    """Answers a ``Probe``, on the same connection: to the worker before, or to the driver."""
 
     number: int
+    clock_s: float = 0.0  # the worker's, whose zero is its own
 
 
 class Stamped(Message, frozen=True):

@@ -138,7 +138,7 @@ class WorkerProcess:
             case Configure():
                 self._listener.reply(identity, Busy("another driver uses this worker; try again when it has ended"))
             case Probe() if is_ours:
-                self._listener.reply(identity, Echo(message.number))
+                self._listener.reply(identity, Echo(message.number, time.perf_counter()))
             case Stop() if is_ours:
                 raise _SessionOver("the driver has finished")
             case _ if session is not None and is_ours and session.worker is not None:

@@ -1,0 +1,67 @@
+// The cluster as a pipeline of cards: the driver, then each stage.
+
+import { byId, bytes, decimal, element, percent, setAttribute, setText } from "./dom.js";
+
+export class Cluster {
+  #stages = new Map();
+
+  setServer(state) {
+    const cards = state.stages.map((stage) => new StageCard(stage));
+    this.#stages = new Map(cards.map((card) => [card.stage, card]));
+    byId("cluster").replaceChildren(driver(state), ...cards.map((card) => card.node));
+  }
+
+  addEvent(event) {
+    for (const stage of event.stages) this.#stages.get(stage.stage)?.update(stage);
+  }
+}
+
+function driver(state) {
+  const settings = figures({ Model: state.model, Schedule: state.schedule, Draft: state.draft });
+  return element("li", { className: "stage driver" }, element("h3", {}, "Driver"), settings);
+}
+
+class StageCard {
+  #state = element("span", { className: "state" });
+  #busy = element("dd");
+  #meter = element("i");
+  #link = element("dd");
+  #trip = element("dd");
+
+  constructor(stage) {
+    this.stage = stage.stage;
+    const meter = element("span", { className: "meter", "aria-hidden": "true" }, this.#meter);
+    this.node = element(
+      "li",
+      { className: "stage", "data-testid": `stage-${stage.stage}` },
+      element("h3", {}, `Stage ${stage.stage}`, this.#state),
+      element("p", { className: "device", title: `${stage.device} at ${stage.address}` }, stage.device),
+      figures({ Busy: this.#busy }),
+      meter,
+      figures({
+        Layers: stage.layers,
+        Weights: bytes(stage.weight_bytes),
+        "Peak memory": bytes(stage.peak_memory_bytes),
+        "Over the link": this.#link,
+        "Round trip": this.#trip,
+      }),
+    );
+    this.update({ state: stage.state });
+  }
+
+  update(stage) {
+    setText(this.#state, stage.state);
+    setAttribute(this.#state, "data-state", stage.state);
+    setText(this.#busy, percent(stage.busy));
+    this.#meter.style.width = `${100 * Math.min(stage.busy ?? 0, 1)}%`;
+    setText(this.#link, bytes(stage.link_bytes));
+    setText(this.#trip, stage.round_trip_ms == null ? "–" : `${decimal(stage.round_trip_ms)} ms`);
+  }
+}
+
+function figures(rows) {
+  const pairs = Object.entries(rows).map(([name, value]) =>
+    element("div", {}, element("dt", {}, name), value instanceof Node ? value : element("dd", {}, value)),
+  );
+  return element("dl", {}, ...pairs);
+}
