@@ -13,7 +13,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ import torch
 from flowspec.config import EngineConfig, PipelineConfig, TreeConfig
 from flowspec.core import LayerRange, SamplingParams
 from flowspec.draft.base import Accepted
-from flowspec.launch import Cluster
+from flowspec.launch import Cluster, Trip
 from flowspec.llm import LLM
 from flowspec.messages import Result, Segment, Send, ToDriver
 from flowspec.model.loader import Checkpoint
@@ -39,11 +39,15 @@ class TimedCluster:
     def __init__(self, inner: Cluster) -> None:
         self._inner = inner
         self._sent: dict[tuple[int, int], float] = {}
-        self.trips: list[tuple[float, Result]] = []  # round trip in seconds
+        self.segment_trips: list[tuple[float, Result]] = []  # round trip in seconds
 
     @property
     def link_bytes(self) -> int:
         return self._inner.link_bytes
+
+    @property
+    def trips(self) -> Mapping[int, Trip]:
+        return self._inner.trips
 
     def send(self, sends: Iterable[Send]) -> None:
         sends = list(sends)
@@ -57,7 +61,7 @@ class TimedCluster:
         now = time.perf_counter()
         for message in received:
             if isinstance(message, Result) and not message.num_prefix:
-                self.trips.append((now - self._sent[message.request_id, message.segment_id], message))
+                self.segment_trips.append((now - self._sent[message.request_id, message.segment_id], message))
         return received
 
     def wake(self) -> None:
@@ -109,14 +113,14 @@ def measure_hops(num_stages: int, num_segments: int) -> dict[str, Any]:
         llm.generate(PROMPT, SamplingParams(max_tokens=16))  # warm-up
         assert llm.engine._cluster is not None
         llm.engine._cluster = timed = TimedCluster(llm.engine._cluster)
-        while len(timed.trips) < num_segments:
+        while len(timed.segment_trips) < num_segments:
             llm.generate(PROMPT, SamplingParams(max_tokens=128))
-    engine = [trip - sum(t.end_s - t.start_s for t in result.timings) for trip, result in timed.trips]
+    engine = [trip - sum(t.end_s - t.start_s for t in result.timings) for trip, result in timed.segment_trips]
     return {
         "segments": len(engine),
-        "rows_per_segment": statistics.mean(len(result.node_ids) for _, result in timed.trips),
-        "round_trip_ms": statistics.median(trip for trip, _ in timed.trips) * 1000,
-        "forwards_ms": statistics.median(sum(t.end_s - t.start_s for t in r.timings) for _, r in timed.trips) * 1000,
+        "rows_per_segment": statistics.mean(len(result.node_ids) for _, result in timed.segment_trips),
+        "round_trip_ms": statistics.median(trip for trip, _ in timed.segment_trips) * 1000,
+        "forwards_ms": statistics.median(sum(t.end_s - t.start_s for t in r.timings) for _, r in timed.segment_trips) * 1000,
         "sockets_codec_slots_ms_per_hop": statistics.median(engine) * 1000 / (num_stages + 1),
     }
 

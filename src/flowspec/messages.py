@@ -175,7 +175,7 @@ class Forget(Message, frozen=True):
 
 
 class Probe(Message, frozen=True):
-    """An ``Echo`` tells how long it took. From a worker to the next one at start-up, and from the driver now and then."""
+    """An ``Echo`` tells how long it took. From a worker to the next at start-up, and from the driver now and then."""
 
     number: int
     payload: bytes
