@@ -39,7 +39,7 @@ class TimedCluster:
     def __init__(self, inner: Cluster) -> None:
         self._inner = inner
         self._sent: dict[tuple[int, int], float] = {}
-        self.segment_trips: list[tuple[float, Result]] = []  # round trip in seconds
+        self.round_trips: list[tuple[float, Result]] = []  # round trip in seconds
 
     @property
     def link_bytes(self) -> int:
@@ -61,7 +61,7 @@ class TimedCluster:
         now = time.perf_counter()
         for message in received:
             if isinstance(message, Result) and not message.num_prefix:
-                self.segment_trips.append((now - self._sent[message.request_id, message.segment_id], message))
+                self.round_trips.append((now - self._sent[message.request_id, message.segment_id], message))
         return received
 
     def wake(self) -> None:
@@ -113,14 +113,15 @@ def measure_hops(num_stages: int, num_segments: int) -> dict[str, Any]:
         llm.generate(PROMPT, SamplingParams(max_tokens=16))  # warm-up
         assert llm.engine._cluster is not None
         llm.engine._cluster = timed = TimedCluster(llm.engine._cluster)
-        while len(timed.segment_trips) < num_segments:
+        while len(timed.round_trips) < num_segments:
             llm.generate(PROMPT, SamplingParams(max_tokens=128))
-    engine = [trip - sum(t.end_s - t.start_s for t in result.timings) for trip, result in timed.segment_trips]
+    engine = [trip - sum(t.end_s - t.start_s for t in result.timings) for trip, result in timed.round_trips]
     return {
         "segments": len(engine),
-        "rows_per_segment": statistics.mean(len(result.node_ids) for _, result in timed.segment_trips),
-        "round_trip_ms": statistics.median(trip for trip, _ in timed.segment_trips) * 1000,
-        "forwards_ms": statistics.median(sum(t.end_s - t.start_s for t in r.timings) for _, r in timed.segment_trips) * 1000,
+        "rows_per_segment": statistics.mean(len(result.node_ids) for _, result in timed.round_trips),
+        "round_trip_ms": statistics.median(trip for trip, _ in timed.round_trips) * 1000,
+        "forwards_ms": statistics.median(sum(t.end_s - t.start_s for t in r.timings) for _, r in timed.round_trips)
+        * 1000,
         "sockets_codec_slots_ms_per_hop": statistics.median(engine) * 1000 / (num_stages + 1),
     }
 

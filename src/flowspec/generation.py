@@ -219,6 +219,11 @@ class Generation:
         return self.finish_reason is not None
 
     @property
+    def num_inherited(self) -> int:
+        """Prompt tokens that an earlier request had computed."""
+        return self._heritage.num_kept
+
+    @property
     def num_left(self) -> int:
         """Tokens that may still be emitted."""
         return self._num_tokens - len(self.output_ids)

@@ -1,0 +1,220 @@
+"""An engine in a thread of its own, for callers in an event loop. Knows texts and requests; knows no HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import queue
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from flowspec.core import SamplingParams
+from flowspec.engine import Engine, Job
+from flowspec.errors import FlowspecError, WorkerError
+from flowspec.generation import Stats
+from flowspec.llm import Run, TextChunk
+
+logger = logging.getLogger("flowspec.server")
+
+IDLE_WAIT_S = 0.5  # of the engine's thread, at most
+END_TIMEOUT_S = 10.0
+
+End = Literal["finished", "cancelled", "failed"]
+
+
+class QueueFullError(FlowspecError):
+    """So many requests wait already that another one would wait too long."""
+
+
+@dataclass(eq=False)
+class Ticket:
+    """One request at the service. Its text comes out of ``chunks``; all else is for statistics."""
+
+    name: str  # as clients see it
+    prompt_ids: tuple[int, ...]
+    params: SamplingParams
+    start_s: float = field(default_factory=time.perf_counter)  # on the driver's clock
+    first_s: float | None = None  # when its first tokens came out
+    last_s: float = 0.0  # when its newest tokens came out
+    end_s: float | None = None
+    num_tokens: int = 0  # that came out so far
+    num_first: int = 0  # of them with the first emission
+    end: End | None = None
+    job: Job | None = None
+    run: Run | None = None
+    _chunks: asyncio.Queue[TextChunk | BaseException | None] = field(default_factory=asyncio.Queue)
+
+    @property
+    def state(self) -> Literal["waiting", "running"] | End:
+        if self.end is not None:
+            return self.end
+        return "running" if self.job is not None and self.job.generation is not None else "waiting"
+
+    @property
+    def stats(self) -> Stats | None:
+        return self.job.generation.stats if self.job is not None and self.job.generation is not None else None
+
+    @property
+    def finish_reason(self) -> str | None:
+        return self.job.generation.finish_reason if self.job is not None and self.job.generation is not None else None
+
+    @property
+    def num_cached(self) -> int:
+        """Prompt tokens that an earlier request had computed."""
+        return self.job.generation.num_inherited if self.job is not None and self.job.generation is not None else 0
+
+    @property
+    def tokens_per_s(self) -> float:
+        """After the first emission; 0 until there is a second one."""
+        if self.first_s is None or self.last_s <= self.first_s:
+            return 0.0
+        return (self.num_tokens - self.num_first) / (self.last_s - self.first_s)
+
+    async def chunks(self) -> AsyncIterator[TextChunk]:
+        """What each verification added. Raises ``FlowspecError`` when the engine refuses or fails."""
+        while (chunk := await self._chunks.get()) is not None:
+            if isinstance(chunk, BaseException):
+                raise chunk
+            yield chunk
+
+
+class Observer(Protocol):
+    """Told of what happens, on the engine's thread."""
+
+    def on_tokens(self, ticket: Ticket, num_new: int, interval_s: float | None) -> None:
+        """``interval_s``: since the emission before; ``None`` for the first one."""
+
+    def on_end(self, ticket: Ticket) -> None: ...
+
+
+class Service:
+    """Runs requests for the event loop that is running when it is started."""
+
+    def __init__(self, engine: Engine, max_waiting: int, observers: Sequence[Observer] = ()) -> None:
+        self.engine = engine
+        self.failure: str | None = None  # why nothing works any more
+        self.observers = list(observers)
+        self._max_waiting = max_waiting
+        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._tickets: dict[int, Ticket] = {}  # by request id, until they end
+        self._is_stopping = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread = threading.Thread(target=self._run, name="flowspec-engine", daemon=True)
+
+    def start(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+
+    async def stop(self) -> None:
+        """Cancel everything and end the engine."""
+        self._is_stopping = True
+        self.engine.wake()
+        await asyncio.to_thread(self._thread.join, END_TIMEOUT_S)
+        self.engine.close()
+
+    # --- called in the event loop ---
+
+    def submit(self, name: str, prompt_ids: Sequence[int], params: SamplingParams) -> Ticket:
+        """Queue a request. Raises ``UsageError`` for an impossible one, ``QueueFullError``, ``WorkerError``."""
+        if self.failure is not None:
+            raise WorkerError(self.failure)
+        self.engine.check(prompt_ids, params)
+        if self.num_waiting >= self._max_waiting:
+            raise QueueFullError(f"{self.num_waiting} requests are waiting already; try again later")
+        ticket = Ticket(name, tuple(prompt_ids), params)
+        self._do(lambda: self._start(ticket))
+        return ticket
+
+    def cancel(self, ticket: Ticket) -> None:
+        """Give a request up; nothing happens to one that has ended."""
+        if ticket.end_s is None:
+            self._do(lambda: self._cancel(ticket))
+
+    def _do(self, command: Callable[[], None]) -> None:
+        self._commands.put(command)
+        self.engine.wake()
+
+    @property
+    def num_waiting(self) -> int:
+        return self.engine.num_waiting + self._commands.qsize()
+
+    @property
+    def tickets(self) -> list[Ticket]:
+        """Of requests that have not ended."""
+        return list(self._tickets.values())
+
+    # --- the engine's thread ---
+
+    def _run(self) -> None:
+        try:
+            while not self._is_stopping:
+                self._obey()
+                for job in self.engine.step(IDLE_WAIT_S):
+                    self._publish(self._tickets[job.request.request_id])
+        except Exception as error:  # the one broad catch of this thread: whatever it is, clients must hear of it
+            if not isinstance(error, FlowspecError):
+                logger.exception("the engine failed")
+            self.failure = str(error) or type(error).__name__
+            logger.error("nothing can be generated any more: %s", self.failure)
+        error = WorkerError(self.failure or "the server is shutting down")
+        while True:
+            for ticket in self.tickets:
+                self._end(ticket, "failed", error)
+            if self._is_stopping:
+                break
+            # Whoever came just before the failure was noticed waits in the queue.
+            with contextlib.suppress(queue.Empty):
+                self._commands.get(timeout=IDLE_WAIT_S)()
+
+    def _obey(self) -> None:
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._commands.get_nowait()()
+
+    def _start(self, ticket: Ticket) -> None:
+        try:
+            ticket.job = job = self.engine.submit(ticket.prompt_ids, ticket.params)
+        except FlowspecError as error:
+            self._end(ticket, "failed", error)
+            return
+        ticket.run = Run(self.engine, job)
+        self._tickets[job.request.request_id] = ticket
+
+    def _cancel(self, ticket: Ticket) -> None:
+        if ticket.end_s is None and ticket.job is not None:
+            self.engine.cancel(ticket.job)
+            self._end(ticket, "cancelled", None)
+
+    def _publish(self, ticket: Ticket) -> None:
+        assert ticket.run is not None
+        chunk = ticket.run.read()
+        now, num_new = time.perf_counter(), len(chunk.token_ids)
+        if num_new:
+            interval_s = now - ticket.last_s if ticket.first_s is not None else None
+            if ticket.first_s is None:
+                ticket.first_s, ticket.num_first = now, num_new
+            ticket.last_s, ticket.num_tokens = now, ticket.num_tokens + num_new
+            for observer in self.observers:
+                observer.on_tokens(ticket, num_new, interval_s)
+        self._send(ticket, chunk)
+        if ticket.run.is_finished:
+            self._end(ticket, "finished", None)
+
+    def _end(self, ticket: Ticket, end: End, error: BaseException | None) -> None:
+        if ticket.end_s is not None:
+            return
+        ticket.end_s, ticket.end = time.perf_counter(), end
+        if ticket.job is not None:
+            self._tickets.pop(ticket.job.request.request_id, None)
+        for observer in self.observers:
+            observer.on_end(ticket)
+        self._send(ticket, error)
+
+    def _send(self, ticket: Ticket, item: TextChunk | BaseException | None) -> None:
+        assert self._loop is not None
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens
+            self._loop.call_soon_threadsafe(ticket._chunks.put_nowait, item)
