@@ -20,6 +20,7 @@ from flowspec import __version__
 from flowspec.cli_bench import bench, simulate
 from flowspec.cli_common import SCHEDULE_NAMES, TerminalProgress, Verbose, errors_in_one_line, stderr, stdout
 from flowspec.cli_emulate import emulate
+from flowspec.cli_serve import serve
 from flowspec.config import EngineConfig, LinkConfig, PipelineConfig, TreeConfig
 from flowspec.core import SamplingParams
 from flowspec.errors import FlowspecError, UsageError
@@ -301,6 +302,7 @@ def train_draft(
 app.command()(simulate)
 app.command()(bench)
 app.command()(emulate)
+app.command()(serve)
 
 
 def _print_version(wanted: bool) -> None:

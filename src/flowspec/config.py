@@ -126,6 +126,26 @@ class EngineConfig:
 
 
 @dataclass(frozen=True)
+class ServerConfig:
+    """The HTTP server."""
+
+    host: str = "127.0.0.1"  # 0.0.0.0 listens to the network
+    port: int = 8000  # 0 lets the system choose
+    api_key: str | None = None  # that every route but /health wants to see
+    max_waiting: int = 64  # requests that may wait to be started; more are told to come back
+    max_body_bytes: int = 4 * 2**20  # of one HTTP request
+    stuck_after_s: float = 20.0  # /health turns bad when no stage has said anything of its work for this long
+    spec_stats: bool = False  # every answer says how it came about
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "max_waiting", "max_body_bytes", "stuck_after_s")
+        if not 0 <= self.port < 65536:
+            raise UsageError(f"port is {self.port}; it must lie in 0..65535")
+        if self.api_key is not None and not (self.api_key and self.api_key.isascii() and self.api_key.isprintable()):
+            raise UsageError("api_key is empty or has characters that HTTP headers cannot carry; use printable ASCII")
+
+
+@dataclass(frozen=True)
 class LinkConfig:
     """How long the processes wait for each other, and what travels between them."""
 

@@ -98,10 +98,15 @@ class Checkpoint:
         return int(self.config.max_position_embeddings)
 
     @cached_property
+    def generation_config(self) -> dict[str, Any]:
+        """generation_config.json; empty where there is none."""
+        path = _find(self.name, self._directory, "generation_config.json")
+        return _read_json(path) if path else {}
+
+    @cached_property
     def eos_token_ids(self) -> frozenset[int]:
         """The tokens that end a text: those of generation_config.json, else those of config.json."""
-        path = _find(self.name, self._directory, "generation_config.json")
-        ids = _read_json(path).get("eos_token_id") if path else None
+        ids = self.generation_config.get("eos_token_id")
         if ids is None:
             ids = self.config.eos_token_id
         if ids is None:

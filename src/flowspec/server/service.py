@@ -94,10 +94,12 @@ class Observer(Protocol):
 class Service:
     """Runs requests for the event loop that is running when it is started."""
 
-    def __init__(self, engine: Engine, max_waiting: int, observers: Sequence[Observer] = ()) -> None:
+    def __init__(self, engine: Engine, max_waiting: int, stuck_after_s: float) -> None:
         self.engine = engine
         self.failure: str | None = None  # why nothing works any more
-        self.observers = list(observers)
+        self.observers: list[Observer] = []
+        self._start_s = time.perf_counter()
+        self._stuck_after_s = stuck_after_s
         self._max_waiting = max_waiting
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._tickets: dict[int, Ticket] = {}  # by request id, until they end
@@ -141,6 +143,15 @@ class Service:
     @property
     def num_waiting(self) -> int:
         return self.engine.num_waiting + self._commands.qsize()
+
+    @property
+    def uptime_s(self) -> float:
+        return time.perf_counter() - self._start_s
+
+    @property
+    def is_stuck(self) -> bool:
+        """Whether work is under way and no stage has said anything of it for long."""
+        return self.engine.stalled_s > self._stuck_after_s
 
     @property
     def tickets(self) -> list[Ticket]:

@@ -1,0 +1,415 @@
+"""The HTTP routes. Turns bodies into requests of the service, and what comes out of it into answers."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from fastapi.staticfiles import StaticFiles
+from starlette.exceptions import HTTPException
+
+from flowspec import __version__
+from flowspec.config import ServerConfig
+from flowspec.core import SamplingParams, TokenLogprobs
+from flowspec.engine import Engine
+from flowspec.errors import FlowspecError, UsageError, WorkerError
+from flowspec.llm import TextChunk
+from flowspec.server import replies
+from flowspec.server.feed import Feed
+from flowspec.server.guard import Guard
+from flowspec.server.metrics import Metrics
+from flowspec.server.replies import Chats, Completions, Json
+from flowspec.server.schemas import (
+    ChatBody,
+    CompletionBody,
+    DetokenizeBody,
+    GenerateBody,
+    TokenizeBody,
+)
+from flowspec.server.service import QueueFullError, Service, Ticket
+from flowspec.server.tokens import Tokens
+
+logger = logging.getLogger("flowspec.server")
+
+DASHBOARD = Path(__file__).parent / "dashboard"
+RETRY_AFTER_S = 1
+DEFAULT_COMPLETION_TOKENS = 16  # as at OpenAI
+_EVENTS = "text/event-stream"
+
+
+class Api:
+    """What the routes share."""
+
+    def __init__(self, engine: Engine, config: ServerConfig, model: str) -> None:
+        self.engine = engine
+        self.config = config
+        self.model = model
+        self.service = Service(engine, config.max_waiting, config.stuck_after_s)
+        self.tokens = Tokens(engine)
+        self.metrics = Metrics(model)
+        self.metrics.watch(self.service)
+        self.defaults = _sampling_defaults(engine.checkpoint.generation_config)
+
+    def check_model(self, name: str | None) -> None:
+        if name is not None and name != self.model:
+            raise HTTPException(404, f"the model {name!r} is not served here, but {self.model!r} is")
+
+    async def generate(
+        self,
+        http: Request,
+        body: GenerateBody,
+        prompts: Sequence[tuple[int, ...]],
+        max_tokens: int | None,
+        num_logprobs: int | None,
+        shape: Completions,
+        echoes: Sequence[str],
+    ) -> Response:
+        """Run ``n`` choices of each prompt and answer at once, or as a stream."""
+        if unknown := body.unknown_fields():
+            logger.warning("ignored unknown fields: %s", ", ".join(unknown))
+        jobs: list[tuple[tuple[int, ...], SamplingParams]] = []
+        for prompt_ids in prompts:
+            wanted = self._max_tokens(prompt_ids, max_tokens)
+            for choice in range(body.n):
+                params = body.params(self.defaults, wanted, num_logprobs, choice, self.engine.checkpoint.vocab_size)
+                self.engine.check(prompt_ids, params)
+                jobs.append((prompt_ids, params))
+        name = f"{shape.prefix}-{uuid.uuid4().hex}"
+        answer = _Answer(self.service, name, body, shape, echoes, self.config.spec_stats)
+        answer.submit(jobs)
+        if body.stream:
+            return StreamingResponse(answer.stream(), media_type=_EVENTS, headers={"cache-control": "no-store"})
+        collecting = asyncio.ensure_future(answer.collect())
+        leaving = asyncio.ensure_future(_disconnected(http))
+        try:
+            await asyncio.wait({collecting, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            if not collecting.done():
+                return Response(status_code=499)  # nobody reads it
+            return _json(collecting.result())
+        finally:
+            collecting.cancel()
+            leaving.cancel()
+            answer.cancel()
+
+    def _max_tokens(self, prompt_ids: tuple[int, ...], wanted: int | None) -> int:
+        """Tokens to generate; by default as many as there is room for. Raises ``UsageError``."""
+        room = self.engine.checkpoint.max_positions - len(prompt_ids)
+        if wanted is not None and 0 < room < wanted:
+            raise UsageError(
+                f"max_tokens is {wanted}, but behind the prompt's {len(prompt_ids)} tokens {self.model} has room for "
+                f"{room} more"
+            )
+        return wanted or max(1, room)
+
+
+class _Answer:
+    """The choices of one HTTP request."""
+
+    def __init__(
+        self,
+        service: Service,
+        name: str,
+        body: GenerateBody,
+        shape: Completions,
+        echoes: Sequence[str],
+        spec_stats: bool,
+    ) -> None:
+        self._service = service
+        self._name = name
+        self._body = body
+        self._shape = shape
+        self._echoes = echoes  # what goes before the text, by choice
+        self._tells_stats = spec_stats if body.return_spec_stats is None else body.return_spec_stats
+        self._tickets: list[Ticket] = []
+
+    def submit(self, jobs: Sequence[tuple[tuple[int, ...], SamplingParams]]) -> None:
+        """All of them, or none. Raises as ``Service.submit``."""
+        try:
+            for place, (prompt_ids, params) in enumerate(jobs):
+                name = self._name if len(jobs) == 1 else f"{self._name}-{place}"
+                self._tickets.append(self._service.submit(name, prompt_ids, params))
+        except BaseException:
+            self.cancel()
+            raise
+
+    def cancel(self) -> None:
+        for ticket in self._tickets:
+            self._service.cancel(ticket)
+
+    async def collect(self) -> Json:
+        """The whole answer."""
+        choices: list[Json] = []
+        for index, ticket in enumerate(self._tickets):
+            text, logprobs = self._echoes[index], list[TokenLogprobs]()
+            async for chunk in ticket.chunks():
+                text += chunk.text
+                logprobs += chunk.logprobs
+            told = None if ticket.params.num_logprobs is None else logprobs
+            choice = self._shape.choice(index, text, told, ticket.finish_reason)
+            choices.append(choice | self._stats(ticket))
+        return self._shape.body(self._name, choices, is_chunk=False) | {"usage": replies.usage(self._tickets)}
+
+    async def stream(self) -> AsyncIterator[bytes]:
+        """Server-sent events, as text becomes certain; a client that goes away cancels its requests."""
+        try:
+            for index, echo in enumerate(self._echoes):
+                if (first := self._shape.first_delta(index)) is not None:
+                    yield self._event([first])
+                if echo:
+                    yield self._event([self._shape.delta(index, echo, None)])
+            async for index, chunk in _merged(self._tickets):
+                ticket = self._tickets[index]
+                if isinstance(chunk, TextChunk):
+                    has_logprobs = ticket.params.num_logprobs is not None
+                    if chunk.text or (has_logprobs and chunk.logprobs):
+                        logprobs = chunk.logprobs if has_logprobs else None
+                        yield self._event([self._shape.delta(index, chunk.text, logprobs)])
+                else:
+                    yield self._event([self._shape.last_delta(index, ticket.finish_reason) | self._stats(ticket)])
+            if self._body.wants_usage:
+                yield replies.event(
+                    self._shape.body(self._name, [], is_chunk=True) | {"usage": replies.usage(self._tickets)}
+                )
+        except FlowspecError as error:
+            kind = "invalid_request_error" if isinstance(error, UsageError) else "server_error"
+            yield replies.event(replies.error(str(error), kind))
+        finally:
+            self.cancel()
+        yield replies.DONE
+
+    def _event(self, choices: list[Json]) -> bytes:
+        return replies.event(self._shape.body(self._name, choices, is_chunk=True))
+
+    def _stats(self, ticket: Ticket) -> Json:
+        return {"spec_stats": replies.spec_stats(ticket)} if self._tells_stats else {}
+
+
+async def _merged(tickets: Sequence[Ticket]) -> AsyncIterator[tuple[int, TextChunk | None]]:
+    """(choice, chunk) as they come; ``None`` after a choice's last one."""
+    if len(tickets) == 1:
+        async for chunk in tickets[0].chunks():
+            yield 0, chunk
+        yield 0, None
+        return
+    merged: asyncio.Queue[tuple[int, TextChunk | BaseException | None]] = asyncio.Queue()
+
+    async def pump(index: int, ticket: Ticket) -> None:
+        try:
+            async for chunk in ticket.chunks():
+                merged.put_nowait((index, chunk))
+            merged.put_nowait((index, None))
+        except FlowspecError as error:
+            merged.put_nowait((index, error))
+
+    pumps = [asyncio.ensure_future(pump(index, ticket)) for index, ticket in enumerate(tickets)]
+    try:
+        num_left = len(tickets)
+        while num_left:
+            index, chunk = await merged.get()
+            if isinstance(chunk, BaseException):
+                raise chunk
+            num_left -= chunk is None
+            yield index, chunk
+    finally:
+        for task in pumps:
+            task.cancel()
+
+
+async def _disconnected(http: Request) -> None:
+    while (await http.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _sampling_defaults(given: dict[str, Any]) -> dict[str, Any]:
+    """What generation_config.json says of sampling; OpenAI's defaults otherwise."""
+    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+    values = {name: given[name] for name in names if given.get(name) is not None}
+    for name in set(values) - {"top_k"}:
+        values[name] = float(values[name])
+    return {"temperature": 0.0 if given.get("do_sample") is False else 1.0, **values}
+
+
+def _json(value: Json, status: int = 200) -> Response:
+    return Response(replies.encode(value), status, media_type="application/json")
+
+
+def _error(status: int, message: str, param: str | None = None, code: str | None = None) -> JSONResponse:
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    headers = {"retry-after": str(RETRY_AFTER_S)} if status == 429 else None
+    # A text with half a character in it cannot be sent.
+    message = message.encode("utf-8", "replace").decode()
+    return JSONResponse(replies.error(message, kind, param, code), status, headers)
+
+
+def _told(error: RequestValidationError) -> tuple[str, str | None]:
+    """What is wrong with the first bad field, and its name if it has one."""
+    errors = error.errors()
+    first = errors[0]
+    if first["type"] == "json_invalid" or len(first["loc"]) < 2:
+        return f"the body is no valid request: {first['msg']}", None
+    field = str(first["loc"][1])
+    # A field that may have several forms has one complaint for each.
+    complaints = dict.fromkeys(str(e["msg"]) for e in errors if str(e["loc"][1:2]) == str(first["loc"][1:2]))
+    return f"{field}: {', or '.join(complaints)}", field
+
+
+def create_app(engine: Engine, config: ServerConfig, feed: Feed | None = None, model: str | None = None) -> FastAPI:
+    """The application. It owns the engine while it runs, and closes it at its end.
+
+    ``feed``: the ``meter`` that the engine was made with; without it there is no dashboard. ``model``: the name that
+    clients know the model by.
+    """
+    api = Api(engine, config, model or Path(engine.checkpoint.name).name)
+    if feed is not None:
+        feed.watch(api.service)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        api.service.start()
+        yield
+        await api.service.stop()
+
+    app = FastAPI(title="flowspec", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.state.api = api
+    _add_error_handlers(app)
+    _add_openai_routes(app, api)
+    _add_service_routes(app, api)
+    if feed is not None:
+        _add_dashboard_routes(app, feed)
+    app.add_middleware(Guard, config.api_key, config.max_body_bytes)
+    return app
+
+
+def _add_error_handlers(app: FastAPI) -> None:
+    @app.exception_handler(RequestValidationError)
+    async def on_invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        return _error(400, *_told(error))
+
+    @app.exception_handler(HTTPException)
+    async def on_http(request: Request, error: HTTPException) -> JSONResponse:
+        code = "model_not_found" if error.status_code == 404 and request.method == "POST" else None
+        return _error(error.status_code, str(error.detail), code=code)
+
+    @app.exception_handler(UsageError)
+    async def on_usage(request: Request, error: UsageError) -> JSONResponse:
+        field = str(error).split(maxsplit=1)[0].rstrip(":")
+        known = {*CompletionBody.model_fields, *ChatBody.model_fields, *DetokenizeBody.model_fields}
+        return _error(400, str(error), field if field in known else None)
+
+    @app.exception_handler(QueueFullError)
+    async def on_full(request: Request, error: QueueFullError) -> JSONResponse:
+        return _error(429, str(error))
+
+    @app.exception_handler(WorkerError)
+    async def on_failed(request: Request, error: WorkerError) -> JSONResponse:
+        return _error(503, str(error))
+
+    @app.exception_handler(Exception)
+    async def on_bug(request: Request, error: Exception) -> JSONResponse:
+        logger.error("a request met a bug", exc_info=error)
+        return _error(500, "an internal error; the server's log has more")
+
+
+def _add_openai_routes(app: FastAPI, api: Api) -> None:
+    @app.get("/v1/models")
+    async def models() -> Json:
+        entry = {"id": api.model, "object": "model", "created": 0, "owned_by": "flowspec"}
+        return {"object": "list", "data": [entry | {"max_model_len": api.engine.checkpoint.max_positions}]}
+
+    @app.post("/v1/completions")
+    async def completions(body: CompletionBody, http: Request) -> Response:
+        api.check_model(body.model)
+        if body.echo and body.logprobs is not None:
+            raise UsageError("echo with logprobs is not supported: those of a prompt are not computed; leave one out")
+        given = body.prompts()
+        prompts = [await api.tokens.encode(prompt) for prompt in given]
+        echoes = [""] * len(given)
+        if body.echo:
+            echoes = [prompt if isinstance(prompt, str) else await api.tokens.decode(prompt) for prompt in given]
+        max_tokens = body.max_tokens or DEFAULT_COMPLETION_TOKENS
+        shape = Completions(api.model, api.tokens.text)
+        all_echoes = [echo for echo in echoes for _ in range(body.n)]
+        return await api.generate(http, body, prompts, max_tokens, body.logprobs, shape, all_echoes)
+
+    @app.post("/v1/chat/completions")
+    async def chat(body: ChatBody, http: Request) -> Response:
+        api.check_model(body.model)
+        prompt_ids = await api.tokens.encode_chat([message.plain() for message in body.messages])
+        num_logprobs = (body.top_logprobs or 0) if body.logprobs else None
+        shape = Chats(api.model, api.tokens.text)
+        max_tokens = body.max_completion_tokens or body.max_tokens
+        return await api.generate(http, body, [prompt_ids], max_tokens, num_logprobs, shape, [""] * body.n)
+
+
+def _add_service_routes(app: FastAPI, api: Api) -> None:
+    @app.post("/tokenize")
+    async def tokenize(body: TokenizeBody) -> Json:
+        api.check_model(body.model)
+        if body.messages is not None:
+            ids = await api.tokens.encode_chat([message.plain() for message in body.messages])
+        else:
+            ids = await api.tokens.encode(body.prompt or "", body.add_special_tokens)
+        return {"tokens": ids, "count": len(ids), "max_model_len": api.engine.checkpoint.max_positions}
+
+    @app.post("/detokenize")
+    async def detokenize(body: DetokenizeBody) -> Json:
+        api.check_model(body.model)
+        return {"prompt": await api.tokens.decode(body.tokens)}
+
+    @app.get("/health", response_class=Response)
+    async def health(verbose: str = "") -> Response:
+        service = api.service
+        problem = service.failure or ("no progress with work queued" if service.is_stuck else None)
+        status = 200 if problem is None else 503
+        if verbose not in ("1", "true"):
+            return Response(status_code=status)
+        state = "up" if service.failure is None else "down"
+        stages = [
+            {
+                "stage": stage,
+                "layers": str(layers),
+                "state": state,
+                "busy_s": round(api.engine.busy_s.get(stage, 0.0), 3),
+            }
+            for stage, layers in enumerate(api.engine.partition.stages, start=1)
+        ]
+        told = {"running": api.engine.num_running, "waiting": service.num_waiting}
+        return _json(
+            {"status": "ok" if problem is None else "bad", "problem": problem, "stages": stages} | told, status
+        )
+
+    @app.get("/metrics", response_class=Response)
+    async def metrics() -> Response:
+        return Response(api.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @app.get("/version")
+    async def version() -> Json:
+        return {"version": __version__}
+
+
+def _add_dashboard_routes(app: FastAPI, feed: Feed) -> None:
+    @app.get("/", include_in_schema=False)
+    async def page() -> FileResponse:
+        return FileResponse(DASHBOARD / "index.html")
+
+    @app.get("/dashboard/state", include_in_schema=False)
+    async def state() -> Json:
+        return feed.state()
+
+    @app.get("/dashboard/events", include_in_schema=False)
+    async def events(request: str | None = None) -> StreamingResponse:
+        async def stream() -> AsyncIterator[bytes]:
+            async for snapshot in feed.events(request):
+                yield replies.event(snapshot)
+
+        return StreamingResponse(stream(), media_type=_EVENTS, headers={"cache-control": "no-store"})
+
+    app.mount("/static", StaticFiles(directory=DASHBOARD), name="static")

@@ -1,0 +1,56 @@
+"""The listening socket, bound before the model is loaded, and uvicorn on it."""
+
+from __future__ import annotations
+
+import socket
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import uvicorn
+
+from flowspec.errors import UsageError
+
+SWITCH_INTERVAL_S = 0.001  # the engine's thread yields to the event loop this soon, not after Python's 5 ms
+GRACE_S = 2  # for open streams when the server ends
+
+
+@dataclass(frozen=True)
+class Listening:
+    socket: socket.socket
+    url: str
+
+    @classmethod
+    def open(cls, host: str, port: int) -> Listening:
+        """Raises ``UsageError`` for an address that cannot be had."""
+        try:
+            family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+            bound = socket.socket(family, socket.SOCK_STREAM)
+        except OSError as error:
+            raise UsageError(f"cannot listen on {host}: {error.strerror or error}; is it an address here?") from None
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            bound.bind(address)
+            bound.listen(2048)
+        except OSError as error:
+            bound.close()
+            raise UsageError(f"cannot listen on {host}:{port}: {error.strerror}; choose another --port") from None
+        shown = f"[{host}]" if ":" in host else host
+        return cls(bound, f"http://{shown}:{bound.getsockname()[1]}")
+
+    def close(self) -> None:
+        self.socket.close()
+
+
+def run(app: Any, listening: Listening, verbose: bool = False) -> None:
+    """Serve until interrupted or terminated."""
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
+    config = uvicorn.Config(
+        app,
+        log_level="info" if verbose else "warning",
+        access_log=verbose,
+        timeout_graceful_shutdown=GRACE_S,
+        server_header=False,
+        h11_max_incomplete_event_size=64 * 1024,
+    )
+    uvicorn.Server(config).run(sockets=[listening.socket])

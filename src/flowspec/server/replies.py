@@ -1,0 +1,141 @@
+"""What clients get: the JSON of completions, chats and errors. Values in, dictionaries out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import msgspec
+
+from flowspec.core import TokenLogprobs
+from flowspec.server.service import Ticket
+
+Json = dict[str, Any]
+TokenText = Callable[[int], str]
+
+encode = msgspec.json.encode
+DONE = b"data: [DONE]\n\n"
+
+
+def event(value: Json) -> bytes:
+    """One server-sent event."""
+    return b"data: " + encode(value) + b"\n\n"
+
+
+def error(message: str, kind: str, param: str | None = None, code: str | None = None) -> Json:
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def usage(tickets: Sequence[Ticket]) -> Json:
+    """Of all choices; a prompt counts once, however many choices it has."""
+    prompts = {ticket.prompt_ids: ticket for ticket in tickets}.values()
+    num_prompt, num_completion = sum(len(t.prompt_ids) for t in prompts), sum(t.num_tokens for t in tickets)
+    return {
+        "prompt_tokens": num_prompt,
+        "completion_tokens": num_completion,
+        "total_tokens": num_prompt + num_completion,
+        "prompt_tokens_details": {"cached_tokens": sum(ticket.num_cached for ticket in prompts)},
+    }
+
+
+def spec_stats(ticket: Ticket) -> Json:
+    """How a text came about; docs/METHODOLOGY.md defines the figures."""
+    stats = ticket.stats
+    assert stats is not None and ticket.first_s is not None
+    num_drafts = stats.verdicts if stats.drafted else 0
+    num_later = ticket.num_tokens - ticket.num_first
+    return {
+        "num_drafts": num_drafts,
+        "num_draft_tokens": stats.drafted,
+        "num_accepted_tokens": stats.accepted,
+        "mean_acceptance_length": round(1 + stats.accepted / num_drafts, 4) if num_drafts else None,
+        "num_accepted_tokens_per_pos": stats.accepted_by_position,
+        "num_pruned_in_flight": stats.pruned,
+        "num_restarts": stats.restarts,
+        "time_to_first_token_ms": round((ticket.first_s - ticket.start_s) * 1000, 3),
+        "mean_inter_token_latency_ms": round((ticket.last_s - ticket.first_s) / num_later * 1000, 3)
+        if num_later
+        else None,
+    }
+
+
+class Completions:
+    """The shape of ``/v1/completions``."""
+
+    kind = chunk_kind = "text_completion"
+    prefix = "cmpl"
+
+    def __init__(self, model: str, token_text: TokenText) -> None:
+        self._model = model
+        self._token_text = token_text
+
+    def body(self, name: str, choices: list[Json], is_chunk: bool) -> Json:
+        kind = self.chunk_kind if is_chunk else self.kind
+        return {"id": name, "object": kind, "created": int(time.time()), "model": self._model, "choices": choices}
+
+    def first_delta(self, index: int) -> Json | None:
+        """Sent before any text."""
+        return None
+
+    def delta(self, index: int, text: str, logprobs: list[TokenLogprobs] | None) -> Json:
+        return self.choice(index, text, logprobs, None)
+
+    def last_delta(self, index: int, finish_reason: str | None) -> Json:
+        return self.choice(index, "", None, finish_reason)
+
+    def choice(self, index: int, text: str, logprobs: list[TokenLogprobs] | None, finish_reason: str | None) -> Json:
+        told = None if logprobs is None else self.logprobs(logprobs)
+        return {"index": index, "text": text, "logprobs": told, "finish_reason": finish_reason}
+
+    def logprobs(self, logprobs: list[TokenLogprobs]) -> Json:
+        texts = [self._token_text(token.token_id) for token in logprobs]
+        offsets = [sum(map(len, texts[:place])) for place in range(len(texts))]
+        return {
+            "tokens": texts,
+            "token_logprobs": [token.logprob for token in logprobs],
+            "top_logprobs": [
+                {self._token_text(token_id): logprob for token_id, logprob in reversed(token.top)} for token in logprobs
+            ],
+            "text_offset": offsets,
+        }
+
+
+class Chats(Completions):
+    """The shape of ``/v1/chat/completions``."""
+
+    kind, chunk_kind = "chat.completion", "chat.completion.chunk"
+    prefix = "chatcmpl"
+
+    def first_delta(self, index: int) -> Json | None:
+        return self._delta(index, {"role": "assistant", "content": ""}, None, None)
+
+    def delta(self, index: int, text: str, logprobs: list[TokenLogprobs] | None) -> Json:
+        return self._delta(index, {"content": text}, logprobs, None)
+
+    def last_delta(self, index: int, finish_reason: str | None) -> Json:
+        return self._delta(index, {}, None, finish_reason)
+
+    def _delta(self, index: int, delta: Json, logprobs: list[TokenLogprobs] | None, reason: str | None) -> Json:
+        told = None if logprobs is None else self.logprobs(logprobs)
+        return {"index": index, "delta": delta, "logprobs": told, "finish_reason": reason}
+
+    def choice(self, index: int, text: str, logprobs: list[TokenLogprobs] | None, finish_reason: str | None) -> Json:
+        told = None if logprobs is None else self.logprobs(logprobs)
+        message = {"role": "assistant", "content": text, "refusal": None}
+        return {"index": index, "message": message, "logprobs": told, "finish_reason": finish_reason}
+
+    def logprobs(self, logprobs: list[TokenLogprobs]) -> Json:
+        return {
+            "content": [
+                {
+                    **self._token(token.token_id, token.logprob),
+                    "top_logprobs": [self._token(token_id, logprob) for token_id, logprob in token.top],
+                }
+                for token in logprobs
+            ]
+        }
+
+    def _token(self, token_id: int, logprob: float) -> Json:
+        text = self._token_text(token_id)
+        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
