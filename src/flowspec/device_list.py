@@ -17,9 +17,9 @@ from flowspec.core import Partition
 from flowspec.errors import UsageError
 
 if sys.version_info >= (3, 11):
-    import tomllib
+    from tomllib import TOMLDecodeError, loads
 else:
-    import tomli as tomllib
+    from tomli import TOMLDecodeError, loads  # pyright: ignore[reportMissingImports, reportUnknownVariableType]
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,10 @@ class DeviceList:
     def load(cls, path: str | Path) -> DeviceList:
         """Raises ``UsageError`` for a file that is missing or says something else."""
         try:
-            values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+            values = loads(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
             raise UsageError(f"{path}: {error.strerror}; give the path of a file that lists the devices") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        except (TOMLDecodeError, UnicodeDecodeError) as error:
             raise UsageError(f"{path}: no TOML: {error}") from None
         return cls.of(values, str(path))
 

@@ -214,6 +214,8 @@ class Worker:
         if request is not None and message.kept_ids is not None:
             request.cache.slots.settle(message.kept_ids)
             self._kept[message.request_id] = request.cache
+        if not self._requests:
+            self.check_integrity()  # now that nobody waits for anything
 
     def _next_message(self) -> DataMessage | None:
         """Take the oldest; a request whose oldest segment waits for a step lets the others' messages pass."""

@@ -1,0 +1,82 @@
+"""A real ``flowspec serve`` for tests: a process of its own, with worker processes of its own."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from types import TracebackType
+
+import psutil
+
+START_TIMEOUT_S = 120.0
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{% if m.role not in ['system', 'user', 'assistant'] %}"
+    "{{ raise_exception('unknown role ' + m.role) }}{% endif %}t1 {{ m.content }} {% endfor %}t2"
+)
+
+
+def add_chat_template(directory: Path) -> Path:
+    """Let a tiny model of ``tiny_models`` chat."""
+    (directory / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    return directory
+
+
+class ServerProcess:
+    """A context manager; ``url`` is where it listens. At its end nothing of it may be left."""
+
+    def __init__(self, *arguments: str) -> None:
+        command = [sys.executable, "-m", "flowspec", "serve", "--port", "0", *arguments]
+        self._process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        self.log: list[str] = []
+        self._is_up = threading.Event()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self._process.stderr is not None
+        for line in self._process.stderr:
+            self.log.append(line)
+            if "Ctrl-C" in "".join(self.log):
+                self._is_up.set()
+        self._is_up.set()
+
+    @property
+    def text(self) -> str:
+        return "".join(self.log)
+
+    @property
+    def url(self) -> str:
+        found = re.search(r"http://[^/\s]+", self.text)
+        assert found is not None, self.text
+        return found.group()
+
+    @property
+    def process(self) -> psutil.Process:
+        return psutil.Process(self._process.pid)
+
+    def workers(self) -> list[psutil.Process]:
+        return [p for p in self.process.children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE]
+
+    def __enter__(self) -> ServerProcess:
+        if not self._is_up.wait(START_TIMEOUT_S) or self._process.poll() is not None:
+            self._process.kill()
+            raise AssertionError(f"the server did not come up: {self.text}")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        family = [self.process, *self.workers()] if self._process.poll() is None else []
+        self._process.send_signal(signal.SIGTERM)
+        self._process.wait(timeout=30)
+        self._reader.join(timeout=10)
+        assert self._process.stderr is not None
+        self._process.stderr.close()
+        _, alive = psutil.wait_procs(family, timeout=10)
+        assert not alive, f"processes are left: {alive}"
+        assert "Traceback" not in self.text, self.text
