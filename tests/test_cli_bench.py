@@ -156,6 +156,14 @@ def test_traces_and_plots_are_written(simulated: Callable[..., str], tmp_path: P
     assert is_png(plot) and is_png(timeline)
 
 
+def test_clients_at_once_bring_throughput(simulated: Callable[..., str]) -> None:
+    assert "time to first token" in simulated("--schedule", "serial,flow", "--clients", "1,4")
+    values = json.loads(simulated("--schedule", "flow", "--clients", "4,1", "--json"))
+    four, one = values["results"]
+    assert (four["num_clients"], one["num_clients"]) == (4, 1)
+    assert four["times_fewest"] == four["tokens_per_s"] / one["tokens_per_s"] > 1.5
+
+
 def test_a_real_model_runs_in_the_simulator(run: Run) -> None:
     done = run(
         "simulate", CLUSTER, "--model", "demo", "--num-prompts", "1", "--max-new-tokens", "12", "--jobs", "1", "--json"
@@ -217,6 +225,9 @@ def test_a_schedule_that_changes_the_text_is_an_error() -> None:
         (["--slow", "1:0:0"], "is 0 times"),
         (["--trace", "/no/such/place/trace.json"], "cannot write"),
         (["--plot", "/"], "cannot write"),
+        (["--clients", "0"], "no list of counts"),
+        (["--clients", "2,2"], "names 2 twice"),
+        (["--clients", "1", "--plot", "x.png"], "draws nothing"),
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
 )

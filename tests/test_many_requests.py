@@ -13,7 +13,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from flowspec.config import EngineConfig, PipelineConfig, TreeConfig
+from flowspec.bench.load import run_load
+from flowspec.bench.runner import PairSpec
+from flowspec.bench.study import Study
+from flowspec.cluster import ClusterSpec
+from flowspec.config import EngineConfig, PipelineConfig, ScheduleConfig, TreeConfig
 from flowspec.core import LayerRange, SamplingParams
 from flowspec.engine import Engine
 from flowspec.errors import ProtocolError, UsageError
@@ -22,6 +26,7 @@ from flowspec.messages import Open, Result, Segment
 from flowspec.model.kv_cache import Part
 from flowspec.model.loader import Checkpoint
 from flowspec.model.stage import Stage
+from flowspec.simulator import Experiment, SyntheticPair, simulate, simulate_load
 from flowspec.slot_budget import MIN_KEPT, SlotBudget
 from flowspec.transport import DRIVER
 from flowspec.worker import Worker
@@ -235,3 +240,26 @@ def test_the_number_of_requests_at_once_is_bounded(checkpoint_dir: Callable[[str
             engine.step()
             most = max(most, engine.num_running)
         assert most == 2
+
+
+# --- throughput, in virtual time -----------------------------------------------------------------------------------
+
+
+def test_eight_clients_of_a_simulated_cluster_get_two_and_a_half_times_the_tokens_of_one() -> None:
+    cluster = ClusterSpec.load(Path(__file__).parent.parent / "clusters" / "7b-nano-150m.toml")
+    experiment = Experiment(cluster, ScheduleConfig(), SamplingParams(48))
+    prompts = [f"prompt {i}" for i in range(8)]
+    study = Study(experiment, PairSpec(), ["flow", "auto"], prompts, jobs=1)
+    results = run_load(study, [1, 8], lambda done: None)
+    for one, eight in (results[:2], results[2:]):
+        assert eight.tokens_per_s > 2.5 * one.tokens_per_s
+        assert eight.ttft_ms < 3 * one.ttft_ms
+
+
+def test_simulated_clients_with_a_seed_get_what_they_get_alone() -> None:
+    cluster = ClusterSpec.load(Path(__file__).parent.parent / "clusters" / "7b-agx-1g.toml")
+    experiment = Experiment(cluster, ScheduleConfig(), SamplingParams(24, 0.9, seed=3))
+    pair = SyntheticPair("eagle1", 10)
+    prompts = [(index, f"prompt {index}") for index in range(5)]
+    together = {record.index: record.token_ids for record in simulate_load(experiment, pair, "flow", prompts, 5)}
+    assert together == {record.index: record.token_ids for record in simulate(experiment, pair, "ar", prompts)}

@@ -112,7 +112,7 @@ def test_a_body_over_four_mebibytes_is_refused(server: ServerProcess) -> None:
 )
 def test_what_is_no_http_does_not_harm_the_server(server: ServerProcess, request_text: bytes) -> None:
     parts = urlsplit(server.url)
-    with socket.create_connection((parts.hostname, parts.port), timeout=20) as raw:
+    with socket.create_connection((parts.hostname, parts.port or 80), timeout=20) as raw:
         raw.sendall(request_text)
         answer = raw.recv(4096)
     assert not answer.startswith(b"HTTP/1.1 5")

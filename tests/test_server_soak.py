@@ -46,11 +46,13 @@ def memory_bytes(server: ServerProcess) -> int:
     return sum(process.memory_info().rss for process in (server.process, *server.workers()))
 
 
-async def soak(
-    server: ServerProcess, chosen: list[dict[str, Any]]
-) -> tuple[list[tuple[int, str, str]], list[int], int]:
-    """(request, its text, why it ended) of all that were not given up; memory now and then; how many were given up."""
-    random, finished, samples, num_cancelled = Random(1), [], [], 0
+Finished = list[tuple[int, str, str]]  # (kind of request, its text, why it ended)
+
+
+async def soak(server: ServerProcess, chosen: list[dict[str, Any]]) -> tuple[Finished, tuple[int, int], int]:
+    """All that were not given up; memory some time after the start and at the end; how many were given up."""
+    random, num_cancelled = Random(1), 0
+    finished: Finished = []
     todo = iter(range(NUM_REQUESTS))
     start = time.monotonic()
     half: int | None = None

@@ -6,7 +6,7 @@ import contextlib
 import math
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from flowspec.simulator import Slowdown
 
 _SYNTHETIC = "synthetic"
+_MAX_CLIENTS = 64
 _NUM_SYNTHETIC_PROMPTS = 40
 _DEFAULT_QUALITY = "eagle1"
 
@@ -129,6 +130,9 @@ def simulate(
     stages: Annotated[int | None, typer.Option(help="Even stages.", show_default="the cluster's")] = None,
     delay: Delay = 0.0,
     slow: Slow = None,
+    clients: Annotated[
+        str | None, typer.Option(help="Comma list: so many requests at once on one cluster, and what that brings.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
     trace: TraceFile = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the throughputs.", metavar="PNG")] = None,
@@ -147,7 +151,13 @@ def simulate(
             no_score_order, no_prune, no_expand, tree_depth, tree_size, segment_len,
             jobs, bandwidth, latency, stages, delay, slow,
         )  # fmt: skip
+        counts = _client_counts(clients) if clients is not None else []
+        if counts and (trace or plot or timeline):
+            raise UsageError("--clients draws nothing; leave out --trace, --plot and --timeline")
         study = wanted.study()
+        if counts:
+            _simulate_load(study, counts, seed, wanted.overrides, as_json, progress)
+            return
         from flowspec.bench.report import results_json, results_table
         from flowspec.bench.study import draw_timeline, results_of, trace_runs
         from flowspec.bench.trace import write_trace
@@ -447,6 +457,34 @@ def comma_list(text: str, option: str) -> list[str]:
         if names.count(name) > 1:
             raise UsageError(f"{option} names {name} twice")
     return names
+
+
+def _client_counts(text: str) -> list[int]:
+    names = comma_list(text, "--clients")
+    if not all(name.isdecimal() and 0 < int(name) <= _MAX_CLIENTS for name in names):
+        raise UsageError(f"--clients {text!r} is no list of counts from 1 to {_MAX_CLIENTS}, as in 1,2,4,8")
+    return [int(name) for name in names]
+
+
+def _simulate_load(
+    study: Study,
+    counts: Sequence[int],
+    seed: int,
+    overrides: Mapping[str, Any],
+    as_json: bool,
+    progress: TerminalProgress,
+) -> None:
+    from flowspec.bench.load import load_json, load_table, run_load
+    from flowspec.bench.report import results_json
+
+    results = run_load(study, counts, lambda done: progress("simulating", done))
+    progress.stop()
+    if as_json:
+        settings = study.settings() | {"overrides": overrides}
+        values = results_json(study.experiment.cluster.name, study.pair.name, seed, settings, [])
+        write_json(values | {"results": load_json(results)})
+    else:
+        print_table(load_table(results))
 
 
 def _temperatures(text: str) -> list[float]:

@@ -22,6 +22,7 @@ from flowspec.messages import Result
 from flowspec.schedule.pace import DEFAULT_SEGMENT_LEN, Pace
 
 PASSES_SHARE = 0.45  # of a segment's time that a new root may wait for draft passes, where both are known
+SHARED_PATIENCE = 2  # times as long, while other requests keep the pipeline busy
 
 
 class Flow:
@@ -57,6 +58,7 @@ class Flow:
         )
         self._steady_steps = steady_steps
         self._max_in_flight = pipeline.segments_in_flight or (2 if pace else 1) * (num_parallel + 1)
+        self._max_shared = pipeline.segments_in_flight or num_parallel + 1  # of all requests, where there are several
         if pace is not None:
             pace.measure()
         self._pace = pace if parts.late_binding else None
@@ -73,10 +75,11 @@ class Flow:
 
     def on_idle(self, generation: Generation) -> bool:
         generation.wake_s = None
-        num_in_flight = len(generation.in_flight)
-        has_room = num_in_flight < max(1, self._max_in_flight // generation.num_sharing)
+        num_in_flight, num_sharing = len(generation.in_flight), generation.num_sharing
+        most = self._max_in_flight if num_sharing == 1 else max(1, self._max_shared // num_sharing)
+        has_room = num_in_flight < most
         # Where requests share the pipeline, the workers see to it that nobody's only segment waits for long.
-        is_only = generation.num_sharing > 1 and not num_in_flight
+        is_only = num_sharing > 1 and not num_in_flight
         due_s = self._pace.due_s if self._pace is not None and not is_only else generation.clock()
         is_due = generation.clock() + self._pass_s >= due_s  # there is no time for another pass
         if has_room and is_due and self._may_send(generation) and self._send_best(generation):
@@ -100,7 +103,8 @@ class Flow:
         root_is_sent = bool(generation.tree.sent[0])
         wanted = self.tree.refresh_passes if root_is_sent else self.tree.root_passes
         if self._pace is not None and self._pass_s:
-            affordable = round(PASSES_SHARE * self._pace.slot_s / self._pass_s)
+            patience = PASSES_SHARE * (SHARED_PATIENCE if generation.num_sharing > 1 else 1)
+            affordable = round(patience * self._pace.slot_s / self._pass_s)
             wanted = max(1, min(affordable - root_is_sent, self.tree.depth))
         return generation.num_passes >= wanted
 
