@@ -396,8 +396,9 @@ class Engine:
 
     @property
     def trips(self) -> Mapping[int, Trip]:
-        """The newest known round trip to each worker, by stage."""
-        return self._cluster.trips if self._cluster is not None else {}
+        """The newest known round trip to each worker, by stage. Any thread may ask."""
+        cluster = self._cluster
+        return cluster.trips if cluster is not None else {}
 
     def wake(self) -> None:
         """Let a ``step`` that waits return. Any thread may call it."""

@@ -221,7 +221,8 @@ class RemoteCluster:
     @property
     def trips(self) -> Mapping[int, Trip]:
         """The shortest of the last few, which waited least for the worker's own work."""
-        return {stage: min(trips, key=lambda trip: trip.round_trip_s) for stage, trips in self._trips.items()}
+        known = [(stage, list(trips)) for stage, trips in list(self._trips.items())]  # copies: any thread may ask
+        return {stage: min(trips, key=lambda trip: trip.round_trip_s) for stage, trips in known}
 
     def configure(
         self,
