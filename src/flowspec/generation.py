@@ -206,7 +206,7 @@ class Generation:
         self.next_segment_id = 0
         self._root_parent_id = NO_PARENT
         self._unannounced: list[int] = []  # accepted nodes that the workers have not been told of
-        self._accepted_ids: list[int] = []  # all accepted nodes
+        self.accepted_ids: list[int] = []  # all accepted nodes, from the prompt's last one on
         self._has_gates = False
         self.prefix_len = len(request.prompt_ids) - 1  # committed tokens before the root; also the root's position
         self._root_is_draft = False
@@ -382,7 +382,7 @@ class Generation:
         self.prefix_len += len(prefix_ids)
         self._root_parent_id, self._root_is_draft = prefix_ids[-1], new_root is not None
         self._unannounced += prefix_ids
-        self._accepted_ids += prefix_ids
+        self.accepted_ids += prefix_ids
         if self._ends(verdict.token_ids) or not self.num_left:
             self.finish("stop" if self._ends(verdict.token_ids) else "length")
             return
@@ -472,7 +472,7 @@ class Generation:
             self.step(LAST_STEP)
         # Until all of the prompt has come back, nobody knows what of it the workers hold.
         self.keeps_cache &= self.num_prompt_verified >= len(self.request.prompt_ids) - 1
-        kept_ids = self._accepted_ids if self.keeps_cache else None
+        kept_ids = self.accepted_ids if self.keeps_cache else None
         self._post(Route.NEXT, Close(self.request.request_id, self.epoch, kept_ids))
 
     def leave(self) -> Left:
