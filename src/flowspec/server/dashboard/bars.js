@@ -1,6 +1,6 @@
 // How one bar looks, and how it is told in words. The colours are those of the style sheet.
 
-import { decimal, element } from "./dom.js";
+import { brief, decimal, element } from "./dom.js";
 
 // How high a bar of the driver's work is, so that kinds do not differ by colour alone.
 const HEIGHTS = { "draft pass": 1, "merging draft pass": 0.85, lm_head: 0.7, verify: 0.55, hint: 0.4, send: 0.25 };
@@ -17,7 +17,8 @@ export class Brush {
     });
   }
 
-  bar(pen, span, x, width, laneHeight) {
+  /** `below`: rows of the same forward that stand below. */
+  bar(pen, span, x, width, laneHeight, below) {
     const full = laneHeight - 4;
     if (span.work !== "forward") {
       const height = full * (HEIGHTS[span.work] ?? 0.5);
@@ -25,15 +26,15 @@ export class Brush {
       pen.fillRect(x, 2 + full - height, width, height);
       return;
     }
+    const row = full / Math.max(span.shared ?? 0, span.rows, 1);
+    let bottom = 2 + full - below * row;
     if (span.prefill) {
       pen.fillStyle = this.colour("prefill");
-      pen.fillRect(x, 2, width, full);
+      pen.fillRect(x, bottom - span.rows * row, width, span.rows * row);
       return;
     }
-    const rows = Math.max(span.accepted + span.wasted + span.pruned, 1);
-    let bottom = 2 + full;
     for (const fate of FATES) {
-      const height = (full * span[fate]) / rows;
+      const height = span[fate] * row;
       pen.fillStyle = fate === "pruned" ? this.#stripes(pen) : this.colour(fate);
       pen.fillRect(x, bottom - height, width, height);
       bottom -= height;
@@ -70,8 +71,8 @@ export function describe(span) {
   if (span.segment >= 0) parts.push(`segment ${span.segment}`);
   if (span.rows) {
     const fates = FATES.map((fate) => `${span[fate]} ${fate}`).join(", ");
-    parts.push(`${span.rows} rows${span.work === "forward" && !span.prefill ? `: ${fates}` : ""}`);
+    parts.push(`${span.rows}${span.shared > span.rows ? ` of ${span.shared}` : ""} rows${span.work === "forward" && !span.prefill ? `: ${fates}` : ""}`);
   }
-  if (span.request) parts.push(span.request);
+  if (span.request) parts.push(brief(span.request));
   return parts.join(" · ");
 }

@@ -3,22 +3,41 @@
 import { byId, bytes, decimal, element, percent, setAttribute, setText } from "./dom.js";
 
 export class Cluster {
+  #driver = null;
   #stages = new Map();
 
   setServer(state) {
     const cards = state.stages.map((stage) => new StageCard(stage));
     this.#stages = new Map(cards.map((card) => [card.stage, card]));
-    byId("cluster").replaceChildren(driver(state), ...cards.map((card) => card.node));
+    this.#driver = new DriverCard(state);
+    byId("cluster").replaceChildren(this.#driver.node, ...cards.map((card) => card.node));
   }
 
   addEvent(event) {
+    this.#driver?.update(event);
     for (const stage of event.stages) this.#stages.get(stage.stage)?.update(stage);
   }
 }
 
-function driver(state) {
-  const settings = figures({ Model: state.model, Schedule: state.schedule, Draft: state.draft });
-  return element("li", { className: "stage driver" }, element("h3", {}, "Driver"), settings);
+class DriverCard {
+  #busy = element("dd");
+  #meter = element("i");
+
+  constructor(state) {
+    this.node = element(
+      "li",
+      { className: "stage driver", "data-testid": "driver" },
+      element("h3", {}, "Driver"),
+      figures({ Busy: this.#busy }),
+      meter(this.#meter),
+      figures({ Model: state.model, Schedule: state.schedule, Draft: state.draft }),
+    );
+    this.update({});
+  }
+
+  update(event) {
+    showBusy(this.#busy, this.#meter, event.driver_busy);
+  }
 }
 
 class StageCard {
@@ -30,14 +49,13 @@ class StageCard {
 
   constructor(stage) {
     this.stage = stage.stage;
-    const meter = element("span", { className: "meter", "aria-hidden": "true" }, this.#meter);
     this.node = element(
       "li",
       { className: "stage", "data-testid": `stage-${stage.stage}` },
       element("h3", {}, `Stage ${stage.stage}`, this.#state),
       element("p", { className: "device", title: `${stage.device} at ${stage.address}` }, stage.device),
       figures({ Busy: this.#busy }),
-      meter,
+      meter(this.#meter),
       figures({
         Layers: stage.layers,
         Weights: bytes(stage.weight_bytes),
@@ -52,11 +70,19 @@ class StageCard {
   update(stage) {
     setText(this.#state, stage.state);
     setAttribute(this.#state, "data-state", stage.state);
-    setText(this.#busy, percent(stage.busy));
-    this.#meter.style.width = `${100 * Math.min(stage.busy ?? 0, 1)}%`;
+    showBusy(this.#busy, this.#meter, stage.busy);
     setText(this.#link, bytes(stage.link_bytes));
     setText(this.#trip, stage.round_trip_ms == null ? "–" : `${decimal(stage.round_trip_ms)} ms`);
   }
+}
+
+function meter(filling) {
+  return element("span", { className: "meter", "aria-hidden": "true" }, filling);
+}
+
+function showBusy(figure, filling, busy) {
+  setText(figure, percent(busy));
+  filling.style.width = `${100 * Math.min(busy ?? 0, 1)}%`;
 }
 
 function figures(rows) {

@@ -31,6 +31,9 @@ export function keep(parent, nodes) {
   });
 }
 
+/** A request's id, cut to what tells it from others. */
+export const brief = (id) => (id.length > 16 ? `…${id.slice(-8)}` : id);
+
 export const decimal = (value, digits = 1) => (value == null ? "–" : value.toFixed(digits));
 
 export const percent = (share) => (share == null ? "–" : `${Math.round(100 * share)} %`);

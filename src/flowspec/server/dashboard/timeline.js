@@ -74,7 +74,7 @@ export class Timeline {
 
   /** After a reconnect the server may send a span again: it is known by when and where it began. */
   #add(span) {
-    this.#lanes[span.place]?.spans.set(`${span.start_s} ${span.work} ${span.segment}`, span);
+    this.#lanes[span.place]?.spans.set(`${span.start_s} ${span.work} ${span.segment} ${span.request}`, span);
   }
 
   #forget() {
@@ -135,13 +135,17 @@ export class Timeline {
     }
 
     let bars = 0;
+    let before = null; // requests that share a forward stand on each other
+    let below = 0;
     for (const span of lane.spans.values()) {
       if (!this.#inView(span, edge)) continue;
       bars += 1;
+      below = span.shared && span.start_s === before?.start_s ? below + before.rows : 0;
+      before = span;
       const x = (span.start_s - origin) * scale;
       const length = (span.end_s - span.start_s) * scale;
       const bar = Math.max(length - (length > 4 ? 1 : 0), 1); // a hair of air between long bars
-      this.#brush.bar(pen, span, x, bar, LANE_HEIGHT);
+      this.#brush.bar(pen, span, x, bar, LANE_HEIGHT, below);
       if (this.#related(span)) {
         pen.strokeStyle = this.#brush.colour("ink");
         pen.lineWidth = span === this.#picked ? 2 : 1;

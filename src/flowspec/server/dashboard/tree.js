@@ -1,6 +1,6 @@
 // The draft tree of one request: left to right by depth, siblings by probability, the first child level with its parent.
 
-import { byId, element, setAttribute, setText } from "./dom.js";
+import { brief, byId, element, setAttribute, setText } from "./dom.js";
 
 const ROW = 23;
 const HEIGHT = 18;
@@ -31,7 +31,7 @@ export class Tree {
   show(tree, request) {
     if (!tree) {
       this.#svg.classList.add("over");
-      if (request && request !== this.#request) this.#clear(`${request} has no tree now.`);
+      if (request && request !== this.#request) this.#clear(`${brief(request)} has no tree now.`);
       return;
     }
     if (tree.request !== this.#request) this.#clear("");
@@ -49,7 +49,7 @@ export class Tree {
     setAttribute(this.#svg, "height", height);
     setAttribute(this.#svg, "data-nodes", placed.size);
     const counts = Object.keys(STATES).map((state) => `${tree.nodes.filter((node) => node.state === state).length} ${STATES[state]}`);
-    this.#caption(`${tree.request}: ${counts.join(", ")}`, "");
+    this.#caption(`${brief(tree.request)}: ${counts.join(", ")}`, "");
   }
 
   #clear(note) {
