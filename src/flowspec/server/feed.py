@@ -151,13 +151,16 @@ class Feed:
         }
 
     async def events(self, request: str | None = None) -> AsyncGenerator[Json, None]:
-        """About four a second, without end. ``request``: whose tree is wanted; ``None``: the newest running one's."""
+        """About four a second, until the service stops.
+
+        ``request``: whose tree is wanted; ``None``: the newest running one's.
+        """
         page = object()
         number: int | None = None  # of the next span to tell
         self._show(page, request, self._requests())
         try:
             await asyncio.sleep(FIRST_EVENT_S)
-            while True:
+            while not self._service.is_stopping:
                 now_s, requests = time.perf_counter(), self._requests()
                 self._read(now_s, requests)
                 timeline = self._timeline

@@ -5,9 +5,9 @@ from __future__ import annotations
 import socket
 import sys
 from dataclasses import dataclass
-from typing import Any
 
 import uvicorn
+from fastapi import FastAPI
 
 from flowspec.errors import UsageError
 
@@ -42,7 +42,15 @@ class Listening:
         self.socket.close()
 
 
-def run(app: Any, listening: Listening, verbose: bool = False) -> None:
+class _Server(uvicorn.Server):
+    """Ends the application's work before it waits for open streams, which end with it."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await self.config.app.state.api.service.stop()  # type: ignore[union-attr]
+        await super().shutdown(sockets)
+
+
+def run(app: FastAPI, listening: Listening, verbose: bool = False) -> None:
     """Serve until interrupted or terminated."""
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     config = uvicorn.Config(
@@ -53,4 +61,4 @@ def run(app: Any, listening: Listening, verbose: bool = False) -> None:
         server_header=False,
         h11_max_incomplete_event_size=64 * 1024,
     )
-    uvicorn.Server(config).run(sockets=[listening.socket])
+    _Server(config).run(sockets=[listening.socket])

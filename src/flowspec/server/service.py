@@ -103,7 +103,7 @@ class Service:
         self._max_waiting = max_waiting
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._tickets: dict[int, Ticket] = {}  # by request id, until they end
-        self._is_stopping = False
+        self.is_stopping = False  # streams that have no end of their own end then
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name="flowspec-engine", daemon=True)
 
@@ -112,8 +112,8 @@ class Service:
         self._thread.start()
 
     async def stop(self) -> None:
-        """Cancel everything and end the engine."""
-        self._is_stopping = True
+        """Cancel everything and end the engine. May be called again."""
+        self.is_stopping = True
         self.engine.wake()
         await asyncio.to_thread(self._thread.join, END_TIMEOUT_S)
         self.engine.close()
@@ -162,7 +162,7 @@ class Service:
 
     def _run(self) -> None:
         try:
-            while not self._is_stopping:
+            while not self.is_stopping:
                 self._obey()
                 for job in self.engine.step(IDLE_WAIT_S):
                     self._publish(self._tickets[job.request.request_id])
@@ -175,7 +175,7 @@ class Service:
         while True:
             for ticket in self.tickets:
                 self._end(ticket, "failed", error)
-            if self._is_stopping:
+            if self.is_stopping:
                 break
             # Whoever came just before the failure was noticed waits in the queue.
             with contextlib.suppress(queue.Empty):
