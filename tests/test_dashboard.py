@@ -96,6 +96,8 @@ def test_a_prompt_streams_while_every_lane_and_the_tree_move(
 
     wait_until(page, "text streams, and bars are in every lane and nodes in the tree", has_all)
     if SCREENSHOTS:
+        page.get_by_text("2 s", exact=True).click()
+        page.wait_for_timeout(2000)
         page.screenshot(path=str(Path(SCREENSHOTS) / "dashboard.png"))
     wait_until(page, "the answer ends", lambda: re.search(r"tokens/s", text()) is not None)
     assert float(re.findall(r"[\d.]+", page.get_by_test_id("tokens-per-s").inner_text())[0]) >= 0
