@@ -129,6 +129,7 @@ class _Answer:
         self._echoes = echoes  # what goes before the text, by choice
         self._tells_stats = spec_stats if body.return_spec_stats is None else body.return_spec_stats
         self._tickets: list[Ticket] = []
+        self._num_streamed = 0  # tokens of all choices
 
     def submit(self, jobs: Sequence[tuple[tuple[int, ...], SamplingParams]]) -> None:
         """All of them, or none. Raises as ``Service.submit``."""
@@ -168,6 +169,7 @@ class _Answer:
             async for index, chunk in _merged(self._tickets):
                 ticket = self._tickets[index]
                 if isinstance(chunk, TextChunk):
+                    self._num_streamed += len(chunk.token_ids)
                     has_logprobs = ticket.params.num_logprobs is not None
                     if chunk.text or (has_logprobs and chunk.logprobs):
                         logprobs = chunk.logprobs if has_logprobs else None
@@ -186,7 +188,10 @@ class _Answer:
         yield replies.DONE
 
     def _event(self, choices: list[Json]) -> bytes:
-        return replies.event(self._shape.body(self._name, choices, is_chunk=True))
+        body = self._shape.body(self._name, choices, is_chunk=True)
+        if self._body.wants_usage_always:
+            body["usage"] = replies.usage(self._tickets, self._num_streamed)
+        return replies.event(body)
 
     def _stats(self, ticket: Ticket) -> Json:
         return {"spec_stats": replies.spec_stats(ticket)} if self._tells_stats else {}

@@ -27,10 +27,12 @@ def error(message: str, kind: str, param: str | None = None, code: str | None = 
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-def usage(tickets: Sequence[Ticket]) -> Json:
-    """Of all choices; a prompt counts once, however many choices it has."""
+def usage(tickets: Sequence[Ticket], num_completion: int | None = None) -> Json:
+    """Of all choices, or so far; a prompt counts once, however many choices it has."""
     prompts = {ticket.prompt_ids: ticket for ticket in tickets}.values()
-    num_prompt, num_completion = sum(len(t.prompt_ids) for t in prompts), sum(t.num_tokens for t in tickets)
+    num_prompt = sum(len(ticket.prompt_ids) for ticket in prompts)
+    if num_completion is None:
+        num_completion = sum(ticket.num_tokens for ticket in tickets)
     return {
         "prompt_tokens": num_prompt,
         "completion_tokens": num_completion,

@@ -38,6 +38,7 @@ class _Body(BaseModel):
 
 class StreamOptions(_Body):
     include_usage: bool = False
+    continuous_usage_stats: bool = Field(False, description="With include_usage: every chunk has the usage so far.")
 
 
 class GenerateBody(_Body):
@@ -66,6 +67,10 @@ class GenerateBody(_Body):
     @property
     def wants_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def wants_usage_always(self) -> bool:
+        return self.stream_options is not None and self.wants_usage and self.stream_options.continuous_usage_stats
 
     def params(
         self, defaults: Mapping[str, Any], max_tokens: int, num_logprobs: int | None, choice: int, vocab_size: int
