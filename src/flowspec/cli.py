@@ -18,7 +18,8 @@ from rich.table import Table
 
 from flowspec import __version__
 from flowspec.cli_bench import bench, simulate
-from flowspec.cli_common import SCHEDULE_NAMES, TerminalProgress, Verbose, errors_in_one_line, stderr, stdout
+from flowspec.cli_chat import chat
+from flowspec.cli_common import SCHEDULE_NAMES, Dtype, TerminalProgress, Verbose, errors_in_one_line, stderr, stdout
 from flowspec.cli_emulate import emulate
 from flowspec.cli_serve import serve
 from flowspec.config import EngineConfig, LinkConfig, PipelineConfig, TreeConfig
@@ -40,11 +41,6 @@ DEMO_PROMPT = '''class Queue:
 
     def __init__(self, maxsize=0):
 '''
-
-
-class Dtype(str, Enum):
-    float32 = "float32"
-    bfloat16 = "bfloat16"
 
 
 class DraftDtype(str, Enum):
@@ -303,6 +299,7 @@ app.command()(simulate)
 app.command()(bench)
 app.command()(emulate)
 app.command()(serve)
+app.command()(chat)
 
 
 def _print_version(wanted: bool) -> None:

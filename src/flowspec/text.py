@@ -1,11 +1,26 @@
-"""Token ids to text, piece by piece, up to the first stop string. Knows tokenizers; knows no requests."""
+"""Chats to token ids; token ids to text, up to the first stop string. Knows tokenizers; knows no requests."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import jinja2
 from tokenizers.decoders import DecodeStream
+
+from flowspec.errors import UsageError
+
+
+def encode_chat(tokenizer: Any, messages: Sequence[dict[str, Any]]) -> list[int]:
+    """Token ids of the messages in the model's chat template, up to where the answer begins.
+
+    ``tokenizer``: of transformers, with a template. Raises ``UsageError`` when it refuses the messages.
+    """
+    try:
+        text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+    except (jinja2.TemplateError, TypeError, KeyError) as error:
+        raise UsageError(f"messages: the model's chat template refuses them: {error}") from None
+    return tokenizer(text, add_special_tokens=False, verbose=False).input_ids
 
 
 class Detokenizer:

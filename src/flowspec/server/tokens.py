@@ -7,10 +7,9 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-import jinja2
-
 from flowspec.engine import Engine
 from flowspec.errors import UsageError
+from flowspec.text import encode_chat
 
 INLINE_CHARS = 8192  # a shorter text is encoded faster than a thread is woken
 
@@ -45,14 +44,8 @@ class Tokens:
                 "tokenizer has one"
             )
 
-        def call() -> list[int]:
-            text = self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-            return self._tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-
-        try:
-            ids = await self._run(call, sum(len(str(message["content"])) for message in messages))
-        except (jinja2.TemplateError, TypeError, KeyError) as error:
-            raise UsageError(f"messages: the model's chat template refuses them: {error}") from None
+        size = sum(len(str(message["content"])) for message in messages)
+        ids = await self._run(lambda: encode_chat(self._tokenizer, messages), size)
         return tuple(ids)
 
     async def decode(self, token_ids: Sequence[int]) -> str:
