@@ -337,10 +337,11 @@ def test_a_failure_is_told_with_its_requests(
             def fail(*args: object) -> None:
                 raise WorkerError("worker 2 ended")
 
+            chunks = ticket.chunks()
+            await anext(chunks)
             monkeypatch.setattr(service.engine, "_step", fail)
             with pytest.raises(WorkerError):
-                async for _ in ticket.chunks():
-                    pass
+                [chunk async for chunk in chunks]
             page = Page(feed)
             await page.look(lambda event: True)
             event = page.events[-1]

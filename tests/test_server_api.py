@@ -284,6 +284,7 @@ def test_chats_keys_and_a_stage_that_dies(tmp_path: Path, checkpoint_dir: Callab
     with (
         ServerProcess("--model", str(directory), "--stages", "2", "--api-key", "s3cret", "--draft", "ngram") as server,
         LLM(directory, stages=1, in_process=True, draft="none", schedule="ar") as reference,
+        openai.OpenAI(base_url=f"{server.url}/v1", api_key="s3cret", max_retries=0, timeout=60) as client,
     ):
         for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "Basic !"}):
             for path in ("/v1/models", "/metrics", "/", "/static/main.js", "/dashboard/state", "/openapi.json"):
@@ -293,7 +294,6 @@ def test_chats_keys_and_a_stage_that_dies(tmp_path: Path, checkpoint_dir: Callab
         assert page.headers["www-authenticate"].startswith("Basic"), "a browser asks for the key"
         assert httpx.get(f"{server.url}/v1/models", auth=("anybody", "s3cret")).status_code == 200
 
-        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="s3cret", max_retries=0, timeout=60)
         messages: Any = [
             {"role": "system", "content": "t5"},
             {"role": "user", "content": [{"type": "text", "text": "t7 t8"}]},

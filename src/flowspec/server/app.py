@@ -274,7 +274,7 @@ def create_app(engine: Engine, config: ServerConfig, feed: Feed | None = None, m
     """
     api = Api(engine, config, model or Path(engine.checkpoint.name).name)
     if feed is not None:
-        feed.watch(api.service)
+        feed.watch(api.service, api.model)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

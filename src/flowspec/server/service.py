@@ -22,6 +22,7 @@ logger = logging.getLogger("flowspec.server")
 
 IDLE_WAIT_S = 0.5  # of the engine's thread, at most
 END_TIMEOUT_S = 10.0
+_GOODBYE = "the server is shutting down"
 
 End = Literal["finished", "cancelled", "failed"]
 
@@ -122,8 +123,8 @@ class Service:
 
     def submit(self, name: str, prompt_ids: Sequence[int], params: SamplingParams) -> Ticket:
         """Queue a request. Raises ``UsageError`` for an impossible one, ``QueueFullError``, ``WorkerError``."""
-        if self.failure is not None:
-            raise WorkerError(self.failure)
+        if self.failure is not None or self.is_stopping:
+            raise WorkerError(self.failure or _GOODBYE)
         self.engine.check(prompt_ids, params)
         if self.num_waiting >= self._max_waiting:
             raise QueueFullError(f"{self.num_waiting} requests are waiting already; try again later")
@@ -171,13 +172,13 @@ class Service:
                 logger.exception("the engine failed")
             self.failure = str(error) or type(error).__name__
             logger.error("nothing can be generated any more: %s", self.failure)
-        error = WorkerError(self.failure or "the server is shutting down")
+        error = WorkerError(self.failure or _GOODBYE)
         while True:
+            self._obey()  # whoever came just before the end was noticed waits in the queue
             for ticket in self.tickets:
                 self._end(ticket, "failed", error)
             if self.is_stopping:
                 break
-            # Whoever came just before the failure was noticed waits in the queue.
             with contextlib.suppress(queue.Empty):
                 self._commands.get(timeout=IDLE_WAIT_S)()
 
@@ -190,7 +191,8 @@ class Service:
         try:
             ticket.job = job = self.engine.submit(ticket.prompt_ids, ticket.params)
         except FlowspecError as error:
-            self._end(ticket, "failed", error)
+            # A closed engine refuses everything, and not because of the request.
+            self._end(ticket, "failed", error if self.failure is None else WorkerError(self.failure))
             return
         ticket.run = Run(self.engine, job)
         self._tickets[job.request.request_id] = ticket
