@@ -19,7 +19,7 @@ logger = logging.getLogger("flowspec.server")
 def serve(
     model: Annotated[str, typer.Option(help="A model directory, a hub name (owner/model), or 'demo'.")] = "demo",
     served_model_name: Annotated[
-        str | None, typer.Option(help="What clients call the model. [the directory's or the hub's name]")
+        str | None, typer.Option(help="What clients call the model; else the name of its directory, or at the hub.")
     ] = None,
     draft: Annotated[
         str, typer.Option(help="auto, none, ngram, or the directory of an EAGLE head that fits the model.")
@@ -30,7 +30,7 @@ def serve(
         str | None, typer.Option(help="host:port,host:port,... of running workers, in pipeline order.")
     ] = None,
     cluster: Annotated[
-        str | None, typer.Option(metavar="FILE.toml", help="A file that lists the workers: [[device]] name, address.")
+        str | None, typer.Option(metavar="FILE.toml", help="A file that lists the workers; see the README.")
     ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is the whole network.")] = ServerConfig.host,
     port: Annotated[int, typer.Option(help="0 lets the system choose.")] = ServerConfig.port,
