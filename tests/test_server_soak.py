@@ -18,7 +18,7 @@ NUM_REQUESTS = int(os.environ.get("FLOWSPEC_SOAK_REQUESTS", "300"))
 NUM_CLIENTS = 16
 NUM_KINDS = 30  # different requests; each comes several times
 LATER_S = 60.0  # memory is compared with what it was at this time, or at half of the run
-GROWTH_BYTES = 48 * 2**20
+GROWTH_BYTES = 16 * 2**20  # of all processes; what lasts longer than its request grows with their number
 
 
 def kinds(random: Random) -> list[dict[str, Any]]:

@@ -330,7 +330,8 @@ class Worker:
                 timings=timings,
                 gate=None if segment.gate is None else segment.gate + 1,
             )
-            may_hint = request.want_hints and self._is_hint_cheap(timing.end_s - timing.start_s)
+            wants_hint = request.want_hints and self._hinter is not None
+            may_hint = wants_hint and self._is_hint_cheap(timing.end_s - timing.start_s)
             if may_hint and passed_on.num_prefix < len(node_ids):
                 self._passed_on.append(passed_on)
             return [Send(Route.NEXT, passed_on)]
