@@ -1,0 +1,123 @@
+"""The engine's thread under an event loop: progress, its absence, and ends of all kinds."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from flowspec.config import EngineConfig
+from flowspec.core import SamplingParams
+from flowspec.engine import Engine
+from flowspec.errors import UsageError, WorkerError
+from flowspec.server.service import QueueFullError, Service, Ticket
+
+PROMPT = (1, 4, 2, 1, 4, 2, 3)
+WAIT_S = 30.0
+
+
+async def text_of(ticket: Ticket) -> str:
+    return "".join([chunk.text async for chunk in ticket.chunks()])
+
+
+async def until(is_true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while not is_true():
+        assert time.monotonic() < deadline, "it never came to be"
+        await asyncio.sleep(0.02)
+
+
+def test_a_stage_that_stands_still_is_noticed_while_there_is_work_and_only_then(
+    checkpoint_dir: Callable[[str], Path],
+) -> None:
+    async def run(engine: Engine) -> None:
+        service = Service(engine, max_waiting=4, stuck_after_s=0.5)
+        service.start()
+        victim = max(psutil.Process().children(recursive=True), key=lambda process: process.pid)
+        try:
+            await text_of(service.submit("a", PROMPT, SamplingParams(5)))
+            os.kill(victim.pid, signal.SIGSTOP)
+            await asyncio.sleep(1.0)
+            assert not service.is_stuck, "there is nothing to do"
+            ticket = service.submit("b", PROMPT, SamplingParams(20))
+            await until(lambda: service.is_stuck)
+            os.kill(victim.pid, signal.SIGCONT)
+            assert await text_of(ticket) and not service.is_stuck and service.failure is None
+        finally:
+            os.kill(victim.pid, signal.SIGCONT)
+            await service.stop()
+
+    with Engine(checkpoint_dir("llama"), stages=2, draft="ngram") as engine:
+        asyncio.run(run(engine))
+
+
+def test_requests_end_when_the_service_does_and_later_ones_are_refused(checkpoint_dir: Callable[[str], Path]) -> None:
+    async def run(engine: Engine) -> None:
+        service = Service(engine, max_waiting=4, stuck_after_s=5)
+        service.start()
+        running = service.submit("a", PROMPT, SamplingParams(200))
+        await anext(running.chunks())
+        unheard = service.submit("b", PROMPT, SamplingParams(200))
+        await service.stop()
+        for ticket in (running, unheard):
+            with pytest.raises(WorkerError, match="shutting down"):
+                await text_of(ticket)
+            assert ticket.state == "failed"
+        with pytest.raises(WorkerError, match="shutting down"):
+            service.submit("c", PROMPT, SamplingParams(2))
+        await service.stop()
+
+    with Engine(checkpoint_dir("llama"), stages=1, in_process=True, draft="none") as engine:
+        asyncio.run(run(engine))
+
+
+def test_a_bug_in_the_engine_ends_all_requests_with_an_error(
+    checkpoint_dir: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def run(engine: Engine) -> None:
+        service = Service(engine, max_waiting=4, stuck_after_s=5)
+        service.start()
+        ticket = service.submit("a", PROMPT, SamplingParams(200))
+        await anext(ticket.chunks())
+
+        def fail(*args: object) -> None:
+            raise RuntimeError("a bug")
+
+        monkeypatch.setattr(engine, "_step", fail)
+        with pytest.raises(WorkerError, match="a bug"):
+            await text_of(ticket)
+        assert service.failure == "a bug"
+        with pytest.raises(WorkerError, match="a bug"):
+            service.submit("b", PROMPT, SamplingParams(2))
+        await service.stop()
+
+    with Engine(checkpoint_dir("llama"), stages=1, in_process=True, draft="none") as engine:
+        asyncio.run(run(engine))
+
+
+def test_what_never_fits_is_refused_and_so_is_one_too_many(checkpoint_dir: Callable[[str], Path]) -> None:
+    async def run(engine: Engine) -> None:
+        service = Service(engine, max_waiting=2, stuck_after_s=5)
+        service.start()
+        with pytest.raises(UsageError, match="KV caches"):
+            service.submit("a", PROMPT, SamplingParams(240))
+        tickets = [service.submit("b", PROMPT, SamplingParams(60)) for _ in range(2)]
+        with pytest.raises(QueueFullError, match="waiting already"):
+            [service.submit("c", PROMPT, SamplingParams(60)) for _ in range(20)]
+        service.cancel(tickets[-1])
+        await until(lambda: tickets[-1].state == "cancelled")
+        assert await text_of(tickets[-1]) == ""
+        assert len({await text_of(ticket) for ticket in tickets[:-1]}) == 1
+        await service.stop()
+
+    config = EngineConfig(max_running=1, kv_slots=240)
+    with Engine(
+        checkpoint_dir("llama"), stages=1, in_process=True, draft="none", schedule="ar", config=config
+    ) as engine:
+        asyncio.run(run(engine))
