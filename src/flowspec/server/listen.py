@@ -24,8 +24,9 @@ class Listening:
     def open(cls, host: str, port: int) -> Listening:
         """Raises ``UsageError`` for an address that cannot be had."""
         try:
-            family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-            bound = socket.socket(family, socket.SOCK_STREAM)
+            family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+            # asyncio sends at once (TCP_NODELAY) only where the socket is known to be TCP; else text waits for ACKs.
+            bound = socket.socket(family, kind, protocol)
         except OSError as error:
             raise UsageError(f"cannot listen on {host}: {error.strerror or error}; is it an address here?") from None
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
