@@ -67,3 +67,15 @@ def test_the_speed_benchmark_prints_json() -> None:
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout)
     assert figures["greedy"]["num_tokens"] == 12 and figures["temperature 0.8"]["ratio"] > 0
+
+
+def test_the_server_benchmark_prints_json() -> None:
+    command = [sys.executable, str(BENCHMARKS / "server.py"), "--stages", "1", "--clients", "1,3", "--requests", "2"]
+    command += ["--max-tokens", "12", "--pairs", "2", "--warm-up", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout)
+    assert [figures["load_by_clients"][n]["tokens"] for n in ("1", "3")] == [24, 72]
+    overhead = figures["http_overhead"]
+    assert overhead["client"]["ttft_ms"] > overhead["server_engine"]["ttft_ms"] > 0
+    assert overhead["in_process"]["ms_per_token"] > 0
