@@ -107,6 +107,10 @@ def test_what_never_fits_is_refused_and_so_is_one_too_many(checkpoint_dir: Calla
         service.start()
         with pytest.raises(UsageError, match="KV caches"):
             service.submit("a", PROMPT, SamplingParams(240))
+        most = engine.room(len(PROMPT))
+        assert 60 < most < 240 - len(PROMPT) and await text_of(service.submit("a", PROMPT, SamplingParams(most)))
+        with pytest.raises(UsageError, match="KV caches"):
+            service.submit("a", PROMPT, SamplingParams(most + 1))
         tickets = [service.submit("b", PROMPT, SamplingParams(60)) for _ in range(2)]
         with pytest.raises(QueueFullError, match="waiting already"):
             [service.submit("c", PROMPT, SamplingParams(60)) for _ in range(20)]

@@ -265,6 +265,16 @@ class Engine:
                 f"workers' KV caches, with those of the draft tree, and there are {num_slots}; ask for fewer tokens"
             )
 
+    def room(self, num_prompt: int) -> int:
+        """Tokens that can be generated behind so long a prompt; 0 or less for one that is too long."""
+        room = self.checkpoint.max_positions - num_prompt
+        if self.num_slots is None:
+            return room
+        tree_slots = (
+            self._driver.num_slots(Request(0, (), SamplingParams(1)), self._make_schedule(self.schedule_name)) - 1
+        )
+        return min(room, self.num_slots - tree_slots - num_prompt)
+
     def submit(self, prompt_ids: Sequence[int], params: SamplingParams, schedule: str | None = None) -> Job:
         """Queue a request; ``step`` starts it. Raises ``UsageError`` as ``check`` does, or for an unknown schedule."""
         if self._cluster is None:

@@ -107,7 +107,7 @@ class Api:
                 f"max_tokens is {wanted}, but behind the prompt's {len(prompt_ids)} tokens {self.model} has room for "
                 f"{room} more"
             )
-        return wanted or max(1, room)
+        return wanted or max(1, self.engine.room(len(prompt_ids)))
 
 
 class _Answer:
