@@ -100,7 +100,6 @@ def test_workers_from_a_file_serve_and_go_back_to_waiting(
         (["--cluster", "/no/such.toml"], "give the path of a file", 2),
         (["--model", "/no/such/model"], "is not a directory", 2),
         (["--stages", "99"], "only 8 layers", 2),
-        (["--dtype", "int3"], "dtype is int3", 2),
         (["--port", "99999"], "port is 99999", 2),
         (["--port", "{taken}"], "choose another --port", 2),
         (["--host", "no.such.host.invalid"], "cannot listen on", 2),

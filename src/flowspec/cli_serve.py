@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from flowspec.cli_common import SCHEDULE_NAMES, TerminalProgress, Verbose, errors_in_one_line, stderr
+from flowspec.cli_common import SCHEDULE_NAMES, Dtype, TerminalProgress, Verbose, errors_in_one_line, stderr
 from flowspec.config import EngineConfig, LinkConfig, ServerConfig
 from flowspec.device_list import DeviceList
 from flowspec.errors import UsageError, WorkerError
@@ -38,7 +38,7 @@ def serve(
         str | None, typer.Option(envvar="FLOWSPEC_API_KEY", help="What clients must send; /health is open.")
     ] = None,
     schedule: Annotated[str, typer.Option(help=f"One of {SCHEDULE_NAMES}.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="float32 (exact) or bfloat16, of weights and arithmetic.")] = "float32",
+    dtype: Annotated[Dtype, typer.Option(help="Type of weights and arithmetic; float32 is exact.")] = Dtype.float32,
     device: Annotated[str, typer.Option(help="Torch device of driver and local workers, as cpu or cuda:0.")] = "cpu",
     max_running: Annotated[int, typer.Option(help="Requests that run at once.")] = EngineConfig.max_running,
     max_waiting: Annotated[int, typer.Option(help="Requests that may wait; more get 429.")] = ServerConfig.max_waiting,
@@ -60,8 +60,6 @@ def serve(
         engine_config = EngineConfig(max_running, kv_slots)
         if sum(given is not None for given in (stages, workers, cluster)) > 1:
             raise UsageError("give one of --stages, --workers and --cluster")
-        if dtype not in ("float32", "bfloat16", "float16"):
-            raise UsageError(f"dtype is {dtype}; it must be float32, bfloat16 or float16")
         addresses: list[str] | None = None
         names: tuple[str, ...] | None = None
         chosen: Any = partition
@@ -89,7 +87,7 @@ def serve(
                 partition=chosen,
                 workers=addresses,
                 schedule=schedule,
-                dtype=dtype,
+                dtype=dtype.value,
                 device=device,
                 link=replace(LinkConfig(), start_timeout_s=timeout, stall_timeout_s=timeout),
                 config=engine_config,

@@ -56,10 +56,18 @@ class Driver:
         """Requests of which something may still be in the pipeline."""
         return len(self._running)
 
-    def num_slots(self, request: Request, schedule: Schedule) -> int:
+    def num_slots(self, num_prompt: int, max_tokens: int, tree_size: int) -> int:
         """How many a request may need: all its tokens, and its tree twice, since the dead leave with a delay."""
-        num_tokens = min(len(request.prompt_ids) + request.params.max_tokens, self._max_positions)
-        return num_tokens + 2 * schedule.tree.size
+        return min(num_prompt + max_tokens, self._max_positions) + 2 * tree_size
+
+    def _charge(self, request: Request, schedule: Schedule) -> int:
+        """Nobody is charged for more than there is: segments that have got cheap make larger trees."""
+        num_slots = self.num_slots(len(request.prompt_ids), request.params.max_tokens, schedule.tree.size)
+        return num_slots if self.budget.num_slots is None else min(num_slots, self.budget.num_slots)
+
+    def has_room(self, request: Request, schedule: Schedule) -> bool:
+        """Whether the request may start now."""
+        return self.budget.has_room(self._charge(request, schedule))
 
     def submit(self, request: Request, schedule: Schedule) -> tuple[Generation, list[Send]]:
         """Start a request by a schedule made for it, when the budget has room for it; ids only grow.
@@ -70,7 +78,7 @@ class Driver:
         source = self._source if schedule.uses_draft else None
         if source is not None and schedule.wants_ngrams:
             source = LookupSource(source)
-        num_slots, needs_features = self.num_slots(request, schedule), source is not None and source.needs_features
+        num_slots, needs_features = self._charge(request, schedule), source is not None and source.needs_features
         heritage, gone = self.budget.take(request.request_id, num_slots, request.prompt_ids, needs_features)
         generation = Generation(
             request,

@@ -149,6 +149,7 @@ class Engine:
         self._bytes_at_close = 0
         self.source: DraftSource | None = None
         self._experience = Experience()
+        self._tree_sizes: dict[str, int] = {}  # by schedule
         self._waiting: deque[Job] = deque()
         self._running: dict[int, Job] = {}  # by request id
         self._has_worked = True
@@ -243,6 +244,12 @@ class Engine:
             name, self._schedules, len(self.partition), self._num_parallel, self._pace, steady_steps, self._experience
         )
 
+    def _tree_size(self, name: str) -> int:
+        """As it was when the first such request came."""
+        if name not in self._tree_sizes:
+            self._tree_sizes[name] = self._make_schedule(name).tree.size
+        return self._tree_sizes[name]
+
     # --- requests ---
 
     def check(self, prompt_ids: Sequence[int], params: SamplingParams, schedule: str | None = None) -> None:
@@ -256,8 +263,8 @@ class Engine:
                 f"the prompt has {len(prompt_ids)} tokens, but {self.checkpoint.name} has room for "
                 f"{self.checkpoint.max_positions}, its answer included; shorten the prompt"
             )
-        request = Request(0, tuple(prompt_ids), params)
-        num_needed = self._driver.num_slots(request, self._make_schedule(schedule or self.schedule_name))
+        tree_size = self._tree_size(schedule or self.schedule_name)
+        num_needed = self._driver.num_slots(len(prompt_ids), params.max_tokens, tree_size)
         num_slots = self.num_slots
         if num_slots is not None and num_needed > num_slots:
             raise UsageError(
@@ -270,10 +277,7 @@ class Engine:
         room = self.checkpoint.max_positions - num_prompt
         if self.num_slots is None:
             return room
-        tree_slots = (
-            self._driver.num_slots(Request(0, (), SamplingParams(1)), self._make_schedule(self.schedule_name)) - 1
-        )
-        return min(room, self.num_slots - tree_slots - num_prompt)
+        return min(room, self.num_slots - self._driver.num_slots(num_prompt, 0, self._tree_size(self.schedule_name)))
 
     def submit(self, prompt_ids: Sequence[int], params: SamplingParams, schedule: str | None = None) -> Job:
         """Queue a request; ``step`` starts it. Raises ``UsageError`` as ``check`` does, or for an unknown schedule."""
@@ -365,7 +369,7 @@ class Engine:
         while self._waiting and len(self._running) < self.config.max_running:
             job = self._waiting[0]
             schedule = self._make_schedule(job.schedule)
-            if not self._driver.budget.has_room(self._driver.num_slots(job.request, schedule)):
+            if not self._driver.has_room(job.request, schedule):
                 return
             self._waiting.popleft()
             if not self._running:
