@@ -54,6 +54,7 @@ def test_a_file_names_the_devices(tmp_path: Path) -> None:
         ("", "lists no devices"),
         ("device = 3", "lists no devices"),
         ("[model]\nname = 'x'", "model is unknown"),
+        ("[pipeline]\nlinks = 'lan'", "a cluster to simulate"),
         ("[[device]]\nname = 'x'", "wants address"),
         ("[[device]]\naddress = 7070", "wants address"),
         ("[[device]]\naddress = 'a:1'\nspeed = '1'", "speed is unknown"),

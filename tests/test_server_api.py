@@ -242,7 +242,9 @@ def test_unknown_fields_are_ignored_with_a_line_in_the_log(client: openai.OpenAI
 
 
 def test_the_other_routes(server: ServerProcess, client: openai.OpenAI, reference: LLM) -> None:
-    assert [model.id for model in client.models.list()] == ["demo"]
+    assert [model.id for model in client.models.list()] == ["demo"] == [client.models.retrieve("demo").id]
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("other/model")
     text = "naïve 😀\n"
     tokens = httpx.post(f"{server.url}/tokenize", json={"prompt": text}).json()
     assert tokens["tokens"] == list(reference.encode(text)) and tokens["count"] == len(tokens["tokens"])

@@ -42,6 +42,10 @@ class DeviceList:
     @classmethod
     def of(cls, values: dict[str, Any], path: str) -> DeviceList:
         devices: Any = values.get("device")
+        if "pipeline" in values:
+            raise UsageError(
+                f"{path}: describes a cluster to simulate; one to serve is a list of [[device]] with address"
+            )
         if unknown := set(values) - {"device"}:
             raise UsageError(f"{path}: {sorted(unknown)[0]} is unknown; a cluster to serve is a list of [[device]]")
         if not isinstance(devices, list) or not devices or not all(isinstance(device, dict) for device in devices):

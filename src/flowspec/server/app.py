@@ -324,10 +324,17 @@ def _add_error_handlers(app: FastAPI) -> None:
 
 
 def _add_openai_routes(app: FastAPI, api: Api) -> None:
+    entry = {"id": api.model, "object": "model", "created": 0, "owned_by": "flowspec"}
+    entry |= {"max_model_len": api.engine.checkpoint.max_positions}
+
     @app.get("/v1/models")
     async def models() -> Json:
-        entry = {"id": api.model, "object": "model", "created": 0, "owned_by": "flowspec"}
-        return {"object": "list", "data": [entry | {"max_model_len": api.engine.checkpoint.max_positions}]}
+        return {"object": "list", "data": [entry]}
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> Json:
+        api.check_model(name)
+        return entry
 
     @app.post("/v1/completions")
     async def completions(body: CompletionBody, http: Request) -> Response:
