@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
+import psutil
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from flowspec.core import LayerRange
-from flowspec.measure import LinkMeter, measure_forward
+from flowspec.measure import LinkMeter, free_bytes, measure_forward
 from flowspec.messages import Echo, Ready, Timing
 from flowspec.model.loader import Checkpoint
 from flowspec.model.stage import Stage
@@ -119,3 +121,16 @@ def test_free_rows_are_those_that_cost_nothing_or_are_worth_their_time() -> None
     assert free_rows(costs([(1, 1.0), (128, 1.0)], bytes_per_s=1e6, row_bytes=4999)) == 70  # 0.35 s on the wire
     assert 8 <= free_rows(costs(STEEP)) <= 16
     assert free_rows(costs([(1, 1.0), (128, 128.0)])) == 1
+
+
+def test_free_memory_is_what_machine_and_container_leave(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    monkeypatch.setattr("flowspec.measure._CGROUP", tmp_path)
+    whole = free_bytes(cpu)
+    assert 2**20 < whole < psutil.virtual_memory().total
+    (tmp_path / "memory.current").write_text("1000\n")
+    for limit, expected in (("1048576\n", 1048576 - 1000), ("500\n", 0)):
+        (tmp_path / "memory.max").write_text(limit)
+        assert free_bytes(cpu) == expected
+    (tmp_path / "memory.max").write_text("max\n")
+    assert free_bytes(cpu) > 2**20

@@ -16,6 +16,8 @@ import torch
 from flowspec.messages import Echo, Probe
 from flowspec.model.stage import Stage
 
+_CGROUP = Path("/sys/fs/cgroup")
+
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
 _PREFIX_LEN = 64
 _NUM_ROUNDS = 8
@@ -72,7 +74,12 @@ def free_bytes(device: torch.device) -> int:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     except OSError:
         return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), 0)
+    available = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), 0)
+    try:  # a container may have less (cgroup v2; "max" where it has no limit)
+        limit, used = (int((_CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+    except (OSError, ValueError):
+        return available
+    return max(0, min(available, limit - used))
 
 
 class LinkMeter:
