@@ -79,7 +79,7 @@ def free_bytes(device: torch.device) -> int:
         limit, used = (int((_CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
     except (OSError, ValueError):
         return available
-    return max(0, min(available, limit - used))
+    return max(1, min(available, limit - used))
 
 
 class LinkMeter:
