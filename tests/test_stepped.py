@@ -216,7 +216,7 @@ def watch(
     params = SamplingParams(max_tokens=num_tokens)
     experiment = Experiment(NANO, ScheduleConfig(), params, faults=faults or Faults(), with_spans=True)
     record = simulate(experiment, PAIR, name, [(0, prompt)])[0]
-    return made[0], record
+    return made[-1], record  # the simulator makes one before, to ask whether it wants hints
 
 
 def by_round(watched: Watched) -> list[list[Sent]]:

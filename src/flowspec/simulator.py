@@ -289,6 +289,7 @@ class _Simulation:
         self._pace = Pace(experiment)
         self._make_schedule = lambda: experiment.make_schedule(page, num_stages, pair.source, self._pace)
         self._driver = make_driver(experiment, pair, costs, clock)
+        wants_hints = self._make_schedule().wants_hints
         patience_s = PATIENCE_S if flow_parts(page, experiment.config).cancel else None
         self._workers: list[Worker] = []
         self._places = [Place(self._driver, clock)]
@@ -296,7 +297,7 @@ class _Simulation:
             clock = Clock()
             forward_s = experiment.forward_cost(schedule, index)
             emulated = EmulatedStage(stage, index, clock, forward_s)
-            hinter = pair.make_hinter(index, num_stages) if self._make_schedule().wants_hints else None
+            hinter = pair.make_hinter(index, num_stages) if wants_hints else None
             if hinter is not None:
                 hinter = EmulatedHinter(hinter, index, clock, cluster.devices[index - 1].hint_s(cluster.model))
             worker = Worker(
