@@ -15,14 +15,15 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
 
 from flowspec import __version__
 from flowspec.config import ServerConfig
-from flowspec.core import SamplingParams, TokenLogprobs
+from flowspec.core import SamplingParams
 from flowspec.engine import Engine
-from flowspec.errors import FlowspecError, UsageError, WorkerError
-from flowspec.llm import TextChunk
+from flowspec.errors import UsageError, WorkerError
 from flowspec.server import replies
+from flowspec.server.answer import Answer
 from flowspec.server.feed import Feed
 from flowspec.server.guard import Guard
 from flowspec.server.metrics import Metrics
@@ -34,7 +35,7 @@ from flowspec.server.schemas import (
     GenerateBody,
     TokenizeBody,
 )
-from flowspec.server.service import QueueFullError, Service, Ticket
+from flowspec.server.service import QueueFullError, Service
 from flowspec.server.tokens import Tokens
 
 logger = logging.getLogger("flowspec.server")
@@ -83,10 +84,10 @@ class Api:
                 self.engine.check(prompt_ids, params)
                 jobs.append((prompt_ids, params))
         name = f"{shape.prefix}-{uuid.uuid4().hex}"
-        answer = _Answer(self.service, name, body, shape, echoes, self.config.spec_stats)
+        answer = Answer(self.service, name, body, shape, echoes, self.config.spec_stats)
         answer.submit(jobs)
         if body.stream:
-            return StreamingResponse(answer.stream(), media_type=_EVENTS, headers={"cache-control": "no-store"})
+            return _Stream(answer)
         collecting = asyncio.ensure_future(answer.collect())
         leaving = asyncio.ensure_future(_disconnected(http))
         try:
@@ -110,122 +111,18 @@ class Api:
         return wanted or max(1, self.engine.room(len(prompt_ids)))
 
 
-class _Answer:
-    """The choices of one HTTP request."""
+class _Stream(StreamingResponse):
+    """An answer as server-sent events. A client may be gone before the first one is asked for."""
 
-    def __init__(
-        self,
-        service: Service,
-        name: str,
-        body: GenerateBody,
-        shape: Completions,
-        echoes: Sequence[str],
-        spec_stats: bool,
-    ) -> None:
-        self._service = service
-        self._name = name
-        self._body = body
-        self._shape = shape
-        self._echoes = echoes  # what goes before the text, by choice
-        self._tells_stats = spec_stats if body.return_spec_stats is None else body.return_spec_stats
-        self._tickets: list[Ticket] = []
-        self._num_streamed = 0  # tokens of all choices
+    def __init__(self, answer: Answer) -> None:
+        super().__init__(answer.stream(), media_type=_EVENTS, headers={"cache-control": "no-store"})
+        self._answer = answer
 
-    def submit(self, jobs: Sequence[tuple[tuple[int, ...], SamplingParams]]) -> None:
-        """All of them, or none. Raises as ``Service.submit``."""
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            for place, (prompt_ids, params) in enumerate(jobs):
-                name = self._name if len(jobs) == 1 else f"{self._name}-{place}"
-                self._tickets.append(self._service.submit(name, prompt_ids, params))
-        except BaseException:
-            self.cancel()
-            raise
-
-    def cancel(self) -> None:
-        for ticket in self._tickets:
-            self._service.cancel(ticket)
-
-    async def collect(self) -> Json:
-        """The whole answer."""
-        choices: list[Json] = []
-        for index, ticket in enumerate(self._tickets):
-            text, logprobs = self._echoes[index], list[TokenLogprobs]()
-            async for chunk in ticket.chunks():
-                text += chunk.text
-                logprobs += chunk.logprobs
-            told = None if ticket.params.num_logprobs is None else logprobs
-            choice = self._shape.choice(index, text, told, ticket.finish_reason)
-            choices.append(choice | self._stats(ticket))
-        return self._shape.body(self._name, choices, is_chunk=False) | {"usage": replies.usage(self._tickets)}
-
-    async def stream(self) -> AsyncIterator[bytes]:
-        """Server-sent events, as text becomes certain; a client that goes away cancels its requests."""
-        try:
-            for index, echo in enumerate(self._echoes):
-                if (first := self._shape.first_delta(index)) is not None:
-                    yield self._event([first])
-                if echo:
-                    yield self._event([self._shape.delta(index, echo, None)])
-            async for index, chunk in _merged(self._tickets):
-                ticket = self._tickets[index]
-                if isinstance(chunk, TextChunk):
-                    self._num_streamed += len(chunk.token_ids)
-                    has_logprobs = ticket.params.num_logprobs is not None
-                    if chunk.text or (has_logprobs and chunk.logprobs):
-                        logprobs = chunk.logprobs if has_logprobs else None
-                        yield self._event([self._shape.delta(index, chunk.text, logprobs)])
-                else:
-                    yield self._event([self._shape.last_delta(index, ticket.finish_reason) | self._stats(ticket)])
-            if self._body.wants_usage:
-                yield replies.event(
-                    self._shape.body(self._name, [], is_chunk=True) | {"usage": replies.usage(self._tickets)}
-                )
-        except FlowspecError as error:
-            kind = "invalid_request_error" if isinstance(error, UsageError) else "server_error"
-            yield replies.event(replies.error(str(error), kind))
+            await super().__call__(scope, receive, send)
         finally:
-            self.cancel()
-        yield replies.DONE
-
-    def _event(self, choices: list[Json]) -> bytes:
-        body = self._shape.body(self._name, choices, is_chunk=True)
-        if self._body.wants_usage_always:
-            body["usage"] = replies.usage(self._tickets, self._num_streamed)
-        return replies.event(body)
-
-    def _stats(self, ticket: Ticket) -> Json:
-        return {"spec_stats": replies.spec_stats(ticket)} if self._tells_stats else {}
-
-
-async def _merged(tickets: Sequence[Ticket]) -> AsyncIterator[tuple[int, TextChunk | None]]:
-    """(choice, chunk) as they come; ``None`` after a choice's last one."""
-    if len(tickets) == 1:
-        async for chunk in tickets[0].chunks():
-            yield 0, chunk
-        yield 0, None
-        return
-    merged: asyncio.Queue[tuple[int, TextChunk | BaseException | None]] = asyncio.Queue()
-
-    async def pump(index: int, ticket: Ticket) -> None:
-        try:
-            async for chunk in ticket.chunks():
-                merged.put_nowait((index, chunk))
-            merged.put_nowait((index, None))
-        except FlowspecError as error:
-            merged.put_nowait((index, error))
-
-    pumps = [asyncio.ensure_future(pump(index, ticket)) for index, ticket in enumerate(tickets)]
-    try:
-        num_left = len(tickets)
-        while num_left:
-            index, chunk = await merged.get()
-            if isinstance(chunk, BaseException):
-                raise chunk
-            num_left -= chunk is None
-            yield index, chunk
-    finally:
-        for task in pumps:
-            task.cancel()
+            self._answer.cancel()
 
 
 async def _disconnected(http: Request) -> None:
@@ -239,7 +136,8 @@ def _sampling_defaults(given: dict[str, Any]) -> dict[str, Any]:
     values = {name: given[name] for name in names if given.get(name) is not None}
     for name in set(values) - {"top_k"}:
         values[name] = float(values[name])
-    return {"temperature": 0.0 if given.get("do_sample") is False else 1.0, **values}
+    is_greedy = given.get("do_sample") is False
+    return {"temperature": 1.0, **values, **({"temperature": 0.0} if is_greedy else {})}
 
 
 def _json(value: Json, status: int = 200) -> Response:
