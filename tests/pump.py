@@ -68,20 +68,30 @@ class Pump:
         self.driver = Driver(head, source, pipeline, positions, time.perf_counter, keeps_caches=keeps_caches)
         self._make_schedule = lambda: make_schedule(schedule, config, num_stages)
         self.network = InprocNetwork(num_stages)
-        self._next_id = 0
+        self.generations: list[Generation] = []
 
     def submit(self, prompt_ids: Sequence[int], params: SamplingParams) -> Generation:
-        generation, sends = self.driver.submit(Request(self._next_id, tuple(prompt_ids), params), self._make_schedule())
-        self._next_id += 1
+        request = Request(len(self.generations), tuple(prompt_ids), params)
+        generation, sends = self.driver.submit(request, self._make_schedule())
+        self.generations.append(generation)
         self.network.post(DRIVER, sends)
         return generation
 
-    def run(self, choose: Choose = first, max_events: int = 100_000) -> None:
-        """Each event is one message delivered, one worker's piece of work, or one of the driver's."""
+    def cancel(self, generation: Generation) -> None:
+        self.network.post(DRIVER, self.driver.cancel(generation))
+
+    def run(self, choose: Choose = first, max_events: int = 100_000, is_final: bool = True) -> None:
+        """Each event is one message delivered, one worker's piece of work, or one of the driver's.
+
+        ``is_final``: all requests have to leave the pipeline within ``max_events``.
+        """
         idle: set[int] = set()  # places that had no work when last asked, and have got no message since
         for _ in range(max_events):
             if not self.driver.num_open:
                 self.check_integrity()
+                for generation in self.generations:
+                    if generation.error is not None:
+                        raise generation.error
                 assert not any(worker.num_open for worker in self.workers), "a cache has leaked"
                 return
             events: list[Callable[[], int | None]] = [
@@ -96,7 +106,7 @@ class Pump:
                 idle.add(-changed - 1)
             else:
                 idle.discard(changed)
-        raise AssertionError(f"not finished after {max_events} events")
+        assert not is_final, f"not finished after {max_events} events"
 
     def _deliver(self, link: object) -> int:
         message = self.network.take(link)  # type: ignore[arg-type]

@@ -59,6 +59,10 @@ class ServerProcess:
     def process(self) -> psutil.Process:
         return psutil.Process(self._process.pid)
 
+    def exit_code(self) -> int:
+        """Waits for the end."""
+        return self._process.wait(timeout=30)
+
     def workers(self) -> list[psutil.Process]:
         return [p for p in self.process.children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE]
 

@@ -6,8 +6,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +21,7 @@ from flowspec import LLM, SamplingParams
 from flowspec.config import LinkConfig
 from flowspec.errors import UsageError, WorkerError
 from flowspec.launch import LocalProcesses
-from flowspec.messages import PROTOCOL_VERSION, Codec, Configure, Stop
+from flowspec.messages import PROTOCOL_VERSION, Alive, Codec, Configure, Ready, Stop
 from pump import Pump
 
 PROMPT_IDS = [1, 4, 2, 1, 4, 2, 3]
@@ -213,6 +215,58 @@ def test_a_worker_that_never_comes_up_is_an_error_in_time(checkpoint_dir: Callab
     with pytest.raises(WorkerError, match=f"no sign of worker 1 .{address}"):
         LLM(checkpoint_dir("llama"), workers=[address], link=LinkConfig(start_timeout_s=1.0))
     assert time.monotonic() - started < 30
+
+
+@contextmanager
+def ready_worker() -> Iterator[str]:
+    """What is ready at once and says so again and again, as a worker does that waits for the others."""
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    socket, codec, is_over = context.socket(zmq.ROUTER), Codec(), threading.Event()
+    port = socket.bind_to_random_port("tcp://127.0.0.1")
+
+    def serve() -> None:
+        driver: bytes | None = None
+        while not is_over.is_set():
+            if socket.poll(20):
+                identity, *frames = socket.recv_multipart()
+                match codec.decode_to_worker(frames):
+                    case Configure(stage=stage):
+                        driver = identity
+                        socket.send_multipart([driver, *codec.encode(Ready(stage, 0, 0))])
+                    case _:
+                        pass
+            if driver is not None:
+                socket.send_multipart([driver, *codec.encode(Alive(2))])
+        socket.close(linger=0)
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    try:
+        yield f"127.0.0.1:{port}"
+    finally:
+        is_over.set()
+        thread.join()
+        context.term()
+
+
+def test_a_worker_that_is_missing_is_an_error_in_time_though_another_is_ready(
+    checkpoint_dir: Callable[[str], Path],
+) -> None:
+    missing = f"127.0.0.1:{_free_port('127.0.0.1')}"
+    with ready_worker() as ready, pytest.raises(WorkerError, match=f"no sign of worker 1 .{missing}. for 1 s; is it r"):
+        LLM(checkpoint_dir("llama"), workers=[missing, ready], link=LinkConfig(start_timeout_s=1.0))
+
+
+def test_a_worker_that_hangs_while_it_loads_is_an_error_in_time(checkpoint_dir: Callable[[str], Path]) -> None:
+    """It answers heartbeats, as a process does whose disk hangs, and says nothing."""
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    silent = context.socket(zmq.ROUTER)
+    address = f"127.0.0.1:{silent.bind_to_random_port('tcp://127.0.0.1')}"
+    told = f"no sign of worker 1 .{address}. for 1 s; does it hang while it loads"
+    with ready_worker() as ready, pytest.raises(WorkerError, match=told):
+        LLM(checkpoint_dir("llama"), workers=[address, ready], link=LinkConfig(start_timeout_s=1.0))
+    silent.close(linger=0)
+    context.term()
 
 
 def test_a_workers_own_mistake_reaches_the_driver_as_one_line(checkpoint_dir: Callable[[str], Path]) -> None:

@@ -328,10 +328,5 @@ def test_chats_keys_and_a_stage_that_dies(tmp_path: Path, checkpoint_dir: Callab
         victim.kill()
         with pytest.raises(openai.APIError, match="worker"):
             list(stream)
-        deadline = time.monotonic() + 20
-        while httpx.get(f"{server.url}/health").status_code == 200 and time.monotonic() < deadline:
-            time.sleep(0.1)
-        sick = httpx.get(f"{server.url}/health?verbose=1")
-        assert sick.status_code == 503 and "worker" in sick.json()["problem"]
-        with pytest.raises(openai.InternalServerError, match="worker"):
-            client.completions.create(model="tiny", prompt="t3")
+        assert server.exit_code() == 1, "a supervisor starts it again"
+        assert "error: worker" in server.text or "error: lost worker" in server.text

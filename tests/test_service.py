@@ -5,17 +5,20 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
-from flowspec.config import EngineConfig
+from flowspec.config import EngineConfig, TreeConfig
 from flowspec.core import SamplingParams
 from flowspec.engine import Engine
 from flowspec.errors import UsageError, WorkerError
+from flowspec.schedule.auto import Auto
 from flowspec.server.service import QueueFullError, Service, Ticket
 
 PROMPT = (1, 4, 2, 1, 4, 2, 3)
@@ -99,6 +102,99 @@ def test_a_bug_in_the_engine_ends_all_requests_with_an_error(
 
     with Engine(checkpoint_dir("llama"), stages=1, in_process=True, draft="none") as engine:
         asyncio.run(run(engine))
+
+
+def test_cancelling_counts_nobody_as_waiting(checkpoint_dir: Callable[[str], Path]) -> None:
+    async def run(engine: Engine) -> None:
+        service = Service(engine, max_waiting=1, stuck_after_s=5)
+        service.start()
+        tickets = [service.submit(name, PROMPT, SamplingParams(200)) for name in "a"]
+        await anext(tickets[0].chunks())
+        for _ in range(50):
+            service.cancel(tickets[0])
+        assert service.num_waiting == 0
+        assert await text_of(service.submit("b", PROMPT, SamplingParams(2)))
+        await service.stop()
+
+    with Engine(checkpoint_dir("llama"), stages=1, in_process=True, draft="none") as engine:
+        asyncio.run(run(engine))
+
+
+def test_an_observer_that_raises_is_told_no_more_and_hurts_nobody(checkpoint_dir: Callable[[str], Path]) -> None:
+    class Broken:
+        num_told = 0
+
+        def on_tokens(self, ticket: Ticket, num_new: int, interval_s: float | None) -> None:
+            self.num_told += 1
+            raise RuntimeError("a bug")
+
+        def on_end(self, ticket: Ticket) -> None:
+            raise AssertionError("it was told again")
+
+    broken = Broken()
+
+    async def run(engine: Engine) -> None:
+        service = Service(engine, max_waiting=4, stuck_after_s=5)
+        service.observers.append(broken)
+        engine.result_hook = lambda generation, result: [][0]
+        service.start()
+        assert await text_of(service.submit("a", PROMPT, SamplingParams(20)))
+        assert service.failure is None and broken.num_told == 1
+        await service.stop()
+
+    with Engine(checkpoint_dir("llama"), stages=1, in_process=True, draft="none") as engine:
+        asyncio.run(run(engine))
+
+
+def test_a_thread_that_closes_an_engine_leaves_its_connections_to_the_one_that_uses_them(
+    checkpoint_dir: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closers: list[str] = []
+    with Engine(checkpoint_dir("llama"), stages=1, in_process=True, draft="none") as engine:
+        assert engine._cluster is not None
+        monkeypatch.setattr(engine._cluster, "close", lambda: closers.append(threading.current_thread().name))
+        entered, leave = threading.Event(), threading.Event()
+
+        def stuck(timeout_s: float) -> list[Any]:
+            entered.set()
+            assert leave.wait(WAIT_S)
+            return []
+
+        monkeypatch.setattr(engine._cluster, "receive", stuck)
+        thread = threading.Thread(target=engine.step, name="user")
+        thread.start()
+        assert entered.wait(WAIT_S)
+        engine.close()
+        assert not closers, "the other thread is inside a step"
+        leave.set()
+        thread.join(WAIT_S)
+        assert closers == ["user"] and engine.is_closed
+
+
+def test_a_job_has_one_schedule_made_for_it_however_long_it_waits(
+    checkpoint_dir: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = EngineConfig(max_running=1)
+    with Engine(checkpoint_dir("llama"), stages=1, in_process=True, draft="none", config=config) as engine:
+        made: list[str] = []
+        make = engine._make_schedule
+        monkeypatch.setattr(engine, "_make_schedule", lambda name: made.append(name) or make(name))
+        jobs = [engine.submit(PROMPT, SamplingParams(20)) for _ in range(2)]
+        num_checked = len(made)
+        while not all(job.is_finished for job in jobs):
+            engine.step()
+        assert len(made) - num_checked == 2
+
+
+def test_auto_forgets_segments_that_never_come_back(checkpoint_dir: Callable[[str], Path]) -> None:
+    with Engine(
+        checkpoint_dir("llama"), stages=2, in_process=True, draft="ngram", tree=TreeConfig(min_probability=0)
+    ) as engine:
+        job = engine.submit(PROMPT, SamplingParams(200))
+        while not job.is_finished:
+            engine.step()
+            schedule = next((r.schedule for r in engine._driver._running.values()), None)
+            assert not isinstance(schedule, Auto) or len(schedule._sent_s) <= 16
 
 
 def test_what_never_fits_is_refused_and_so_is_one_too_many(checkpoint_dir: Callable[[str], Path]) -> None:

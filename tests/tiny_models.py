@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
     MistralConfig,
     PreTrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
 )
@@ -80,6 +81,62 @@ def make_tokenizer_files(directory: Path, vocab_size: int = VOCAB_SIZE) -> None:
     tokenizer.save(str(directory / "tokenizer.json"))
     settings = '{"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 256}'
     (directory / "tokenizer_config.json").write_text(settings)
+
+
+TOKENIZERS = ("byte-fallback", "byte-level", "metaspace", "word-piece")
+_TEXT = ("hello world, the wörld is round\ndef main(argument):\n    return argument\n") * 4
+
+
+def make_text_tokenizer(kind: str) -> PreTrainedTokenizerFast:
+    """A small tokenizer of text, made as the families are that people use: Llama-2's, GPT-2's, T5's, BERT's kind."""
+    special = [AddedToken("<s>", special=True), AddedToken("</s>", special=True), AddedToken("<pad>", special=True)]
+    match kind:
+        case "byte-fallback":
+            words = [
+                "▁",
+                *"abdefhilmnoruwx(),:='",
+                "▁hello",
+                "▁world",
+                "▁the",
+                "hello",
+                "world",
+                "ret",
+                "urn",
+                "▁▁",
+                "▁▁▁▁",
+            ]
+            names = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *words]
+            vocabulary = {name: place for place, name in enumerate(names)}
+            tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+            tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+            parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+            tokenizer.decoder = decoders.Sequence(parts)
+        case "byte-level":
+            tokenizer = Tokenizer(models.BPE())
+            tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+            tokenizer.decoder = decoders.ByteLevel()
+            alphabet = pre_tokenizers.ByteLevel.alphabet()
+            trainer = trainers.BpeTrainer(vocab_size=320, initial_alphabet=alphabet, show_progress=False)
+            tokenizer.train_from_iterator([_TEXT], trainer)
+        case "metaspace":
+            tokenizer = Tokenizer(models.BPE())
+            tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+            tokenizer.decoder = decoders.Metaspace()
+            trainer = trainers.BpeTrainer(
+                vocab_size=120, show_progress=False, initial_alphabet=["#", "😀", "x", "'", "="]
+            )
+            tokenizer.train_from_iterator([_TEXT], trainer)
+        case "word-piece":
+            tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+            tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+            tokenizer.decoder = decoders.WordPiece(cleanup=False)
+            trainer = trainers.WordPieceTrainer(vocab_size=120, special_tokens=["[UNK]"], show_progress=False)
+            tokenizer.train_from_iterator([_TEXT], trainer)
+        case _:
+            raise AssertionError(kind)
+    tokenizer.add_special_tokens(special)
+    tokenizer.add_tokens([AddedToken("<tool>", special=False)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
 
 
 def make_checkpoint(

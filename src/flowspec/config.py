@@ -85,9 +85,12 @@ class PipelineConfig:
     segment_len: int = 0  # nodes in one segment of ``flow`` at most; 0: by the devices' costs, 16 where unknown
     segments_in_flight: int = 0  # segments under way at once at most; 0: one more than stages that run at once
     prefill_chunk: int = 256  # prompt tokens in one segment
+    prefill_in_flight: int = 0  # such segments of one prompt under way at most; 0: one more than stages
 
     def __post_init__(self) -> None:
         _check_positive(self, "prefill_chunk")
+        if self.prefill_in_flight < 0:
+            raise UsageError(f"prefill_in_flight is {self.prefill_in_flight}; it must be 0 (automatic) or positive")
         if self.segment_len < 0:
             raise UsageError(f"segment_len is {self.segment_len}; it must be 0 (automatic) or positive")
         if self.segments_in_flight < 0:
@@ -115,10 +118,11 @@ class EngineConfig:
     max_running: int = 16  # requests at once; the others wait
     kv_slots: int = 0  # tokens that the workers' KV caches hold for all requests together; 0: by their free memory
     kv_memory_share: float = 0.8  # of the memory that is free once the weights are loaded, for KV caches
+    likely_tokens: int = 256  # of an answer that a request has room for when it starts; it takes more as it grows
     keeps_caches: bool = True  # a prompt that begins like an earlier request's text is not computed again so far
 
     def __post_init__(self) -> None:
-        _check_positive(self, "max_running")
+        _check_positive(self, "max_running", "likely_tokens")
         if self.kv_slots < 0:
             raise UsageError(f"kv_slots is {self.kv_slots}; it must be 0 (by the free memory) or positive")
         if not 0 < self.kv_memory_share <= 1:

@@ -6,14 +6,16 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from flowspec.config import PipelineConfig
+from flowspec.config import EngineConfig, PipelineConfig
 from flowspec.draft.base import DraftSource
 from flowspec.draft.lookup import LookupSource
-from flowspec.errors import ProtocolError
+from flowspec.errors import ProtocolError, RequestError
 from flowspec.generation import Generation, LogitsHead, Meter, NoMeter, Request
-from flowspec.messages import Alive, Closed, Forget, Hint, Message, Result, Route, Send
+from flowspec.messages import Alive, Closed, Failed, Forget, Hint, Message, Result, Route, Send
 from flowspec.schedule.base import Schedule
 from flowspec.slot_budget import SlotBudget
+
+MIN_GROWTH, GROWTH_SHARE = 256, 0.25  # slots by which a request's share grows, and of what it holds: the larger one
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,10 @@ class Driver:
 
     ``on_message`` verifies what came back; its commits leave before anything else is done. ``on_idle`` does one
     bounded piece of background work (one segment sent, or one draft pass), so that results never wait long.
+
+    A request takes slots of the workers' caches as it grows. Where there are no more, the youngest one is preempted: it
+    gives its caches up and is started again later, by whoever submitted it, behind what it has emitted. The oldest one
+    always goes on. An exception in one request's work ends that request alone; its generation has the ``error``.
     """
 
     def __init__(
@@ -39,8 +45,13 @@ class Driver:
         meter: Meter | None = None,
         num_slots: int | None = None,
         keeps_caches: bool = False,
+        likely_tokens: int = EngineConfig.likely_tokens,
+        num_stages: int = 1,
     ) -> None:
-        """``num_slots``: rows that the caches of a worker have room for; ``None``: nobody counts."""
+        """``num_slots``: rows that the caches of a worker have room for; ``None``: nobody counts.
+
+        ``likely_tokens``: of an answer, that a request has room for when it starts.
+        """
         self._head = head
         self._source = source
         self._pipeline_config = pipeline_config
@@ -49,6 +60,8 @@ class Driver:
         self._meter = meter or NoMeter()
         self._running: dict[int, _Running] = {}  # until the pipeline has confirmed their end
         self._keeps_caches = keeps_caches
+        self._likely_tokens = likely_tokens
+        self._max_chunks = pipeline_config.prefill_in_flight or num_stages + 1
         self.budget = SlotBudget(num_slots)
 
     @property
@@ -57,46 +70,63 @@ class Driver:
         return len(self._running)
 
     def num_slots(self, num_prompt: int, max_tokens: int, tree_size: int) -> int:
-        """How many a request may need: all its tokens, and its tree twice, since the dead leave with a delay."""
+        """How many a request may ever need: all its tokens, and its tree twice; see ``Generation.num_slots``."""
         return min(num_prompt + max_tokens, self._max_positions) + 2 * tree_size
 
-    def _charge(self, request: Request, schedule: Schedule) -> int:
-        """Nobody is charged for more than there is: segments that have got cheap make larger trees."""
-        num_slots = self.num_slots(len(request.prompt_ids), request.params.max_tokens, schedule.tree.size)
-        return num_slots if self.budget.num_slots is None else min(num_slots, self.budget.num_slots)
+    def _charge(self, request: Request, schedule: Schedule, num_emitted: int) -> int:
+        """What a request holds when it starts, or starts again.
 
-    def has_room(self, request: Request, schedule: Schedule) -> bool:
-        """Whether the request may start now."""
-        return self.budget.has_room(self._charge(request, schedule))
+        Nobody is charged for more than there is: segments that have got cheap make larger trees.
+        """
+        num_prompt, max_tokens, tree_size = len(request.prompt_ids), request.params.max_tokens, schedule.tree.size
+        if self.budget.num_slots is None:
+            return self.num_slots(num_prompt, max_tokens, tree_size)
+        likely = self.num_slots(num_prompt, min(max_tokens, num_emitted + self._likely_tokens), tree_size)
+        return min(likely, self.budget.num_slots)
 
-    def submit(self, request: Request, schedule: Schedule) -> tuple[Generation, list[Send]]:
+    def has_room(self, request: Request, schedule: Schedule, num_emitted: int = 0) -> bool:
+        """Whether the request, which has emitted so many tokens already, may start now."""
+        return self.budget.has_room(self._charge(request, schedule, num_emitted))
+
+    def submit(
+        self, request: Request, schedule: Schedule, previous: Generation | None = None
+    ) -> tuple[Generation, list[Send]]:
         """Start a request by a schedule made for it, when the budget has room for it; ids only grow.
 
-        The caller reads the generation's output as it comes.
+        ``previous``: the request's generation that was preempted. The caller reads the new one's output as it comes.
         """
-        assert request.request_id not in self._running, "request ids are never reused"
+        request_id, prompt_ids = request.request_id, request.prompt_ids
+        assert previous is not None or request_id not in self._running, "request ids are never reused"
+        num_emitted = 0 if previous is None else len(previous.output_ids)
+        text_ids = prompt_ids if previous is None else (*prompt_ids, *previous.output_ids)
         source = self._source if schedule.uses_draft else None
         if source is not None and schedule.wants_ngrams:
             source = LookupSource(source)
-        num_slots, needs_features = self._charge(request, schedule), source is not None and source.needs_features
-        heritage, gone = self.budget.take(request.request_id, num_slots, request.prompt_ids, needs_features)
-        generation = Generation(
-            request,
-            self._head,
-            source,
-            schedule.tree,
-            self._pipeline_config,
-            self._max_positions,
-            self._meter,
-            self._clock,
-            schedule.wants_hints,
-            heritage,
-            num_slots,
-        )
-        generation.keeps_cache = self._keeps_caches
-        self._running[request.request_id] = _Running(generation, schedule)
+        num_slots = self._charge(request, schedule, num_emitted)
+        needs_features = source is not None and source.needs_features
+        heritage, gone = self.budget.take(request_id, num_slots, text_ids, needs_features)
+        try:
+            generation = Generation(
+                request,
+                self._head,
+                source,
+                schedule.tree,
+                self._pipeline_config,
+                self._max_positions,
+                self._meter,
+                self._clock,
+                schedule.wants_hints,
+                heritage,
+                num_slots,
+                previous,
+            )
+            generation.keeps_cache = self._keeps_caches
+            generation.prefill(self._max_chunks)
+        except BaseException:
+            self.budget.end(request_id, None)
+            raise
+        self._running[request_id] = _Running(generation, schedule)
         self._count_sharing()
-        generation.prefill()
         return generation, [*_forget(gone), *generation.take_outbox()]
 
     def cancel(self, generation: Generation) -> list[Send]:
@@ -106,29 +136,41 @@ class Driver:
 
     def on_message(self, message: Message) -> list[Send]:
         match message:
-            case Result():
+            case Result() | Hint() | Failed():
                 running = self._running.get(message.request_id)
                 if running is None or running.generation.is_finished or running.generation.epoch != message.epoch:
                     return []
-                running.schedule.on_result(running.generation, message)
+                try:
+                    self._take(running, message)
+                except Exception as error:
+                    running.generation.fail(error)
                 return self._sends_of(running.generation)
-            case Hint():
+            case Closed():
                 running = self._running.get(message.request_id)
                 if running is not None and running.generation.epoch == message.epoch:
-                    running.generation.take_hint(message)
-                return []
-            case Closed():
-                self._running.pop(message.request_id, None)
+                    del self._running[message.request_id]
                 return []
             case Alive():
                 return []
             case _:
                 raise ProtocolError(f"the driver takes no {type(message).__name__} during a session")
 
+    def _take(self, running: _Running, message: Result | Hint | Failed) -> None:
+        generation = running.generation
+        match message:
+            case Result():
+                if message.num_prefix:
+                    generation.prompt_came_back()
+                running.schedule.on_result(generation, message)
+            case Hint():
+                generation.take_hint(message)
+            case Failed():
+                raise RequestError(f"worker {message.stage} cannot go on with this request: {message.text}")
+
     @property
     def wake_s(self) -> float:
         """When ``on_idle`` may have work again even if no message comes; on the driver's clock, infinite for never."""
-        wakes = (running.generation.wake_s for running in self._running.values() if not running.generation.is_finished)
+        wakes = (generation.wake_s for generation in self._generations())
         return min((wake_s for wake_s in wakes if wake_s is not None), default=math.inf)
 
     def on_idle(self) -> list[Send] | None:
@@ -136,10 +178,15 @@ class Driver:
 
         Requests whose root waits come first: no guess is as sure to be of use.
         """
-        running = [running for running in self._running.values() if not running.generation.is_finished]
-        for candidate in sorted(running, key=lambda running: bool(running.generation.tree.sent[0])):
+        ready = [running for running in self._running.values() if _may_work(running.generation)]
+        for candidate in sorted(ready, key=lambda running: bool(running.generation.tree.sent[0])):
             generation = candidate.generation
-            if candidate.schedule.on_idle(generation):
+            try:
+                did_work = candidate.schedule.on_idle(generation)
+            except Exception as error:
+                generation.fail(error)
+                did_work = True
+            if did_work:
                 request_id = generation.request.request_id
                 self._running[request_id] = self._running.pop(request_id)  # to the end of the line
                 return self._sends_of(generation)
@@ -147,17 +194,53 @@ class Driver:
 
     def _sends_of(self, generation: Generation) -> list[Send]:
         sends = generation.take_outbox()
-        request_id = generation.request.request_id
-        if generation.is_finished and self.budget.is_held(request_id):
-            left = generation.leave() if generation.keeps_cache else None
-            sends += _forget(self.budget.end(request_id, left))
-            self._count_sharing()
+        num_held = self.budget.held_by(generation.request.request_id)
+        if generation.is_finished and num_held:
+            sends += self._release(generation)
+        elif self.budget.num_slots is not None and generation.num_slots > num_held and not generation.is_finished:
+            sends += self._grow(generation)
         return sends
 
+    def _release(self, generation: Generation) -> list[Send]:
+        left = generation.leave() if generation.keeps_cache else None
+        gone = self.budget.end(generation.request.request_id, left)
+        self._count_sharing()
+        return _forget(gone)
+
+    def _grow(self, generation: Generation) -> list[Send]:
+        """Let the request hold more before it needs more; where there is no more, the youngest has to give way."""
+        budget, request_id = self.budget, generation.request.request_id
+        assert budget.num_slots is not None, "nobody counts"
+        num_held = budget.held_by(request_id)
+        needed = min(generation.num_slots, budget.num_slots)
+        if needed <= num_held:
+            return []
+        sends: list[Send] = []
+        while not budget.can_grow(request_id, needed):
+            victim = max(self._generations(), key=lambda running: running.request.request_id)
+            victim.preempt()
+            sends += [*victim.take_outbox(), *self._release(victim)]
+            if victim is generation:
+                return sends
+        most = min(generation.num_slots + generation.num_left, budget.num_slots)
+        wanted = min(most, num_held + max(MIN_GROWTH, round(GROWTH_SHARE * num_held)))
+        num_slots = wanted if wanted > needed and budget.can_grow(request_id, wanted) else needed
+        sends += _forget(budget.grow(request_id, num_slots))
+        generation.reserve(num_slots)
+        return [*sends, *generation.take_outbox()]
+
+    def _generations(self) -> list[Generation]:
+        """Of requests that have not ended."""
+        return [running.generation for running in self._running.values() if not running.generation.is_finished]
+
     def _count_sharing(self) -> None:
-        running = [running.generation for running in self._running.values() if not running.generation.is_finished]
-        for generation in running:
-            generation.num_sharing = len(running)
+        generations = self._generations()
+        for generation in generations:
+            generation.num_sharing = len(generations)
+
+
+def _may_work(generation: Generation) -> bool:
+    return not generation.is_finished and generation.is_prompt_sent
 
 
 def _forget(request_ids: list[int]) -> list[Send]:

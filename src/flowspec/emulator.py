@@ -123,6 +123,8 @@ class Emulator:
             if time.monotonic() - last_news > self._link.stall_timeout_s:
                 raise WorkerError(f"the emulated pipeline has been silent for {self._link.stall_timeout_s:.0f} s")
         self._check_lag()
+        if generation.error is not None:
+            raise generation.error
         own = [replace(s, start_s=s.start_s - start_s, end_s=s.end_s - start_s) for s in self._clock.spans]
         num_bytes = self._num_bytes() - bytes_before
         return make_record(

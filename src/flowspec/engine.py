@@ -6,7 +6,9 @@ and values fit into the workers' memory. It knows tokens; ``llm`` and ``server``
 
 from __future__ import annotations
 
+import logging
 import secrets
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -22,19 +24,22 @@ from flowspec.core import DraftDType, DType, Partition, SamplingParams, TokenLog
 from flowspec.draft.base import DraftSource
 from flowspec.draft.catalogue import ChosenDraft, choose_draft, load_draft
 from flowspec.driver import Driver
-from flowspec.errors import FlowspecError, UsageError, WorkerError
+from flowspec.errors import FlowspecError, RequestError, UsageError, WorkerError
 from flowspec.generation import Generation, Meter, Request
 from flowspec.launch import Cluster, InprocCluster, LocalProcesses, RemoteCluster, Trip, local_threads, num_cores
-from flowspec.messages import Alive, Ready, Result
+from flowspec.messages import Alive, Failed, Ready, Result, Send
 from flowspec.model.loader import DEMO, Checkpoint, check_device, draft_place
 from flowspec.model.target_head import TargetHead
 from flowspec.schedule.auto import Experience
 from flowspec.schedule.base import Schedule
 from flowspec.schedule.catalogue import AUTO, make_schedule
 from flowspec.schedule.pace import MeasuredCosts, Pace
+from flowspec.text import Vocabulary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger("flowspec.engine")
 
 DEFAULT_STAGES = 4
 _LONGEST_WAIT_S = 0.5
@@ -50,8 +55,10 @@ class Job:
     request: Request
     schedule: str
     stopwatch: Stopwatch
-    generation: Generation | None = None  # ``None`` while it waits to be started
+    generation: Generation | None = None  # ``None`` until it is started; the one before while it waits to go on
     is_cancelled: bool = False
+    error: FlowspecError | None = None  # what ended it
+    prepared: Schedule | None = None  # while it waits to be started
 
     @property
     def output_ids(self) -> list[int]:
@@ -63,7 +70,8 @@ class Job:
 
     @property
     def is_finished(self) -> bool:
-        return self.is_cancelled or (self.generation is not None and self.generation.is_finished)
+        has_ended = self.generation is not None and self.generation.finish_reason is not None
+        return self.is_cancelled or self.error is not None or has_ended
 
 
 @dataclass
@@ -146,6 +154,8 @@ class Engine:
         self._device = device
         self._next_request_id = 0
         self._cluster: Cluster | None = None
+        self._in_use = threading.RLock()  # whoever holds it may touch the connections
+        self._close_wanted = False
         self._bytes_at_close = 0
         self.source: DraftSource | None = None
         self._experience = Experience()
@@ -184,6 +194,7 @@ class Engine:
             self._cluster = self._connect(workers, place)
         try:
             self.tokenizer: PreTrainedTokenizerBase = self.checkpoint.load_tokenizer()
+            self.vocabulary = Vocabulary(self.tokenizer)
             head, self.source = self._load_draft(chosen_draft)
             if isinstance(self._cluster, RemoteCluster):
                 self.ready = self._cluster.await_ready(lambda done: self.progress("loading", done))
@@ -201,6 +212,8 @@ class Engine:
                 meter,
                 self._num_slots(are_local=workers is None),
                 self.config.keeps_caches,
+                self.config.likely_tokens,
+                len(self.partition),
             )
         except BaseException:
             self.close()
@@ -298,11 +311,10 @@ class Engine:
         if job.is_finished:
             return
         job.is_cancelled = True
-        if job.generation is None:
+        if self._running.pop(job.request.request_id, None) is None:
             self._waiting.remove(job)
-        elif self._cluster is not None:
+        elif self._cluster is not None and job.generation is not None:
             self._cluster.send(self._driver.cancel(job.generation))
-            self._running.pop(job.request.request_id, None)
 
     @property
     def num_running(self) -> int:
@@ -334,21 +346,31 @@ class Engine:
 
         Raises ``WorkerError`` when a worker fails: the engine is closed then.
         """
-        if self._cluster is None:
-            raise UsageError("this model is closed; make a new one")
         try:
-            return self._step(self._cluster, max_wait_s)
+            with self._in_use:
+                if self._cluster is None:
+                    raise UsageError("this model is closed; make a new one")
+                return self._step(self._cluster, max_wait_s)
         except FlowspecError:
             self.close()  # a pipeline with a hole is of no more use
             raise
+        finally:
+            if self._close_wanted:
+                self.close()
 
     def _step(self, cluster: Cluster, max_wait_s: float) -> list[Job]:
         self._start_waiting(cluster)
         before = {request_id: len(job.output_ids) for request_id, job in self._running.items()}
         wait_s = 0.0 if self._has_worked else max(0.0, min(max_wait_s, self._driver.wake_s - time.perf_counter()))
         for message in cluster.receive(wait_s):
-            if isinstance(message, Result):
-                self._note_result(message)
+            match message:
+                case Result():
+                    self._note_result(message)
+                case Failed():
+                    logger.warning("worker %d, request %d: %s", message.stage, message.request_id, message.text)
+                    logger.debug("%s", message.traceback)
+                case _:
+                    pass
             cluster.send(self._driver.on_message(message))
             if not isinstance(message, Alive):
                 self._last_news = time.monotonic()
@@ -367,17 +389,27 @@ class Engine:
     def _start_waiting(self, cluster: Cluster) -> None:
         """First come, first served: what does not fit yet is not overtaken."""
         while self._waiting and len(self._running) < self.config.max_running:
-            job = self._waiting[0]
-            schedule = self._make_schedule(job.schedule)
-            if not self._driver.has_room(job.request, schedule):
-                return
+            job, sends = self._waiting[0], list[Send]()
+            try:
+                job.prepared = job.prepared or self._prepare(job.schedule)
+                if not self._driver.has_room(job.request, job.prepared, len(job.output_ids)):
+                    return
+                job.generation, sends = self._driver.submit(job.request, job.prepared, job.generation)
+            except Exception as error:
+                job.error = _told(error, job)
+            job.prepared = None
             self._waiting.popleft()
             if not self._running:
                 self._last_news = time.monotonic()
-            job.generation, sends = self._driver.submit(job.request, schedule)
             self._running[job.request.request_id] = job
-            cluster.send(sends)
             self._has_worked = True
+            cluster.send(sends)
+
+    def _prepare(self, schedule: str) -> Schedule:
+        """For one job, by what segments cost now."""
+        if self._pace is not None:
+            self._pace.measure()
+        return self._make_schedule(schedule)
 
     def _note_result(self, result: Result) -> None:
         if self._costs is not None:
@@ -390,17 +422,32 @@ class Engine:
                 self.busy_s[timing.stage] = busy_s + timing.end_s - timing.start_s
         job = self._running.get(result.request_id)
         if self.result_hook is not None and job is not None and job.generation is not None:
-            self.result_hook(job.generation, result)
+            try:
+                self.result_hook(job.generation, result)
+            except Exception:
+                logger.exception("who is told of results met a bug, and is told no more")
+                self.result_hook = None
 
     def _news(self, before: dict[int, int]) -> list[Job]:
         news: list[Job] = []
         for request_id, job in list(self._running.items()):
+            if job.error is None and job.generation is not None and job.generation.error is not None:
+                job.error = _told(job.generation.error, job)
             if job.is_finished or len(job.output_ids) > before[request_id]:
                 job.stopwatch.note(len(job.output_ids))
                 news.append(job)
-            if job.is_finished:
+            is_preempted = job.generation is not None and job.generation.is_preempted
+            if job.is_finished or is_preempted:
                 del self._running[request_id]
+            if is_preempted and not job.is_finished:
+                logger.debug("request %d gives its caches up and waits", request_id)
+                self._wait_again(job)
         return news
+
+    def _wait_again(self, job: Job) -> None:
+        """In the order in which the requests came."""
+        place = sum(waiting.request.request_id < job.request.request_id for waiting in self._waiting)
+        self._waiting.insert(place, job)
 
     @property
     def link_bytes(self) -> int:
@@ -426,11 +473,21 @@ class Engine:
         return self._cluster is None
 
     def close(self) -> None:
-        """End the workers that were started here; others go back to waiting. Safe to call twice."""
-        cluster, self._cluster = self._cluster, None
-        if cluster is not None:
-            self._bytes_at_close = cluster.link_bytes
-            cluster.close()
+        """End the workers that were started here; others go back to waiting. Safe to call twice.
+
+        While another thread is inside ``step``, which alone may touch the connections, they close at its end.
+        """
+        self._close_wanted = True
+        if not self._in_use.acquire(blocking=False):
+            self.wake()
+            return
+        try:
+            cluster, self._cluster = self._cluster, None
+            if cluster is not None:
+                self._bytes_at_close = cluster.link_bytes
+                cluster.close()
+        finally:
+            self._in_use.release()
 
     def __enter__(self) -> Engine:
         return self
@@ -439,6 +496,15 @@ class Engine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _told(error: Exception, job: Job) -> FlowspecError:
+    """What a caller is told of the error that ended a job; the log has all of it."""
+    if isinstance(error, FlowspecError):
+        logger.debug("request %d ended", job.request.request_id, exc_info=error)
+        return error
+    logger.error("request %d met a bug", job.request.request_id, exc_info=error)
+    return RequestError(f"this request met a bug, which ends no other one ({type(error).__name__}: {error})")
 
 
 def _choose_partition(

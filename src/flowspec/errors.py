@@ -27,3 +27,7 @@ class ProtocolError(FlowspecError):
 
 class WorkerError(FlowspecError):
     """A worker never came up, failed, or was lost during a run."""
+
+
+class RequestError(FlowspecError):
+    """One request met a fault, here or at a worker, and has ended; all others go on."""

@@ -23,8 +23,10 @@ from flowspec.messages import (
     NO_PARENT,
     Close,
     Commit,
+    End,
     Hint,
     Open,
+    Reserve,
     Result,
     Route,
     Segment,
@@ -130,6 +132,7 @@ class Stats:
     accepted_by_position: list[int] = field(default_factory=list)  # verdicts that accepted so many draft nodes or more
     verified: int = 0  # segments whose result verified at least one node that was alive
     draft_passes: int = 0
+    preemptions: int = 0  # times that the request gave its caches up and began again behind what it had emitted
     timings: list[tuple[Timing, ...]] = field(default_factory=list)  # one entry per result, one timing per stage
     by_segment: dict[int, SegmentStats] = field(default_factory=dict)  # by segment id
 
@@ -173,20 +176,33 @@ class Generation:
         want_hints: bool = False,
         heritage: Heritage | None = None,
         num_slots: int = 0,
+        previous: Generation | None = None,
     ) -> None:
-        """``heritage``: of an earlier request with the same beginning; ``num_slots``: see ``messages.Open``."""
+        """``heritage``: of an earlier request with the same beginning; ``num_slots``: see ``messages.Open``.
+
+        ``previous``: the same request, as far as it had come when it was preempted. It goes on behind its output, in an
+        epoch of its own.
+        """
         self.request = request
         self.num_sharing = 1  # running requests that share the pipeline, this one included
         self.keeps_cache = False  # whether the caches stay when it ends
         self.clock = clock
         self.wake_s: float | None = None  # when the schedule wants to be asked again, if nothing comes before
         self.pipeline_config = pipeline_config
-        self.epoch = 0
         self.outbox: list[Send] = []
+        self.epoch = 0
         self.output_ids: list[int] = []
         self.output_logprobs: list[TokenLogprobs] = []  # one for each token, where ``params.num_logprobs`` asks for it
-        self.finish_reason: FinishReason | None = None
         self.stats = Stats()
+        self.next_segment_id = 0
+        if previous is not None:
+            self.epoch, self.stats, self.next_segment_id = previous.epoch + 1, previous.stats, previous.next_segment_id
+            self.output_ids, self.output_logprobs = previous.output_ids, previous.output_logprobs
+        self.finish_reason: FinishReason | None = None
+        self.error: Exception | None = None  # what ended the request instead
+        self.is_preempted = False  # its caches are gone; another generation may go on with it
+        text_ids = (*request.prompt_ids, *self.output_ids)
+        self._text_ids = text_ids  # that prefill goes over; the last one is the first root
         self._heritage = heritage or Heritage()
         self._num_slots = num_slots
         self.num_prompt_verified = self._heritage.num_kept  # prompt tokens whose prefill has come back, or is kept
@@ -194,29 +210,41 @@ class Generation:
         self._head = head
         self._meter = meter
         self._sampler = Sampler(request.params, request.prompt_ids)
+        self._sampler.extend(self.output_ids)
         self._end_ids = request.params.stop_token_ids | (frozenset() if request.params.ignore_eos else request.eos_ids)
         self._num_tokens = min(request.params.max_tokens, max_positions - len(request.prompt_ids))
         self._want_features = source is not None and source.needs_features
         self._want_hints = want_hints and source is not None
-        self._draft: Draft | None = source.open(request.prompt_ids, self._sampler) if source else None
+        self._draft: Draft | None = source.open(text_ids, self._sampler) if source else None
         if self._heritage.draft is not None and self._want_features:
             assert isinstance(self._draft, HeritableDraft)
             self._draft.inherit(self._heritage.draft, self._heritage.num_kept)
         self.num_passes = 0  # draft passes since the last commit
-        self.next_segment_id = 0
+        self._num_prompt_sent = self._heritage.num_kept
         self._root_parent_id = NO_PARENT
         self._unannounced: list[int] = []  # accepted nodes that the workers have not been told of
         self.accepted_ids: list[int] = []  # all accepted nodes, from the prompt's last one on
         self._has_gates = False
-        self.prefix_len = len(request.prompt_ids) - 1  # committed tokens before the root; also the root's position
+        self.prefix_len = len(text_ids) - 1  # committed tokens before the root; also the root's position
         self._root_is_draft = False
         # node id -> (feature [H], logits [V], the segment it came in)
         self._verified: dict[int, tuple[Tensor, Tensor, int]] = {}
-        self.tree = DraftTree(self.prefix_len, request.prompt_ids[-1], tree_config.size, tree_config.min_score)
+        self.tree = DraftTree(self.prefix_len, text_ids[-1], tree_config.size, tree_config.min_score)
 
     @property
     def is_finished(self) -> bool:
-        return self.finish_reason is not None
+        """Nothing comes of it any more: it has reached its end, met an error, or was preempted."""
+        return self.finish_reason is not None or self.error is not None or self.is_preempted
+
+    @property
+    def is_prompt_sent(self) -> bool:
+        """Whether anything else may be sent: what follows the prompt goes behind it."""
+        return self._num_prompt_sent == len(self._text_ids)
+
+    @property
+    def num_slots(self) -> int:
+        """That it needs now in each worker's cache: its text, and its tree twice, since the dead leave with a delay."""
+        return self.prefix_len + 1 + 2 * self.tree.size
 
     @property
     def num_inherited(self) -> int:
@@ -230,14 +258,13 @@ class Generation:
 
     # --- sending ---
 
-    def prefill(self) -> None:
-        """Open the request at every worker and send the prompt; its last token is the first root."""
-        request_id, prompt = self.request.request_id, self.request.prompt_ids
+    def prefill(self, max_chunks: int) -> None:
+        """Open the request at every worker and begin to send the prompt, ``max_chunks`` segments of it at once."""
         heritage = self._heritage
         self._post(
             Route.NEXT,
             Open(
-                request_id,
+                self.request.request_id,
                 self.epoch,
                 self.tree.root_id,
                 self._want_features,
@@ -247,11 +274,27 @@ class Generation:
                 self._num_slots,
             ),
         )
-        for start in range(heritage.num_kept, len(prompt), self.pipeline_config.prefill_chunk):
-            ids = list(range(start, min(start + self.pipeline_config.prefill_chunk, len(prompt))))
-            holds_root = ids[-1] == self.tree.root_id
-            self._send_rows(ids, [i - 1 for i in ids], ids, [prompt[i] for i in ids], len(ids) - holds_root, None)
-        self.tree.mark_sent(np.zeros(1, dtype=np.int64))
+        self.tree.mark_sent(np.zeros(1, dtype=np.int64))  # it goes with the prompt's last segment
+        for _ in range(max_chunks):
+            self._send_chunk()
+
+    def prompt_came_back(self) -> None:
+        """A segment of the prompt has passed the pipeline: the next one may enter it."""
+        self._send_chunk()
+
+    def _send_chunk(self) -> None:
+        text, start = self._text_ids, self._num_prompt_sent
+        if start == len(text):
+            return
+        self._num_prompt_sent = min(start + self.pipeline_config.prefill_chunk, len(text))
+        ids = list(range(start, self._num_prompt_sent))
+        holds_root = ids[-1] == self.tree.root_id
+        self._send_rows(ids, [i - 1 for i in ids], ids, [text[i] for i in ids], len(ids) - holds_root, None)
+
+    def reserve(self, num_slots: int) -> None:
+        """Let the workers' caches of this request grow to so many slots."""
+        self._num_slots = num_slots
+        self._post(Route.NEXT, Reserve(self.request.request_id, self.epoch, num_slots))
 
     def send(self, rows: Ints, gate: int | None = None) -> None:
         """Send these unsent rows of the tree as one segment; each one's parent was sent or goes with it.
@@ -309,7 +352,7 @@ class Generation:
         """Let the segments run that wait for this step; what was committed before counts for them."""
         self._post(Route.WORKERS, Step(self.request.request_id, self.epoch, number))
 
-    def _post(self, route: Route, message: Open | Segment | Commit | Step | Close) -> None:
+    def _post(self, route: Route, message: Open | Segment | Reserve | Commit | End | Step | Close) -> None:
         self.outbox.append(Send(route, message))
 
     # --- verifying ---
@@ -461,17 +504,32 @@ class Generation:
     # --- ending ---
 
     def finish(self, reason: FinishReason) -> None:
-        """End the request: all that is in flight is dead, and ``Close`` follows it through the pipeline."""
-        if self.finish_reason is not None:
-            return
-        self.finish_reason = reason
-        self.tree.restart(0)  # a root that is never sent: nothing descends from it
-        self.in_flight = {}
-        self._post(Route.WORKERS, Commit(self.request.request_id, self.epoch, self._unannounced, self.tree.root_id))
+        """The text is complete, or nobody wants more of it."""
+        if not self.is_finished:
+            self.finish_reason = reason
+            # Until all of the prompt has come back, nobody knows what of it the workers hold.
+            self.keeps_cache &= self.num_prompt_verified >= len(self._text_ids) - 1
+            self._end()
+
+    def fail(self, error: Exception) -> None:
+        """Something went wrong in this request's work, and whatever state that has left is not used again."""
+        if not self.is_finished:
+            self.error, self.keeps_cache = error, False
+            self._end()
+
+    def preempt(self) -> None:
+        """Give the caches up. What was emitted stays; a later generation goes on behind it."""
+        assert not self.is_finished, "it holds no caches"
+        self.is_preempted, self.keeps_cache = True, False
+        self.stats.preemptions += 1
+        self._end()
+
+    def _end(self) -> None:
+        """All that is in flight is dead, and ``Close`` follows it through the pipeline."""
+        self.in_flight, self.wake_s = {}, None
+        self._post(Route.WORKERS, End(self.request.request_id, self.epoch))
         if self._has_gates:
             self.step(LAST_STEP)
-        # Until all of the prompt has come back, nobody knows what of it the workers hold.
-        self.keeps_cache &= self.num_prompt_verified >= len(self.request.prompt_ids) - 1
         kept_ids = self.accepted_ids if self.keeps_cache else None
         self._post(Route.NEXT, Close(self.request.request_id, self.epoch, kept_ids))
 

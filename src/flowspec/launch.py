@@ -256,25 +256,30 @@ class RemoteCluster:
         """Wait until every worker has loaded its stage and reached the next worker. Raises ``FlowspecError``."""
         loaded = dict.fromkeys(range(1, len(self._controls) + 1), 0.0)
         ready: dict[int, Ready] = {}
-        last_news = time.monotonic()
+        last_news = dict.fromkeys(loaded, time.monotonic())  # of each worker on its own
         while len(ready) < len(self._controls):
-            for message in self.receive(0.2):
-                last_news = time.monotonic()
+            for stage, message in self._receive(0.2):
                 match message:
                     case Loading():
-                        loaded[message.stage] = message.fraction
+                        loaded[stage], last_news[stage] = message.fraction, time.monotonic()
                     case Ready():
-                        loaded[message.stage], ready[message.stage] = 1.0, message
+                        loaded[stage], ready[stage] = 1.0, message
                     case _:
-                        pass
+                        last_news[stage] = time.monotonic()
                 progress(sum(loaded.values()) / len(loaded))
-            if time.monotonic() - last_news > self._config.start_timeout_s:
-                silent = [f"worker {i + 1} ({c.address})" for i, c in enumerate(self._controls) if i + 1 not in ready]
-                raise WorkerError(
-                    f"no sign of {', '.join(silent)} for {self._config.start_timeout_s:.0f} s; "
-                    "is 'flowspec worker' running there, and is the address right?"
-                )
+            self._check_news(last_news, ready)
         return [ready[stage] for stage in sorted(ready)]
+
+    def _check_news(self, last_news: Mapping[int, float], ready: Mapping[int, Ready]) -> None:
+        """Each worker has a deadline of its own: what others say is no sign of it."""
+        deadline = time.monotonic() - self._config.start_timeout_s
+        silent = [stage for stage, news_s in last_news.items() if stage not in ready and news_s < deadline]
+        if not silent:
+            return
+        names = ", ".join(f"worker {stage} ({self._controls[stage - 1].address})" for stage in silent)
+        are_up = all(self._controls[stage - 1].is_up for stage in silent)
+        question = "does it hang while it loads?" if are_up else "is it running there, and is the address right?"
+        raise WorkerError(f"no sign of {names} for {self._config.start_timeout_s:.0f} s; {question}")
 
     def send(self, sends: Iterable[Send]) -> None:
         for send in sends:
@@ -289,10 +294,14 @@ class RemoteCluster:
 
     def receive(self, timeout_s: float) -> list[ToDriver]:
         """As ``Cluster.receive``; a worker's failure, or its loss, is raised as the error that it is."""
+        return [message for _, message in self._receive(timeout_s)]
+
+    def _receive(self, timeout_s: float) -> list[tuple[int, ToDriver]]:
+        """With the stage that sent it."""
         ready = dict(self._poller.poll(int(timeout_s * 1000)))
         if self._woken_end.fileno() in ready:
             self._woken_end.recv(4096)
-        received: list[ToDriver] = []
+        received: list[tuple[int, ToDriver]] = []
         for index, connection in enumerate(self._controls, start=1):
             while (arrived := connection.receive()) is not None:
                 message, num_bytes = arrived
@@ -300,7 +309,7 @@ class RemoteCluster:
                 if isinstance(message, Echo):
                     self._note_echo(index, message)
                 else:
-                    received.append(_raise_failure(message, index, connection.address))
+                    received.append((index, _raise_failure(message, index, connection.address)))
         if timeout_s > 0 or time.monotonic() - self._last_check > _CHECK_INTERVAL_S:
             self._check_workers()
         return received

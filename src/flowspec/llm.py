@@ -106,10 +106,13 @@ class LLM:
             while not all(run.is_finished for run in runs):
                 for job in self.engine.step():
                     by_job[job.request.request_id].read()
+                    if job.error is not None:
+                        raise job.error
                 self._report_prefill(runs)
         finally:
-            for run in runs:
-                self.engine.cancel(run.job)
+            if not self.engine.is_closed:
+                for run in runs:
+                    self.engine.cancel(run.job)
         return [self._completion(run, bytes_before) for run in runs]
 
     def stream(
@@ -140,6 +143,8 @@ class LLM:
             while not run.is_finished:
                 if run.job in self.engine.step():
                     chunk = run.read()
+                    if run.job.error is not None:
+                        raise run.job.error
                     if not run.is_finished:
                         yield chunk
                 self._report_prefill([run])
@@ -184,7 +189,7 @@ class Run:
         self._engine = engine
         params = job.request.params
         hidden_ids = job.request.eos_ids | params.stop_token_ids
-        self._detokenizer = Detokenizer(engine.tokenizer, hidden_ids, params.stop)
+        self._detokenizer = Detokenizer(engine.vocabulary, hidden_ids, params.stop, job.request.prompt_ids)
         self._num_read = 0
 
     def read(self) -> TextChunk:

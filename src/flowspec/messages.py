@@ -24,7 +24,7 @@ from torch import Tensor
 from flowspec.core import DType
 from flowspec.errors import ProtocolError
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 NO_PARENT = -1  # the parent id of a request's first token
 LAST_STEP = 2**62  # the step after which no segment of a request waits any more
 
@@ -86,6 +86,13 @@ class Commit(Message, frozen=True):
     root_id: int
 
 
+class End(Message, frozen=True):
+    """A request, or this epoch of it, has ended: all of its rows are dead, those of its prompt too."""
+
+    request_id: int
+    epoch: int
+
+
 class Step(Message, frozen=True):
     """Lock-step schedules: segments that wait for step ``number`` or an earlier one may run."""
 
@@ -106,7 +113,7 @@ class Open(Message, frozen=True):
 
     ``want_features``: return hidden states of prefix rows too. ``want_hints``: workers that can send ``Hint``s.
     ``heir_of``: a request whose cache was kept; its first ``num_kept`` tokens are this one's too.
-    ``num_slots``: that the cache will need at most, as far as the driver can tell; 0: unknown.
+    ``num_slots``: that the cache may grow to, until ``Reserve`` allows more; 0: unknown.
     """
 
     request_id: int
@@ -156,8 +163,16 @@ class Segment(Message, frozen=True):
             raise ValueError(f"segment: {len(rows)} inputs for {num_rows} nodes")
 
 
+class Reserve(Message, frozen=True):
+    """The request's cache may grow to ``num_slots`` in all; see ``Open``."""
+
+    request_id: int
+    epoch: int
+    num_slots: int
+
+
 class Close(Message, frozen=True):
-    """Ends a request on every worker it passes.
+    """Frees what a request holds on every worker it passes.
 
     ``kept_ids``: the nodes that were accepted, in path order, if the cache is to stay for an heir. Commits of them may
     still be on their way, and will find nobody.
@@ -238,6 +253,16 @@ class Hint(Message, frozen=True):
             raise ValueError("hint: node, token and log-probability lists differ in length")
 
 
+class Failed(Message, frozen=True):
+    """A worker cannot go on with this request, of which it drops all that comes; it goes on with others."""
+
+    request_id: int
+    epoch: int
+    stage: int
+    text: str
+    traceback: str
+
+
 class Closed(Message, frozen=True):
     """A ``Close`` has passed the last worker: nothing of the request is left in the pipeline."""
 
@@ -282,12 +307,14 @@ class Stamped(Message, frozen=True):
 
     arrival_s: float
     lag_s: float
-    message: Commit | Step | Open | Segment | Close | Forget | Hint | Result | Closed
+    message: Commit | End | Step | Open | Segment | Reserve | Close | Forget | Hint | Result | Failed | Closed
 
 
-DataMessage: TypeAlias = Open | Segment | Close | Forget
-ToWorker: TypeAlias = Configure | Commit | Step | Stop | Open | Segment | Close | Forget | Probe | Stamped
-ToDriver: TypeAlias = Loading | Ready | Hint | Result | Closed | Alive | Busy | Failure | Echo | Stamped
+DataMessage: TypeAlias = Open | Segment | Reserve | Close | Forget
+ToWorker: TypeAlias = (
+    Configure | Commit | End | Step | Stop | Open | Segment | Reserve | Close | Forget | Probe | Stamped
+)
+ToDriver: TypeAlias = Loading | Ready | Hint | Result | Failed | Closed | Alive | Busy | Failure | Echo | Stamped
 
 
 class Route(Enum):

@@ -271,7 +271,9 @@ class DriverMeter:
 def make_driver(experiment: Experiment, pair: ModelPair, costs: DriverCosts, clock: Clock) -> Driver:
     """A driver whose work costs time on ``clock``."""
     meter = DriverMeter(costs, clock)
-    return Driver(pair.head, pair.source, experiment.config.pipeline, pair.max_positions, clock, meter)
+    num_stages = experiment.cluster.num_stages
+    config = experiment.config.pipeline
+    return Driver(pair.head, pair.source, config, pair.max_positions, clock, meter, num_stages=num_stages)
 
 
 class _Simulation:
@@ -343,6 +345,8 @@ class _Simulation:
                 sent_s[segment_id] = now
             if len(generation.output_ids) > (emissions[-1][1] if emissions else 0):
                 emissions.append((now, len(generation.output_ids)))
+        if generation.error is not None:
+            raise generation.error
         for worker in self._workers:
             worker.check_integrity()
             assert not worker.num_open, "a cache has leaked"
@@ -381,6 +385,8 @@ class _Simulation:
             for index, (generation, start_s, emitted_s) in list(running.items()):
                 if len(generation.output_ids) and not emitted_s:
                     emitted_s.append(now)
+                if generation.error is not None:
+                    raise generation.error
                 if generation.is_finished:
                     records.append(LoadRecord(index, tuple(generation.output_ids), start_s, emitted_s[0], now))
                     del running[index]

@@ -1,7 +1,8 @@
 """Who holds how many of the workers' slots, and what ended requests have left there for heirs. Knows no messages.
 
-Slots are counted as on the worker that has room for fewest tokens. A request is charged for all that it may ever need
-before it starts, so a worker never runs out of memory half-way.
+Slots are counted as on the worker that has room for fewest tokens. A request holds what it needs for some time ahead,
+and takes more before it needs more, so no worker ever runs out of memory. Who has to go when there is no more is not
+decided here.
 """
 
 from __future__ import annotations
@@ -31,8 +32,9 @@ class SlotBudget:
         """By what ended requests have left."""
         return sum(num_slots for _, num_slots in self._left.values())
 
-    def is_held(self, request_id: int) -> bool:
-        return request_id in self._held
+    def held_by(self, request_id: int) -> int:
+        """0 for a request that is not running."""
+        return self._held.get(request_id, 0)
 
     def has_room(self, num_slots: int) -> bool:
         """Whether a request may start now that needs so many."""
@@ -53,6 +55,16 @@ class SlotBudget:
             num_slots = max(num_slots, self._left.pop(heritage.request_id)[1])
         self._held[request_id] = num_slots
         return heritage, self._make_room()
+
+    def can_grow(self, request_id: int, num_slots: int) -> bool:
+        """Whether a running request may hold so many in all."""
+        return self.has_room(num_slots - self._held[request_id])
+
+    def grow(self, request_id: int, num_slots: int) -> list[int]:
+        """Let a running request hold so many in all; returns whose leavings have to go."""
+        assert self.can_grow(request_id, num_slots), "ask can_grow first"
+        self._held[request_id] = num_slots
+        return self._make_room()
 
     def end(self, request_id: int, left: Left | None) -> list[int]:
         """A request has ended; returns whose leavings have to go."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import traceback
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
@@ -13,16 +14,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from flowspec.errors import ProtocolError
+from flowspec.errors import FlowspecError, ProtocolError
 from flowspec.messages import (
     Close,
     Closed,
     Commit,
     DataMessage,
+    End,
+    Failed,
     Forget,
     Hint,
     Message,
     Open,
+    Reserve,
     Result,
     Route,
     Segment,
@@ -71,6 +75,7 @@ class _OpenRequest:
     want_features: bool
     want_hints: bool
     step: int = 0  # the newest step of a lock-step schedule
+    is_over: bool = False  # all of its rows are dead, whatever the cache says
 
 
 @dataclass
@@ -90,7 +95,9 @@ class _Placed:
         return Part(inputs, self.slots, self.request.cache)
 
     def living(self) -> Ints:
-        """Which of the rows are alive; prefix rows never die."""
+        """Which of the rows are alive; prefix rows live as long as the request."""
+        if self.request.is_over:
+            return np.zeros(0, dtype=np.int64)
         ids, num_prefix, slots = self.segment.node_ids, self.segment.num_prefix, self.request.cache.slots
         is_alive = [row < num_prefix or slots.slot_of(ids[row]) is not None for row in self.rows.tolist()]
         return np.flatnonzero(is_alive)
@@ -122,6 +129,9 @@ class Worker:
     works off one queued message, in pieces of ``PATIENCE_S``. So every commit that has arrived is applied before the
     next segment starts, a forward whose rows have all died stops between two layers, and nothing ever waits for a
     commit. A worker with a ``hinter`` tells the driver what it guesses of a segment, once that has been passed on.
+
+    What goes wrong with one request (no memory for its cache, a message that contradicts what came before) is told to
+    the driver and ends that request alone.
     """
 
     def __init__(
@@ -152,49 +162,88 @@ class Worker:
         self._forward_s = forward_s
         self._kept: dict[int, Cache] = {}  # of requests that have ended, for their heirs
         self._running: _Forward | None = None
+        self._again: deque[_Placed] = deque()  # of a shared forward that failed: each runs alone
+        self._failures: list[Send] = []
         self._passed_on: deque[Segment] = deque()  # to be hinted at
 
     wake_s = math.inf  # a worker has work when a message has come, and only then
 
     def on_message(self, message: Message) -> list[Send]:
-        """Raises ``ProtocolError`` for a message that contradicts what came before."""
+        """Raises ``ProtocolError`` for a message that no worker takes."""
         match message:
-            case Commit(request_id=request_id):
-                request = self._requests.get(request_id)
-                # A finished request, or an older epoch of it: what the commit speaks of is gone.
+            case Commit() | End() | Step():
+                request = self._requests.get(message.request_id)
+                # A finished request, or an older epoch of it: what the message speaks of is gone.
                 if request is not None and request.epoch == message.epoch:
-                    request.cache.slots.commit(message.prefix_ids, message.root_id)
-            case Step(request_id=request_id):
-                request = self._requests.get(request_id)
-                if request is not None and request.epoch == message.epoch:
-                    request.step = max(request.step, message.number)
-            case Open() | Segment() | Close() | Forget():
+                    self._control(request, message)
+            case Open() | Segment() | Reserve() | Close() | Forget():
                 self._queue.append(message)
             case _:
                 raise ProtocolError(f"a worker takes no {type(message).__name__} during a session")
-        return []
+        return self._take_failures()
+
+    def _control(self, request: _OpenRequest, message: Commit | End | Step) -> None:
+        match message:
+            case Commit() if not request.is_over:
+                try:
+                    request.cache.slots.commit(message.prefix_ids, message.root_id)
+                except ProtocolError as error:
+                    self._fail(message.request_id, message.epoch, error)
+            case Commit():
+                pass
+            case End():
+                request.is_over = True
+            case Step():
+                request.step = max(request.step, message.number)
 
     def on_idle(self) -> list[Send] | None:
         """Go on with the forward under way, else work off the oldest queued message that may run; ``None``: no work."""
         if self._running is not None:
-            return self._go_on(self._running)
-        if self._passed_on and self._hinter is not None:
-            return self._hint(self._passed_on.popleft(), self._hinter)
-        match self._next_message():
-            case None:
-                return None
-            case Open() as message:
-                self._open(message)
-                return [] if self._stage.is_last else [Send(Route.NEXT, message)]
-            case Close() as message:
-                self._close(message)
-                closed = Send(Route.DRIVER, Closed(message.request_id, message.epoch))
-                return [closed] if self._stage.is_last else [Send(Route.NEXT, message)]
-            case Forget() as message:
-                self._kept.pop(message.request_id, None)
-                return [] if self._stage.is_last else [Send(Route.NEXT, message)]
-            case Segment() as message:
+            sends = self._go_on(self._running)
+        elif self._again:
+            sends = self._start([self._again.popleft()])
+        elif self._passed_on and self._hinter is not None:
+            sends = self._try_hint(self._passed_on.popleft(), self._hinter)
+        elif (message := self._next_message()) is not None:
+            sends = self._work_off(message)
+        else:
+            return None
+        return [*sends, *self._take_failures()]
+
+    def _work_off(self, message: DataMessage) -> list[Send]:
+        match message:
+            case Segment():
                 return self._begin(message)
+            case Open():
+                try:
+                    self._open(message)
+                except Exception as error:
+                    self._fail(message.request_id, message.epoch, error)
+            case Reserve():
+                request = self._requests.get(message.request_id)
+                if request is not None and request.epoch == message.epoch:
+                    request.cache.slots.limit = message.num_slots
+            case Close():
+                self._close(message)
+                if self._stage.is_last:
+                    return [Send(Route.DRIVER, Closed(message.request_id, message.epoch))]
+            case Forget():
+                self._kept.pop(message.request_id, None)
+        return [] if self._stage.is_last else [Send(Route.NEXT, message)]
+
+    def _fail(self, request_id: int, epoch: int, error: Exception) -> None:
+        """The request ends here, and by the driver's word everywhere. Raises an ``error`` that nothing survives."""
+        if isinstance(error, torch.AcceleratorError):  # whatever the device is asked for next fails too
+            raise error
+        if (request := self._requests.get(request_id)) is not None and request.epoch == epoch:
+            request.is_over = True
+        text = str(error) if isinstance(error, FlowspecError) else f"{type(error).__name__}: {error}"
+        told = "".join(traceback.format_exception(error))
+        self._failures.append(Send(Route.DRIVER, Failed(request_id, epoch, self._index, text, told)))
+
+    def _take_failures(self) -> list[Send]:
+        failures, self._failures = self._failures, []
+        return failures
 
     def _open(self, message: Open) -> None:
         if message.heir_of is None:
@@ -235,17 +284,31 @@ class Worker:
 
     def _begin(self, segment: Segment) -> list[Send]:
         """Run the rows that are alive; a free segment with none is dropped without a word."""
-        if (first := self._place(segment)) is None:
+        if (first := self._try_place(segment)) is None:
             return []
-        segments = [first] if segment.gate is not None else [first, *self._take_companions(first)]
-        steps = self._stage.steps([placed.part() for placed in segments])
-        self._running = _Forward(segments, steps, self._clock())
+        return self._start([first] if segment.gate is not None else [first, *self._take_companions(first)])
+
+    def _start(self, segments: list[_Placed]) -> list[Send]:
+        self._running = _Forward(segments, self._steps(segments), self._clock())
         return self._go_on(self._running)
+
+    def _steps(self, segments: list[_Placed]) -> Generator[Tensor | None]:
+        yield from self._stage.steps([placed.part() for placed in segments])
+
+    def _try_place(self, segment: Segment) -> _Placed | None:
+        try:
+            return self._place(segment)
+        except Exception as error:
+            self._fail(segment.request_id, segment.epoch, error)
+            return None
 
     def _place(self, segment: Segment) -> _Placed | None:
         request = self._requests.get(segment.request_id)
         if request is None or request.epoch != segment.epoch:
             return None
+        if request.is_over:
+            none = np.zeros(0, dtype=np.int64)
+            return None if segment.gate is None else _Placed(segment, none, none, request)
         if self._stage.is_first != (segment.token_ids is not None):
             raise ProtocolError("token ids belong on the first stage, hidden states on the others")
         table, num_prefix = request.cache.slots, segment.num_prefix
@@ -275,7 +338,7 @@ class Worker:
             if forward_s(num_rows + num_more) > forward_s(num_rows) + forward_s(num_more) / 2:
                 continue
             self._queue.remove(message)
-            if (placed := self._place(message)) is not None:
+            if (placed := self._try_place(message)) is not None:
                 companions.append(placed)
                 num_rows += len(placed.rows)
         return companions
@@ -287,13 +350,22 @@ class Worker:
             self._running = None
             return []
         until_s = self._clock() + self._patience_s
-        for hidden in forward.steps:
-            if hidden is not None:
-                self._running = None
-                return self._finish(forward, hidden)
-            if self._clock() >= until_s:
-                return []
-        raise AssertionError("a stage's last step has hidden states")
+        try:
+            for hidden in forward.steps:
+                if hidden is not None:
+                    self._running = None
+                    return self._finish(forward, hidden)
+                if self._clock() >= until_s:
+                    return []
+            raise AssertionError("a stage's last step has hidden states")
+        except Exception as error:
+            self._running = None
+            if len(forward.segments) > 1:  # whose fault it is shows when each runs alone
+                self._again.extend(forward.segments)
+            else:
+                segment = forward.segments[0].segment
+                self._fail(segment.request_id, segment.epoch, error)
+            return []
 
     def _finish(self, forward: _Forward, hidden: Tensor) -> list[Send]:
         """Each segment goes its own way."""
@@ -341,6 +413,13 @@ class Worker:
             segment.request_id, segment.epoch, segment.segment_id, node_ids, segment.num_prefix, hidden, timings
         )
         return [Send(Route.DRIVER, result)]
+
+    def _try_hint(self, segment: Segment, hinter: Hinter) -> list[Send]:
+        try:
+            return self._hint(segment, hinter)
+        except Exception as error:
+            self._fail(segment.request_id, segment.epoch, error)
+            return []
 
     def _hint(self, segment: Segment, hinter: Hinter) -> list[Send]:
         assert segment.hidden is not None

@@ -75,6 +75,8 @@ class Auto:
         if sent_s is not None:
             self._round_trip_s = min(self._round_trip_s, generation.clock() - sent_s)
         self._rungs[self._rung].on_result(generation, result)
+        # Segments that died come back never.
+        self._sent_s = {i: sent_s for i, sent_s in self._sent_s.items() if i in generation.in_flight}
         self._measure(generation)
 
     def on_idle(self, generation: Generation) -> bool:

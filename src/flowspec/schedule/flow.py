@@ -59,8 +59,6 @@ class Flow:
         self._steady_steps = steady_steps
         self._max_in_flight = pipeline.segments_in_flight or (2 if pace else 1) * (num_parallel + 1)
         self._max_shared = pipeline.segments_in_flight or num_parallel + 1  # of all requests, where there are several
-        if pace is not None:
-            pace.measure()
         self._pace = pace if parts.late_binding else None
         self._pass_s = 0.0  # what the last draft pass took
 

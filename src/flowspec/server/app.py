@@ -21,7 +21,7 @@ from flowspec import __version__
 from flowspec.config import ServerConfig
 from flowspec.core import SamplingParams
 from flowspec.engine import Engine
-from flowspec.errors import UsageError, WorkerError
+from flowspec.errors import FlowspecError, UsageError, WorkerError
 from flowspec.server import replies
 from flowspec.server.answer import Answer
 from flowspec.server.feed import Feed
@@ -214,6 +214,10 @@ def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(WorkerError)
     async def on_failed(request: Request, error: WorkerError) -> JSONResponse:
         return _error(503, str(error))
+
+    @app.exception_handler(FlowspecError)
+    async def on_error(request: Request, error: FlowspecError) -> JSONResponse:
+        return _error(500, str(error))
 
     @app.exception_handler(Exception)
     async def on_bug(request: Request, error: Exception) -> JSONResponse:

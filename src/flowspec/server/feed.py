@@ -8,7 +8,6 @@ from collections import deque
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -28,7 +27,6 @@ FIRST_SPANS_S = 2.0  # that a new connection is told of
 RATE_S = 5.0  # that rates are taken over
 BUSY_S = 2.0  # that busy shares are taken over
 MAX_REQUESTS = 20
-MAX_TOKEN_TEXTS = 16384
 
 
 @dataclass(frozen=True)
@@ -94,7 +92,7 @@ class Feed:
         self._model = model or Path(service.engine.checkpoint.name).name
         service.observers.append(self)
         service.engine.result_hook = self._on_result
-        self._text = lru_cache(MAX_TOKEN_TEXTS)(lambda token_id: str(service.engine.tokenizer.decode([token_id])))
+        self._text = service.engine.vocabulary.token_text
 
     # --- on the engine's thread ---
 

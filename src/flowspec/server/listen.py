@@ -52,7 +52,7 @@ class _Server(uvicorn.Server):
 
 
 def run(app: FastAPI, listening: Listening, verbose: bool = False) -> None:
-    """Serve until interrupted or terminated."""
+    """Serve until interrupted or terminated, or until nothing can be generated any more: ``Service.failure``."""
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     config = uvicorn.Config(
         app,
@@ -62,4 +62,10 @@ def run(app: FastAPI, listening: Listening, verbose: bool = False) -> None:
         server_header=False,
         h11_max_incomplete_event_size=64 * 1024,
     )
-    _Server(config).run(sockets=[listening.socket])
+    server = _Server(config)
+
+    def end() -> None:
+        server.should_exit = True  # whoever watches over this process may start it again
+
+    app.state.api.service.on_failure = end
+    server.run(sockets=[listening.socket])

@@ -14,7 +14,7 @@ from typing import Literal, Protocol
 
 from flowspec.core import SamplingParams
 from flowspec.engine import Engine, Job
-from flowspec.errors import FlowspecError, WorkerError
+from flowspec.errors import FlowspecError, RequestError, WorkerError
 from flowspec.generation import Stats
 from flowspec.llm import Run, TextChunk
 
@@ -84,7 +84,7 @@ class Ticket:
 
 
 class Observer(Protocol):
-    """Told of what happens, on the engine's thread."""
+    """Told of what happens, on the engine's thread. One that raises is told no more."""
 
     def on_tokens(self, ticket: Ticket, num_new: int, interval_s: float | None) -> None:
         """``interval_s``: since the emission before; ``None`` for the first one."""
@@ -98,11 +98,13 @@ class Service:
     def __init__(self, engine: Engine, max_waiting: int, stuck_after_s: float) -> None:
         self.engine = engine
         self.failure: str | None = None  # why nothing works any more
+        self.on_failure: Callable[[], None] = lambda: None  # called in the event loop when it is known
         self.observers: list[Observer] = []
         self._start_s = time.perf_counter()
         self._stuck_after_s = stuck_after_s
         self._max_waiting = max_waiting
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._starting: dict[int, Ticket] = {}  # queued commands to start one, by the ticket's identity
         self._tickets: dict[int, Ticket] = {}  # by request id, until they end
         self.is_stopping = False  # streams that have no end of their own end then
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -113,11 +115,12 @@ class Service:
         self._thread.start()
 
     async def stop(self) -> None:
-        """Cancel everything and end the engine. May be called again."""
+        """Cancel everything and end the engine, in its own thread. May be called again."""
         self.is_stopping = True
         self.engine.wake()
         await asyncio.to_thread(self._thread.join, END_TIMEOUT_S)
-        self.engine.close()
+        if self._thread.is_alive() and self.failure is None:
+            self.failure = f"the engine did not end within {END_TIMEOUT_S:.0f} s"
 
     # --- called in the event loop ---
 
@@ -129,6 +132,7 @@ class Service:
         if self.num_waiting >= self._max_waiting:
             raise QueueFullError(f"{self.num_waiting} requests are waiting already; try again later")
         ticket = Ticket(name, tuple(prompt_ids), params)
+        self._starting[id(ticket)] = ticket
         self._do(lambda: self._start(ticket))
         return ticket
 
@@ -143,7 +147,7 @@ class Service:
 
     @property
     def num_waiting(self) -> int:
-        return self.engine.num_waiting + self._commands.qsize()
+        return self.engine.num_waiting + len(self._starting)
 
     @property
     def uptime_s(self) -> float:
@@ -166,12 +170,9 @@ class Service:
             while not self.is_stopping:
                 self._obey()
                 for job in self.engine.step(IDLE_WAIT_S):
-                    self._publish(self._tickets[job.request.request_id])
+                    self._publish(job)
         except Exception as error:  # the one broad catch of this thread: whatever it is, clients must hear of it
-            if not isinstance(error, FlowspecError):
-                logger.exception("the engine failed")
-            self.failure = str(error) or type(error).__name__
-            logger.error("nothing can be generated any more: %s", self.failure)
+            self._note_failure(error)
         error = WorkerError(self.failure or _GOODBYE)
         while True:
             self._obey()  # whoever came just before the end was noticed waits in the queue
@@ -181,6 +182,17 @@ class Service:
                 break
             with contextlib.suppress(queue.Empty):
                 self._commands.get(timeout=IDLE_WAIT_S)()
+        try:
+            self.engine.close()
+        except Exception:
+            logger.exception("the engine did not end well")
+
+    def _note_failure(self, error: Exception) -> None:
+        if not isinstance(error, FlowspecError):
+            logger.error("the engine failed", exc_info=error)
+        self.failure = str(error) or type(error).__name__
+        logger.error("nothing can be generated any more: %s", self.failure)
+        self._call_in_loop(self.on_failure)
 
     def _obey(self) -> None:
         with contextlib.suppress(queue.Empty):
@@ -189,21 +201,38 @@ class Service:
 
     def _start(self, ticket: Ticket) -> None:
         try:
+            if self.failure is not None:
+                raise WorkerError(self.failure)
             ticket.job = job = self.engine.submit(ticket.prompt_ids, ticket.params)
-        except FlowspecError as error:
-            # A closed engine refuses everything, and not because of the request.
-            self._end(ticket, "failed", error if self.failure is None else WorkerError(self.failure))
-            return
-        ticket.run = Run(self.engine, job)
-        self._tickets[job.request.request_id] = ticket
+            self._tickets[job.request.request_id] = ticket
+            ticket.run = Run(self.engine, job)
+        except Exception as error:
+            self._give_up(ticket, error)
+        finally:
+            self._starting.pop(id(ticket), None)
 
     def _cancel(self, ticket: Ticket) -> None:
         if ticket.end_s is None and ticket.job is not None:
             self.engine.cancel(ticket.job)
             self._end(ticket, "cancelled", None)
 
-    def _publish(self, ticket: Ticket) -> None:
-        assert ticket.run is not None
+    def _publish(self, job: Job) -> None:
+        ticket = self._tickets.get(job.request.request_id)
+        if ticket is None:
+            return  # it has ended meanwhile
+        try:
+            self._tell_new(ticket)
+        except Exception as error:
+            self._give_up(ticket, error)
+            return
+        if job.error is not None:
+            self._end(ticket, "failed", job.error)
+        elif job.is_finished:
+            self._end(ticket, "finished", None)
+
+    def _tell_new(self, ticket: Ticket) -> None:
+        """What has come of a text since the last time."""
+        assert ticket.run is not None, "it has not started"
         chunk = ticket.run.read()
         now, num_new = time.perf_counter(), len(chunk.token_ids)
         if num_new:
@@ -211,11 +240,17 @@ class Service:
             if ticket.first_s is None:
                 ticket.first_s, ticket.num_first = now, num_new
             ticket.last_s, ticket.num_tokens = now, ticket.num_tokens + num_new
-            for observer in self.observers:
-                observer.on_tokens(ticket, num_new, interval_s)
+            self._observe(lambda observer: observer.on_tokens(ticket, num_new, interval_s))
         self._send(ticket, chunk)
-        if ticket.run.is_finished:
-            self._end(ticket, "finished", None)
+
+    def _give_up(self, ticket: Ticket, error: Exception) -> None:
+        """A fault in one request's work ends that request."""
+        if ticket.job is not None and not self.engine.is_closed:
+            self.engine.cancel(ticket.job)
+        if not isinstance(error, FlowspecError):
+            logger.error("a request met a bug", exc_info=error)
+            error = RequestError(f"this request met a bug, which ends no other one ({type(error).__name__}: {error})")
+        self._end(ticket, "failed", error)
 
     def _end(self, ticket: Ticket, end: End, error: BaseException | None) -> None:
         if ticket.end_s is not None:
@@ -223,11 +258,21 @@ class Service:
         ticket.end_s, ticket.end = time.perf_counter(), end
         if ticket.job is not None:
             self._tickets.pop(ticket.job.request.request_id, None)
-        for observer in self.observers:
-            observer.on_end(ticket)
+        self._observe(lambda observer: observer.on_end(ticket))
         self._send(ticket, error)
 
+    def _observe(self, tell: Callable[[Observer], None]) -> None:
+        for observer in list(self.observers):
+            try:
+                tell(observer)
+            except Exception:
+                logger.exception("%s met a bug, and is told no more", type(observer).__name__)
+                self.observers.remove(observer)
+
     def _send(self, ticket: Ticket, item: TextChunk | BaseException | None) -> None:
-        assert self._loop is not None
+        self._call_in_loop(ticket._chunks.put_nowait, item)
+
+    def _call_in_loop(self, call: Callable[..., object], *values: object) -> None:
+        assert self._loop is not None, "start has not been called"
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens
-            self._loop.call_soon_threadsafe(ticket._chunks.put_nowait, item)
+            self._loop.call_soon_threadsafe(call, *values)

@@ -42,6 +42,8 @@ class LocalTalker:
                     news = engine.step(_STEP_S)
                 if run.job in news:
                     chunk = run.read()
+                    if run.job.error is not None:
+                        raise run.job.error
                     num_tokens += len(chunk.token_ids)
                     yield Piece(chunk.text, num_tokens)
         finally:
