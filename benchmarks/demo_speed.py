@@ -10,7 +10,7 @@ import json
 import statistics
 from typing import Any
 
-from flowspec.cli import DEMO_PROMPT
+from flowspec.cli.demo import DEMO_PROMPT
 from flowspec.config import EngineConfig
 from flowspec.core import SamplingParams
 from flowspec.llm import LLM, Completion

@@ -482,7 +482,7 @@ def whole(lab: Lab) -> str:
     nums = {c.name: lab.options.num_prompts if c.name in TARGETS else lab.options.few for c in clusters}
     theirs = [Case(c, ("lockstep",), as_published=True, num_prompts=nums[c.name]) for c in clusters]
     ours = [
-        Case(c, ("flow",), quality="eagle3", int8_draft=True, num_prompts=nums[c.name], flags="--int8-draft")
+        Case(c, ("flow",), quality="eagle3", int8_draft=True, num_prompts=nums[c.name], flags="--draft-dtype int8")
         for c in clusters
     ]
     rows: list[list[str]] = []

@@ -14,8 +14,8 @@ import pytest
 
 from flowspec.bench.prompts import BUILT_IN_PROMPTS
 from flowspec.bench.study import check_same_tokens
-from flowspec.cli import main
-from flowspec.cli_common import ABLATION_NAMES, SCHEDULE_NAMES
+from flowspec.cli.main import main
+from flowspec.cli.options import ABLATION_NAMES, SCHEDULE_NAMES
 from flowspec.errors import FlowspecError
 from flowspec.records import RequestRecord
 from flowspec.schedule.catalogue import ABLATIONS, AUTO, SCHEDULES
@@ -122,7 +122,7 @@ def test_an_int8_draft_costs_less_and_changes_no_token(
         return values["results"][0]["num_tokens"], {round(e["dur"]) for e in events if e["name"].startswith("draft")}
 
     num_tokens, microseconds = draft_passes()
-    assert draft_passes("--int8-draft") == (num_tokens, {8100}) and microseconds == {15600}
+    assert draft_passes("--draft-dtype", "int8") == (num_tokens, {8100}) and microseconds == {15600}
 
 
 def test_the_table_has_the_ratios_and_says_which_costs_were_used(simulated: Callable[..., str]) -> None:
@@ -157,7 +157,7 @@ def test_traces_and_plots_are_written(simulated: Callable[..., str], tmp_path: P
 
 
 def test_clients_at_once_bring_throughput(simulated: Callable[..., str]) -> None:
-    assert "time to first token" in simulated("--schedule", "serial,flow", "--clients", "1,4")
+    assert "to first token" in simulated("--schedule", "serial,flow", "--clients", "1,4")
     values = json.loads(simulated("--schedule", "flow", "--clients", "4,1", "--json"))
     four, one = values["results"]
     assert (four["num_clients"], one["num_clients"]) == (4, 1)
@@ -294,7 +294,7 @@ def test_bench_without_a_cluster_runs_on_this_machine(run: Run, tmp_path: Path) 
     assert (of_temperature["cluster"], of_temperature["model"]) == (None, "demo")
     assert of_temperature["settings"] == {
         "max_new_tokens": 8, "temperature": 0, "num_prompts": 1, "repeats": 2, "draft": "auto", "int8_draft": False,
-        "partition": "0:4,4:8",
+        "partition": "0:4,4:8", "dtype": "float32", "device": "cpu", "int8_wire": False,
     }  # fmt: skip
     for result in of_temperature["results"]:
         assert result["num_tokens"] == 8 and result["tokens_per_s"] > 0 and result["link_bytes"] > 0
@@ -311,7 +311,7 @@ def test_bench_without_a_cluster_runs_on_this_machine(run: Run, tmp_path: Path) 
         (["--model", "synthetic"], "is for the simulator"),
         (["--schedule", "tp-galaxy"], "it runs in the simulator only"),
         (["--repeats", "0"], "--repeats is 0"),
-        ([CLUSTER, "--repeats", "2"], "--repeats is for real time"),
+        ([CLUSTER, "--repeats", "2"], "--repeats is for this machine"),
         (["--temperatures", "warm"], "is no comma list of numbers"),
         (["--temperatures", "0,0.0"], "names one twice"),
         (["--temperatures", "-1"], "temperature is -1.0"),

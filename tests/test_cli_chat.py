@@ -27,7 +27,7 @@ import psutil
 import pytest
 
 from flowspec import LLM
-from flowspec.cli_chat import Conversation
+from flowspec.cli.chat import Conversation
 from flowspec.errors import FlowspecError, UsageError
 from flowspec.talk.local import LocalTalker
 from flowspec.talk.server import ServerTalker, read_events
@@ -337,7 +337,7 @@ def test_in_process_a_conversation_is_sent_as_a_whole(
     monkeypatch.setattr(sys, "stdin", typed)
     with LLM(chat_model, stages=2, in_process=True) as llm:
         told: list[str] = []
-        Conversation(LocalTalker(llm, told.append), Settings(max_new_tokens=9), "t7").run()
+        Conversation(LocalTalker(llm, told.append), Settings({"max_tokens": 9, "temperature": 0.0}), "t7").run()
     first = server.complete("t1 t7 t1 t3 t4 t2", 9)
     second = server.complete(f"t1 t7 t1 t3 t4 t1 {first} t1 t5 t2", 9)
     shown = capsys.readouterr()

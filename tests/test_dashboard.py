@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from flowspec.cli import DEMO_PROMPT
+from flowspec.cli.demo import DEMO_PROMPT
 from server_process import ServerProcess
 
 if TYPE_CHECKING:

@@ -80,7 +80,7 @@ def test_a_machine_that_cannot_keep_up_is_told_so(tmp_path: Path) -> None:
         (["--schedule", "tp-galaxy"], "simulator only"),
         (["--schedule", "fast"], "is none of"),
         (["--num-prompts", "0"], "--num-prompts is 0"),
-        (["--int8-draft"], "slow has no int8_draft_pass_ms in [driver.ours]"),
+        (["--draft-dtype", "int8"], "slow has no int8_draft_pass_ms in [driver.ours]"),
     ],
 )
 def test_wrong_inputs_are_one_line(tmp_path: Path, options: list[str], problem: str) -> None:

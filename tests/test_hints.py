@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 from typer.testing import CliRunner
 
-from flowspec.cli import app
+from flowspec.cli.main import app
 from flowspec.core import LayerRange
 from flowspec.errors import ModelError, UsageError
 from flowspec.model.eagle_head import EagleHead

@@ -20,9 +20,8 @@ LEVELS = {
     "worker": 4, "driver": 4, "measure": 4,
     "virtual_time": 5, "paced": 5, "worker_process": 5, "launch": 5, "engine": 5, "llm": 5,
     "simulator": 5, "emulator": 5,
-    "train": 6, "bench": 6, "server": 6, "talk": 6, "cli_common": 6, "cli_bench": 6, "cli_emulate": 6,
-    "cli_serve": 6, "cli_chat": 6,
-    "cli": 6, "__main__": 7,
+    "train": 6, "bench": 6, "server": 6, "talk": 6,
+    "cli": 7, "__main__": 8,
 }  # fmt: skip
 
 FORBIDDEN = {
@@ -43,7 +42,8 @@ CONFINED = {
     "uvicorn": {"server"},
     "prometheus_client": {"server"},
     "pydantic": {"server"},
-    "typer": {"cli", "cli_bench", "cli_emulate", "cli_serve", "cli_chat", "cli_common"},
+    "typer": {"cli"},
+    "prompt_toolkit": {"cli"},
     "httpx": {"talk.server"},
     "matplotlib": {"bench.plots"},
     "transformers": {"model", "train", "engine"},

@@ -1,5 +1,5 @@
 """``python -m flowspec``: the command line."""
 
-from flowspec.cli import main
+from flowspec.cli.main import main
 
 main()

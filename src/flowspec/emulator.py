@@ -7,7 +7,7 @@ It shows that the simulator's figures hold where messages really travel and proc
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from random import Random
 from types import TracebackType
@@ -89,9 +89,15 @@ class Emulator:
             self.close()
             raise
 
-    def run(self, prompts: Sequence[tuple[int, str]]) -> Emulated:
+    def run(
+        self, prompts: Sequence[tuple[int, str]], progress: Callable[[float], None] = lambda done: None
+    ) -> Emulated:
         """One request after the other. Raises ``WorkerError`` when the machine cannot keep up."""
-        return Emulated([self._run(index, self._pair.encode(prompt)) for index, prompt in prompts], self._actor.lag_s)
+        records: list[RequestRecord] = []
+        for index, prompt in prompts:
+            progress(len(records) / len(prompts))
+            records.append(self._run(index, self._pair.encode(prompt)))
+        return Emulated(records, self._actor.lag_s)
 
     def _run(self, index: int, prompt_ids: tuple[int, ...]) -> RequestRecord:
         experiment, num_stages = self._experiment, self._experiment.cluster.num_stages

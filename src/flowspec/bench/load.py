@@ -7,8 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from rich.table import Table
-
 from flowspec.bench.study import Study
 from flowspec.errors import FlowspecError
 from flowspec.simulator import LoadRecord, simulate_load
@@ -59,21 +57,21 @@ def run_load(study: Study, counts: Sequence[int], progress: Callable[[float], No
     return results
 
 
-def load_table(results: Sequence[LoadResult]) -> Table:
-    table = Table(show_edge=False, pad_edge=False)
-    table.add_column("schedule")
-    for heading in ("clients", "tokens/s", "x fewest clients", "tokens/s each", "time to first token, ms"):
-        table.add_column(heading, justify="right")
-    for result, times in zip(results, _times(results), strict=True):
-        table.add_row(
+def load_cells(results: Sequence[LoadResult]) -> list[list[str]]:
+    """Headings, and a row for each schedule and number of clients."""
+    rows = [
+        [
             result.schedule,
             str(result.num_clients),
             f"{result.tokens_per_s:.2f}",
             f"{times:.2f}",
             f"{result.tokens_per_s_each:.2f}",
             f"{result.ttft_ms:.0f}",
-        )
-    return table
+        ]
+        for result, times in zip(results, _times(results), strict=True)
+    ]
+    headings = ["schedule", "clients", "tokens/s", "x fewest", "tokens/s each", "to first token, ms"]
+    return [headings, *rows]
 
 
 def load_json(results: Sequence[LoadResult]) -> list[dict[str, Any]]:

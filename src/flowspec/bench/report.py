@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.table import Table
 
 import flowspec
 from flowspec.records import RequestRecord, ScheduleResult
@@ -25,16 +24,12 @@ def baselines(results: Sequence[ScheduleResult]) -> dict[str, float]:
     return {name: speeds[name] for name in BASELINES if speeds.get(name)}
 
 
-def results_table(results: Sequence[ScheduleResult]) -> Table:
-    """One row for each schedule; ratios only to the baselines that ran."""
+def results_cells(results: Sequence[ScheduleResult]) -> list[list[str]]:
+    """Headings, and a row for each schedule; ratios only to the baselines that ran."""
     references = baselines(results)
-    table = Table(show_edge=False, pad_edge=False)
-    table.add_column("schedule")
     figures = ["mean accepted", "rows/segment", "restarts", "busiest stage %", "driver %", "MB on links"]
-    for heading in ["tokens/s", *(f"x {name}" for name in references), *figures]:
-        table.add_column(heading, justify="right")
-    for result in results:
-        table.add_row(
+    rows = [
+        [
             result.schedule,
             f"{result.tokens_per_s:.2f}",
             *(f"{result.tokens_per_s / speed:.2f}" for speed in references.values()),
@@ -44,8 +39,10 @@ def results_table(results: Sequence[ScheduleResult]) -> Table:
             f"{100 * max(result.stage_busy, default=0.0):.0f}",
             f"{100 * result.driver_busy:.0f}",
             f"{result.link_bytes / 1e6:.2f}",
-        )
-    return table
+        ]
+        for result in results
+    ]
+    return [["schedule", "tokens/s", *(f"x {name}" for name in references), *figures], *rows]
 
 
 def markdown_table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

@@ -165,6 +165,11 @@ class Sweep:
     xs: Sequence[float]
     tokens_per_s: Mapping[str, Sequence[float]]  # by schedule
 
+    def cells(self) -> list[list[str]]:
+        """A row for each schedule, below the headings."""
+        rows = [[name, *(f"{value:.2f}" for value in values)] for name, values in self.tokens_per_s.items()]
+        return [["schedule", *(f"{x:g}" for x in self.xs)], *rows]
+
     def json(self) -> dict[str, Any]:
         series = {name: [float(f"{value:.6g}") for value in values] for name, values in self.tokens_per_s.items()}
         return {"axis": self.x_label, "values": list(self.xs), "tokens_per_s": series}

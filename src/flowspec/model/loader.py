@@ -104,6 +104,17 @@ class Checkpoint:
         return _read_json(path) if path else {}
 
     @cached_property
+    def sampling_defaults(self) -> dict[str, Any]:
+        """What generation_config.json says of sampling, as fields of ``SamplingParams``; else temperature 1."""
+        names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+        values = {name: self.generation_config.get(name) for name in names}
+        values = {name: value for name, value in values.items() if value is not None}
+        for name in set(values) - {"top_k"}:
+            values[name] = float(values[name])
+        is_greedy = self.generation_config.get("do_sample") is False
+        return {"temperature": 1.0, **values, **({"temperature": 0.0} if is_greedy else {})}
+
+    @cached_property
     def eos_token_ids(self) -> frozenset[int]:
         """The tokens that end a text: those of generation_config.json, else those of config.json."""
         ids = self.generation_config.get("eos_token_id")

@@ -8,7 +8,6 @@ import uuid
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -57,7 +56,7 @@ class Api:
         self.tokens = Tokens(engine)
         self.metrics = Metrics(model)
         self.metrics.watch(self.service)
-        self.defaults = _sampling_defaults(engine.checkpoint.generation_config)
+        self.defaults = engine.checkpoint.sampling_defaults
 
     def check_model(self, name: str | None) -> None:
         if name is not None and name != self.model:
@@ -128,16 +127,6 @@ class _Stream(StreamingResponse):
 async def _disconnected(http: Request) -> None:
     while (await http.receive())["type"] != "http.disconnect":
         pass
-
-
-def _sampling_defaults(given: dict[str, Any]) -> dict[str, Any]:
-    """What generation_config.json says of sampling; OpenAI's defaults otherwise."""
-    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-    values = {name: given[name] for name in names if given.get(name) is not None}
-    for name in set(values) - {"top_k"}:
-        values[name] = float(values[name])
-    is_greedy = given.get("do_sample") is False
-    return {"temperature": 1.0, **values, **({"temperature": 0.0} if is_greedy else {})}
 
 
 def _json(value: Json, status: int = 200) -> Response:

@@ -33,7 +33,8 @@ class LocalTalker:
             prompt_ids = encode_chat(self._llm.tokenizer, messages)
         else:
             prompt_ids = self._llm.encode(messages[-1]["content"])
-        params = settings.params(LOCAL_TOKENS if self._can_chat else CONTINUED_TOKENS)
+        max_tokens = LOCAL_TOKENS if self._can_chat else CONTINUED_TOKENS
+        params = settings.params(self._llm.checkpoint.sampling_defaults | {"max_tokens": max_tokens})
         run = Run(engine, engine.submit(prompt_ids, params))
         num_tokens = 0
         try:

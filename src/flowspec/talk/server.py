@@ -118,9 +118,10 @@ class ServerTalker:
 
     def _ask(self, route: str, body: dict[str, Any], settings: Settings) -> httpx.Response:
         """A server that is busy is asked again when it says."""
-        wanted = {"max_tokens": settings.max_new_tokens, "temperature": settings.temperature}
-        wanted |= {"top_p": settings.top_p, "seed": settings.seed}
-        body |= {key: value for key, value in wanted.items() if value is not None}
+        wanted = dict(settings.given)
+        if "logit_bias" in wanted:
+            wanted["logit_bias"] = {str(token_id): bias for token_id, bias in wanted["logit_bias"]}
+        body |= wanted
         body |= {"model": self.name, "stream": True, "return_spec_stats": True}
         body |= {"stream_options": {"include_usage": True, "continuous_usage_stats": True}}
         request = self._client.build_request("POST", f"/v1/{route}", json=body)

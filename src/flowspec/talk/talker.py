@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from flowspec.core import SamplingParams
 
@@ -16,22 +16,21 @@ Tell = Callable[[str], None]  # something that the user should know, in one line
 
 @dataclass(frozen=True)
 class Settings:
-    """Of the next answers; ``None`` leaves the choice to the server, or to the default."""
+    """Of the next answers: fields of ``SamplingParams`` by name. What is not given is left to the model, or the server.
 
-    max_new_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    seed: int | None = None
+    Raises ``UsageError``.
+    """
+
+    given: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.params(1)  # raises ``UsageError``
+        self.params({})
 
-    def params(self, max_new_tokens: int) -> SamplingParams:
-        """``max_new_tokens``: where nothing else is said."""
-        wanted = max_new_tokens if self.max_new_tokens is None else self.max_new_tokens
-        return SamplingParams(
-            wanted, self.temperature or 0.0, 1.0 if self.top_p is None else self.top_p, seed=self.seed
-        )
+    def changed(self, **given: Any) -> Settings:
+        return Settings({**self.given, **given})
+
+    def params(self, defaults: Mapping[str, Any]) -> SamplingParams:
+        return SamplingParams(**{**defaults, **self.given})
 
 
 @dataclass(frozen=True)

@@ -7,21 +7,22 @@ import re
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Annotated
 
 import typer
 
-from flowspec.cli_common import (
-    SCHEDULE_NAMES,
-    Dtype,
-    StatusLine,
-    TerminalProgress,
+from flowspec.cli.options import (
+    DEFAULT_MODEL,
+    DEFAULT_PLACES,
+    DEFAULT_SAMPLING,
+    ApiKey,
+    ModelOptions,
+    PlaceOptions,
+    SamplingOptions,
     Verbose,
-    errors_in_one_line,
-    stderr,
+    changed,
 )
-from flowspec.config import LinkConfig
+from flowspec.cli.terminal import StatusLine, TerminalProgress, errors_in_one_line, stderr
 from flowspec.errors import FlowspecError, UsageError
 from flowspec.talk.talker import Message, Piece, Settings, Talker
 
@@ -32,68 +33,44 @@ HELP = """\
 /quit           end, as Ctrl-D does
 A backslash at the end of a line goes on in the next one. Ctrl-C stops an answer."""
 
+_FOR_A_SERVER_TOO = {"--model", "--timeout"}
+
 
 def chat(
     url: Annotated[
-        str | None, typer.Option(help="A running server, as http://127.0.0.1:8000. [a model in this process]")
-    ] = None,
-    api_key: Annotated[str | None, typer.Option(envvar="FLOWSPEC_API_KEY", help="What the server wants.")] = None,
-    model: Annotated[
         str | None,
-        typer.Option(help="A model directory, a hub name, or 'demo', the default; with --url, a model's name there."),
+        typer.Option(
+            help="A running server, as http://127.0.0.1:8000; --model is then a model's name there.",
+            show_default="a model in this process",
+        ),
     ] = None,
-    draft: Annotated[
-        str, typer.Option(help="auto, none, ngram, or the directory of an EAGLE head that fits the model.")
-    ] = "auto",
-    stages: Annotated[int | None, typer.Option(help="Stages to cut the model into, evenly.")] = None,
-    workers: Annotated[
-        str | None, typer.Option(help="host:port,host:port,... of running workers, in pipeline order.")
-    ] = None,
-    schedule: Annotated[str, typer.Option(help=f"One of {SCHEDULE_NAMES}.")] = "auto",
-    dtype: Annotated[Dtype, typer.Option(help="Type of weights and arithmetic; float32 is exact.")] = Dtype.float32,
-    device: Annotated[str, typer.Option(help="Torch device of driver and local workers, as cpu or cuda:0.")] = "cpu",
+    api_key: ApiKey = None,
+    model: ModelOptions = DEFAULT_MODEL,
+    places: PlaceOptions = DEFAULT_PLACES,
     system: Annotated[str, typer.Option(help="How the model should behave.")] = "",
-    max_new_tokens: Annotated[int | None, typer.Option(help="Tokens of one answer at most.")] = None,
-    temperature: Annotated[float | None, typer.Option(help="0 is greedy. [the server's; 0 without one]")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Keep the likeliest tokens of this total probability.")] = None,
-    seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.")] = None,
-    timeout: Annotated[
-        float, typer.Option(help="Seconds to wait for workers to come up, or for an answer to go on.")
-    ] = LinkConfig.stall_timeout_s,
+    sampling: SamplingOptions = DEFAULT_SAMPLING,
     verbose: Verbose = False,
 ) -> None:
     """Talk to a model."""
     with errors_in_one_line(verbose), contextlib.ExitStack() as stack:
-        settings = Settings(max_new_tokens, temperature, top_p, seed)
-        link = LinkConfig(start_timeout_s=timeout, stall_timeout_s=timeout)
+        settings = Settings(sampling.given())
         talker: Talker
         if url is not None:
-            local = {"--draft": draft != "auto", "--stages": stages, "--workers": workers}
-            local |= {"--schedule": schedule != "auto", "--dtype": dtype != Dtype.float32, "--device": device != "cpu"}
-            if given := [name for name, is_given in local.items() if is_given]:
-                raise UsageError(f"{given[0]} is the server's matter; leave it or --url out")
+            for option in [*changed(model, DEFAULT_MODEL), *changed(places, DEFAULT_PLACES)]:
+                if option not in _FOR_A_SERVER_TOO:
+                    raise UsageError(f"{option} is the server's matter; leave it or --url out")
             from flowspec.talk.server import ServerTalker
 
-            talker = stack.enter_context(contextlib.closing(ServerTalker(url, api_key, model, timeout, _tell)))
+            server = ServerTalker(url, api_key, model.model, places.timeout, _tell)
+            talker = stack.enter_context(contextlib.closing(server))
         else:
             progress = TerminalProgress()
             stack.callback(progress.stop)
+            arguments = model.arguments() | places.arguments()
             from flowspec.llm import LLM
             from flowspec.talk.local import LocalTalker
 
-            llm = stack.enter_context(
-                LLM(
-                    model or "demo",
-                    draft=draft,
-                    stages=stages,
-                    workers=[address.strip() for address in workers.split(",")] if workers else None,
-                    schedule=schedule,
-                    dtype=dtype.value,
-                    device=device,
-                    link=link,
-                    progress=progress,
-                )
-            )
+            llm = stack.enter_context(LLM(**arguments, progress=progress))
             progress.stop()
             talker = LocalTalker(llm, _tell)
         Conversation(talker, settings, system).run()
@@ -141,7 +118,7 @@ class Conversation:
                 self._system = rest.strip()
             case "/temperature":
                 try:
-                    self._settings = replace(self._settings, temperature=float(rest))
+                    self._settings = self._settings.changed(temperature=float(rest))
                 except ValueError as error:  # ``UsageError`` is one
                     raise UsageError(f"/temperature {rest}: {error}") from None
             case _ if re.fullmatch("/[a-z]+", command):

@@ -1,0 +1,335 @@
+"""The options that commands share, each declared once: name, type, help and default. Loads nothing heavy.
+
+A command takes a whole group of them as one parameter (``takes_groups``), whose default says the options' defaults.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+from flowspec.config import LinkConfig, PipelineConfig, TreeConfig
+from flowspec.core import Partition, SamplingParams
+from flowspec.device_list import DeviceList
+from flowspec.errors import UsageError
+
+# As in ``schedule.catalogue``, which would load torch: ``--help`` must be fast.
+COMPARED_NAMES = "ar, serial, chunked, pipedec, lockstep, flow"
+SCHEDULE_NAMES = f"auto, {COMPARED_NAMES}"
+ABLATION_NAMES = (
+    "lockstep-no-score-order, lockstep-no-prune, lockstep-no-expand, flow-no-late-binding, flow-no-segment-costs, "
+    "flow-no-steady, flow-no-cancel, flow-no-hints, flow-no-ngrams"
+)
+
+_MODELS_OWN = "the model's own"  # where the default is ``None``: generation_config.json of the model
+
+
+class Dtype(str, Enum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+class DraftDtype(str, Enum):
+    auto = "auto"
+    int8 = "int8"
+
+
+# --- single options ---
+
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Log more, and show tracebacks.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+ApiKey = Annotated[
+    str | None,
+    typer.Option(envvar="FLOWSPEC_API_KEY", help="What clients of the server must send; /health is open."),
+]
+Threads = Annotated[int, typer.Option(help="Torch threads; 0 leaves the choice to torch.")]
+Device = Annotated[str, typer.Option(help="Torch device, as cpu or cuda:0; of the driver and the workers here.")]
+DraftDtypeOption = Annotated[
+    DraftDtype, typer.Option(help="Of a draft head's weights: auto is the model's, int8 half as much to read.")
+]
+Stages = Annotated[
+    int | None,
+    typer.Option(help="Stages to cut the model into, evenly.", show_default="4 at most; a cluster file's own"),
+]
+PartitionOption = Annotated[
+    str | None, typer.Option(help="The stages' layer ranges instead, as 0:4,4:8.", show_default="even")
+]
+DtypeOption = Annotated[Dtype, typer.Option(help="Type of weights and arithmetic; float32 is exact.")]
+Int8Wire = Annotated[
+    bool,
+    typer.Option("--int8-wire", help="Send hidden states between workers in int8: for slow links; not bit-exact."),
+]
+Timeout = Annotated[float, typer.Option(help="Seconds to wait for workers to come up, or for an answer to go on.")]
+Schedule = Annotated[
+    str,
+    typer.Option(
+        help=f"One of {SCHEDULE_NAMES}. ar: one token at a time; the others are speculative. auto: flow while that is "
+        "faster."
+    ),
+]
+MaxNewTokens = Annotated[int | None, typer.Option(help="Tokens to generate at most.", show_default=_MODELS_OWN)]
+Temperature = Annotated[
+    float | None, typer.Option(help="0 is greedy: always the most probable token.", show_default=_MODELS_OWN)
+]
+Seed = Annotated[
+    int | None, typer.Option(help="The same seed gives the same text, or the same figures.", show_default="a new one")
+]
+TreeDepth = Annotated[int | None, typer.Option(help="Levels drafted at once.", show_default=f"{TreeConfig.depth}")]
+SegmentLen = Annotated[int, typer.Option(help="Nodes in one segment of flow at most; 0: by the devices' costs.")]
+ClusterFile = Annotated[str, typer.Argument(metavar="CLUSTER.toml", help="A described cluster; see clusters/.")]
+ScheduleNames = Annotated[
+    str | None,
+    typer.Option(
+        "--schedule",
+        help=f"Comma list of {SCHEDULE_NAMES}; {ABLATION_NAMES}; with a cluster file also tp-megatron, tp-galaxy.",
+        show_default="ar to flow",
+    ),
+]
+RealDraft = Annotated[
+    str | None,
+    typer.Option(
+        "--draft",
+        help="Of a real model: auto, none, ngram, or the directory of an EAGLE head that fits it.",
+        show_default="auto",
+    ),
+]
+NumPrompts = Annotated[
+    int | None,
+    typer.Option(help="Prompts at most.", show_default="40 for synthetic, else all of the file, or 8 built in"),
+]
+PromptsFile = Annotated[
+    Path | None,
+    typer.Option("--prompts", help="A prompt a line, or Spec-Bench's question.jsonl, of which the first turns count."),
+]
+AsPublished = Annotated[
+    bool,
+    typer.Option("--as-published", help="All schedules but flow pay the driver costs of the published code."),
+]
+
+
+# --- groups ---
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which model, and how it is made fast."""
+
+    model: Annotated[
+        str | None,
+        typer.Option(help="A model directory, a hub name (owner/model), or 'demo'.", show_default="demo"),
+    ] = None
+    draft: Annotated[
+        str, typer.Option(help="auto, none, ngram, or the directory of an EAGLE head that fits the model.")
+    ] = "auto"
+    draft_dtype: DraftDtypeOption = DraftDtype.auto
+    schedule: Schedule = "auto"
+    tree_top_k: Annotated[int, typer.Option(help="Children drafted for a node.")] = TreeConfig.top_k
+    tree_depth: TreeDepth = TreeConfig.depth
+    tree_size: Annotated[int, typer.Option(help="Nodes of the draft tree at most, the root included.")] = (
+        TreeConfig.size
+    )
+    min_probability: Annotated[
+        float, typer.Option(help="Guesses that are reached less often, by the draft's own score, are not sent.")
+    ] = TreeConfig.min_probability
+    segment_len: SegmentLen = PipelineConfig.segment_len
+
+    def arguments(self) -> dict[str, Any]:
+        """Of ``LLM`` and ``Engine``. Raises ``UsageError``."""
+        depth = TreeConfig.depth if self.tree_depth is None else self.tree_depth
+        return {
+            "model": "demo" if self.model is None else self.model,
+            "draft": self.draft,
+            "draft_dtype": self.draft_dtype.value,
+            "schedule": self.schedule,
+            "tree": TreeConfig(
+                top_k=self.tree_top_k,
+                depth=depth,
+                max_depth=2 * depth,
+                size=self.tree_size,
+                min_probability=self.min_probability,
+            ),
+            "pipeline": PipelineConfig(segment_len=self.segment_len),
+        }
+
+
+@dataclass(frozen=True)
+class PlaceOptions:
+    """Where a model's stages run."""
+
+    stages: Stages = None
+    partition: PartitionOption = None
+    workers: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT,...", help="Running workers, in pipeline order.", show_default="processes started here"
+        ),
+    ] = None
+    cluster: Annotated[
+        str | None,
+        typer.Option(metavar="FILE.toml", help="A file that lists the workers; see the README."),
+    ] = None
+    dtype: DtypeOption = Dtype.float32
+    device: Device = "cpu"
+    int8_wire: Int8Wire = False
+    timeout: Timeout = LinkConfig.stall_timeout_s
+
+    @functools.cached_property
+    def devices(self) -> DeviceList | None:
+        """What ``--cluster`` lists. Raises ``UsageError``."""
+        return None if self.cluster is None else DeviceList.load(self.cluster)
+
+    def arguments(self) -> dict[str, Any]:
+        """Of ``LLM`` and ``Engine``. Raises ``UsageError``."""
+        if sum(given is not None for given in (self.stages, self.workers, self.cluster)) > 1:
+            raise UsageError("give one of --stages, --workers and --cluster")
+        partition: str | Partition | None = self.partition
+        workers = None if self.workers is None else [address.strip() for address in self.workers.split(",")]
+        if self.devices is not None:
+            workers = list(self.devices.addresses)
+            partition = partition or self.devices.partition
+        return {
+            "stages": self.stages,
+            "partition": partition,
+            "workers": workers,
+            "dtype": self.dtype.value,
+            "device": self.device,
+            "link": LinkConfig(start_timeout_s=self.timeout, stall_timeout_s=self.timeout, int8_wire=self.int8_wire),
+        }
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How tokens are chosen, and when a text ends; ``None`` leaves it to the model, or to the server."""
+
+    max_new_tokens: MaxNewTokens = None
+    temperature: Temperature = None
+    top_p: Annotated[
+        float | None,
+        typer.Option(
+            help="Keep the likeliest tokens of this total probability; 1 keeps all.", show_default=_MODELS_OWN
+        ),
+    ] = None
+    top_k: Annotated[
+        int | None, typer.Option(help="Keep the K likeliest tokens; 0 keeps all.", show_default=_MODELS_OWN)
+    ] = None
+    min_p: Annotated[
+        float | None,
+        typer.Option(
+            help="Drop tokens less probable than this times the likeliest; 0 keeps all.", show_default=_MODELS_OWN
+        ),
+    ] = None
+    seed: Seed = None
+    presence_penalty: Annotated[
+        float | None, typer.Option(help="Taken from the logits of tokens that were generated.", show_default="0")
+    ] = None
+    frequency_penalty: Annotated[float | None, typer.Option(help="The same, once for each time.", show_default="0")] = (
+        None
+    )
+    repetition_penalty: Annotated[
+        float | None,
+        typer.Option(help="Tokens of prompt and answer become less likely; 1 is off.", show_default=_MODELS_OWN),
+    ] = None
+    stop: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help="A text that ends the answer; may be repeated.")
+    ] = None
+    logit_bias: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ID:BIAS", help="Added to the logit of a token, by its id; may be repeated."),
+    ] = None
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on past the model's end-of-text token.")] = False
+
+    @classmethod
+    def of(cls, params: SamplingParams) -> SamplingOptions:
+        """Defaults of a command that says them all."""
+        return cls(
+            params.max_tokens,
+            params.temperature,
+            params.top_p,
+            params.top_k,
+            params.min_p,
+            params.seed,
+            params.presence_penalty,
+            params.frequency_penalty,
+            params.repetition_penalty,
+        )
+
+    def given(self) -> dict[str, Any]:
+        """Those that were given, as fields of ``SamplingParams``. Raises ``UsageError``."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        values["max_tokens"] = values.pop("max_new_tokens")
+        values["stop"] = tuple(self.stop or ()) or None
+        values["logit_bias"] = tuple(_logit_bias(text) for text in self.logit_bias or ()) or None
+        values["ignore_eos"] = self.ignore_eos or None
+        return {name: value for name, value in values.items() if value is not None}
+
+
+DEFAULT_MODEL, DEFAULT_PLACES, DEFAULT_SAMPLING = ModelOptions(), PlaceOptions(), SamplingOptions()
+
+
+def _logit_bias(text: str) -> tuple[int, float]:
+    token_id, _, bias = text.partition(":")
+    try:
+        return int(token_id), float(bias)
+    except ValueError:
+        raise UsageError(f"--logit-bias {text!r} is not ID:BIAS, as in 198:-100") from None
+
+
+def flag(name: str) -> str:
+    """The option of a group's field."""
+    return "--" + name.replace("_", "-")
+
+
+def changed(group: Any, default: Any) -> list[str]:
+    """The options of a group that are not as ``default`` has them."""
+    names = [field.name for field in fields(group)]
+    return [flag(name) for name in names if getattr(group, name) != getattr(default, name)]
+
+
+# --- groups as parameters ---
+
+
+def takes_groups(command: Callable[..., None]) -> Callable[..., None]:
+    """A command for typer, with one option for each field of its parameters that are groups."""
+    groups: dict[str, Any] = {}
+    parameters: list[inspect.Parameter] = []
+    for name, parameter in inspect.signature(command, eval_str=True).parameters.items():
+        if is_dataclass(parameter.default):
+            groups[name] = parameter.default
+            parameters += _options_of(parameter.default)
+        else:
+            parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+
+    @functools.wraps(command)
+    def run(**given: Any) -> None:
+        for name, default in groups.items():
+            given[name] = type(default)(**{field.name: given.pop(field.name) for field in fields(default)})
+        command(**given)
+
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return run
+
+
+def _options_of(group: Any) -> list[inspect.Parameter]:
+    """A text that stands for a default of ``None`` gives way to a default that is said."""
+    hints = get_type_hints(type(group), include_extras=True)
+    parameters: list[inspect.Parameter] = []
+    for field in fields(group):
+        default, hint = getattr(group, field.name), hints[field.name]
+        base, option = hint.__origin__, copy.copy(hint.__metadata__[0])
+        if default is not None:
+            option.show_default = True
+        parameters.append(
+            inspect.Parameter(
+                field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[base, option]
+            )
+        )
+    return parameters

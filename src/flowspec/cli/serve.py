@@ -1,0 +1,64 @@
+"""The command ``serve``: an OpenAI-compatible server over the workers."""
+
+from __future__ import annotations
+
+import logging
+from typing import Annotated
+
+import typer
+
+from flowspec.cli.options import DEFAULT_MODEL, DEFAULT_PLACES, ApiKey, ModelOptions, PlaceOptions, Verbose
+from flowspec.cli.terminal import TerminalProgress, errors_in_one_line, stderr
+from flowspec.config import EngineConfig, ServerConfig
+from flowspec.errors import WorkerError
+
+logger = logging.getLogger("flowspec.server")
+
+
+def serve(
+    model: ModelOptions = DEFAULT_MODEL,
+    served_model_name: Annotated[
+        str | None, typer.Option(help="What clients call the model.", show_default="its directory, or name at the hub")
+    ] = None,
+    places: PlaceOptions = DEFAULT_PLACES,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is the whole network.")] = ServerConfig.host,
+    port: Annotated[int, typer.Option(help="0 lets the system choose.")] = ServerConfig.port,
+    api_key: ApiKey = None,
+    max_running: Annotated[int, typer.Option(help="Requests that run at once.")] = EngineConfig.max_running,
+    max_waiting: Annotated[int, typer.Option(help="Requests that may wait; more get 429.")] = ServerConfig.max_waiting,
+    kv_slots: Annotated[
+        int, typer.Option(help="Tokens that the workers' KV caches hold in all; 0: by their free memory.")
+    ] = EngineConfig.kv_slots,
+    spec_stats: Annotated[
+        bool, typer.Option("--spec-stats", help="Every answer says how it came about: drafts, accepted, pruned.")
+    ] = False,
+    verbose: Verbose = False,
+) -> None:
+    """Serve a model to OpenAI clients, with a dashboard."""
+    with errors_in_one_line(verbose, is_service=True):
+        logging.getLogger("flowspec").setLevel(logging.DEBUG if verbose else logging.INFO)
+        config = ServerConfig(host, port, api_key, max_waiting=max_waiting, spec_stats=spec_stats)
+        engine_config = EngineConfig(max_running, kv_slots)
+        arguments = model.arguments() | places.arguments()
+        if host not in ("127.0.0.1", "localhost", "::1") and api_key is None:
+            logger.warning("warning: %s is open to the network and wants no key; set --api-key", host)
+        from flowspec.engine import Engine
+        from flowspec.server.app import create_app
+        from flowspec.server.feed import Feed
+        from flowspec.server.listen import Listening, run
+
+        listening = Listening.open(config.host, config.port)
+        progress = TerminalProgress()
+        feed = Feed(None if places.devices is None else places.devices.names)
+        try:
+            with Engine(**arguments, config=engine_config, progress=progress, meter=feed) as engine:
+                progress.stop()
+                app = create_app(engine, config, feed, served_model_name)
+                url, name = listening.url, app.state.api.model
+                stderr.print(f"{name} in stages {engine.partition}: {url}/v1, dashboard {url}/; end it with Ctrl-C")
+                run(app, listening, verbose)
+                if (failure := app.state.api.service.failure) is not None:
+                    raise WorkerError(failure)
+        finally:
+            progress.stop()
+            listening.close()

@@ -1,0 +1,54 @@
+"""The command ``train-draft``: an EAGLE head for a model of the user's own."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flowspec.cli.options import Threads, Verbose
+from flowspec.cli.terminal import errors_in_one_line
+
+
+def train_draft(
+    target: Annotated[str, typer.Argument(help="The target model: a directory, a hub name, or 'demo'.")],
+    data: Annotated[list[Path], typer.Option(help="A text file or a directory of them; may be repeated.")],
+    out: Annotated[Path, typer.Option(help="Where the head goes; generate finds it as MODEL/draft.")],
+    tokens: Annotated[int, typer.Option(help="Training tokens.")] = 15_000_000,
+    generated_share: Annotated[float, typer.Option(help="Share of them that the target writes itself.")] = 0.5,
+    work_dir: Annotated[
+        Path | None,
+        typer.Option(
+            help="Checkpoints; a run that was interrupted goes on from there.", show_default="training in --out"
+        ),
+    ] = None,
+    threads: Threads = 0,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Faster after some minutes; needs a C++ compiler.")
+    ] = False,
+    hints: Annotated[
+        bool,
+        typer.Option(
+            "--hints",
+            help="Also train hint heads, with which the workers between two layers guess the next token early. "
+            "With the arguments and --work-dir of a finished run, trains these alone.",
+        ),
+    ] = False,
+    verbose: Verbose = False,
+) -> None:
+    """Train an EAGLE draft head for a target model."""
+    with errors_in_one_line(verbose):
+        logging.getLogger("flowspec").setLevel(logging.INFO)
+        import torch
+
+        from flowspec.train.draft import train_draft as train
+        from flowspec.train.eagle import DraftRecipe
+        from flowspec.train.hints import HintRecipe
+
+        if threads:
+            torch.set_num_threads(threads)
+        recipe = DraftRecipe(num_tokens=tokens, generated_share=generated_share)
+        hint_recipe = HintRecipe() if hints else None
+        train(target, out, data, recipe, work_dir or out / "training", hints=hint_recipe, compiled=compiled)
