@@ -16,7 +16,7 @@ from flowspec.cli.chat import chat
 from flowspec.cli.demo import demo
 from flowspec.cli.emulate import emulate
 from flowspec.cli.generate import generate
-from flowspec.cli.options import takes_groups
+from flowspec.cli.options import SCHEDULES_BELOW, takes_groups
 from flowspec.cli.serve import serve
 from flowspec.cli.simulate import simulate
 from flowspec.cli.train_draft import train_draft
@@ -26,7 +26,8 @@ from flowspec.cli.worker import worker
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 for command in (generate, demo, chat, serve, worker, simulate, bench, emulate, train_draft):
-    app.command()(takes_groups(command))
+    compares = command in (simulate, bench)
+    app.command(epilog=SCHEDULES_BELOW if compares else None)(takes_groups(command))
 
 
 def _print_version(wanted: bool) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum
@@ -28,6 +29,9 @@ ABLATION_NAMES = (
     "lockstep-no-score-order, lockstep-no-prune, lockstep-no-expand, flow-no-late-binding, flow-no-segment-costs, "
     "flow-no-steady, flow-no-cancel, flow-no-hints, flow-no-ngrams"
 )
+_NAMES = f"{SCHEDULE_NAMES}, {ABLATION_NAMES}; with a cluster file also tp-megatron, tp-galaxy"
+# Below the options, where no line is broken at a hyphen. The first line keeps the others as they are.
+SCHEDULES_BELOW = "\b\nSchedules:\n" + textwrap.indent(textwrap.fill(_NAMES, 76, break_on_hyphens=False), "  ")
 
 _MODELS_OWN = "the model's own"  # where the default is ``None``: generation_config.json of the model
 
@@ -89,7 +93,7 @@ ScheduleNames = Annotated[
     str | None,
     typer.Option(
         "--schedule",
-        help=f"Comma list of {SCHEDULE_NAMES}; {ABLATION_NAMES}; with a cluster file also tp-megatron, tp-galaxy.",
+        help="Comma list of schedules, which are named below.",
         show_default="ar to flow",
     ),
 ]
