@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from flowspec.checked import checked_class
 from flowspec.errors import UsageError
 
 
@@ -15,6 +16,7 @@ def _check_positive(owner: object, *names: str) -> None:
             raise UsageError(f"{name} is {value}; it must be positive")
 
 
+@checked_class
 @dataclass(frozen=True)
 class TreeConfig:
     """What a draft tree may look like (EAGLE-2, arXiv 2406.16858, and FlowSpec, arXiv 2507.02620)."""
@@ -44,6 +46,7 @@ class TreeConfig:
 PUBLISHED_TREE = TreeConfig(size=81, min_probability=0.0)  # 80 nodes and the root, in FlowSpec's and its baselines
 
 
+@checked_class
 @dataclass(frozen=True)
 class LockstepConfig:
     """FlowSpec as published. EAGLE's code counts the passes after the first: its depth 5 is our depth 6."""
@@ -66,6 +69,7 @@ class LockstepConfig:
         return "-".join(["lockstep", *(name for name, is_on in switches.items() if not is_on)])
 
 
+@checked_class
 @dataclass(frozen=True)
 class FlowParts:
     """The parts of ``flow`` that can be switched off, to see what each is worth."""
@@ -78,6 +82,7 @@ class FlowParts:
     ngrams: bool = True  # where the text repeats itself, what followed the last time joins the tree
 
 
+@checked_class
 @dataclass(frozen=True)
 class PipelineConfig:
     """How a request is cut into segments."""
@@ -97,6 +102,7 @@ class PipelineConfig:
             raise UsageError(f"segments_in_flight is {self.segments_in_flight}; it must be 0 (automatic) or positive")
 
 
+@checked_class
 @dataclass(frozen=True)
 class ScheduleConfig:
     """The settings of all schedules."""
@@ -111,6 +117,7 @@ class ScheduleConfig:
         _check_positive(self, "pipedec_width")
 
 
+@checked_class
 @dataclass(frozen=True)
 class EngineConfig:
     """How many requests run at once, and in how much memory."""
@@ -129,6 +136,7 @@ class EngineConfig:
             raise UsageError(f"kv_memory_share is {self.kv_memory_share}; it must lie in (0, 1]")
 
 
+@checked_class
 @dataclass(frozen=True)
 class ServerConfig:
     """The HTTP server."""
@@ -149,6 +157,7 @@ class ServerConfig:
             raise UsageError("api_key is empty or has characters that HTTP headers cannot carry; use printable ASCII")
 
 
+@checked_class
 @dataclass(frozen=True)
 class LinkConfig:
     """How long the processes wait for each other, and what travels between them."""

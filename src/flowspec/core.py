@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
+from flowspec.checked import checked_class
 from flowspec.errors import UsageError
 
 DType = Literal["float32", "bfloat16", "float16"]
@@ -91,24 +92,44 @@ class Partition:
             raise UsageError(f"partition {self} covers {self.num_layers} layers, but the model has {num_layers}")
 
 
+@checked_class
 @dataclass(frozen=True)
 class SamplingParams:
-    """How tokens are chosen and when a generation ends."""
+    """How tokens are chosen, and when a generation ends.
 
-    max_tokens: int = 64  # tokens to generate at most
-    temperature: float = 0.0  # 0 is greedy: always the most probable token
-    top_p: float = 1.0  # keep the smallest set of tokens with at least this probability; 1 keeps all
-    top_k: int = 0  # keep the k most probable tokens; 0 keeps all
-    seed: int | None = None  # the same seed gives the same text; None draws one
-    ignore_eos: bool = False  # go on past the model's end-of-text token
-    min_p: float = 0.0  # drop tokens less probable than this times the best one; 0 keeps all
-    presence_penalty: float = 0.0  # taken from the logits of tokens that were generated
-    frequency_penalty: float = 0.0  # the same, once for each time
-    repetition_penalty: float = 1.0  # of the prompt's and the generated tokens: divides logits > 0, multiplies others
-    logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, what is added to its logit)
-    stop_token_ids: frozenset[int] = frozenset()  # end the text, even where ``ignore_eos`` goes on
-    num_logprobs: int | None = None  # log-probabilities of each token and of so many best ones; None gives none
-    stop: tuple[str, ...] = ()  # texts that end the answer; for whoever turns tokens into text
+    Args:
+        max_tokens: tokens to generate at most.
+        temperature: 0 is greedy: always the most probable token. Above, the logits are divided by it.
+        top_p: keep the smallest set of tokens with at least this probability, in (0, 1]; 1 keeps all.
+        top_k: keep so many of the most probable tokens; 0 keeps all.
+        seed: the same seed gives the same text; ``None`` draws one.
+        ignore_eos: go on past the model's end-of-text token.
+        min_p: drop tokens less probable than this times the best one, in [0, 1]; 0 keeps all.
+        presence_penalty: taken from the logits of tokens that were generated, in [-2, 2].
+        frequency_penalty: the same, once for each time.
+        repetition_penalty: of the prompt's and the generated tokens: divides logits above 0, multiplies others; 1: off.
+        logit_bias: pairs of a token id and what is added to its logit, in [-100, 100].
+        stop_token_ids: tokens that end the text, even where ``ignore_eos`` goes on.
+        num_logprobs: log-probabilities of each token, and of so many best ones, 20 at most; ``None`` gives none.
+        stop: texts that end the answer, 16 at most. They are not part of it.
+
+    Raises ``UsageError`` for a value that is none of these.
+    """
+
+    max_tokens: int = 64
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int | None = None
+    ignore_eos: bool = False
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    stop_token_ids: frozenset[int] = frozenset()
+    num_logprobs: int | None = None
+    stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from flowspec.core import FinishReason, SamplingParams, TokenLogprobs
-from flowspec.engine import Engine, Job
+from flowspec.checked import checked, checked_class
+from flowspec.config import EngineConfig, LinkConfig, PipelineConfig, TreeConfig
+from flowspec.core import DraftDType, DType, FinishReason, Partition, SamplingParams, TokenLogprobs
+from flowspec.draft.base import DraftSource
+from flowspec.engine import Engine, Job, Progress
 from flowspec.errors import UsageError
-from flowspec.generation import Stats
-from flowspec.text import Detokenizer
+from flowspec.generation import Meter, Stats
+from flowspec.model.loader import DEMO
+from flowspec.schedule.catalogue import AUTO
+from flowspec.text import Detokenizer, encode_chat
+
+Message = Mapping[str, Any]  # role, content, and whatever else the model's chat template knows
 
 
 @dataclass(frozen=True)
@@ -59,15 +67,75 @@ class TextChunk:
     logprobs: list[TokenLogprobs] = field(default_factory=list)  # of the tokens, where they were asked for
 
 
+@checked_class
 class LLM:
-    """One model, cut over workers, ready to generate; takes the arguments of ``engine.Engine``.
+    """One model, cut over workers, ready to generate. A context manager; ``close`` ends the workers that it started.
 
-    A context manager; ``close`` ends the workers that it started.
+    Args:
+        model: a directory, a hub name (``owner/model``), or ``"demo"``.
+        draft: ``"auto"`` (the head that belongs to the model, else n-grams), ``"none"``, ``"ngram"``, the directory of
+            an EAGLE head, or a draft source of your own.
+        draft_dtype: ``"int8"`` quantises the weights of a draft head, which are then read faster; guesses may get
+            slightly worse, the text stays the same. ``"auto"`` is ``dtype``.
+        stages: how many stages, 4 at most by default; the layers are shared out evenly.
+        partition: the stages' layer ranges instead, ``"0:4,4:8"``.
+        workers: addresses of running workers, ``"host:port"``, in pipeline order; by default processes on this machine.
+        schedule: ``"auto"``, or the name of one of the schedules in the README.
+        dtype: type of weights and arithmetic; the text is exact in ``"float32"``.
+        device: torch device of the driver and the workers here, ``"cpu"`` or ``"cuda:0"``.
+        tree: what the draft tree may look like (``flowspec.config.TreeConfig``).
+        pipeline: how a request is cut into segments (``flowspec.config.PipelineConfig``).
+        link: how many seconds the processes wait for each other (``flowspec.config.LinkConfig``).
+        config: how many requests run at once, and in how much memory (``flowspec.config.EngineConfig``).
+        hints: workers tell the driver early what they guess, where the draft has hint heads; by default where they
+            do not share this machine's cores.
+        in_process: run the workers in this process, one after the other; slow, for tests and debugging.
+        progress: is told what long work is being done, and the share of it, from 0 to 1.
+        meter: is told of the driver's work.
+
+    Raises ``UsageError`` for what the caller can mend, ``WorkerError`` when a worker fails.
     """
 
-    def __init__(self, *args: Any, **options: Any) -> None:
-        """Raises ``UsageError`` for what the caller can mend, ``WorkerError`` when a worker fails."""
-        self.engine = Engine(*args, **options)
+    def __init__(
+        self,
+        model: str | Path = DEMO,
+        *,
+        draft: str | Path | DraftSource = "auto",
+        draft_dtype: DraftDType = "auto",
+        stages: int | None = None,
+        partition: str | Partition | None = None,
+        workers: Sequence[str] | None = None,
+        schedule: str = AUTO,
+        dtype: DType = "float32",
+        device: str = "cpu",
+        tree: TreeConfig | None = None,
+        pipeline: PipelineConfig | None = None,
+        link: LinkConfig | None = None,
+        config: EngineConfig | None = None,
+        hints: bool | None = None,
+        in_process: bool = False,
+        progress: Progress | None = None,
+        meter: Meter | None = None,
+    ) -> None:
+        self.engine = Engine(
+            model,
+            draft=draft,
+            draft_dtype=draft_dtype,
+            stages=stages,
+            partition=partition,
+            workers=workers,
+            schedule=schedule,
+            dtype=dtype,
+            device=device,
+            tree=tree,
+            pipeline=pipeline,
+            link=link,
+            config=config,
+            hints=hints,
+            in_process=in_process,
+            progress=progress,
+            meter=meter,
+        )
         self.checkpoint, self.partition, self.tokenizer = (
             self.engine.checkpoint,
             self.engine.partition,
@@ -77,6 +145,7 @@ class LLM:
 
     # --- generating ---
 
+    @checked
     def generate(
         self,
         prompt: str | Sequence[int],
@@ -87,6 +156,7 @@ class LLM:
         """Run one prompt (a text, or token ids) to its end; ``schedule`` for this run alone."""
         return self.generate_many([prompt], params, schedule=schedule)[0]
 
+    @checked
     def generate_many(
         self,
         prompts: Sequence[str | Sequence[int]],
@@ -115,6 +185,7 @@ class LLM:
                     self.engine.cancel(run.job)
         return [self._completion(run, bytes_before) for run in runs]
 
+    @checked
     def stream(
         self,
         prompt: str | Sequence[int],
@@ -127,6 +198,41 @@ class LLM:
         params = params or SamplingParams()
         self.engine.check(prompt_ids, params, schedule)
         return self._stream(prompt_ids, params, schedule)
+
+    @checked
+    def chat(
+        self,
+        messages: Sequence[Message],
+        params: SamplingParams | None = None,
+        *,
+        schedule: str | None = None,
+    ) -> Completion:
+        """Answer a conversation: messages with ``role`` and ``content``, the newest last, in the model's chat template.
+
+        Raises ``UsageError`` for a model without one, and for messages that it refuses.
+        """
+        return self.generate(self.encode_chat(messages), params, schedule=schedule)
+
+    @checked
+    def stream_chat(
+        self,
+        messages: Sequence[Message],
+        params: SamplingParams | None = None,
+        *,
+        schedule: str | None = None,
+    ) -> Iterator[TextChunk]:
+        """As ``chat``, but yields text as ``stream`` does."""
+        return self.stream(self.encode_chat(messages), params, schedule=schedule)
+
+    def encode_chat(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        """Token ids of a conversation, up to where the answer begins."""
+        if not self.tokenizer.chat_template:
+            raise UsageError(f"{self.checkpoint.name} has no chat template; continue a text with generate, or stream")
+        if not messages or not all("role" in message for message in messages):
+            raise UsageError(
+                'messages: give at least one, each with role and content, as {"role": "user", "content": "Hi"}'
+            )
+        return tuple(encode_chat(self.tokenizer, [dict(message) for message in messages]))
 
     def encode(self, prompt: str | Sequence[int]) -> tuple[int, ...]:
         """Token ids of a text, special tokens added. Raises ``UsageError`` for an empty one."""
