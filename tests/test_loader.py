@@ -14,12 +14,13 @@ import pytest
 import torch
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, PreTrainedConfig
+from transformers import AutoModel, GPT2Config, PreTrainedConfig
 
+from flowspec import LLM, SamplingParams
 from flowspec.errors import ModelError
 from flowspec.model import loader
 from flowspec.model.loader import EMBEDDING, LM_HEAD, Checkpoint, demo_directory, demo_draft_directory
-from tiny_models import VOCAB_SIZE, make_checkpoint
+from tiny_models import VOCAB_SIZE, make_checkpoint, make_tokenizer_files
 
 
 @pytest.fixture
@@ -53,6 +54,55 @@ def test_the_config_is_read(saved: Path) -> None:
         assert checkpoint.name == str(saved)
         assert (checkpoint.num_layers, checkpoint.hidden_size, checkpoint.vocab_size) == (6, 32, VOCAB_SIZE)
         assert checkpoint.max_positions == 256
+
+
+@pytest.mark.parametrize(
+    ("rope", "expected"),
+    [
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}, 1024),  # Qwen's README
+        ({"rope_type": "yarn", "factor": 4.0}, 1024),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}, 256),  # stated as scaled
+        ({"rope_type": "linear", "factor": 4.0}, 1024),  # Vicuna 16k
+        ({"rope_type": "default"}, 256),
+    ],
+)
+def test_the_scaled_length_is_the_limit(copied: Path, rope: dict[str, Any], expected: int) -> None:
+    edit_json(copied / "config.json", rope_parameters={"rope_theta": 10000.0, **rope})
+    assert Checkpoint.open(copied).max_positions == expected
+
+
+def test_a_model_saved_without_its_lm_head_is_read(tmp_path: Path) -> None:
+    """As ``AutoModel`` saves it: the names lack ``model.``."""
+    whole = make_checkpoint(tmp_path / "whole", "qwen2")
+    AutoModel.from_pretrained(whole).save_pretrained(tmp_path / "base", max_shard_size="20KB")
+    make_tokenizer_files(tmp_path / "base", VOCAB_SIZE)
+    assert not any(name.startswith("model.") for name in all_weights(tmp_path / "base"))
+    texts = []
+    for directory in (whole, tmp_path / "base"):
+        with LLM(directory, stages=2, in_process=True) as llm:
+            texts.append(llm.generate([1, 4, 2], SamplingParams(12)).token_ids)
+    assert texts[0] == texts[1]
+
+
+def test_an_untied_model_without_its_lm_head_is_refused(saved: Path, tmp_path: Path) -> None:
+    AutoModel.from_pretrained(saved).save_pretrained(tmp_path / "base")
+    checkpoint = Checkpoint.open(tmp_path / "base")
+    checkpoint.check_layers()
+    with pytest.raises(ModelError, match=f"asks for {LM_HEAD}"):
+        checkpoint.load_lm_head("float32", "cpu")
+
+
+def test_a_model_has_the_name_that_people_know_it_by(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(saved)
+    assert Checkpoint.open(".").title == saved.name
+    snapshot = tmp_path / "models--owner--Tiny-1B" / "snapshots" / "0a1b2c"
+    shutil.copytree(saved, snapshot)
+    (tmp_path / "link").symlink_to(snapshot)
+    assert Checkpoint.open(snapshot).title == Checkpoint.open(tmp_path / "link").title == "Tiny-1B"
+    assert Checkpoint("owner/model", None, PreTrainedConfig()).title == "model"
+    assert Checkpoint.open("demo").title == "demo"
 
 
 def test_the_full_name_means_the_same_in_another_folder(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:

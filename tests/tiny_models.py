@@ -150,6 +150,15 @@ def make_checkpoint(
     return directory
 
 
+def make_text_checkpoint(directory: Path, kind: str = "byte-fallback", chat_template: Any = None, **more: Any) -> Path:
+    """A random llama that writes text, or what it takes for text. ``more``: of tokenizer_config.json."""
+    tokenizer = make_text_tokenizer(kind)
+    make_checkpoint(directory, "llama", vocab_size=len(tokenizer))
+    tokenizer.chat_template = chat_template
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
 def make_draft_head(directory: Path, hidden_size: int = 32, vocab_size: int = VOCAB_SIZE, seed: int = 1) -> Path:
     """A random EAGLE head: it guesses badly, and must change nothing in the output."""
     torch.manual_seed(seed)

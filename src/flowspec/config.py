@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 
 from flowspec.checked import checked_class
 from flowspec.errors import UsageError
+
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s]+")
 
 
 def _check_positive(owner: object, *names: str) -> None:
@@ -148,6 +151,7 @@ class ServerConfig:
     max_body_bytes: int = 4 * 2**20  # of one HTTP request
     stuck_after_s: float = 20.0  # /health turns bad when no stage has said anything of its work for this long
     spec_stats: bool = False  # every answer says how it came about
+    cors_origins: tuple[str, ...] = ()  # of web pages that may use the server from a browser; "*": all pages
 
     def __post_init__(self) -> None:
         _check_positive(self, "max_waiting", "max_body_bytes", "stuck_after_s")
@@ -155,6 +159,9 @@ class ServerConfig:
             raise UsageError(f"port is {self.port}; it must lie in 0..65535")
         if self.api_key is not None and not (self.api_key and self.api_key.isascii() and self.api_key.isprintable()):
             raise UsageError("api_key is empty or has characters that HTTP headers cannot carry; use printable ASCII")
+        for origin in self.cors_origins:
+            if origin != "*" and not _ORIGIN.fullmatch(origin):
+                raise UsageError(f"cors origin {origin!r} is none; write it as https://example.com:8080, or * for all")
 
 
 @checked_class

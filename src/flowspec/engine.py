@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from flowspec.chat_template import ChatTemplate
 from flowspec.config import EngineConfig, LinkConfig, PipelineConfig, ScheduleConfig, TreeConfig
 from flowspec.core import DraftDType, DType, Partition, SamplingParams, TokenLogprobs
 from flowspec.draft.base import DraftSource
@@ -179,6 +180,7 @@ class Engine:
         self._costs: MeasuredCosts | None = None
         self._pace: Pace | None = None
         self.checkpoint = Checkpoint.open(model)
+        self.sampling_defaults = self.checkpoint.sampling_defaults  # bad ones are an error before anything starts
         self.partition = _choose_partition(self.checkpoint, stages, partition, workers)
         # Workers elsewhere have cores of their own; here they share what the driver leaves them.
         self._num_parallel = len(self.partition) if workers else min(len(self.partition), max(1, num_cores() - 1))
@@ -195,6 +197,8 @@ class Engine:
         try:
             self.tokenizer: PreTrainedTokenizerBase = self.checkpoint.load_tokenizer()
             self.vocabulary = Vocabulary(self.tokenizer)
+            self.chat_template = ChatTemplate(self.tokenizer, self.checkpoint.title)
+            self._turn_end_ids = self._find_turn_ends()
             head, self.source = self._load_draft(chosen_draft)
             if isinstance(self._cluster, RemoteCluster):
                 self.ready = self._cluster.await_ready(lambda done: self.progress("loading", done))
@@ -242,6 +246,12 @@ class Engine:
         return head, load_draft(
             draft, self.checkpoint, head, top_k, self._dtype, self._device, draft_dtype=self._draft_dtype
         )
+
+    def _find_turn_ends(self) -> frozenset[int]:
+        """Tokens that end an answer: configs, tokenizer and template of a fine-tune often say different ones."""
+        own = self.tokenizer.eos_token_id
+        ids = self.checkpoint.all_eos_token_ids | self.chat_template.end_ids
+        return ids | ({own} if isinstance(own, int) else frozenset())
 
     def _num_slots(self, are_local: bool) -> int | None:
         """Rows that every worker's caches have room for; local workers share the machine's memory."""
@@ -292,15 +302,21 @@ class Engine:
             return room
         return min(room, self.num_slots - self._driver.num_slots(num_prompt, 0, self._tree_size(self.schedule_name)))
 
-    def submit(self, prompt_ids: Sequence[int], params: SamplingParams, schedule: str | None = None) -> Job:
-        """Queue a request; ``step`` starts it. Raises ``UsageError`` as ``check`` does, or for an unknown schedule."""
+    def submit(
+        self, prompt_ids: Sequence[int], params: SamplingParams, schedule: str | None = None, is_chat: bool = False
+    ) -> Job:
+        """Queue a request; ``step`` starts it. Raises ``UsageError`` as ``check`` does, or for an unknown schedule.
+
+        ``is_chat``: whatever ends a turn ends it, and not only what ends a text.
+        """
         if self._cluster is None:
             raise UsageError("this model is closed; make a new one")
         name = schedule or self.schedule_name
         self.check(prompt_ids, params, name)
         if params.temperature > 0 and params.seed is None:
             params = replace(params, seed=secrets.randbits(63))
-        request = Request(self._next_request_id, tuple(prompt_ids), params, self.checkpoint.eos_token_ids)
+        end_ids = self._turn_end_ids if is_chat else self.checkpoint.eos_token_ids
+        request = Request(self._next_request_id, tuple(prompt_ids), params, end_ids)
         self._next_request_id += 1
         job = Job(request, name, Stopwatch())
         self._waiting.append(job)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
+from flowspec.chat_template import Message
 from flowspec.checked import checked, checked_class
 from flowspec.config import EngineConfig, LinkConfig, PipelineConfig, TreeConfig
 from flowspec.core import DraftDType, DType, FinishReason, Partition, SamplingParams, TokenLogprobs
@@ -17,9 +17,7 @@ from flowspec.errors import UsageError
 from flowspec.generation import Meter, Stats
 from flowspec.model.loader import DEMO
 from flowspec.schedule.catalogue import AUTO
-from flowspec.text import Detokenizer, encode_chat
-
-Message = Mapping[str, Any]  # role, content, and whatever else the model's chat template knows
+from flowspec.text import Detokenizer
 
 
 @dataclass(frozen=True)
@@ -145,6 +143,11 @@ class LLM:
 
     # --- generating ---
 
+    @property
+    def default_params(self) -> SamplingParams:
+        """Where a call names none: those of the model's generation_config.json, else greedy."""
+        return SamplingParams(**self.engine.sampling_defaults)
+
     @checked
     def generate(
         self,
@@ -153,8 +156,11 @@ class LLM:
         *,
         schedule: str | None = None,
     ) -> Completion:
-        """Run one prompt (a text, or token ids) to its end; ``schedule`` for this run alone."""
-        return self.generate_many([prompt], params, schedule=schedule)[0]
+        """Run one prompt (a text, or token ids) to its end; ``schedule`` for this run alone.
+
+        ``params``: ``default_params`` if there are none.
+        """
+        return self._run([self.encode(prompt)], params, schedule)[0]
 
     @checked
     def generate_many(
@@ -165,12 +171,67 @@ class LLM:
         schedule: str | None = None,
     ) -> list[Completion]:
         """Run several prompts at once; each gives the text that it gives alone."""
-        params = params or SamplingParams()
+        return self._run([self.encode(prompt) for prompt in prompts], params, schedule)
+
+    @checked
+    def stream(
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams | None = None,
+        *,
+        schedule: str | None = None,
+    ) -> Iterator[TextChunk]:
+        """As ``generate``, but yields text as soon as it is verified. Closing the iterator cancels the request."""
+        return self._open_stream(self.encode(prompt), params, schedule)
+
+    @checked
+    def chat(
+        self,
+        messages: Sequence[Message],
+        params: SamplingParams | None = None,
+        *,
+        schedule: str | None = None,
+    ) -> Completion:
+        """Answer a conversation: messages with ``role`` and ``content``, the newest last, in the model's chat template.
+
+        Raises ``UsageError`` for a model without one, and for messages that it refuses.
+        """
+        return self._run([self.encode_chat(messages)], params, schedule, is_chat=True)[0]
+
+    @checked
+    def stream_chat(
+        self,
+        messages: Sequence[Message],
+        params: SamplingParams | None = None,
+        *,
+        schedule: str | None = None,
+    ) -> Iterator[TextChunk]:
+        """As ``chat``, but yields text as ``stream`` does."""
+        return self._open_stream(self.encode_chat(messages), params, schedule, is_chat=True)
+
+    def encode_chat(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        """Token ids of a conversation, up to where the answer begins."""
+        return tuple(self.engine.chat_template.encode(messages))
+
+    def encode(self, prompt: str | Sequence[int]) -> tuple[int, ...]:
+        """Token ids of a text, special tokens added. Raises ``UsageError`` for an empty one."""
+        if not prompt:
+            raise UsageError("the prompt is empty; give at least one token to continue")
+        # ``verbose`` off: the tokenizer need not warn of long prompts, since they are refused.
+        return tuple(self.tokenizer(prompt, verbose=False).input_ids) if isinstance(prompt, str) else tuple(prompt)
+
+    def _run(
+        self,
+        all_ids: Sequence[Sequence[int]],
+        params: SamplingParams | None,
+        schedule: str | None,
+        is_chat: bool = False,
+    ) -> list[Completion]:
+        params = params or self.default_params
         bytes_before = self.engine.link_bytes
-        all_ids = [self.encode(prompt) for prompt in prompts]
         for prompt_ids in all_ids:
             self.engine.check(prompt_ids, params, schedule)
-        runs = [Run(self.engine, self.engine.submit(ids, params, schedule)) for ids in all_ids]
+        runs = [Run(self.engine, self.engine.submit(ids, params, schedule, is_chat)) for ids in all_ids]
         by_job = {run.job.request.request_id: run for run in runs}
         try:
             while not all(run.is_finished for run in runs):
@@ -185,65 +246,18 @@ class LLM:
                     self.engine.cancel(run.job)
         return [self._completion(run, bytes_before) for run in runs]
 
-    @checked
-    def stream(
-        self,
-        prompt: str | Sequence[int],
-        params: SamplingParams | None = None,
-        *,
-        schedule: str | None = None,
+    def _open_stream(
+        self, prompt_ids: Sequence[int], params: SamplingParams | None, schedule: str | None, is_chat: bool = False
     ) -> Iterator[TextChunk]:
-        """As ``generate``, but yields text as soon as it is verified. Closing the iterator cancels the request."""
-        prompt_ids = self.encode(prompt)
-        params = params or SamplingParams()
+        params = params or self.default_params
         self.engine.check(prompt_ids, params, schedule)
-        return self._stream(prompt_ids, params, schedule)
+        return self._stream(prompt_ids, params, schedule, is_chat)
 
-    @checked
-    def chat(
-        self,
-        messages: Sequence[Message],
-        params: SamplingParams | None = None,
-        *,
-        schedule: str | None = None,
-    ) -> Completion:
-        """Answer a conversation: messages with ``role`` and ``content``, the newest last, in the model's chat template.
-
-        Raises ``UsageError`` for a model without one, and for messages that it refuses.
-        """
-        return self.generate(self.encode_chat(messages), params, schedule=schedule)
-
-    @checked
-    def stream_chat(
-        self,
-        messages: Sequence[Message],
-        params: SamplingParams | None = None,
-        *,
-        schedule: str | None = None,
+    def _stream(
+        self, prompt_ids: Sequence[int], params: SamplingParams, schedule: str | None, is_chat: bool
     ) -> Iterator[TextChunk]:
-        """As ``chat``, but yields text as ``stream`` does."""
-        return self.stream(self.encode_chat(messages), params, schedule=schedule)
-
-    def encode_chat(self, messages: Sequence[Message]) -> tuple[int, ...]:
-        """Token ids of a conversation, up to where the answer begins."""
-        if not self.tokenizer.chat_template:
-            raise UsageError(f"{self.checkpoint.name} has no chat template; continue a text with generate, or stream")
-        if not messages or not all("role" in message for message in messages):
-            raise UsageError(
-                'messages: give at least one, each with role and content, as {"role": "user", "content": "Hi"}'
-            )
-        return tuple(encode_chat(self.tokenizer, [dict(message) for message in messages]))
-
-    def encode(self, prompt: str | Sequence[int]) -> tuple[int, ...]:
-        """Token ids of a text, special tokens added. Raises ``UsageError`` for an empty one."""
-        if not prompt:
-            raise UsageError("the prompt is empty; give at least one token to continue")
-        # ``verbose`` off: the tokenizer need not warn of long prompts, since they are refused.
-        return tuple(self.tokenizer(prompt, verbose=False).input_ids) if isinstance(prompt, str) else tuple(prompt)
-
-    def _stream(self, prompt_ids: Sequence[int], params: SamplingParams, schedule: str | None) -> Iterator[TextChunk]:
         bytes_before = self.engine.link_bytes
-        run = Run(self.engine, self.engine.submit(prompt_ids, params, schedule))
+        run = Run(self.engine, self.engine.submit(prompt_ids, params, schedule, is_chat))
         chunk = TextChunk("", [])
         try:
             while not run.is_finished:

@@ -1,4 +1,4 @@
-"""Chats to token ids; token ids to text, up to the first stop string. Knows tokenizers; knows no requests."""
+"""Token ids to text, piece by piece, up to the first stop string. Knows tokenizers; knows no requests."""
 
 from __future__ import annotations
 
@@ -7,22 +7,6 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any
-
-import jinja2
-
-from flowspec.errors import UsageError
-
-
-def encode_chat(tokenizer: Any, messages: Sequence[dict[str, Any]]) -> list[int]:
-    """Token ids of the messages in the model's chat template, up to where the answer begins.
-
-    ``tokenizer``: of transformers, with a template. Raises ``UsageError`` when it refuses the messages.
-    """
-    try:
-        text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-    except (jinja2.TemplateError, TypeError, KeyError) as error:
-        raise UsageError(f"messages: the model's chat template refuses them: {error}") from None
-    return tokenizer(text, add_special_tokens=False, verbose=False).input_ids
 
 
 class Vocabulary:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,6 +14,7 @@ import typer
 from flowspec.cli.options import (
     DEFAULT_MODEL,
     DEFAULT_PLACES,
+    DEFAULT_SAMPLING,
     AsJson,
     ModelOptions,
     PlaceOptions,
@@ -27,7 +28,7 @@ from flowspec.errors import UsageError
 if TYPE_CHECKING:
     from flowspec.llm import LLM, Completion, TextChunk
 
-_DEFAULTS = SamplingOptions.of(SamplingParams())
+_DEFAULTS = replace(DEFAULT_SAMPLING, max_new_tokens=SamplingParams.max_tokens)
 
 
 def generate(
@@ -44,13 +45,14 @@ def generate(
     """Continue a prompt."""
     with errors_in_one_line(verbose), contextlib.ExitStack() as stack:
         text = _read_prompt(prompt, prompt_file)
-        params = SamplingParams(**sampling.given())
+        SamplingParams(**sampling.given())  # what is wrong is said before anything is loaded
         arguments = model.arguments() | places.arguments()
         progress = TerminalProgress()
         from flowspec.llm import LLM
 
         stack.callback(progress.stop)
         llm = stack.enter_context(LLM(**arguments, progress=progress))
+        params = SamplingParams(**llm.engine.sampling_defaults | sampling.given())
         if as_json:
             completion = _read(llm.stream(text, params), params, progress)
             progress.stop()

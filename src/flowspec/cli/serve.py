@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import Annotated
 
 import typer
@@ -29,6 +30,13 @@ def serve(
     kv_slots: Annotated[
         int, typer.Option(help="Tokens that the workers' KV caches hold in all; 0: by their free memory.")
     ] = EngineConfig.kv_slots,
+    cors_origin: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ORIGIN",
+            help="A page that may use the server from a browser, as https://example.com; * for all; may be repeated.",
+        ),
+    ] = None,
     spec_stats: Annotated[
         bool, typer.Option("--spec-stats", help="Every answer says how it came about: drafts, accepted, pruned.")
     ] = False,
@@ -38,10 +46,13 @@ def serve(
     with errors_in_one_line(verbose, is_service=True):
         logging.getLogger("flowspec").setLevel(logging.DEBUG if verbose else logging.INFO)
         config = ServerConfig(host, port, api_key, max_waiting=max_waiting, spec_stats=spec_stats)
+        config = replace(config, cors_origins=tuple(cors_origin or ()))
         engine_config = EngineConfig(max_running, kv_slots)
         arguments = model.arguments() | places.arguments()
         if host not in ("127.0.0.1", "localhost", "::1") and api_key is None:
             logger.warning("warning: %s is open to the network and wants no key; set --api-key", host)
+        if "*" in config.cors_origins and api_key is None:
+            logger.warning("warning: any web page that a browser here shows may use the server; set --api-key")
         from flowspec.engine import Engine
         from flowspec.server.app import create_app
         from flowspec.server.feed import Feed

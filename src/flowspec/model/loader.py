@@ -23,17 +23,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
-from flowspec.core import DType
+from flowspec.core import DType, SamplingParams
 from flowspec.errors import ModelError, UsageError
 
 SUPPORTED = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}  # model_type -> family
 DEMO = "demo"
+_PREFIX = "model."
 EMBEDDING = "model.embed_tokens.weight"
 LM_HEAD = "lm_head.weight"
 FINAL_NORM = "model.norm.weight"
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _LAYER_NAME = re.compile(r"model\.layers\.(\d+)\.")
+_SNAPSHOT = re.compile(r"/models--(.+)/snapshots/[^/]+$")  # of the hub's cache
 
 
 def demo_directory() -> Path:
@@ -95,7 +97,26 @@ class Checkpoint:
 
     @property
     def max_positions(self) -> int:
-        return int(self.config.max_position_embeddings)
+        """Tokens of a text at most, its answer included.
+
+        Where rotary scaling is switched on by hand, as Qwen's README says, ``max_position_embeddings`` is often still
+        that of the unscaled model.
+        """
+        stated, rope = int(self.config.max_position_embeddings), self.config.rope_parameters
+        if rope.get("rope_type") not in ("linear", "yarn"):
+            return stated
+        original = rope.get("original_max_position_embeddings") or stated
+        return max(stated, int(original * rope.get("factor", 1.0)))
+
+    @property
+    def title(self) -> str:
+        """What people call the model: the name of its directory, or at the hub."""
+        if self._directory is None or self.name == DEMO:
+            return self.name.rpartition("/")[2]
+        directory = self._directory.resolve()
+        if snapshot := _SNAPSHOT.search(directory.as_posix()):
+            return snapshot[1].replace("--", "/").rpartition("/")[2]
+        return directory.name or str(directory)
 
     @cached_property
     def generation_config(self) -> dict[str, Any]:
@@ -105,24 +126,39 @@ class Checkpoint:
 
     @cached_property
     def sampling_defaults(self) -> dict[str, Any]:
-        """What generation_config.json says of sampling, as fields of ``SamplingParams``; else temperature 1."""
+        """What generation_config.json says of sampling, as fields of ``SamplingParams``. Raises ``ModelError``."""
         names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-        values = {name: self.generation_config.get(name) for name in names}
-        values = {name: value for name, value in values.items() if value is not None}
-        for name in set(values) - {"top_k"}:
-            values[name] = float(values[name])
-        is_greedy = self.generation_config.get("do_sample") is False
-        return {"temperature": 1.0, **values, **({"temperature": 0.0} if is_greedy else {})}
+        given: dict[str, Any] = {name: self.generation_config.get(name) for name in names}
+        given = {name: value for name, value in given.items() if value is not None}
+        if self.generation_config.get("do_sample") is False:
+            given = {"temperature": 0.0}
+        elif self.generation_config.get("do_sample") is True:
+            given = {"temperature": 1.0, **given}
+        if given.get("top_k") == -1:  # all tokens, as 0
+            given["top_k"] = 0
+        try:
+            params = SamplingParams(**given)
+        except UsageError as error:
+            raise ModelError(f"{self.name}: generation_config.json: {error}; mend or remove it there") from None
+        return {name: getattr(params, name) for name in given}
 
     @cached_property
     def eos_token_ids(self) -> frozenset[int]:
         """The tokens that end a text: those of generation_config.json, else those of config.json."""
-        ids = self.generation_config.get("eos_token_id")
-        if ids is None:
-            ids = self.config.eos_token_id
-        if ids is None:
-            return frozenset()
-        return frozenset([ids] if isinstance(ids, int) else ids)
+        return self._eos_ids("generation_config.json") or self._eos_ids("config.json")
+
+    @cached_property
+    def all_eos_token_ids(self) -> frozenset[int]:
+        """Those of both files. Fine-tunes for chats often say their end of turn in only one of them."""
+        return self._eos_ids("generation_config.json") | self._eos_ids("config.json")
+
+    def _eos_ids(self, filename: str) -> frozenset[int]:
+        is_config = filename == "config.json"
+        value = self.config.eos_token_id if is_config else self.generation_config.get("eos_token_id")
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(isinstance(i, (int, float)) and i >= 0 and i == int(i) for i in ids):
+            raise ModelError(f"{self.name}: {filename}: eos_token_id is {value!r}; it must be a token id, or several")
+        return frozenset(int(token_id) for token_id in ids)
 
     def path(self, filename: str) -> Path:
         """The local path of one file, fetched from the hub if the model is there."""
@@ -132,6 +168,7 @@ class Checkpoint:
         return path
 
     def tensor_names(self) -> frozenset[str]:
+        """As of a model with its lm_head, whatever the files leave out."""
         return frozenset(self._shards)
 
     def shard_of(self, tensor_name: str) -> str:
@@ -162,7 +199,7 @@ class Checkpoint:
         for shard, shard_names in names_by_shard.items():
             path = self.path(shard)
             for name in shard_names:
-                yield name, read_tensor(path, name, dtype, device)
+                yield name, read_tensor(path, name.removeprefix(self._left_out), dtype, device)
 
     def load_embedding(self, dtype: DType, device: torch.device | str) -> torch.Tensor:
         """The token embedding [vocab_size, hidden_size]."""
@@ -201,7 +238,18 @@ class Checkpoint:
 
     @cached_property
     def _shards(self) -> dict[str, str]:
-        """Tensor name -> file name. A single file comes first, as in transformers."""
+        """Tensor name -> file name."""
+        stored = self._stored_shards
+        return {name if name == LM_HEAD else self._left_out + name: shard for name, shard in stored.items()}
+
+    @cached_property
+    def _left_out(self) -> str:
+        """What the files' tensor names lack: a model that was saved without its lm_head has no ``model.`` in them."""
+        return _PREFIX if EMBEDDING.removeprefix(_PREFIX) in self._stored_shards else ""
+
+    @cached_property
+    def _stored_shards(self) -> dict[str, str]:
+        """By the files' own tensor names. A single file comes first, as in transformers."""
         single = _find(self.name, self._directory, "model.safetensors")
         if single is not None:
             with open_tensors(single) as file:

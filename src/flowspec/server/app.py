@@ -5,15 +5,17 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
+from time import time
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import Receive, Scope, Send
 
 from flowspec import __version__
@@ -28,6 +30,8 @@ from flowspec.server.guard import Guard
 from flowspec.server.metrics import Metrics
 from flowspec.server.replies import Chats, Completions, Json
 from flowspec.server.schemas import (
+    NO_LIMIT,
+    UNSUPPORTED,
     ChatBody,
     CompletionBody,
     DetokenizeBody,
@@ -45,6 +49,10 @@ DEFAULT_COMPLETION_TOKENS = 16  # as at OpenAI
 _EVENTS = "text/event-stream"
 
 
+class ModelNotFoundError(UsageError):
+    """A request names a model that is not served."""
+
+
 class Api:
     """What the routes share."""
 
@@ -56,11 +64,14 @@ class Api:
         self.tokens = Tokens(engine)
         self.metrics = Metrics(model)
         self.metrics.watch(self.service)
-        self.defaults = engine.checkpoint.sampling_defaults
+        self.defaults = {"temperature": 1.0, **engine.sampling_defaults}  # OpenAI's, where the model says nothing
+        self.start_s = int(time())
+        if (problem := engine.chat_template.problem) is not None:
+            logger.warning("warning: %s cannot chat: %s", model, problem)
 
     def check_model(self, name: str | None) -> None:
         if name is not None and name != self.model:
-            raise HTTPException(404, f"the model {name!r} is not served here, but {self.model!r} is")
+            raise ModelNotFoundError(f"the model {name!r} is not served here, but {self.model!r} is")
 
     async def generate(
         self,
@@ -101,6 +112,7 @@ class Api:
 
     def _max_tokens(self, prompt_ids: tuple[int, ...], wanted: int | None) -> int:
         """Tokens to generate; by default as many as there is room for. Raises ``UsageError``."""
+        wanted = None if wanted == NO_LIMIT else wanted
         room = self.engine.checkpoint.max_positions - len(prompt_ids)
         if wanted is not None and 0 < room < wanted:
             raise UsageError(
@@ -133,9 +145,15 @@ def _json(value: Json, status: int = 200) -> Response:
     return Response(replies.encode(value), status, media_type="application/json")
 
 
-def _error(status: int, message: str, param: str | None = None, code: str | None = None) -> JSONResponse:
+def _error(
+    status: int,
+    message: str,
+    param: str | None = None,
+    code: str | None = None,
+    headers: Mapping[str, str] | None = None,
+) -> JSONResponse:
     kind = "invalid_request_error" if status < 500 else "server_error"
-    headers = {"retry-after": str(RETRY_AFTER_S)} if status == 429 else None
+    headers = {"retry-after": str(RETRY_AFTER_S)} if status == 429 else dict(headers or {})
     # A text with half a character in it cannot be sent.
     message = message.encode("utf-8", "replace").decode()
     return JSONResponse(replies.error(message, kind, param, code), status, headers)
@@ -159,7 +177,7 @@ def create_app(engine: Engine, config: ServerConfig, feed: Feed | None = None, m
     ``feed``: the ``meter`` that the engine was made with; without it there is no dashboard. ``model``: the name that
     clients know the model by.
     """
-    api = Api(engine, config, model or Path(engine.checkpoint.name).name)
+    api = Api(engine, config, model or engine.checkpoint.title)
     if feed is not None:
         feed.watch(api.service, api.model)
 
@@ -177,6 +195,8 @@ def create_app(engine: Engine, config: ServerConfig, feed: Feed | None = None, m
     if feed is not None:
         _add_dashboard_routes(app, feed)
     app.add_middleware(Guard, config.api_key, config.max_body_bytes)
+    if config.cors_origins:  # before the guard: a browser's preflight brings no key
+        app.add_middleware(CORSMiddleware, config.cors_origins, allow_methods=["*"], allow_headers=["*"])
     return app
 
 
@@ -187,14 +207,21 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def on_http(request: Request, error: HTTPException) -> JSONResponse:
-        code = "model_not_found" if error.status_code == 404 and request.method == "POST" else None
-        return _error(error.status_code, str(error.detail), code=code)
+        told = {
+            404: f"no such route: {request.url.path}; the routes are listed in /openapi.json",
+            405: f"{request.url.path} takes no {request.method}",
+        }
+        return _error(error.status_code, told.get(error.status_code, str(error.detail)), headers=error.headers)
+
+    @app.exception_handler(ModelNotFoundError)
+    async def on_wrong_model(request: Request, error: ModelNotFoundError) -> JSONResponse:
+        return _error(404, str(error), "model", "model_not_found")
 
     @app.exception_handler(UsageError)
     async def on_usage(request: Request, error: UsageError) -> JSONResponse:
         field = str(error).split(maxsplit=1)[0].rstrip(":")
-        known = {*CompletionBody.model_fields, *ChatBody.model_fields, *DetokenizeBody.model_fields}
-        return _error(400, str(error), field if field in known else None)
+        known = {*CompletionBody.model_fields, *ChatBody.model_fields, *DetokenizeBody.model_fields, *UNSUPPORTED}
+        return _error(400, str(error), field if field in known or field.startswith("guided_") else None)
 
     @app.exception_handler(QueueFullError)
     async def on_full(request: Request, error: QueueFullError) -> JSONResponse:
@@ -215,9 +242,10 @@ def _add_error_handlers(app: FastAPI) -> None:
 
 
 def _add_openai_routes(app: FastAPI, api: Api) -> None:
-    entry = {"id": api.model, "object": "model", "created": 0, "owned_by": "flowspec"}
+    entry = {"id": api.model, "object": "model", "created": api.start_s, "owned_by": "flowspec"}
     entry |= {"max_model_len": api.engine.checkpoint.max_positions}
 
+    @app.head("/v1/models", include_in_schema=False)
     @app.get("/v1/models")
     async def models() -> Json:
         return {"object": "list", "data": [entry]}
@@ -238,16 +266,17 @@ def _add_openai_routes(app: FastAPI, api: Api) -> None:
         if body.echo:
             echoes = [prompt if isinstance(prompt, str) else await api.tokens.decode(prompt) for prompt in given]
         max_tokens = body.max_tokens or DEFAULT_COMPLETION_TOKENS
-        shape = Completions(api.model, api.tokens.text)
+        shape = Completions(api.model, api.engine.vocabulary)
         all_echoes = [echo for echo in echoes for _ in range(body.n)]
         return await api.generate(http, body, prompts, max_tokens, body.logprobs, shape, all_echoes)
 
     @app.post("/v1/chat/completions")
     async def chat(body: ChatBody, http: Request) -> Response:
         api.check_model(body.model)
-        prompt_ids = await api.tokens.encode_chat([message.plain() for message in body.messages])
+        messages = [message.plain() for message in body.messages]
+        prompt_ids = await api.tokens.encode_chat(messages, body.chat_template_kwargs)
         num_logprobs = (body.top_logprobs or 0) if body.logprobs else None
-        shape = Chats(api.model, api.tokens.text)
+        shape = Chats(api.model, api.engine.vocabulary)
         max_tokens = body.max_completion_tokens or body.max_tokens
         return await api.generate(http, body, [prompt_ids], max_tokens, num_logprobs, shape, [""] * body.n)
 
@@ -257,7 +286,8 @@ def _add_service_routes(app: FastAPI, api: Api) -> None:
     async def tokenize(body: TokenizeBody) -> Json:
         api.check_model(body.model)
         if body.messages is not None:
-            ids = await api.tokens.encode_chat([message.plain() for message in body.messages])
+            messages = [message.plain() for message in body.messages]
+            ids = await api.tokens.encode_chat(messages, body.chat_template_kwargs)
         else:
             ids = await api.tokens.encode(body.prompt or "", body.add_special_tokens)
         return {"tokens": ids, "count": len(ids), "max_model_len": api.engine.checkpoint.max_positions}
@@ -267,6 +297,7 @@ def _add_service_routes(app: FastAPI, api: Api) -> None:
         api.check_model(body.model)
         return {"prompt": await api.tokens.decode(body.tokens)}
 
+    @app.head("/health", include_in_schema=False)
     @app.get("/health", response_class=Response)
     async def health(verbose: str = "") -> Response:
         service = api.service
@@ -299,6 +330,7 @@ def _add_service_routes(app: FastAPI, api: Api) -> None:
 
 
 def _add_dashboard_routes(app: FastAPI, feed: Feed) -> None:
+    @app.head("/", include_in_schema=False)
     @app.get("/", include_in_schema=False)
     async def page() -> FileResponse:
         return FileResponse(DASHBOARD / "index.html")

@@ -8,7 +8,6 @@ from collections import deque
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeAlias
 
 from flowspec import __version__
@@ -89,7 +88,7 @@ class Feed:
     def watch(self, service: Service, model: str | None = None) -> None:
         """``model``: what clients call it; by default its directory's name."""
         self._service = service
-        self._model = model or Path(service.engine.checkpoint.name).name
+        self._model = model or service.engine.checkpoint.title
         service.observers.append(self)
         service.engine.result_hook = self._on_result
         self._text = service.engine.vocabulary.token_text
@@ -141,7 +140,7 @@ class Feed:
         return {
             "version": __version__,
             "model": self._model,
-            "has_chat_template": bool(engine.tokenizer.chat_template),
+            "has_chat_template": engine.chat_template.is_there,
             "schedule": engine.schedule_name,
             "draft": engine.source.name if engine.source is not None else "none",
             "max_positions": engine.checkpoint.max_positions,

@@ -1,4 +1,4 @@
-"""Before any route: the API key, and the size of bodies. Plain ASGI, so that streams pass untouched."""
+"""Before any route: trailing slashes, the API key, and the size of bodies. Plain ASGI: streams pass untouched."""
 
 from __future__ import annotations
 
@@ -28,6 +28,8 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        if scope["path"].endswith("/"):
+            scope = {**scope, "path": scope["path"].rstrip("/") or "/"}
         headers = Headers(scope=scope)
         if not self._may_pass(scope["path"], headers.get("authorization", "")):
             await _unauthorized(headers)(scope, receive, send)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import codecs
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 
 from flowspec.core import TokenLogprobs
 from flowspec.server.service import Ticket
+from flowspec.text import Vocabulary
 
 Json = dict[str, Any]
-TokenText = Callable[[int], str]
 
 encode = msgspec.json.encode
 DONE = b"data: [DONE]\n\n"
@@ -62,45 +63,76 @@ def spec_stats(ticket: Ticket) -> Json:
     }
 
 
+class Place:
+    """How far one choice's text has come, for the offsets of its tokens."""
+
+    def __init__(self, offset: int) -> None:
+        """``offset``: characters before the first token, which are the prompt's."""
+        self._offset = offset
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def next_offset(self, token_bytes: bytes) -> int:
+        """Of a token; one that begins inside a character has that character's."""
+        offset = self._offset
+        self._offset += len(self._decoder.decode(token_bytes))
+        return offset
+
+
 class Completions:
     """The shape of ``/v1/completions``."""
 
     kind = chunk_kind = "text_completion"
     prefix = "cmpl"
+    is_chat = False
 
-    def __init__(self, model: str, token_text: TokenText) -> None:
+    def __init__(self, model: str, vocabulary: Vocabulary) -> None:
         self._model = model
-        self._token_text = token_text
+        self._vocabulary = vocabulary
+        self._created = int(time.time())
 
     def body(self, name: str, choices: list[Json], is_chunk: bool) -> Json:
         kind = self.chunk_kind if is_chunk else self.kind
-        return {"id": name, "object": kind, "created": int(time.time()), "model": self._model, "choices": choices}
+        return {"id": name, "object": kind, "created": self._created, "model": self._model, "choices": choices}
 
     def first_delta(self, index: int) -> Json | None:
         """Sent before any text."""
         return None
 
-    def delta(self, index: int, text: str, logprobs: list[TokenLogprobs] | None) -> Json:
-        return self.choice(index, text, logprobs, None)
+    def delta(self, index: int, text: str, logprobs: list[TokenLogprobs] | None, place: Place) -> Json:
+        return self.choice(index, text, logprobs, None, place)
 
     def last_delta(self, index: int, finish_reason: str | None) -> Json:
-        return self.choice(index, "", None, finish_reason)
+        return self.choice(index, "", None, finish_reason, Place(0))
 
-    def choice(self, index: int, text: str, logprobs: list[TokenLogprobs] | None, finish_reason: str | None) -> Json:
-        told = None if logprobs is None else self.logprobs(logprobs)
+    def choice(
+        self, index: int, text: str, logprobs: list[TokenLogprobs] | None, finish_reason: str | None, place: Place
+    ) -> Json:
+        told = None if logprobs is None else self.logprobs(logprobs, place)
         return {"index": index, "text": text, "logprobs": told, "finish_reason": finish_reason}
 
-    def logprobs(self, logprobs: list[TokenLogprobs]) -> Json:
-        texts = [self._token_text(token.token_id) for token in logprobs]
-        offsets = [sum(map(len, texts[:place])) for place in range(len(texts))]
+    def logprobs(self, logprobs: list[TokenLogprobs], place: Place) -> Json:
         return {
-            "tokens": texts,
+            "tokens": [self._name(token.token_id) for token in logprobs],
             "token_logprobs": [token.logprob for token in logprobs],
-            "top_logprobs": [
-                {self._token_text(token_id): logprob for token_id, logprob in reversed(token.top)} for token in logprobs
-            ],
-            "text_offset": offsets,
+            "top_logprobs": [self._by_name(token) for token in logprobs],
+            "text_offset": [place.next_offset(self._vocabulary.token_bytes(token.token_id)) for token in logprobs],
         }
+
+    def _by_name(self, token: TokenLogprobs) -> dict[str, float]:
+        """The best tokens, best first. Two that look alike keep names of their own."""
+        named: dict[str, float] = {}
+        for token_id, logprob in token.top:
+            name = self._name(token_id)
+            named[f"token_id:{token_id}" if name in named else name] = logprob
+        return named
+
+    def _name(self, token_id: int) -> str:
+        """Its text, or as OpenAI writes bytes that are no text alone."""
+        token_bytes = self._vocabulary.token_bytes(token_id)
+        try:
+            return token_bytes.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token_bytes)
 
 
 class Chats(Completions):
@@ -108,26 +140,29 @@ class Chats(Completions):
 
     kind, chunk_kind = "chat.completion", "chat.completion.chunk"
     prefix = "chatcmpl"
+    is_chat = True
 
     def first_delta(self, index: int) -> Json | None:
         return self._delta(index, {"role": "assistant", "content": ""}, None, None)
 
-    def delta(self, index: int, text: str, logprobs: list[TokenLogprobs] | None) -> Json:
-        return self._delta(index, {"content": text}, logprobs, None)
+    def delta(self, index: int, text: str, logprobs: list[TokenLogprobs] | None, place: Place) -> Json:
+        told = None if logprobs is None else self.logprobs(logprobs, place)
+        return self._delta(index, {"content": text}, told, None)
 
     def last_delta(self, index: int, finish_reason: str | None) -> Json:
         return self._delta(index, {}, None, finish_reason)
 
-    def _delta(self, index: int, delta: Json, logprobs: list[TokenLogprobs] | None, reason: str | None) -> Json:
-        told = None if logprobs is None else self.logprobs(logprobs)
-        return {"index": index, "delta": delta, "logprobs": told, "finish_reason": reason}
+    def _delta(self, index: int, delta: Json, logprobs: Json | None, reason: str | None) -> Json:
+        return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
 
-    def choice(self, index: int, text: str, logprobs: list[TokenLogprobs] | None, finish_reason: str | None) -> Json:
-        told = None if logprobs is None else self.logprobs(logprobs)
+    def choice(
+        self, index: int, text: str, logprobs: list[TokenLogprobs] | None, finish_reason: str | None, place: Place
+    ) -> Json:
+        told = None if logprobs is None else self.logprobs(logprobs, place)
         message = {"role": "assistant", "content": text, "refusal": None}
         return {"index": index, "message": message, "logprobs": told, "finish_reason": finish_reason}
 
-    def logprobs(self, logprobs: list[TokenLogprobs]) -> Json:
+    def logprobs(self, logprobs: list[TokenLogprobs], place: Place) -> Json:
         return {
             "content": [
                 {
@@ -139,5 +174,6 @@ class Chats(Completions):
         }
 
     def _token(self, token_id: int, logprob: float) -> Json:
-        text = self._token_text(token_id)
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+        """``bytes`` are the token's own, so that those of half a character can be joined."""
+        token_bytes = list(self._vocabulary.token_bytes(token_id))
+        return {"token": self._vocabulary.token_text(token_id), "logprob": logprob, "bytes": token_bytes}

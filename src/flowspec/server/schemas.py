@@ -1,15 +1,16 @@
 """The bodies of the OpenAI-compatible routes: what clients may send, and what it means for the engine.
 
-Unknown fields are kept, so that they can be logged; a ``null`` is as good as an absent field, as at OpenAI.
+A ``null`` is as good as an absent field, as at OpenAI. Unknown fields are kept: those that would change the answer are
+refused by name, the others are logged.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from flowspec.core import MAX_LOGPROBS, MAX_SEED, MAX_STOPS, SamplingParams
 from flowspec.errors import UsageError
@@ -18,7 +19,51 @@ MAX_TOKENS = 2**31 - 1
 MAX_CHOICES = 16  # of one request
 MAX_PROMPTS = 64  # of one request
 
+NO_LIMIT = -1  # as ``max_tokens``
+
+# Fields that would change the answer and are not supported, and the values with which they would not.
+UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
+    "add_generation_prompt": (True,),
+    "allowed_token_ids": ([],),
+    "audio": (),
+    "bad_words": ([],),
+    "best_of": (1,),
+    "chat_template": (),
+    "continue_final_message": (False,),
+    "documents": ([],),
+    "dry_multiplier": (0,),
+    "function_call": ("none", "auto"),
+    "grammar": ("",),
+    "include_stop_str_in_output": (False,),
+    "json_schema": ({},),
+    "min_tokens": (0,),
+    "mirostat": (0,),
+    "modalities": (["text"],),
+    "prompt_embeds": ([],),
+    "prompt_logprobs": (False,),
+    "response_format": ({"type": "text"},),
+    "skip_special_tokens": (True,),
+    "structured_outputs": (),
+    "suffix": ("",),
+    "tool_choice": ("none", "auto"),
+    "truncate_prompt_tokens": (-1,),
+    "typical_p": (1,),
+    "use_beam_search": (False,),
+}
+
+
+def _is_supported(field: str, value: Any) -> bool:
+    return not field.startswith("guided_") and (field not in UNSUPPORTED or value in UNSUPPORTED[field])
+
+
+def _is_count(value: int) -> int:
+    if value == 0:
+        raise ValueError("it must be at least 1, or -1 for no limit")
+    return value
+
+
 _Text = Annotated[str, Field(max_length=4 * 2**20)]
+_MaxTokens = Annotated[int, Field(ge=NO_LIMIT, le=MAX_TOKENS), AfterValidator(_is_count)]
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 
 
@@ -33,7 +78,12 @@ class _Body(BaseModel):
         )
 
     def unknown_fields(self) -> list[str]:
-        return sorted(self.__pydantic_extra__ or {})
+        """Those that change nothing. Raises ``UsageError`` for one that would."""
+        given = self.__pydantic_extra__ or {}
+        for field, value in given.items():
+            if not _is_supported(field, value):
+                raise UsageError(f"{field} is not supported here with this value; leave it out")
+        return sorted(given)
 
 
 class StreamOptions(_Body):
@@ -45,7 +95,7 @@ class GenerateBody(_Body):
     """What completions and chats have in common."""
 
     model: str | None = None
-    max_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
+    max_tokens: _MaxTokens | None = Field(None, description="-1: as many as there is room for.")
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = Field(None, description="0 and -1 keep all tokens.")
@@ -110,6 +160,14 @@ class CompletionBody(GenerateBody):
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     echo: bool = False
 
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_no_limit(cls, values: Any) -> Any:
+        """An absent one means 16 tokens, as at OpenAI."""
+        if isinstance(values, dict) and values.get("max_tokens", 0) is None:
+            return {**values, "max_tokens": NO_LIMIT}
+        return values
+
     def prompts(self) -> list[str | list[int]]:
         match self.prompt:
             case str():
@@ -120,33 +178,40 @@ class CompletionBody(GenerateBody):
                 return list(self.prompt)  # type: ignore[arg-type]
 
 
-class TextPart(_Body):
-    type: Literal["text"]
-    text: _Text
+class Part(_Body):
+    """Of a message's content; models here take text only."""
+
+    type: Annotated[str, Field(max_length=64)]
+    text: _Text | None = None
 
 
 class ChatMessage(_Body):
     role: Annotated[str, Field(max_length=64)]
-    content: _Text | list[TextPart] | None = None
+    content: _Text | list[Part] | None = None
 
     def plain(self) -> dict[str, Any]:
-        """As chat templates take it."""
-        parts = self.content
-        text = "".join(part.text for part in parts) if isinstance(parts, list) else parts
-        return {**(self.__pydantic_extra__ or {}), "role": self.role, "content": text or ""}
+        """As chat templates take it. Raises ``UsageError`` for what is no text."""
+        content = self.content
+        if isinstance(content, list):
+            for part in content:
+                if part.type != "text" or part.text is None:
+                    raise UsageError(f"messages: this model takes text only, and a part is of type {part.type!r}")
+            content = "".join(part.text or "" for part in content)
+        return {**(self.__pydantic_extra__ or {}), "role": self.role, "content": content or ""}
 
 
 class ChatBody(GenerateBody):
     """``POST /v1/chat/completions``."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=4096)]
-    max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
+    max_completion_tokens: _MaxTokens | None = None
+    chat_template_kwargs: dict[str, Any] = Field({}, description="For the template, as enable_thinking.")
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 
     @model_validator(mode="after")
     def _needs_logprobs(self) -> ChatBody:
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs to be true")
         return self
 
@@ -158,6 +223,7 @@ class TokenizeBody(_Body):
     prompt: _Text | None = None
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=4096)] | None = None
     add_special_tokens: bool = True
+    chat_template_kwargs: dict[str, Any] = {}
 
     @model_validator(mode="after")
     def _is_one(self) -> TokenizeBody:

@@ -38,6 +38,7 @@ class Ticket:
     name: str  # as clients see it
     prompt_ids: tuple[int, ...]
     params: SamplingParams
+    is_chat: bool = False
     start_s: float = field(default_factory=time.perf_counter)  # on the driver's clock
     first_s: float | None = None  # when its first tokens came out
     last_s: float = 0.0  # when its newest tokens came out
@@ -124,14 +125,14 @@ class Service:
 
     # --- called in the event loop ---
 
-    def submit(self, name: str, prompt_ids: Sequence[int], params: SamplingParams) -> Ticket:
+    def submit(self, name: str, prompt_ids: Sequence[int], params: SamplingParams, is_chat: bool = False) -> Ticket:
         """Queue a request. Raises ``UsageError`` for an impossible one, ``QueueFullError``, ``WorkerError``."""
         if self.failure is not None or self.is_stopping:
             raise WorkerError(self.failure or _GOODBYE)
         self.engine.check(prompt_ids, params)
         if self.num_waiting >= self._max_waiting:
             raise QueueFullError(f"{self.num_waiting} requests are waiting already; try again later")
-        ticket = Ticket(name, tuple(prompt_ids), params)
+        ticket = Ticket(name, tuple(prompt_ids), params, is_chat)
         self._starting[id(ticket)] = ticket
         self._do(lambda: self._start(ticket))
         return ticket
@@ -203,7 +204,7 @@ class Service:
         try:
             if self.failure is not None:
                 raise WorkerError(self.failure)
-            ticket.job = job = self.engine.submit(ticket.prompt_ids, ticket.params)
+            ticket.job = job = self.engine.submit(ticket.prompt_ids, ticket.params, is_chat=ticket.is_chat)
             self._tickets[job.request.request_id] = ticket
             ticket.run = Run(self.engine, job)
         except Exception as error:

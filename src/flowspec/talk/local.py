@@ -8,7 +8,6 @@ from collections.abc import Generator, Iterator, Sequence
 
 from flowspec.llm import LLM, Run
 from flowspec.talk.talker import CONTINUED_TOKENS, Message, Piece, Settings, Tell, accepted_per_draft, only_continues
-from flowspec.text import encode_chat
 
 LOCAL_TOKENS = 1024  # of an answer, where nothing else is said
 
@@ -17,9 +16,9 @@ _STEP_S = 0.1  # until Ctrl-C is noticed, at most
 
 class LocalTalker:
     def __init__(self, llm: LLM, tell: Tell) -> None:
-        self.name = llm.checkpoint.name
+        self.name = llm.checkpoint.title
         self._llm = llm
-        self._can_chat = bool(llm.tokenizer.chat_template)
+        self._can_chat = llm.engine.chat_template.is_there
         if not self._can_chat:
             tell(only_continues(self.name))
 
@@ -29,13 +28,12 @@ class LocalTalker:
 
     def reply(self, messages: Sequence[Message], settings: Settings) -> Generator[Piece, None, None]:
         engine = self._llm.engine
-        if self._can_chat:
-            prompt_ids = encode_chat(self._llm.tokenizer, messages)
-        else:
-            prompt_ids = self._llm.encode(messages[-1]["content"])
+        llm = self._llm
+        prompt_ids = llm.encode_chat(messages) if self._can_chat else llm.encode(messages[-1]["content"])
         max_tokens = LOCAL_TOKENS if self._can_chat else CONTINUED_TOKENS
-        params = settings.params(self._llm.checkpoint.sampling_defaults | {"max_tokens": max_tokens})
-        run = Run(engine, engine.submit(prompt_ids, params))
+        # As a server has it, so that both give the same answers.
+        defaults = {"temperature": 1.0, **engine.sampling_defaults, "max_tokens": max_tokens}
+        run = Run(engine, engine.submit(prompt_ids, settings.params(defaults), is_chat=self._can_chat))
         num_tokens = 0
         try:
             while not run.is_finished:
