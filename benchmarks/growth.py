@@ -110,7 +110,7 @@ class Life:
         self.slots = SlotTable(root_id=context)
         self.codec = Codec()
         self._grow()
-        generation.prefill()
+        generation.prefill(max_chunks=context)  # all at once: nothing comes back here
         prefill = self._take_segments()
         for segment in prefill:
             self.slots.append_prefix(segment.positions[: segment.num_prefix])

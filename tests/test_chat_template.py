@@ -88,6 +88,13 @@ def test_arguments_of_tool_calls_reach_the_template_as_objects() -> None:
     assert call["function"] == {"name": "f", "arguments": '{"x": "hello"}'}, "the caller's message was changed"
 
 
+@pytest.mark.parametrize(
+    "calls", [5, "f", {"function": 1}, [5], [{"function": None}], [{"function": {"arguments": 1}}]]
+)
+def test_calls_that_are_none_are_the_template_s_to_judge(calls: Any) -> None:
+    assert template_of(PLAIN).encode([*HELLO, {"role": "assistant", "content": "x", "tool_calls": calls}])
+
+
 def test_options_reach_the_template_and_nothing_else() -> None:
     template = template_of("{{ 'hello' if enable_thinking else 'world' }}")
     world = template.encode(HELLO)
@@ -113,8 +120,8 @@ def test_a_chat_ends_where_any_of_the_files_says_so_and_a_text_where_it_did(tmp_
     edit_json(directory / "generation_config.json", eos_token_id=[7, 8.0])
     edit_json(directory / "config.json", eos_token_id=9)
     with LLM(directory, stages=1, in_process=True, draft="none", schedule="ar") as llm:
-        name = llm.tokenizer.backend_tokenizer.token_to_id
-        named = {token_id for token_id in (name("</s>"), name("<pad>")) if token_id is not None}
+        backend: Any = llm.tokenizer.backend_tokenizer
+        named = {backend.token_to_id("</s>"), backend.token_to_id("<pad>")}
         assert llm.engine._turn_end_ids == {7, 8, 9} | named
         assert llm.checkpoint.eos_token_ids == {7, 8}
         for end in (9, *named):  # let each of them be the first to come

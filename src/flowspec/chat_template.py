@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from flowspec.errors import UsageError
 
@@ -99,20 +99,17 @@ class ChatTemplate:
 def _as_templates_take_it(message: Message) -> dict[str, Any]:
     """OpenAI's clients send the arguments of a tool call as a text of JSON, templates want the object."""
     taken = dict(message)
-    if calls := taken.get("tool_calls"):
-        taken["tool_calls"] = [_with_object(call) for call in calls]
+    calls: Any = taken.get("tool_calls")
+    if isinstance(calls, list):
+        taken["tool_calls"] = list(map(_with_object, cast("list[Any]", calls)))
     return taken
 
 
 def _with_object(call: Any) -> Any:
-    if not isinstance(call, Mapping):
-        return call
-    function = call.get("function")
-    if not isinstance(function, Mapping) or not isinstance(function.get("arguments"), str):
-        return call
     try:
+        function: Mapping[str, Any] = call["function"]
         arguments = json.loads(function["arguments"] or "{}")
-    except ValueError:
+    except (KeyError, TypeError, ValueError):
         return call  # what a model wrote need not be JSON; a template may still print it
     return {**call, "function": {**function, "arguments": arguments}}
 

@@ -134,7 +134,7 @@ class Detokenizer:
         self._stop = tuple(stop)
         self._stream = TextStream(vocabulary, prompt_ids)
         self._held = ""  # decoded, but it may belong to a stop string
-        self.text = ""
+        self.text: str = ""
         self.num_tokens = 0
         self.is_stopped = False
 

@@ -45,6 +45,7 @@ class Metrics(Collector):
         )
         self._pruned = self._counter("pruned_in_flight", "Draft nodes that died on their way.")
         self._restarts = self._counter("restarts", "Times that the target's token was not in the tree.")
+        self._preemptions = self._counter("num_preemptions", "Times that a request gave its KV cache up to others.")
         self._tree_size = self._histogram(
             "tree_rows_in_flight", "Nodes of a request under way.", (1, 4, 16, 32, 64, 128)
         )
@@ -101,6 +102,7 @@ class Metrics(Collector):
         self._accepted.labels(**labels).inc(stats.accepted)
         self._pruned.labels(**labels).inc(stats.pruned)
         self._restarts.labels(**labels).inc(stats.restarts)
+        self._preemptions.labels(**labels).inc(stats.preemptions)
         for position, num_accepted in enumerate(stats.accepted_by_position[:_MAX_POSITION]):
             self._by_position.labels(**labels, position=str(position)).inc(num_accepted)
 
