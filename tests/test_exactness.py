@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from flowspec.config import PipelineConfig, TreeConfig
 from flowspec.core import SamplingParams
-from flowspec.sampling import filtered_logprobs
 from flowspec.schedule.catalogue import ABLATIONS, AUTO, SCHEDULES
+from plain_sampling import filtered_logprobs
 from pump import Pump
 from tiny_models import FAMILIES, make_checkpoint, make_draft_head
 

@@ -14,7 +14,8 @@ PACKAGE = Path(__file__).parent.parent / "src" / "flowspec"
 # Lower numbers are imported by higher ones. A longer name overrules its package's.
 LEVELS = {
     "errors": 0, "checked": 0, "core": 0, "config": 0, "records": 0,
-    "tree": 1, "text": 1, "chat_template": 1, "sampling": 1, "messages": 1, "cluster": 1, "device_list": 1,
+    "tree": 1, "text": 1, "chat_template": 1, "noise": 1, "filters": 1, "sampling": 1, "messages": 1,
+    "cluster": 1, "device_list": 1,
     "transport": 2, "model": 2,
     "draft.base": 3, "generation": 3, "slot_budget": 3, "draft": 3, "schedule": 3,
     "worker": 4, "driver": 4, "measure": 4,

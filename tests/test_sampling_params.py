@@ -27,10 +27,12 @@ from transformers import (
 from flowspec.config import PipelineConfig
 from flowspec.core import SamplingParams
 from flowspec.draft.base import Accepted, DraftSource
+from flowspec.filters import kept_ids
 from flowspec.generation import Generation, Request, Verdict
-from flowspec.sampling import Sampler, filtered_logprobs, gumbel_noise, token_logprobs
+from flowspec.sampling import Sampler, token_logprobs
 from flowspec.transport import DRIVER
 from flowspec.tree import DraftTree, Ints
+from plain_sampling import filtered_logprobs, gumbel_noise
 from pump import Pump
 from test_exactness import prompt_of
 
@@ -138,17 +140,23 @@ def reference_token(scores: torch.Tensor, params: SamplingParams, position: int)
 @pytest.mark.parametrize("min_p", [0.01, 0.1, 0.5, 1.0])
 def test_min_p_keeps_what_transformers_keeps(min_p: float) -> None:
     logits = torch.randn(200, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 2
-    kept = filtered_logprobs(logits, SamplingParams(temperature=0.7, min_p=min_p, seed=0))
+    params = SamplingParams(temperature=0.7, min_p=min_p, seed=0)
+    kept = filtered_logprobs(logits, params)
     wanted = MinPLogitsWarper(min_p)(NO_TEXT, logits[None] / 0.7)[0].log_softmax(dim=-1)
     torch.testing.assert_close(kept, wanted)
     assert 0 < kept.isfinite().sum() < 200
+    ids = kept_ids(logits.numpy(), params)
+    assert ids is not None and ids.tolist() == kept.isfinite().nonzero()[:, 0].tolist()
 
 
 def test_min_p_comes_before_top_p() -> None:
     logits = torch.log(torch.tensor([0.5, 0.2, 0.16, 0.14]))
-    kept = filtered_logprobs(logits, SamplingParams(temperature=1.0, min_p=0.3, top_p=0.75, seed=0)).exp()
+    params = SamplingParams(temperature=1.0, min_p=0.3, top_p=0.75, seed=0)
+    kept = filtered_logprobs(logits, params).exp()
     # Of 0.5, 0.2, 0.16 the first two hold 0.81; of all four tokens the first three would have been needed.
     torch.testing.assert_close(kept, torch.tensor([5 / 7, 2 / 7, 0, 0], dtype=torch.float64))
+    ids = kept_ids(logits.numpy(), params)
+    assert ids is not None and ids.tolist() == [0, 1]
 
 
 @given(
@@ -228,7 +236,7 @@ def test_a_draft_that_knows_the_target_guesses_every_draw_with_bias_and_min_p(
     logits = torch.randn(4, 50, generator=torch.Generator().manual_seed(seed)) * 3
     positions = np.array([7, 8, 9, 7])
     for each in (params, replace(params, temperature=0.0)):
-        guesses = Sampler(each).draft_logprobs(logits, positions).argmax(dim=-1).tolist()
+        guesses = Sampler(each).draft_children(logits, positions, 1)[0][:, 0].tolist()
         assert guesses == [Sampler(each).token(row, at) for row, at in zip(logits, positions.tolist(), strict=True)]
 
 
@@ -238,8 +246,9 @@ def test_a_hint_is_biased_as_a_draft_is(temperature: float) -> None:
     sampler = Sampler(SamplingParams(temperature=temperature, seed=5, logit_bias=((3, 3.0), (7, -2.0))))
     best = logits.double().log_softmax(dim=-1).topk(12)
     named = sampler.hint_logprobs(best.indices.numpy(), best.values.numpy(), positions)
-    wanted = sampler.draft_logprobs(logits, positions).gather(1, best.indices).double().numpy()
-    assert np.exp(named) == pytest.approx(np.exp(wanted), abs=1e-4)
+    ids, wanted = sampler.draft_children(logits, positions, 12)
+    named = np.take_along_axis(named, best.indices.argsort(dim=1).numpy(), axis=1)
+    assert np.exp(np.take_along_axis(named, ids, axis=1)) == pytest.approx(np.exp(wanted), abs=1e-4)
 
 
 @pytest.mark.parametrize("values", [{"top_k": 2, "seed": 7}, {"min_p": 0.5, "seed": 9}], ids=str)

@@ -31,3 +31,7 @@ class WorkerError(FlowspecError):
 
 class RequestError(FlowspecError):
     """One request met a fault, here or at a worker, and has ended; all others go on."""
+
+
+class NumericalError(RequestError):
+    """The model's numbers have overflowed or are damaged: no token can be chosen by them."""

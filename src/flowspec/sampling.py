@@ -1,9 +1,9 @@
 """From logits to tokens, with randomness that depends on nothing but (seed, position).
 
 A token at a position is drawn by the Gumbel-max trick: the largest of ``log p + g`` over the vocabulary, where the
-Gumbel noise ``g`` comes from a counter-based generator (Philox, Salmon et al. 2011) keyed by the request's seed with
-the position in its counter. So a position's draw is the same whenever, wherever and however often it is made, and any
-schedule emits the tokens of plain decoding with the same seed.
+Gumbel noise ``g`` is a function of the request's seed, the position and the token id (``noise``). So a position's draw
+is the same whenever, wherever and however often it is made, and any schedule emits the tokens of plain decoding with
+the same seed.
 
 The noise of a position is known before the target's distribution is. A draft that adds the same noise to its own
 distribution guesses the token that will be drawn, and not only the one that is drawn most often: the two draws are
@@ -13,6 +13,9 @@ The parameters act in the order of vLLM's V1 sampler: logit bias, repetition, fr
 logits, which is all that greedy decoding knows; then temperature, min-p, top-k and top-p. (transformers agrees but for
 min-p, which it applies last.) Penalties know the tokens before a position and nothing else, so they too are the same
 in any schedule.
+
+Of a vocabulary of 10^5 tokens only a few can be drawn. Noise is made for those alone, and the others are left out only
+where it is certain that they cannot win: the token is that of the plain way.
 """
 
 from __future__ import annotations
@@ -26,26 +29,43 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flowspec.core import SamplingParams, TokenLogprobs
+from flowspec.errors import NumericalError
+from flowspec.filters import FEW, NEVER, Floats, Ids, best, gaps_below, kept_ids, largest
+from flowspec.noise import Noise
+
+_LARGEST = 1e300  # logit that a penalty leaves
+_STRIDE = 16  # of the tokens by which a draft's top-p estimates what the most probable ones leave
 
 
-def filtered_logprobs(logits: Tensor, params: SamplingParams) -> Tensor:
-    """Log-probabilities [V] in float64 after temperature, min-p, top-k and top-p; dropped tokens are -inf.
+def finite_array(numbers: Tensor, what: str, position: int) -> Floats:
+    """The model's numbers on the CPU, exactly, in a type that numpy computes in.
 
-    ``logits`` [V] of any float type, penalised already; ``params.temperature`` must be positive.
+    Raises ``NumericalError`` where one of them is NaN or infinite; ``what`` and ``position`` are for its message.
     """
-    assert params.temperature > 0, "greedy decoding has no distribution"
-    scaled = logits.detach().to("cpu", torch.float64) / params.temperature
-    if params.min_p > 0:
-        scaled = scaled.masked_fill(scaled < scaled.max() + math.log(params.min_p), -torch.inf)
-    if 0 < params.top_k < len(scaled):
-        scaled = scaled.masked_fill(scaled < scaled.topk(params.top_k).values[-1], -torch.inf)
-    logprobs = scaled.log_softmax(dim=-1)
-    if params.top_p < 1:
-        ordered, order = logprobs.sort(descending=True, stable=True)
-        mass_before = ordered.exp().cumsum(dim=-1) - ordered.exp()
-        dropped = order[mass_before >= params.top_p]
-        logprobs = logprobs.index_fill(0, dropped, -torch.inf).log_softmax(dim=-1)
-    return logprobs
+    array = _as_array(numbers)
+    if not np.isfinite(array).all():
+        num_nan, num_infinite = int(np.isnan(array).sum()), int(np.isinf(array).sum())
+        advice = (
+            "float16 overflows in this model, run it in bfloat16 or float32"
+            if numbers.dtype == torch.float16
+            else "the weights or a worker's cache are damaged, check the model's files and start the workers anew"
+        )
+        raise NumericalError(
+            f"the model's {what} for position {position} are not finite ({num_nan} NaN and {num_infinite} infinite of "
+            f"{array.size}, {str(numbers.dtype).removeprefix('torch.')}); {advice}"
+        )
+    return array
+
+
+def _as_array(numbers: Tensor) -> Floats:
+    # numpy has no bfloat16, and its float16 is slow.
+    return (numbers if numbers.dtype == torch.float64 else numbers.float()).detach().cpu().numpy()
+
+
+def _log_softmax(scores: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Along the last axis."""
+    gaps = scores - scores.max(axis=-1, keepdims=True)
+    return gaps - np.log(np.exp(gaps).sum(axis=-1, keepdims=True))
 
 
 def token_logprobs(logits: Tensor, token_id: int, num_top: int) -> TokenLogprobs:
@@ -75,7 +95,7 @@ class Penalties:
         self._is_seen[list(token_ids)] = True
         np.add.at(self._counts, list(token_ids), 1)
 
-    def apply(self, logits: NDArray[np.float64], path: Sequence[int]) -> NDArray[np.float64]:
+    def apply(self, logits: Floats, path: Sequence[int]) -> Floats:
         """``logits`` [V] after the output and the tokens of ``path``, which follow it and may never become output."""
         self._grow(len(logits))
         penalised, seen_ids = np.array(logits), np.flatnonzero(self._is_seen[: len(logits)])
@@ -85,10 +105,12 @@ class Penalties:
             penalised[ids] = self._penalise(logits[ids], self._counts[ids] + counts)
         return penalised
 
-    def _penalise(self, logits: NDArray[np.float64], counts: NDArray[np.int64]) -> NDArray[np.float64]:
+    def _penalise(self, logits: Floats, counts: Ids) -> Floats:
         """Of tokens that occur, and ``counts`` times in the output."""
         factor = self._params.repetition_penalty
-        repeated = np.where(logits > 0, logits / factor, logits * factor)
+        with np.errstate(over="ignore"):
+            repeated: NDArray[np.float64] = np.where(logits > 0, logits / factor, logits * factor)
+            repeated = repeated.clip(-_LARGEST, _LARGEST)
         return repeated - self._params.frequency_penalty * counts - self._params.presence_penalty * (counts > 0)
 
     def _grow(self, size: int) -> None:
@@ -97,19 +119,9 @@ class Penalties:
             self._counts = np.pad(self._counts, (0, missing))
 
 
-def gumbel_noise(seed: int, position: int, size: int) -> NDArray[np.float64]:
-    """Standard Gumbel noise [size] of one position."""
-    # The position fills the counter's second word: the blocks of two positions never overlap.
-    bits = np.random.Philox(key=seed, counter=position << 64).random_raw(size)
-    uniform = ((bits >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
-    return -np.log(-np.log(uniform))
-
-
 # How far a draft's perturbed log-probabilities are from the target's, as a temperature: chosen on the demo pair, where
 # tokens/s at temperature 0.8 are flat from 0.4 to 0.6. It orders guesses and decides no token.
 DRAFT_SPREAD = 0.5
-_MAX_TOP_P_TOKENS = 512  # of a draft's distribution that top-p looks at
-_NEVER = -1e4  # log-probability of what a filter drops
 _LEAST = -300.0  # that a draft or a hint says: the tree multiplies the two, and exp(2 * _LEAST) must not vanish
 
 
@@ -120,99 +132,147 @@ class Sampler:
         assert params.temperature == 0 or params.seed is not None, "the request's seed is drawn before it starts"
         self._params = params
         self._bias = dict(params.logit_bias)
+        self._bias_ids = np.array(list(self._bias), dtype=np.int64)
         self._penalties = Penalties(params, prompt_ids) if params.has_penalties else None
-        self._noise: dict[int, NDArray[np.float64]] = {}  # of positions from the newest draw on
+        self._noise = Noise(params.seed or 0)
 
     def token(self, logits: Tensor, position: int, path: Sequence[int] = ()) -> int:
         """The token at ``position``, given the model's ``logits`` [V] after the position before it.
 
-        ``path``: the tokens before ``position`` that ``extend`` has not been told of.
+        ``path``: the tokens before ``position`` that ``extend`` has not been told of. Raises ``NumericalError`` for
+        logits that are not finite.
         """
-        logits = self._adjust(logits, path)
+        adjusted = self._adjust(finite_array(logits, "logits", position), path)
         if self._params.temperature == 0:
-            return int(logits.argmax())
-        logprobs = filtered_logprobs(logits, self._params).numpy()
-        token_id = int(np.argmax(logprobs + self._noise_at(position, len(logprobs))))
-        self._noise = {at: noise for at, noise in self._noise.items() if at > position}
-        return token_id
+            return int(adjusted.argmax())
+        adjusted = adjusted.astype(np.float64, copy=False)
+        ids = kept_ids(adjusted, self._params)
+        if ids is None:
+            ids, perturbed = self._contenders(adjusted, largest(adjusted, FEW), position, 1)
+        else:
+            perturbed = self._perturb(self._gaps(adjusted[ids], adjusted.max()), ids, position)
+        self._noise.forget(position)
+        return int(ids[perturbed == perturbed.max()].min())
 
     def extend(self, token_ids: Sequence[int]) -> None:
         """These have become output."""
         if self._penalties is not None:
             self._penalties.extend(token_ids)
 
-    def _adjust(self, logits: Tensor, path: Sequence[int]) -> Tensor:
-        """Logit bias and penalties: [V] in float64 on the CPU; the logits as they are where there are none."""
+    def _adjust(self, logits: Floats, path: Sequence[int]) -> Floats:
+        """Logit bias and penalties: [V] in float64; the logits as they are where there are none."""
         if not self._bias and self._penalties is None:
             return logits
-        adjusted = self._add_bias(logits.detach().to("cpu", torch.float64))
-        if self._penalties is not None:
-            adjusted = torch.as_tensor(self._penalties.apply(adjusted.numpy(), path))
-        return adjusted
+        adjusted = self._add_bias(logits.astype(np.float64))
+        return adjusted if self._penalties is None else self._penalties.apply(adjusted, path)
 
-    def _add_bias(self, logits: Tensor) -> Tensor:
-        """[..., V]."""
-        if not self._bias:
-            return logits
-        ids = torch.tensor(list(self._bias), device=logits.device)
-        values = torch.tensor(list(self._bias.values()), dtype=logits.dtype, device=logits.device)
-        return logits.index_add(-1, ids, values.expand(*logits.shape[:-1], -1))
+    def _add_bias(self, logits: Floats) -> Floats:
+        """[..., V], changed in place."""
+        if self._bias:
+            logits[..., self._bias_ids] += list(self._bias.values())
+        return logits
 
-    def _noise_at(self, position: int, size: int) -> NDArray[np.float64]:
-        if len(self._noise.get(position, ())) < size:
-            assert self._params.seed is not None
-            self._noise[position] = gumbel_noise(self._params.seed, position, size)
-        return self._noise[position][:size]
+    def _gaps(self, logits: Floats, top: float) -> NDArray[np.float64]:
+        return gaps_below(float(top), logits, self._params.temperature)
 
-    def draft_logprobs(self, logits: Tensor, positions: NDArray[np.int64]) -> Tensor:
-        """How probable each token is to be the one drawn, as far as a draft with these logits can tell.
+    def _perturb(self, gaps: NDArray[np.float64], ids: Ids, position: int) -> NDArray[np.float64]:
+        """Log-probabilities, as ``gaps`` [k] below the highest one, plus noise, of the tokens ``ids`` [k].
 
-        ``logits`` [n, V] of the draft, ``positions`` [n] of the tokens that they guess; returns log-probabilities
-        [n, V] in float32. Greedy: the draft's own. Else: its filtered distribution with the positions' noise. Logit
-        bias counts in both; penalties do not.
+        All that may be drawn includes the most probable token: where that is alone, no noise decides.
         """
-        biased = self._add_bias(logits.float())
+        return gaps if len(ids) == 1 and gaps[0] == 0 else gaps + self._noise.of(position, ids)
+
+    def _contenders(self, logits: Floats, likely: Ids, position: int, num: int) -> tuple[Ids, NDArray[np.float64]]:
+        """Where nothing is filtered: the ``num`` tokens that noise puts first, and others, and what ``_perturb`` says.
+
+        ``logits`` [V]; ``likely``: the most probable tokens, ``num`` or more.
+        """
+        top = logits[likely].max()
+        gaps = self._gaps(logits[likely], top)
+        perturbed = self._perturb(gaps, likely, position)
+        # Every other token is less probable than these, so that it takes this noise at least to be among the best.
+        level = np.partition(perturbed, -num)[-num] - gaps.min()
+        is_other = self._noise.is_above(position, float(level), len(logits))
+        is_other[likely] = False
+        others = np.flatnonzero(is_other)
+        others_perturbed = self._perturb(self._gaps(logits[others], top), others, position)
+        return np.append(likely, others), np.append(perturbed, others_perturbed)
+
+    def draft_children(self, logits: Tensor, positions: NDArray[np.int64], num: int) -> tuple[Ids, NDArray[np.float64]]:
+        """The ``num`` tokens that are most probably the one drawn, as far as a draft with these logits can tell.
+
+        ``logits`` [n, V] of the draft, ``positions`` [n] of the tokens that they guess; returns token ids and
+        log-probabilities [n, num], best first. Greedy: by the draft's own distribution. Else: by its filtered one with
+        the positions' noise. Logit bias counts in both; penalties do not. A row that is not finite guesses nothing.
+        """
+        num = min(num, logits.shape[-1])
+        rows = _as_array(logits.float())
+        if self._bias:
+            rows = self._add_bias(np.array(rows))
+        children = [self._children(row, at, num) for row, at in zip(rows, positions.tolist(), strict=True)]
+        return np.stack([ids for ids, _ in children]), np.stack([logprobs for _, logprobs in children])
+
+    def _children(self, logits: Floats, position: int, num: int) -> tuple[Ids, NDArray[np.float64]]:
+        """``draft_children`` of one row [V]."""
+        if not np.isfinite(logits.max()):
+            return np.arange(num), np.full(num, _LEAST)
         if self._params.temperature == 0:
-            return biased.log_softmax(dim=-1)
-        logprobs = self._filter_draft(biased / self._params.temperature)
-        noise = np.stack([self._noise_at(position, logits.shape[-1]) for position in positions.tolist()])
-        perturbed = logprobs + torch.as_tensor(noise, dtype=logprobs.dtype, device=logprobs.device)
-        return (perturbed / DRAFT_SPREAD).log_softmax(dim=-1).clamp(min=_LEAST)
+            ids = best(logits, num)
+            gaps = logits - logits[ids[0]]
+            return ids, (gaps[ids] - np.log(np.exp(gaps).sum())).astype(np.float64)
+        ids, perturbed = self._draft_contenders(logits, position, num)
+        logprobs = _log_softmax(perturbed / DRAFT_SPREAD).clip(min=_LEAST)
+        order = best(logprobs, min(num, len(ids)))
+        if len(order) == num:
+            return ids[order], logprobs[order]
+        # The filters leave fewer tokens: others fill the row up.
+        others = np.setdiff1d(largest(logits, num), ids)[: num - len(order)]
+        return np.append(ids[order], others), np.append(logprobs[order], np.full(len(others), _LEAST))
+
+    def _draft_contenders(self, logits: Floats, position: int, num: int) -> tuple[Ids, NDArray[np.float64]]:
+        """As ``_contenders``, of what the filters leave of a draft's row [V].
+
+        Only the most probable tokens are filtered: filters that leave more than those count as none. Ties at an edge
+        are kept.
+        """
+        params, top = self._params, logits.max()
+        likely = largest(logits, max(FEW, num))
+        gaps = self._gaps(logits[likely], top)
+        least = math.log(params.min_p) if params.min_p > 0 else NEVER
+        if 0 < params.top_k < len(likely):
+            least = max(least, float(np.partition(gaps, -params.top_k)[-params.top_k]))
+        if params.top_p < 1:
+            descending = np.sort(gaps[gaps >= least])[::-1]
+            masses = np.exp(descending).cumsum()
+            mass = masses[-1]
+            if len(descending) == len(likely):
+                # Of the others there may be 10^5: about their mass is enough for a guess.
+                sample = logits[::_STRIDE]
+                mass += np.exp(self._gaps(sample[sample < logits[likely].min()], top)).sum() * _STRIDE
+            num_kept = int((masses < params.top_p * mass).sum()) + 1
+            least = float(descending[num_kept - 1]) if num_kept <= len(descending) else least
+        is_kept = gaps >= least
+        if is_kept.all():
+            return self._contenders(logits, likely, position, num)
+        return likely[is_kept], self._perturb(gaps[is_kept], likely[is_kept], position)
 
     def hint_logprobs(
         self, token_ids: NDArray[np.int64], logprobs: NDArray[np.float64], positions: NDArray[np.int64]
     ) -> NDArray[np.float64]:
-        """As ``draft_logprobs``, where a few tokens are named for each position: all [n, k], ``positions`` [n].
+        """As ``draft_children``, where a few tokens are named for each position: all [n, k], ``positions`` [n].
 
         What is returned leaves a part to the tokens that are not named, as what is given does.
         """
         if self._params.temperature == 0 and not self._bias:
             return logprobs
         rest = np.log(np.maximum(1 - np.exp(logprobs).sum(axis=1, keepdims=True), 1e-6))
-        ids = token_ids.tolist()
         if self._bias:
-            logprobs = logprobs + np.array([[self._bias.get(token_id, 0.0) for token_id in row] for row in ids])
+            logprobs = logprobs + np.array([[self._bias.get(i, 0.0) for i in row] for row in token_ids.tolist()])
         scores = np.concatenate([logprobs, rest], axis=1)
         if self._params.temperature == 0:
-            return torch.as_tensor(scores).log_softmax(dim=-1)[:, :-1].numpy()
-        noise = np.stack(
-            [self._noise_at(at, max(row) + 1)[row] for at, row in zip(positions.tolist(), ids, strict=True)]
-        )
+            return _log_softmax(scores)[:, :-1]
+        noise = np.stack([self._noise.of(at, ids) for at, ids in zip(positions.tolist(), token_ids, strict=True)])
         # What is not named gets the noise's mean.
-        perturbed = scores / self._params.temperature + np.pad(noise, ((0, 0), (0, 1)), constant_values=np.euler_gamma)
-        return torch.as_tensor(perturbed / DRAFT_SPREAD).log_softmax(dim=-1).clamp(min=_LEAST)[:, :-1].numpy()
-
-    def _filter_draft(self, scaled: Tensor) -> Tensor:
-        """As ``filtered_logprobs``, for many rows at once; ties at the edge are kept."""
-        min_p, top_k, top_p = self._params.min_p, self._params.top_k, self._params.top_p
-        if min_p > 0:
-            scaled = scaled.masked_fill(scaled < scaled.amax(dim=-1, keepdim=True) + math.log(min_p), _NEVER)
-        if 0 < top_k < scaled.shape[-1]:
-            scaled = scaled.masked_fill(scaled < scaled.topk(top_k, dim=-1).values[:, -1:], _NEVER)
-        logprobs = scaled.log_softmax(dim=-1)
-        if top_p < 1:
-            best = logprobs.topk(min(_MAX_TOP_P_TOKENS, logprobs.shape[-1]), dim=-1).values
-            is_kept = best.exp().cumsum(dim=-1) - best.exp() < top_p
-            threshold = best.masked_fill(~is_kept, torch.inf).amin(dim=-1, keepdim=True)
-            logprobs = logprobs.masked_fill((logprobs < threshold) & ~is_kept.all(dim=-1, keepdim=True), _NEVER)
-        return logprobs
+        perturbed = np.stack([self._gaps(row, row.max()) for row in scores])
+        perturbed += np.pad(noise, ((0, 0), (0, 1)), constant_values=np.euler_gamma)
+        return _log_softmax(perturbed / DRAFT_SPREAD).clip(min=_LEAST)[:, :-1]

@@ -22,7 +22,7 @@ from flowspec.model.eagle_head import EagleHead
 from flowspec.model.kv_cache import KVCache
 from flowspec.model.stage import ATTENTION
 from flowspec.sampling import Sampler
-from flowspec.tree import DraftTree, Floats, Ints
+from flowspec.tree import DraftTree, Ints
 
 GREEDY = Sampler(SamplingParams())  # knows of no noise
 
@@ -168,7 +168,5 @@ class EagleDraft:
     def _grow(self, tree: DraftTree, rows: Ints, features: Tensor, staleness: Ints) -> None:
         """Give the nodes the ``top_k`` most probable tokens after them."""
         positions = tree.depths[rows] + self._root_position + 2  # a node's token is one behind its row's feature
-        all_logprobs = self._sampler.draft_logprobs(self._lm_head.logits(features), positions)
-        best = all_logprobs.topk(min(self._top_k, all_logprobs.shape[-1]), dim=-1)
-        logprobs: Floats = best.values.double().cpu().numpy()
-        tree.expand(rows, best.indices.cpu().numpy(), logprobs, staleness)
+        children = self._sampler.draft_children(self._lm_head.logits(features), positions, self._top_k)
+        tree.expand(rows, *children, staleness)
