@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,9 +15,11 @@ from scipy import stats
 from flowspec.core import MAX_SEED, SamplingParams
 from flowspec.errors import NumericalError
 from flowspec.filters import kept_ids, largest
+from flowspec.model.target_head import TargetHead
 from flowspec.noise import Noise, gumbel
 from flowspec.sampling import Sampler
 from plain_sampling import filtered_logprobs, gumbel_noise, plain_token
+from pump import Pump
 
 HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 DTYPES = {**HALVES, "float32": torch.float32}
@@ -205,6 +209,25 @@ def test_logits_that_are_not_finite_are_an_error(params: SamplingParams, bad: fl
         Sampler(params).token(logits, 9)
     with pytest.raises(NumericalError):
         Sampler(params).token(torch.full((40,), bad), 9)
+
+
+@pytest.mark.parametrize(("schedule", "draft"), [("ar", "none"), ("flow", "eagle"), ("lockstep", "eagle")])
+def test_a_model_whose_numbers_break_ends_the_request_with_an_error(
+    checkpoint_dir: Callable[[str], Path], schedule: str, draft: str
+) -> None:
+    """Also where the draft reads the broken numbers first."""
+    for place, message in (("norm", "hidden states after the last layer"), ("head", "logits")):
+        pump = Pump(checkpoint_dir("llama"), 2, draft, schedule)
+        if place == "norm":
+            norm = pump.workers[-1]._stage._norm  # type: ignore[attr-defined]
+            norm.weight.data[3] = math.nan
+        else:
+            head = pump.driver._head
+            assert isinstance(head, TargetHead)
+            head.weight[5, 0] = math.inf
+        pump.submit([3, 1, 4, 1, 5], SamplingParams(max_tokens=8))
+        with pytest.raises(NumericalError, match=f"model's {message} for position 5 .*float32"):
+            pump.run()
 
 
 @pytest.mark.parametrize("params", [SamplingParams(), SamplingParams(temperature=0.8, top_p=0.9, seed=1)], ids=str)

@@ -34,7 +34,7 @@ from flowspec.messages import (
     Step,
     Timing,
 )
-from flowspec.sampling import Sampler, token_logprobs
+from flowspec.sampling import Sampler, finite_array, token_logprobs
 from flowspec.tree import DraftTree, Ints
 
 
@@ -387,6 +387,7 @@ class Generation:
 
         The target's token at a position is drawn once, with randomness keyed by that position. A child that holds it
         is accepted; where no child does, it is the bonus token. Until it is committed, a verdict changes nothing.
+        Raises ``NumericalError`` when the model's numbers are not finite.
         """
         if self.tree.root_id not in self._verified:
             return None
@@ -400,10 +401,13 @@ class Generation:
                 verified = self._verified.get(int(self.tree.node_ids[row]))
                 if verified is None:
                     break
+                feature, logits, _ = verified
                 accepted_rows.append(row)
-                token_ids.append(self._sampler.token(verified[1], self.prefix_len + len(accepted_rows), token_ids))
+                position = self.prefix_len + len(accepted_rows)
+                finite_array(feature, "hidden states after the last layer", position)
+                token_ids.append(self._sampler.token(logits, position, token_ids))
                 if num_logprobs is not None:
-                    logprobs.append(token_logprobs(verified[1], token_ids[-1], num_logprobs))
+                    logprobs.append(token_logprobs(logits, token_ids[-1], num_logprobs))
                 row = self.tree.find(row, token_ids[-1])
         return Verdict(accepted_rows, token_ids, row, logprobs)
 
