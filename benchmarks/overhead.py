@@ -1,10 +1,10 @@
 """What the engine itself costs: everything but layer arithmetic and drafting. Prints one JSON object.
 
-    python benchmarks/overhead.py [--segments 200] [--stages 4]
+    python benchmarks/overhead.py [--segments 200] [--stages 4] [--positions 100]
 
 With one segment in flight nothing queues, so a segment's round trip less its stages' forwards is what sockets, codec,
 scheduling and slots cost on all hops together; the masks, which a stage makes inside its forward, are measured by
-themselves and added. docs/METHODOLOGY.md defines the figures.
+themselves and added. Sampling is measured from logits on, by vocabulary. docs/METHODOLOGY.md defines the figures.
 """
 
 from __future__ import annotations
@@ -31,6 +31,13 @@ from flowspec.sampling import Sampler
 from flowspec.tree import UNDRAFTED, DraftTree, Ints
 
 PROMPT = "class Queue:\n    def __init__(self, maxsize=0):\n"
+VOCABULARIES = (32_000, 128_256, 262_144)  # Llama 2, Llama 3, Gemma 3
+SETTINGS = {
+    "greedy": SamplingParams(),
+    "temperature 0.8, top-p 0.95": SamplingParams(temperature=0.8, top_p=0.95, seed=1),
+    "temperature 1": SamplingParams(temperature=1.0, seed=1),
+}
+NUM_ROWS = 10  # of a draft pass, and children of each
 
 
 class TimedCluster:
@@ -168,10 +175,45 @@ def measure_tree(num_runs: int) -> dict[str, float]:
     return {"build_ms": median_ms(build, num_runs), "send_and_reroot_ms": median_ms(send_and_reroot, num_runs)}
 
 
+def make_logits(num_rows: int, vocab_size: int) -> torch.Tensor:
+    """[rows, V]: an unsure model. A thousand tokens fall off as by Zipf's law, the others are noise far below them."""
+    rng = np.random.default_rng(0)
+    logits = 2 * rng.standard_normal((num_rows, vocab_size), dtype=np.float32)
+    for row in logits:
+        row[rng.choice(vocab_size, 1000, replace=False)] = 18 - 1.25 * np.log(np.arange(1, 1001))
+    return torch.from_numpy(logits)
+
+
+def measure_sampling(vocab_size: int, params: SamplingParams, num_positions: int) -> dict[str, float]:
+    """A text, position by position: one draft pass whose rows guess the two tokens ahead, and one token drawn.
+
+    A pass needs noise of one position that the pass before did not; a token pays for its noise itself.
+    """
+    logits = make_logits(NUM_ROWS, vocab_size)
+    drafter, verifier = Sampler(params), Sampler(params)
+    draft_s: list[float] = []
+    token_s: list[float] = []
+    for position in range(num_positions + 1):
+        ahead = np.repeat([position + 1, position + 2], NUM_ROWS // 2)
+        start = time.perf_counter()
+        drafter.draft_children(logits, ahead, NUM_ROWS)
+        drafted = time.perf_counter()
+        verifier.token(logits[position % NUM_ROWS], position)
+        token_s.append(time.perf_counter() - drafted)
+        draft_s.append(drafted - start)
+        drafter.token(logits[0], position)  # what is drawn needs no noise any more
+    # The first pass makes the noise of both of its positions.
+    return {
+        "token_ms": statistics.median(token_s[1:]) * 1000,
+        "draft_pass_ms": statistics.median(draft_s[1:]) * 1000,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--segments", type=int, default=200, help="segments to measure")
     parser.add_argument("--stages", type=int, default=4, help="worker processes")
+    parser.add_argument("--positions", type=int, default=100, help="tokens to sample of each vocabulary")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     hops = measure_hops(arguments.stages, arguments.segments)
@@ -182,6 +224,10 @@ def main() -> None:
         "mask_ms": mask_ms,
         "engine_ms_per_hop": hops["sockets_codec_slots_ms_per_hop"] + mask_ms,
         "tree": measure_tree(arguments.segments),
+        "sampling_by_vocabulary": {
+            size: {name: measure_sampling(size, params, arguments.positions) for name, params in SETTINGS.items()}
+            for size in VOCABULARIES
+        },
     }
     print(json.dumps(figures, indent=2))
 

@@ -45,11 +45,14 @@ def test_streams_that_are_read_in_turn_lose_nothing() -> None:
 
 
 def test_the_overhead_benchmark_prints_json() -> None:
-    command = [sys.executable, str(BENCHMARKS / "overhead.py"), "--segments", "5", "--stages", "2"]
+    command = [sys.executable, str(BENCHMARKS / "overhead.py"), "--segments", "5", "--stages", "2", "--positions", "2"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout)
     assert figures["segments"] >= 5 and figures["engine_ms_per_hop"] > 0 and figures["tree"]["build_ms"] > 0
+    assert figures["sampling_by_vocabulary"].keys() == {"32000", "128256", "262144"}
+    for by_setting in figures["sampling_by_vocabulary"].values():
+        assert len(by_setting) == 3 and all(min(ms.values()) > 0 for ms in by_setting.values())
 
 
 def test_the_draft_dtype_benchmark_prints_json() -> None:
