@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import shutil
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from random import Random
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from flowspec import LLM
 from flowspec.config import EngineConfig, PipelineConfig, TreeConfig
@@ -18,7 +20,7 @@ from flowspec.core import SamplingParams, TokenLogprobs
 from flowspec.draft.base import Accepted, Draft
 from flowspec.draft.ngram import NgramSource
 from flowspec.engine import Engine
-from flowspec.errors import FlowspecError, RequestError
+from flowspec.errors import FlowspecError, NumericalError, RequestError
 from flowspec.messages import Failed, Segment
 from flowspec.model.kv_cache import Part
 from flowspec.sampling import Sampler
@@ -187,6 +189,23 @@ def test_a_worker_survives_what_contradicts_what_came_before(checkpoint_dir: Cal
         sends += more
     (failed,) = [send.message for send in sends if isinstance(send.message, Failed)]
     assert "sent twice" in failed.text and failed.request_id == generation.request.request_id
+
+
+@pytest.mark.parametrize("damage", [float("nan"), float("inf")])
+def test_numbers_that_are_not_finite_end_a_request_with_the_layers_that_made_them(
+    checkpoint_dir: Callable[[str], Path], tmp_path: Path, damage: float
+) -> None:
+    """They gave token 0 for ever, without an error."""
+    directory = shutil.copytree(checkpoint_dir("llama"), tmp_path / "damaged")
+    for path in directory.glob("*.safetensors"):
+        tensors = load_file(path)
+        if (weight := tensors.get("model.layers.3.mlp.down_proj.weight")) is not None:
+            weight[0, 0] = damage
+            save_file(tensors, path, metadata={"format": "pt"})
+    with LLM(directory, partition="0:2,2:4,4:6", in_process=True, draft="ngram") as llm:
+        for temperature in (0.0, 0.8):
+            with pytest.raises(NumericalError, match=r"hidden states .* not finite.*float32.*after layers 2:4"):
+                llm.generate(PROMPT, SamplingParams(8, temperature))
 
 
 # --- cancelling a prompt ---

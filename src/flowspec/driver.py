@@ -11,7 +11,7 @@ from flowspec.draft.base import DraftSource
 from flowspec.draft.lookup import LookupSource
 from flowspec.errors import ProtocolError, RequestError
 from flowspec.generation import Generation, LogitsHead, Meter, NoMeter, Request
-from flowspec.messages import Alive, Closed, Failed, Forget, Hint, Message, Result, Route, Send
+from flowspec.messages import Alive, Broken, Closed, Failed, Forget, Hint, Message, Result, Route, Send
 from flowspec.schedule.base import Schedule
 from flowspec.slot_budget import SlotBudget
 
@@ -136,7 +136,7 @@ class Driver:
 
     def on_message(self, message: Message) -> list[Send]:
         match message:
-            case Result() | Hint() | Failed():
+            case Result() | Hint() | Broken() | Failed():
                 running = self._running.get(message.request_id)
                 if running is None or running.generation.is_finished or running.generation.epoch != message.epoch:
                     return []
@@ -155,7 +155,7 @@ class Driver:
             case _:
                 raise ProtocolError(f"the driver takes no {type(message).__name__} during a session")
 
-    def _take(self, running: _Running, message: Result | Hint | Failed) -> None:
+    def _take(self, running: _Running, message: Result | Hint | Broken | Failed) -> None:
         generation = running.generation
         match message:
             case Result():
@@ -164,6 +164,8 @@ class Driver:
                 running.schedule.on_result(generation, message)
             case Hint():
                 generation.take_hint(message)
+            case Broken():
+                generation.note_broken(message)
             case Failed():
                 raise RequestError(f"worker {message.stage} cannot go on with this request: {message.text}")
 

@@ -18,9 +18,11 @@ from torch import Tensor
 from flowspec.config import PipelineConfig, TreeConfig
 from flowspec.core import FinishReason, SamplingParams, TokenLogprobs
 from flowspec.draft.base import Accepted, Draft, DraftSource, HeritableDraft
+from flowspec.errors import NumericalError
 from flowspec.messages import (
     LAST_STEP,
     NO_PARENT,
+    Broken,
     Close,
     Commit,
     End,
@@ -219,6 +221,7 @@ class Generation:
         if self._heritage.draft is not None and self._want_features:
             assert isinstance(self._draft, HeritableDraft)
             self._draft.inherit(self._heritage.draft, self._heritage.num_kept)
+        self._broken: Broken | None = None  # nearest to worker 1
         self.num_passes = 0  # draft passes since the last commit
         self._num_prompt_sent = self._heritage.num_kept
         self._root_parent_id = NO_PARENT
@@ -401,15 +404,27 @@ class Generation:
                 verified = self._verified.get(int(self.tree.node_ids[row]))
                 if verified is None:
                     break
-                feature, logits, _ = verified
                 accepted_rows.append(row)
-                position = self.prefix_len + len(accepted_rows)
-                finite_array(feature, "hidden states after the last layer", position)
-                token_ids.append(self._sampler.token(logits, position, token_ids))
+                token_ids.append(self._token(verified[0], verified[1], token_ids))
                 if num_logprobs is not None:
-                    logprobs.append(token_logprobs(logits, token_ids[-1], num_logprobs))
+                    logprobs.append(token_logprobs(verified[1], token_ids[-1], num_logprobs))
                 row = self.tree.find(row, token_ids[-1])
         return Verdict(accepted_rows, token_ids, row, logprobs)
+
+    def _token(self, feature: Tensor, logits: Tensor, path: Sequence[int]) -> int:
+        """The target's token behind the root and ``path``, by what was verified there."""
+        position = self.prefix_len + len(path) + 1
+        try:
+            finite_array(feature, "hidden states after the last layer", position)
+            return self._sampler.token(logits, position, path)
+        except NumericalError as error:
+            where = "" if self._broken is None else f"; first seen after layers {self._broken.layers}"
+            raise NumericalError(f"{error}{where}") from None
+
+    def note_broken(self, broken: Broken) -> None:
+        """Some hidden states are not finite; that matters only if one of these nodes, or what follows it, counts."""
+        if self._broken is None or broken.stage < self._broken.stage:
+            self._broken = broken
 
     def _ends(self, token_ids: list[int]) -> bool:
         return bool(token_ids) and token_ids[-1] in self._end_ids

@@ -98,7 +98,7 @@ class InprocCluster:
         for index, layers in enumerate(partition.stages, start=1):
             hinter = None if hints is None else load_hinter(hints, checkpoint, layers.end, dtype, device)
             stage = Stage.load(checkpoint, layers, dtype, device)
-            self._workers.append(Worker(stage, index, time.perf_counter, hinter=hinter))
+            self._workers.append(Worker(stage, index, time.perf_counter, hinter=hinter, layers=str(layers)))
         self._network = InprocNetwork(len(partition))
 
     @property

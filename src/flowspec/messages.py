@@ -253,6 +253,16 @@ class Hint(Message, frozen=True):
             raise ValueError("hint: node, token and log-probability lists differ in length")
 
 
+class Broken(Message, frozen=True):
+    """Hidden states that a worker passes on are not finite; whether any of these nodes counts is not known there."""
+
+    request_id: int
+    epoch: int
+    stage: int
+    layers: str  # of the stage, as ``4:8``
+    node_ids: list[int]
+
+
 class Failed(Message, frozen=True):
     """A worker cannot go on with this request, of which it drops all that comes; it goes on with others."""
 
@@ -307,14 +317,16 @@ class Stamped(Message, frozen=True):
 
     arrival_s: float
     lag_s: float
-    message: Commit | End | Step | Open | Segment | Reserve | Close | Forget | Hint | Result | Failed | Closed
+    message: Commit | End | Step | Open | Segment | Reserve | Close | Forget | Hint | Broken | Result | Failed | Closed
 
 
 DataMessage: TypeAlias = Open | Segment | Reserve | Close | Forget
 ToWorker: TypeAlias = (
     Configure | Commit | End | Step | Stop | Open | Segment | Reserve | Close | Forget | Probe | Stamped
 )
-ToDriver: TypeAlias = Loading | Ready | Hint | Result | Failed | Closed | Alive | Busy | Failure | Echo | Stamped
+ToDriver: TypeAlias = (
+    Loading | Ready | Hint | Broken | Result | Failed | Closed | Alive | Busy | Failure | Echo | Stamped
+)
 
 
 class Route(Enum):

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from flowspec.errors import FlowspecError, ProtocolError
 from flowspec.messages import (
+    Broken,
     Close,
     Closed,
     Commit,
@@ -143,15 +144,17 @@ class Worker:
         hinter: Hinter | None = None,
         hint_share: float = HINT_SHARE,
         forward_s: Callable[[int], float] | None = None,
+        layers: str = "",
     ) -> None:
         """``patience_s``: a forward looks for commits after as long, between layers; ``None``: never.
 
         ``hint_share``: of a forward's time that a hint may take at most, or none is made. ``forward_s``: of so many
-        rows; requests share no forward where it is unknown.
+        rows; requests share no forward where it is unknown. ``layers``: the stage's, for whoever looks for a fault.
         """
         self.link_bytes = 0  # received on the data path; the shell counts
         self._stage = stage
         self._index = index
+        self._layers = layers
         self._clock = clock
         self._patience_s = math.inf if patience_s is None else patience_s
         self._requests: dict[int, _OpenRequest] = {}
@@ -388,6 +391,7 @@ class Worker:
         if len(rows) < len(placed.rows):
             hidden = hidden[torch.from_numpy(living)]
         node_ids = [segment.node_ids[row] for row in rows]
+        sends = self._find_broken(segment, node_ids, hidden)
         if not self._stage.is_last:
             passed_on = Segment(
                 segment.request_id,
@@ -406,13 +410,20 @@ class Worker:
             may_hint = wants_hint and self._is_hint_cheap(timing.end_s - timing.start_s)
             if may_hint and passed_on.num_prefix < len(node_ids):
                 self._passed_on.append(passed_on)
-            return [Send(Route.NEXT, passed_on)]
+            return [*sends, Send(Route.NEXT, passed_on)]
         if not request.want_features:
             node_ids, hidden = node_ids[segment.num_prefix :], hidden[segment.num_prefix :]
         result = Result(
             segment.request_id, segment.epoch, segment.segment_id, node_ids, segment.num_prefix, hidden, timings
         )
-        return [Send(Route.DRIVER, result)]
+        return [*sends, Send(Route.DRIVER, result)]
+
+    def _find_broken(self, segment: Segment, node_ids: list[int], hidden: Tensor) -> list[Send]:
+        is_finite = torch.isfinite(hidden)
+        if bool(is_finite.all()):
+            return []
+        broken = [node_ids[row] for row in np.flatnonzero(~is_finite.all(dim=-1).cpu().numpy())]
+        return [Send(Route.DRIVER, Broken(segment.request_id, segment.epoch, self._index, self._layers, broken))]
 
     def _try_hint(self, segment: Segment, hinter: Hinter) -> list[Send]:
         try:

@@ -184,6 +184,7 @@ class WorkerProcess:
                 time.perf_counter,
                 hinter=hinter,
                 forward_s=lambda num_rows: interpolate(table, num_rows),
+                layers=str(layers),
             )
         else:
             session.worker = paced_worker(stage, configure.stage, configure.emulation, hinter)
