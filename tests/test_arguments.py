@@ -117,6 +117,6 @@ def test_messages_that_are_none_are_errors(llm: LLM, checkpoint_dir: Callable[[s
             chat(messages)
     with (
         LLM(checkpoint_dir("llama"), stages=1, in_process=True) as plain,
-        pytest.raises(UsageError, match="no chat template; continue a text with generate"),
+        pytest.raises(UsageError, match="no chat template, so it cannot chat"),
     ):
         plain.chat(TALK)

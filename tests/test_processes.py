@@ -253,7 +253,10 @@ def test_a_worker_that_is_missing_is_an_error_in_time_though_another_is_ready(
     checkpoint_dir: Callable[[str], Path],
 ) -> None:
     missing = f"127.0.0.1:{_free_port('127.0.0.1')}"
-    with ready_worker() as ready, pytest.raises(WorkerError, match=f"no sign of worker 1 .{missing}. for 1 s; is it r"):
+    with (
+        ready_worker() as ready,
+        pytest.raises(WorkerError, match=f"no sign of worker 1 .{missing}. for 1 s; is 'flowspec worker' r"),
+    ):
         LLM(checkpoint_dir("llama"), workers=[missing, ready], link=LinkConfig(start_timeout_s=1.0))
 
 

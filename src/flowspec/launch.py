@@ -278,7 +278,11 @@ class RemoteCluster:
             return
         names = ", ".join(f"worker {stage} ({self._controls[stage - 1].address})" for stage in silent)
         are_up = all(self._controls[stage - 1].is_up for stage in silent)
-        question = "does it hang while it loads?" if are_up else "is it running there, and is the address right?"
+        question = (
+            "does it hang while it loads?"
+            if are_up
+            else "is 'flowspec worker' running there, and is the address right?"
+        )
         raise WorkerError(f"no sign of {names} for {self._config.start_timeout_s:.0f} s; {question}")
 
     def send(self, sends: Iterable[Send]) -> None:
