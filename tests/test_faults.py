@@ -229,6 +229,18 @@ def test_cancelling_reaches_a_prompt_within_one_chunk(checkpoint_dir: Callable[[
     assert all(b - a <= chunk for a, b in zip(before, after, strict=True))
 
 
+def test_a_prompt_that_is_cancelled_before_it_is_opened_is_not_computed(checkpoint_dir: Callable[[str], Path]) -> None:
+    """The end overtakes the beginning, on a connection of its own."""
+    pump = Pump(checkpoint_dir("llama"), 2, pipeline=PipelineConfig(prefill_chunk=8))
+    stages = make_faulty(pump)
+    pump.cancel(pump.submit([i % 90 for i in range(240)], SamplingParams(8)))
+    for link in pump.network.waiting():
+        if link.kind == "control":
+            pump._deliver(link)
+    pump.run()
+    assert not any(stage.num_rows for stage in stages)
+
+
 @pytest.mark.parametrize("schedule", ["ar", "flow", "lockstep", "pipedec", "serial", "auto"])
 def test_a_long_prompt_in_many_chunks_gives_the_same_text(checkpoint_dir: Callable[[str], Path], schedule: str) -> None:
     directory, prompt = checkpoint_dir("mistral"), tuple(i * i % 96 for i in range(100))

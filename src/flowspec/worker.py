@@ -40,6 +40,7 @@ from flowspec.model.kv_cache import Part, SlotTable
 NUM_GUESSES = 16  # tokens that a hint names for each row
 PATIENCE_S = 0.002  # a forward is interrupted no more often, to look for commits
 HINT_SHARE = 0.25  # of a forward's time; dearer hints keep the segments that follow waiting
+_MAX_ENDED = 64  # requests and epochs
 _NUM_TRIALS = 3  # hints until it is known what one takes
 
 Ints: TypeAlias = NDArray[np.int64]
@@ -158,6 +159,7 @@ class Worker:
         self._clock = clock
         self._patience_s = math.inf if patience_s is None else patience_s
         self._requests: dict[int, _OpenRequest] = {}
+        self._ended: deque[tuple[int, int]] = deque(maxlen=_MAX_ENDED)  # whose ``End`` overtook their ``Open``, maybe
         self._queue: deque[DataMessage] = deque()
         self._hinter = hinter
         self._hint_share = hint_share
@@ -179,6 +181,8 @@ class Worker:
                 # A finished request, or an older epoch of it: what the message speaks of is gone.
                 if request is not None and request.epoch == message.epoch:
                     self._control(request, message)
+                elif isinstance(message, End):
+                    self._ended.append((message.request_id, message.epoch))
             case Open() | Segment() | Reserve() | Close() | Forget():
                 self._queue.append(message)
             case _:
@@ -260,6 +264,7 @@ class Worker:
         self._requests[message.request_id] = _OpenRequest(
             message.epoch, cache, message.want_features, message.want_hints
         )
+        self._requests[message.request_id].is_over = (message.request_id, message.epoch) in self._ended
 
     def _close(self, message: Close) -> None:
         request = self._requests.pop(message.request_id, None)
