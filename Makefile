@@ -3,8 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+NEWEST := .venv-newest
+# Torch for processors alone; its package at PyPI brings gigabytes for graphics cards.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: setup browser demo test lint types results demo-model clean
+.PHONY: setup browser demo test test-newest lint types results demo-model clean
 
 setup: $(STAMP)
 
@@ -38,6 +41,14 @@ browser:
 test: lint types browser
 	$(BIN)/python -m pytest
 
+# The tests once more, with the newest version of everything that pyproject.toml allows.
+test-newest: pyproject.toml
+	$(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check --extra-index-url $(TORCH_INDEX) \
+	  --upgrade --upgrade-strategy eager -e '.[dev]'
+	$(NEWEST)/bin/python -m pip list --disable-pip-version-check
+	$(NEWEST)/bin/python -m pytest $(TESTS)
+
 # Simulates everything that docs/RESULTS.md shows of clusters, and writes it there.
 results: setup
 	$(BIN)/python benchmarks/results.py
@@ -47,4 +58,4 @@ demo-model: setup
 	$(BIN)/python -m flowspec.train.demo
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache build src/*.egg-info
+	rm -rf $(VENV) $(NEWEST) .pytest_cache .ruff_cache build src/*.egg-info

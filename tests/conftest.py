@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import settings
 
+from command_line import Done, Run, run_here
 from tiny_models import make_checkpoint, make_draft_head
 
 torch.set_num_threads(1)
@@ -28,3 +29,13 @@ def checkpoint_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], 
         return made[family]
 
     return get
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
+    """``flowspec`` in this process."""
+
+    def run(*arguments: str, stdin: str = "") -> Done:
+        return run_here(monkeypatch, capfd, arguments, stdin)
+
+    return run

@@ -13,6 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from command_line import apart_from_progress
 from flowspec.core import Partition
 from flowspec.device_list import DeviceList
 from flowspec.errors import UsageError
@@ -124,4 +125,4 @@ def test_a_users_mistake_is_one_line(arguments: list[str], message: str, code: i
             env={**os.environ, "FLOWSPEC_API_KEY": "k"},
         )
     assert (run.returncode, run.stdout) == (code, "")
-    assert message in run.stderr and run.stderr.count("\n") == 1, run.stderr
+    assert message in run.stderr and apart_from_progress(run.stderr).count("\n") == 1, run.stderr

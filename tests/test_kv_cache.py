@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +14,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from flowspec.errors import ProtocolError
-from flowspec.model.kv_cache import KVCache, SlotTable
+from flowspec.model.kv_cache import CACHE_ARGUMENT, KVCache, SlotTable
+from tiny_models import FAMILIES, make_model
 
 ROOT, NO_NODE = 100, 99
 
@@ -300,3 +303,11 @@ def test_slots_that_were_never_written_hold_no_nan() -> None:
     keys, values = cache.update(rows(1), rows(1), layer_idx=0)
     assert not keys[:, :, :199].any()
     assert not values[:, :, :199].any()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layers_and_models_take_a_cache_by_this_name(family: str) -> None:
+    """A name that they do not know would be swallowed by their ``**kwargs``, and the cache never be used."""
+    model: Any = make_model(family)
+    for module in (model, model.model, model.model.layers[0], model.model.layers[0].self_attn):
+        assert CACHE_ARGUMENT in inspect.signature(module.forward).parameters

@@ -18,7 +18,7 @@ from transformers import AutoModel, GPT2Config, PreTrainedConfig
 
 from flowspec import LLM, SamplingParams
 from flowspec.errors import ModelError
-from flowspec.model import loader
+from flowspec.model import hub, loader
 from flowspec.model.loader import EMBEDDING, LM_HEAD, Checkpoint, demo_directory, demo_draft_directory
 from tiny_models import VOCAB_SIZE, make_checkpoint, make_tokenizer_files
 
@@ -312,7 +312,7 @@ class FakeHub:
         self.missing = missing
         self.fetched: list[str] = []
 
-    def __call__(self, repository: str, filename: str) -> str:
+    def __call__(self, repository: str, filename: str, **options: object) -> str:
         self.fetched.append(filename)
         path = self.directory / filename
         if not path.is_file():
@@ -321,19 +321,19 @@ class FakeHub:
 
 
 def test_a_hub_name_fetches_only_what_is_used(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    hub = FakeHub(saved)
-    monkeypatch.setattr(loader, "hf_hub_download", hub)
+    fake = FakeHub(saved)
+    monkeypatch.setattr(hub, "hf_hub_download", fake)
     checkpoint = Checkpoint.open("owner/model")
-    assert hub.fetched == ["config.json"]
+    assert fake.fetched == ["config.json"]
     checkpoint.load_embedding("float32", "cpu")
     shard = checkpoint.shard_of(EMBEDDING)
-    assert hub.fetched == ["config.json", "model.safetensors", "model.safetensors.index.json", shard]
+    assert fake.fetched == ["config.json", "model.safetensors", "model.safetensors.index.json", shard]
     assert checkpoint.eos_token_ids == frozenset()
 
 
 def test_files_that_the_hub_does_not_have_are_named(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for missing in (EntryNotFoundError, LocalEntryNotFoundError):
-        monkeypatch.setattr(loader, "hf_hub_download", FakeHub(saved, missing))
+        monkeypatch.setattr(hub, "hf_hub_download", FakeHub(saved, missing))
         with pytest.raises(ModelError, match=r"owner/model: other\.json is missing"):
             Checkpoint.open("owner/model").path("other.json")
 
@@ -346,10 +346,10 @@ def test_a_hub_name_that_is_not_reachable_says_what_to_do(tmp_path: Path, monkey
 
 
 def test_a_hub_that_refuses_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(repository: str, filename: str) -> str:
+    def refuse(repository: str, filename: str, **options: object) -> str:
         raise OSError("401 Unauthorized\nand a long page")
 
-    monkeypatch.setattr(loader, "hf_hub_download", refuse)
+    monkeypatch.setattr(hub, "hf_hub_download", refuse)
     with pytest.raises(ModelError, match=r"does not give it \(401 Unauthorized\); check the name"):
         Checkpoint.open("owner/model")
 

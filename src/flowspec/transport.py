@@ -18,7 +18,7 @@ from typing import Any, Literal
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
-from flowspec.errors import UsageError, WorkerError
+from flowspec.errors import UsageError
 from flowspec.messages import Codec, Message, Route, Send, ToDriver
 
 DRIVER = 0  # the place of the driver; workers are 1, 2, ...
@@ -178,7 +178,7 @@ class Listener:
     """A worker's bound socket: takes messages of all connections, answers on the drivers' control connections."""
 
     def __init__(self, context: zmq.Context[Any], address: str, heartbeat_s: float) -> None:
-        """Raises ``UsageError`` for what is no address, ``WorkerError`` when it cannot be bound."""
+        """Raises ``UsageError`` for what is no address, or cannot be bound."""
         endpoint = tcp_endpoint(address)
         self._socket = context.socket(zmq.ROUTER)
         _set_common_options(self._socket, heartbeat_s)
@@ -192,7 +192,7 @@ class Listener:
             hint = {errno.EADDRINUSE: "the port is in use; choose another"}.get(
                 error.errno or 0, "is it an address of this machine?"
             )
-            raise WorkerError(f"cannot listen on {address}: {error.strerror or error}; {hint}") from None
+            raise UsageError(f"cannot listen on {address}: {error.strerror or error}; {hint}") from None
 
     @property
     def socket(self) -> zmq.Socket[bytes]:

@@ -76,9 +76,13 @@ class WorkerProcess:
     """Serves sessions on one address until it is told to end."""
 
     def __init__(self, address: str, heartbeat_s: float, device: str = "cpu") -> None:
-        """Raises ``WorkerError`` when the address cannot be bound."""
+        """Raises ``UsageError`` when the address cannot be bound."""
         self._context: zmq.Context[Any] = zmq.Context()
-        self._listener = Listener(self._context, address, heartbeat_s)
+        try:
+            self._listener = Listener(self._context, address, heartbeat_s)
+        except BaseException:
+            self._context.term()
+            raise
         self._device = device
         self._poller = zmq.Poller()
         self._poller.register(self._listener.socket, zmq.POLLIN)
@@ -346,4 +350,5 @@ def fork_workers(threads: int, device: str, addresses: list[str]) -> None:
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.ERROR, format="flowspec worker: %(message)s")
+    logging.getLogger("flowspec.hub").setLevel(logging.INFO)  # downloads are long, and seldom
     fork_workers(int(sys.argv[1]), sys.argv[2], sys.argv[3:])

@@ -66,7 +66,8 @@ def serve(
                 progress.stop()
                 app = create_app(engine, config, feed, served_model_name)
                 url, name = listening.url, app.state.api.model
-                stderr.print(f"{name} in stages {engine.partition}: {url}/v1, dashboard {url}/; end it with Ctrl-C")
+                told = f"{name} in stages {engine.partition}: {url}/v1, dashboard {url}/; end it with Ctrl-C"
+                stderr.print(told, markup=False, soft_wrap=True)
                 run(app, listening, verbose)
                 if (failure := app.state.api.service.failure) is not None:
                     raise WorkerError(failure)

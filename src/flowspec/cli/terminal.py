@@ -32,8 +32,14 @@ def errors_in_one_line(verbose: bool, is_service: bool = False) -> Iterator[None
     logging.basicConfig(
         level=logging.DEBUG if verbose else logging.WARNING, format="flowspec: %(message)s", stream=sys.stderr
     )
-    for name in ("transformers", "huggingface_hub", "httpx", "httpcore", "matplotlib"):
+    logging.getLogger("flowspec.hub").setLevel(logging.INFO)  # downloads are long, and seldom
+    for name in ("httpx", "httpx2", "httpcore", "matplotlib"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    if not verbose:
+        # These set up their loggers when they are loaded, here and in worker processes, by what stands here.
+        for name in ("TRANSFORMERS_VERBOSITY", "HF_HUB_VERBOSITY"):
+            os.environ.setdefault(name, "error")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # A terminated driver ends its workers as an interrupted one does.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0 if is_service else 128 + number))
     try:

@@ -26,6 +26,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRot
 
 from flowspec.core import DType
 from flowspec.errors import ModelError
+from flowspec.model.kv_cache import CACHE_ARGUMENT
 from flowspec.model.loader import save_tensors
 
 _CONFIG, _SAFETENSORS, _BIN = "config.json", "model.safetensors", "pytorch_model.bin"
@@ -37,7 +38,9 @@ _EAGLE3_KEYS = ("midlayer.", "d2t", "t2d")
 class DraftCache(Protocol):
     """Where the head keeps keys and values, [B, heads, rows, head size]; ``layer_idx`` is always 0."""
 
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, /) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, /, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         """Take the new rows; return all that the mask's columns speak of."""
         ...
 
@@ -89,9 +92,9 @@ class EagleHead(nn.Module):
             rows,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=cache,
             use_cache=cache is not None,
             position_embeddings=self.rotary_emb(rows, position_ids),
+            **{CACHE_ARGUMENT: cache},
         )
 
     @classmethod

@@ -8,6 +8,7 @@ This module knows nodes, slots and masks; it knows nothing of layers' arithmetic
 from __future__ import annotations
 
 import heapq
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -16,10 +17,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from transformers import Cache
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from flowspec.errors import ProtocolError
 
 Ints = Sequence[int] | NDArray[np.integer[Any]]
+
+# The argument by which transformers' layers and models take a cache: from 5.24 on under the new name.
+CACHE_ARGUMENT = "cache" if "cache" in inspect.signature(LlamaDecoderLayer.forward).parameters else "past_key_values"
 
 NO_NODE = -2  # a root that never comes
 INITIAL_CAPACITY = 256  # slots of a new cache; doubled whenever they run out

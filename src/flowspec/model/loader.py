@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError, StrictDataclassError
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from flowspec.core import DType, SamplingParams
 from flowspec.errors import ModelError, UsageError
+from flowspec.model.hub import fetch
 
 SUPPORTED = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}  # model_type -> family
 DEMO = "demo"
@@ -48,7 +48,14 @@ def check_device(device: str) -> None:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"device {device!r} cannot be used here ({_first_line(error)}); try cpu or cuda:0") from error
+        reason = _first_line(error).rstrip(".")
+        raise UsageError(f"device {device!r} cannot be used here ({reason}); give {' or '.join(_devices())}") from error
+
+
+def _devices() -> list[str]:
+    """What torch can use here."""
+    accelerators = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    return ["cpu", *accelerators, *(["mps"] if torch.backends.mps.is_available() else [])]
 
 
 def demo_draft_directory() -> Path:
@@ -285,23 +292,7 @@ def _find(name: str, directory: Path | None, filename: str) -> Path | None:
     if directory is not None:
         path = directory / filename
         return path if path.is_file() else None
-    try:
-        return Path(hf_hub_download(name, filename))
-    except LocalEntryNotFoundError as error:
-        # Offline, the hub's cache cannot tell a file that does not exist from one that was never fetched.
-        if filename != "config.json":
-            return None
-        raise ModelError(
-            f"{name} is no directory here, and the hub cannot be reached; connect once to download it, "
-            "or give the directory of a downloaded model"
-        ) from error
-    except EntryNotFoundError:
-        return None
-    except (OSError, HFValidationError) as error:  # the hub's HTTP errors are OSErrors
-        raise ModelError(
-            f"{name} is no directory here, and the hub does not give it ({_first_line(error)}); check the name, "
-            "and log in with `hf auth login` if it is private or gated"
-        ) from error
+    return fetch(name, filename)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedCon
 
 from flowspec.core import DType, LayerRange
 from flowspec.errors import ModelError
-from flowspec.model.kv_cache import JointCache, KVCache, Part, SlotTable
+from flowspec.model.kv_cache import CACHE_ARGUMENT, JointCache, KVCache, Part, SlotTable
 from flowspec.model.loader import EMBEDDING, FINAL_NORM, Checkpoint
 
 # Rotary embeddings whose frequencies do not depend on the length of the text, so that all segments agree on them.
@@ -122,9 +122,9 @@ class Stage:
                 hidden,
                 attention_mask=masks[layer_type],
                 position_ids=positions,
-                past_key_values=cache,
                 use_cache=True,
                 position_embeddings=rotation,
+                **{CACHE_ARGUMENT: cache},
             )
         yield (hidden if self._norm is None else self._norm(hidden))[0]
 

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, PreTra
 
 from flowspec.errors import ModelError, UsageError
 from flowspec.model.eagle_head import EagleHead
+from flowspec.model.kv_cache import CACHE_ARGUMENT
 from flowspec.model.loader import DEMO, Checkpoint, demo_directory
 from flowspec.train.corpus import Tokens, shuffled_rows, windows
 from flowspec.train.loop import TrainingProgress, run_steps, write_atomically
@@ -333,9 +334,9 @@ def continue_rows(model: Any, given: Tensor, length: int, temperatures: Tensor, 
         output = model(
             input_ids=rows[:, begin:end].to(model.device),
             position_ids=torch.arange(begin, end, device=model.device)[None].expand(num_rows, -1),
-            past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
+            **{CACHE_ARGUMENT: cache},
         )
         logits = output.logits[:, -1].float().cpu()
         drawn = torch.multinomial((logits / temperatures.clamp(min=1e-6)[:, None]).softmax(-1), 1, generator=generator)

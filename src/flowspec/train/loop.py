@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Any, Protocol
 
 import torch
+from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
 
@@ -135,6 +136,7 @@ class TrainingProgress:
             TextColumn("{task.percentage:>3.0f}%  {task.fields[report]}"),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
+            console=Console(stderr=True),
         )
         self._task: TaskID | None = None
 
