@@ -10,6 +10,7 @@ import os
 import pty
 import re
 import select
+import shutil
 import signal
 import socket
 import struct
@@ -18,7 +19,7 @@ import sys
 import termios
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -26,9 +27,13 @@ import httpx
 import psutil
 import pytest
 
-from flowspec import LLM
+from flowspec import LLM, SamplingParams
 from flowspec.cli.chat import Conversation
+from flowspec.cli.keyboard import Pipe
+from flowspec.config import ServerConfig
 from flowspec.errors import FlowspecError, UsageError
+from flowspec.server.app import create_app
+from flowspec.server.feed import Feed
 from flowspec.talk.local import LocalTalker
 from flowspec.talk.server import ServerTalker, read_events
 from flowspec.talk.talker import Settings
@@ -37,6 +42,7 @@ from tiny_models import make_checkpoint
 COMMAND = [sys.executable, "-m", "flowspec"]
 KEY = "open-sesame"
 TEMPLATE = "{% for message in messages %}t1 {{ message['content'] }} {% endfor %}t2"
+PROMPT = r"\n>"
 NUM_POSITIONS = 20_000  # an answer takes long enough to be stopped
 
 
@@ -106,9 +112,14 @@ def chat(*options: str, stdin: str = "", key: str | None = KEY) -> subprocess.Co
 
 
 class Terminal:
-    """`flowspec chat` at a terminal of its own."""
+    """`flowspec chat` at a terminal of its own.
 
-    def __init__(self, *options: str) -> None:
+    ``wait_for`` sees the text without what moves the cursor, which may stand for a space.
+    """
+
+    _CONTROLS = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b[=>78]|[\r\x08]")
+
+    def __init__(self, state: Path, *options: str) -> None:
         self._screen, inner = pty.openpty()
         fcntl.ioctl(inner, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
 
@@ -123,27 +134,38 @@ class Terminal:
             stderr=inner,
             start_new_session=True,
             preexec_fn=prepare,
-            env=os.environ | {"TERM": "xterm", "FLOWSPEC_API_KEY": KEY},
+            # This terminal does not say where its cursor is.
+            env=os.environ
+            | {"TERM": "xterm", "FLOWSPEC_API_KEY": KEY, "XDG_STATE_HOME": str(state), "PROMPT_TOOLKIT_NO_CPR": "1"},
         )
         os.close(inner)
-        self.shown = ""
+        self._raw = ""
+        self._num_seen = 0
+
+    @property
+    def shown(self) -> str:
+        """What nobody has waited for yet."""
+        return self._CONTROLS.sub("", self._raw)[self._num_seen :]
 
     def type(self, text: str) -> None:
-        os.write(self._screen, text.encode())
+        for start in range(0, len(text), 512):
+            os.write(self._screen, text[start : start + 512].encode())
+            self._read(0)  # else neither side could write
 
     def wait_for(self, pattern: str) -> str:
         """What was shown before, and with it."""
         deadline = time.monotonic() + 40
         while (found := re.search(pattern, self.shown, re.DOTALL)) is None:
-            assert time.monotonic() < deadline and self._read(), self.shown
-        text, self.shown = self.shown[: found.end()], self.shown[found.end() :]
+            assert time.monotonic() < deadline and self._read(), repr(self.shown[-2000:])
+        text = self.shown[: found.end()]
+        self._num_seen += found.end()
         return text
 
-    def _read(self) -> bool:
-        if not select.select([self._screen], [], [], 1)[0]:
+    def _read(self, wait_s: float = 1) -> bool:
+        if not select.select([self._screen], [], [], wait_s)[0]:
             return True
         try:
-            self.shown += os.read(self._screen, 65536).decode(errors="replace")
+            self._raw += os.read(self._screen, 65536).decode(errors="replace")
         except OSError:  # the other end is closed
             return False
         return True
@@ -180,28 +202,97 @@ def test_a_conversation_is_sent_as_a_whole(server: Server) -> None:
     assert "\x1b" not in done.stdout + done.stderr, "nothing but text in a pipe"
 
 
-def test_ctrl_c_stops_an_answer_at_the_server_and_then_ends_the_chat(server: Server) -> None:
-    with Terminal("--url", server.url) as terminal:
-        terminal.wait_for("> ")
+def until(is_so: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_ctrl_c_stops_an_answer_keeps_what_was_typed_and_leaves_when_asked_twice(
+    server: Server, tmp_path: Path
+) -> None:
+    with Terminal(tmp_path, "--url", server.url) as terminal:
+        terminal.wait_for(PROMPT)
         for _ in range(2):
-            terminal.type("t3 t4\n")
-            text = terminal.wait_for(r"tokens/s\x1b8.*tokens/s\x1b8")
-            assert "\x1b[1;23r" in text, "the text scrolls above the status line"
+            terminal.type("t3 t4\r")
+            terminal.wait_for(r"t3 ?t4\n.*t\d")
             assert server.num_running == 1
+            terminal.type("t5 t6")  # while the answer is printed
+            time.sleep(0.1)
             terminal.type("\x03")
-            text = terminal.wait_for(r"tokens/s, the first after .*> ")
-            assert "\x1b[r" in text, "and then in the whole terminal again"
-            deadline = time.monotonic() + 10
-            while server.num_running:
-                assert time.monotonic() < deadline, "the answer goes on at the server"
-                time.sleep(0.02)
-        terminal.type("/nonsense\n")
-        terminal.wait_for(r"error: there is no command /nonsense.*> ")
-        terminal.type("t" + "3" * 40_000 + "\\\n")
-        terminal.wait_for(r"\.\.\. ")
+            text = terminal.wait_for(r"tokens/s, the first after [^\n]*\n> ?t5 ?t6")
+            assert len(re.findall("t5 ?t6", text)) == 1, "it is not shown inside the answer"
+            until(lambda: server.num_running == 0)
+            terminal.type("\x03")  # gives up what was typed, and nothing else
+            terminal.wait_for(PROMPT)
+        terminal.type("/nonsense\r")
+        terminal.wait_for(r"error: there is no command /nonsense[^>]*\n>")
+        terminal.type("t" + "3" * 5_000 + "\\\r")
+        terminal.wait_for(r"\n\.\.\.")
+        terminal.type("\x03")
+        terminal.wait_for(PROMPT)
+        terminal.type("\x03")
+        terminal.wait_for(r"Ctrl-C again leaves[^>]*\n>")
+        terminal.type("/help\r")
+        terminal.wait_for(r"/save FILE .*stops an answer[^>]*\n>")
+        terminal.type("\x03")
+        terminal.wait_for(r"Ctrl-C again leaves[^>]*\n>")
         terminal.type("\x03")
         assert terminal.end() == 0, terminal.shown
-    assert "Traceback" not in terminal.shown
+        assert "the conversation is kept in" in terminal.shown and "Traceback" not in terminal.shown
+    (kept,) = (tmp_path / "flowspec" / "chats").iterdir()
+    assert kept.stat().st_mode & 0o777 == 0o600
+    messages = json.loads(kept.read_text())["messages"]
+    assert [message["role"] for message in messages] == ["user", "assistant"] * 2
+    assert messages[0]["content"] == "t3 t4" and messages[1]["content"]
+
+
+def test_a_question_typed_during_an_answer_is_the_next_one(server: Server, tmp_path: Path) -> None:
+    with Terminal(tmp_path, "--url", server.url, "--max-new-tokens", "700", "--temperature", "0") as terminal:
+        terminal.wait_for(PROMPT)
+        terminal.type("t3 t4\r")
+        terminal.wait_for(r"t3 ?t4\n.*t\d")
+        terminal.type("/system t9\rt5\x7ft6\r")
+        terminal.wait_for(r"700 tokens.*\n>[^\n]*/system ?t9[^\n]*\n>[^\n]*tt6.*700 tokens.*\n>")
+        terminal.type("/save " + str(tmp_path / "talk.json") + "\r")
+        terminal.wait_for(r"saved in.*\n>")
+        terminal.type("\x04")
+        assert terminal.end() == 0
+    saved = json.loads((tmp_path / "talk.json").read_text())
+    assert (saved["system"], saved["messages"][2]) == ("t9", {"role": "user", "content": "tt6"})
+
+
+def test_a_conversation_that_was_kept_goes_on(server: Server, tmp_path: Path) -> None:
+    options = ("--url", server.url, "--temperature", "0", "--max-new-tokens", "9")
+    told = f"/system t7\nt3 t4\n/save {tmp_path / 'talk.json'}\nt5\n"
+    whole = chat(*options, stdin=told)
+    rest = chat(*options, stdin=f"/load {tmp_path / 'talk.json'}\nt5\n")
+    assert rest.returncode == 0, rest.stderr
+    assert whole.stdout.splitlines()[1] == rest.stdout.strip()
+    assert (tmp_path / "talk.json").stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("/save", "wants a file"),
+        ("/save /no/such/place/talk.json", "cannot write /no/such/place/talk.json"),
+        ("/load /no/such/file", "cannot read /no/such/file"),
+        ("/load {wrong}", "is no conversation of flowspec chat"),
+        ("/load", "no conversation is kept"),
+        ("/temperature hot", "/temperature hot: could not convert"),
+    ],
+)
+def test_a_command_that_cannot_be_obeyed_says_why(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, command: str, message: str
+) -> None:
+    wrong = tmp_path / "wrong.json"
+    wrong.write_text('{"messages": "none"}')
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    monkeypatch.setattr(sys, "stdin", io.StringIO(command.format(wrong=wrong) + "\n"))
+    with talking() as (talker, _), pytest.raises(UsageError, match=re.escape(message)):
+        Conversation(talker, Settings(), "").run(Pipe())
 
 
 @pytest.mark.parametrize(
@@ -226,22 +317,24 @@ def test_errors_are_one_line(server: Server, options: list[str], key: str | None
     assert message in done.stderr and done.stderr.count("\n") == 1 and not done.stdout, done.stderr
 
 
-def test_without_a_chat_template_each_text_is_continued_until_the_server_hangs_and_dies(model: Path) -> None:
+def test_without_a_chat_template_each_text_is_continued_until_the_server_hangs_and_dies(
+    model: Path, tmp_path: Path
+) -> None:
     options = ("--max-new-tokens", "15000", "--temperature", "0", "--timeout", "2")
-    with serving(model) as server, Terminal("--url", server.url, *options) as terminal:
-        terminal.wait_for("> ")
-        terminal.type("t3 t4\n")
-        shown = terminal.wait_for("continued, each text by itself.*tokens/s")
+    with serving(model) as server, Terminal(tmp_path, "--url", server.url, *options) as terminal:
+        terminal.wait_for(PROMPT)
+        terminal.type("t3 t4\r")
+        shown = terminal.wait_for(r"continued, each text by itself.*(t\d+ ){6}")
         assert "plain0 has no chat template" in shown and server.complete("t3 t4", 5) in shown
         server.process.send_signal(signal.SIGSTOP)
-        terminal.wait_for("error: http.* has said nothing for 2 s.*> ")
+        terminal.wait_for(r"error: http.* has said nothing for 2 s.*\n>")
         server.process.send_signal(signal.SIGCONT)
-        terminal.type("t3 t4\n")
-        assert "has no chat template" not in terminal.wait_for("tokens/s")
+        terminal.type("t3 t4\r")
+        assert "has no chat template" not in terminal.wait_for(r"t3 ?t4\n.*t\d")
         server.process.kill()
-        terminal.wait_for("error: (lost|the server ended).*> ")
-        terminal.type("t3 t4\n")
-        terminal.wait_for("error: (cannot reach|lost) .*> ")
+        terminal.wait_for(r"error: (lost|the server ended).*\n>")
+        terminal.type("t3 t4\r")
+        terminal.wait_for(r"error: (cannot reach|lost) .*\n>")
         terminal.type("\x04")
         assert terminal.end() == 0
 
@@ -337,7 +430,7 @@ def test_in_process_a_conversation_is_sent_as_a_whole(
     monkeypatch.setattr(sys, "stdin", typed)
     with LLM(chat_model, stages=2, in_process=True) as llm:
         told: list[str] = []
-        Conversation(LocalTalker(llm, told.append), Settings({"max_tokens": 9, "temperature": 0.0}), "t7").run()
+        Conversation(LocalTalker(llm, told.append), Settings({"max_tokens": 9, "temperature": 0.0}), "t7").run(Pipe())
     first = server.complete("t1 t7 t1 t3 t4 t2", 9)
     second = server.complete(f"t1 t7 t1 t3 t4 t1 {first} t1 t5 t2", 9)
     shown = capsys.readouterr()
@@ -345,20 +438,37 @@ def test_in_process_a_conversation_is_sent_as_a_whole(
     assert shown.err.count("9 tokens, ") == shown.err.count("\n") == 2
 
 
-def test_in_process_the_demo_stops_goes_on_and_ends_with_a_dead_worker() -> None:
-    with Terminal("--stages", "2", "--max-new-tokens", "400", "--temperature", "0.8", "--seed", "3") as terminal:
-        terminal.wait_for("has no chat template.*> ")
+def test_in_process_the_demo_stops_goes_on_and_ends_with_a_dead_worker(tmp_path: Path) -> None:
+    options = ("--stages", "2", "--max-new-tokens", "400", "--temperature", "0.8", "--seed", "3")
+    with Terminal(tmp_path, *options) as terminal:
+        terminal.wait_for(r"has no chat template.*\n>")
         children = psutil.Process(terminal.process.pid).children(recursive=True)
-        terminal.type("import os\n")
-        terminal.wait_for("tokens/s")
+        terminal.type("import os\r")
+        terminal.wait_for(r"import ?os\n.*\n")
         terminal.type("\x03")
-        terminal.wait_for("the first after .*> ")
-        terminal.type("class Queue:\\\n    def __init__(self):\n")
-        assert re.search(r"400 tokens, .* accepted per draft", terminal.wait_for("400 tokens.*> "))
+        terminal.wait_for(r"the first after [^\n]*\n>")
+        terminal.type("class Queue:\\\r    def __init__(self):\r")
+        assert re.search(r"400 tokens, .* accepted per draft", terminal.wait_for(r"400 tokens[^\n]*\n>"))
         max(children, key=lambda child: child.pid).kill()
-        terminal.type("import os\n")
+        terminal.type("import os\r")
         assert terminal.end() == 1
         assert re.search("flowspec: error: .*worker 2.*\n", terminal.shown)
         assert "Traceback" not in terminal.shown
     _, alive = psutil.wait_procs(children, timeout=5)
     assert not alive
+
+
+def test_the_model_decides_where_nothing_is_said_as_at_a_server(
+    chat_model: Path, server: Server, tmp_path: Path
+) -> None:
+    """The temperature was 0 in this process, and the model's own at a server."""
+    told = [{"role": "user", "content": "t3 t4"}]
+    for wanted in ({"do_sample": True, "temperature": 0.7, "top_k": 9}, {"do_sample": False}, {}):
+        directory = tmp_path / f"model{len(list(tmp_path.iterdir()))}"
+        shutil.copytree(chat_model, directory)
+        (directory / "generation_config.json").write_text(json.dumps(wanted))
+        with LLM(directory, stages=1, in_process=True) as llm:
+            api = create_app(llm.engine, ServerConfig(), Feed(None)).state.api
+            pieces = list(LocalTalker(llm, print).reply(told, Settings({"max_tokens": 9, "seed": 5})))
+            params = SamplingParams(**{**api.defaults, "max_tokens": 9, "seed": 5})
+            assert "".join(piece.text for piece in pieces) == llm.chat(told, params).text

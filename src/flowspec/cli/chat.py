@@ -7,10 +7,12 @@ import re
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from flowspec.cli.keyboard import Source, keyboard
 from flowspec.cli.options import (
     DEFAULT_MODEL,
     DEFAULT_PLACES,
@@ -22,16 +24,19 @@ from flowspec.cli.options import (
     Verbose,
     changed,
 )
-from flowspec.cli.terminal import StatusLine, TerminalProgress, errors_in_one_line, stderr
+from flowspec.cli.terminal import TerminalProgress, errors_in_one_line, stderr
 from flowspec.errors import FlowspecError, UsageError
 from flowspec.talk.talker import Message, Piece, Settings, Talker
+from flowspec.talk.transcript import Transcript, new_file, newest_file
 
 HELP = """\
 /system TEXT    how the model should behave; without TEXT, as it likes
 /temperature X  0 always takes the most probable token
 /reset          forget what was said
+/save FILE      write down what was said
+/load FILE      go on with what was written down; without FILE, with what was said the last time
 /quit           end, as Ctrl-D does
-A backslash at the end of a line goes on in the next one. Ctrl-C stops an answer."""
+Alt-Enter begins a new line, and so does a backslash at the end of one. Ctrl-C stops an answer."""
 
 _FOR_A_SERVER_TOO = {"--model", "--timeout"}
 
@@ -73,7 +78,8 @@ def chat(
             llm = stack.enter_context(LLM(**arguments, progress=progress))
             progress.stop()
             talker = LocalTalker(llm, _tell)
-        Conversation(talker, settings, system).run()
+        with keyboard() as source:
+            Conversation(talker, settings, system).run(source)
 
 
 class Conversation:
@@ -84,48 +90,91 @@ class Conversation:
         self._settings = settings
         self._system = system
         self._said: list[Message] = []
-        self._is_interactive = sys.stdin.isatty()
+        self._file: Path | None = None  # where a terminal's conversation is kept, from its first turn on
+        self._keeps = True
 
-    def run(self) -> None:
+    def run(self, source: Source) -> None:
         """Until the input ends. At a terminal, an error or Ctrl-C ends one turn; from a pipe, everything."""
-        if self._is_interactive:
-            import readline  # noqa: F401  (lends its line editing to ``input``)
-
+        if source.is_interactive:
             _tell(f"{self._talker.name}: /help tells what can be typed, Ctrl-D ends")
-        for text in _typed(self._is_interactive):
+        self._keeps = source.is_interactive
+        is_leaving = False
+        while True:
             try:
-                if text.split()[0] == "/quit":
-                    return
+                text = source.read()
+            except EOFError:
+                break
+            except KeyboardInterrupt:
+                if not source.is_interactive:
+                    raise
+                if is_leaving:
+                    break
+                is_leaving = True
+                _tell("Ctrl-C again leaves, as Ctrl-D does")
+                continue
+            is_leaving = False
+            try:
+                if text.split()[:1] == ["/quit"]:
+                    break
                 if not self._obey(text):
                     self._speak(text)
             except FlowspecError as error:
-                if not self._is_interactive or self._talker.is_gone:
+                if not source.is_interactive or self._talker.is_gone:
                     raise
                 print(f"flowspec: error: {error}", file=sys.stderr)
             except KeyboardInterrupt:
-                if not self._is_interactive:
+                if not source.is_interactive:
                     raise
+        if self._file is not None:
+            _tell(f"the conversation is kept in {self._file}; /load takes it up again")
 
     def _obey(self, text: str) -> bool:
         """Whether it was a command."""
         command, _, rest = text.strip().partition(" ")
+        rest = rest.strip()
         match command:
             case "/help":
                 _tell(HELP)
             case "/reset":
-                self._said = []
+                self._said, self._file = [], None
             case "/system":
-                self._system = rest.strip()
+                self._system = rest
             case "/temperature":
                 try:
                     self._settings = self._settings.changed(temperature=float(rest))
                 except ValueError as error:  # ``UsageError`` is one
                     raise UsageError(f"/temperature {rest}: {error}") from None
+            case "/save":
+                if not rest:
+                    raise UsageError("/save wants a file")
+                self._transcript.save(Path(rest).expanduser())
+                _tell(f"saved in {rest}")
+            case "/load":
+                path = Path(rest).expanduser() if rest else newest_file()
+                loaded = Transcript.load(path)
+                self._said, self._system, self._file = loaded.messages, loaded.system, None
+                _tell(f"{path}: {len(self._said)} messages, with {loaded.model}")
             case _ if re.fullmatch("/[a-z]+", command):
                 raise UsageError(f"there is no command {command}; /help tells those there are")
             case _:
                 return False
         return True
+
+    @property
+    def _transcript(self) -> Transcript:
+        return Transcript(self._talker.name, self._system, self._said)
+
+    def _add(self, question: Message, answer: str) -> None:
+        """A terminal's conversation is kept turn by turn, so that nothing that ends it loses it."""
+        self._said += [question, {"role": "assistant", "content": answer}]
+        if not self._keeps:
+            return
+        try:
+            self._file = self._file or new_file()
+            self._transcript.save(self._file)
+        except UsageError as error:
+            self._keeps, self._file = False, None
+            _tell(f"the conversation is not kept: {error}")
 
     def _speak(self, text: str) -> None:
         """One turn. What came of an answer that was stopped has been said; of one that failed, nothing has."""
@@ -140,10 +189,10 @@ class Conversation:
             raise
         except KeyboardInterrupt:
             answer.end()
-            self._said += [question, {"role": "assistant", "content": answer.text}]
+            self._add(question, answer.text)
             raise
         answer.end()
-        self._said += [question, {"role": "assistant", "content": answer.text}]
+        self._add(question, answer.text)
 
 
 class Answer:
@@ -157,13 +206,10 @@ class Answer:
         self._last = (self._start_s, 0)
 
     def show(self, pieces: Iterator[Piece]) -> None:
-        with StatusLine() as status:
-            for piece in pieces:
-                self._note(piece)
-                sys.stdout.write(piece.text)
-                sys.stdout.flush()
-                if self._last != self._first and piece.num_tokens:
-                    status.show(f"{self._tokens_per_s:.1f} tokens/s")
+        for piece in pieces:
+            self._note(piece)
+            sys.stdout.write(piece.text)
+            sys.stdout.flush()
 
     def _note(self, piece: Piece) -> None:
         self.text += piece.text
@@ -191,30 +237,6 @@ class Answer:
         if self._accepted_per_draft is not None:
             figures += f", {self._accepted_per_draft:.2f} accepted per draft"
         _tell(figures)
-
-
-def _typed(is_interactive: bool) -> Iterator[str]:
-    """What the user types, blank lines left out; at a terminal, Ctrl-C ends it as Ctrl-D does."""
-    sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
-    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
-    shows_prompt = is_interactive and sys.stdout.isatty()
-    lines: list[str] = []
-    while True:
-        try:
-            line = input(("... " if lines else "> ") if shows_prompt else "")
-        except (EOFError, KeyboardInterrupt) as error:
-            if isinstance(error, KeyboardInterrupt) and not is_interactive:
-                raise
-            if shows_prompt:
-                print()
-            break
-        lines.append(line.removesuffix("\\"))
-        if not line.endswith("\\"):
-            if text := "\n".join(lines).strip("\n"):
-                yield text
-            lines = []
-    if lines and not is_interactive:
-        yield "\n".join(lines)
 
 
 def _tell(text: str) -> None:

@@ -108,46 +108,6 @@ def progress_bar() -> Iterator[TerminalProgress]:
         progress.stop()
 
 
-class StatusLine:
-    """A line at the bottom of the terminal while text scrolls above it; nothing at all in a pipe.
-
-    The text's part of the screen is a scroll region, so the terminal wraps it as ever and nothing is drawn twice.
-    """
-
-    _INTERVAL_S = 0.25
-    _SAVE, _RESTORE = "\x1b7", "\x1b8"  # cursor and style
-
-    def __init__(self) -> None:
-        self._num_rows = 0  # of the terminal that is set up; 0: none is
-        self._shown_s = time.monotonic()  # not at once: the first figures mean little
-
-    def show(self, text: str) -> None:
-        now = time.monotonic()
-        if not stdout.is_terminal or stdout.is_dumb_terminal or now - self._shown_s < self._INTERVAL_S:
-            return
-        self._shown_s = now
-        num_columns, num_rows = os.get_terminal_size(sys.stdout.fileno())
-        if num_rows < 4 or num_columns <= len(text):
-            return
-        if num_rows != self._num_rows:
-            # One down and up again: on the last row, the text moves up to make room.
-            sys.stdout.write(f"\x1bD\x1b[A{self._SAVE}\x1b[1;{num_rows - 1}r{self._RESTORE}")
-            self._num_rows = num_rows
-        self._draw(f"\x1b[2m{text}")
-
-    def _draw(self, text: str) -> None:
-        sys.stdout.write(f"{self._SAVE}\x1b[{self._num_rows};1H\x1b[2K{text}{self._RESTORE}")
-        sys.stdout.flush()
-
-    def __enter__(self) -> StatusLine:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._num_rows:
-            self._draw("\x1b[r")
-            self._num_rows = 0
-
-
 # --- figures ---
 
 
