@@ -60,7 +60,7 @@ class Study:
 
     def row_name(self, schedule: str) -> str:
         """A schedule's name in tables; it tells which mechanisms are switched off."""
-        if schedule in TENSOR_PARALLEL:
+        if schedule in TENSOR_PARALLEL or schedule.startswith("flow-"):
             return schedule
         return make_schedule(schedule, self.experiment.config, self.experiment.cluster.num_stages).name
 

@@ -78,7 +78,7 @@ def bench(
     ] = None,
     verbose: Verbose = False,
 ) -> None:
-    """Measure schedules, simulated or here; write figures and plots."""
+    """Measure schedules, simulated or on this machine."""
     with errors_in_one_line(verbose), progress_bar() as progress:
         all_temperatures = _temperatures(temperatures)
         places = PlaceOptions(

@@ -24,7 +24,7 @@ def demo(
     sampling: SamplingOptions = _DEFAULTS,
     verbose: Verbose = False,
 ) -> None:
-    """Continue a piece of code with the built-in model, and check it."""
+    """Continue some code with the built-in model, and check it."""
     with errors_in_one_line(verbose), contextlib.ExitStack() as stack:
         progress = TerminalProgress()
         params = SamplingParams(**sampling.given())

@@ -47,7 +47,7 @@ def emulate(
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
-    """Play a cluster file in real processes as slow as its devices."""
+    """Play a described cluster with processes on this machine."""
     with errors_in_one_line(verbose), progress_bar() as progress:
         assert max_new_tokens is not None and temperature is not None
         if not (math.isfinite(time_scale) and time_scale > 0):

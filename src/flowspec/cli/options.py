@@ -115,7 +115,9 @@ PromptsFile = Annotated[
 ]
 AsPublished = Annotated[
     bool,
-    typer.Option("--as-published", help="All schedules but flow pay the driver costs of the published code."),
+    typer.Option(
+        "--as-published", help="All schedules but flow pay [driver.published] of the cluster file, not [driver.ours]."
+    ),
 ]
 
 

@@ -20,7 +20,7 @@ def worker(
     device: Device = "cpu",
     verbose: Verbose = False,
 ) -> None:
-    """Wait for drivers, and run a stage for one at a time."""
+    """Run a stage for drivers elsewhere, one at a time."""
     with errors_in_one_line(verbose, is_service=True):
         from flowspec.worker_process import serve
 
