@@ -175,6 +175,7 @@ def test_bytes_of_tokens_join_to_the_text_and_no_alternative_is_lost(client: Tes
     bias = words(engine)
     told = chat(client, max_tokens=30, logprobs=True, top_logprobs=3, logit_bias=bias).json()["choices"][0]
     own = b"".join(bytes(token["bytes"]) for token in told["logprobs"]["content"])
+    assert not own.startswith(b" "), "an answer is a text of its own"
     assert own.decode() == told["message"]["content"]
 
 

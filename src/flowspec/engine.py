@@ -56,6 +56,7 @@ class Job:
     request: Request
     schedule: str
     stopwatch: Stopwatch
+    is_chat: bool = False
     generation: Generation | None = None  # ``None`` until it is started; the one before while it waits to go on
     is_cancelled: bool = False
     error: FlowspecError | None = None  # what ended it
@@ -318,7 +319,7 @@ class Engine:
         end_ids = self._turn_end_ids if is_chat else self.checkpoint.eos_token_ids
         request = Request(self._next_request_id, tuple(prompt_ids), params, end_ids)
         self._next_request_id += 1
-        job = Job(request, name, Stopwatch())
+        job = Job(request, name, Stopwatch(), is_chat)
         self._waiting.append(job)
         return job
 

@@ -309,7 +309,9 @@ class Run:
         self._engine = engine
         params = job.request.params
         hidden_ids = job.request.eos_ids | params.stop_token_ids
-        self._detokenizer = Detokenizer(engine.vocabulary, hidden_ids, params.stop, job.request.prompt_ids)
+        # An answer is a text of its own; its template has put what comes between it and the question.
+        prompt_ids = () if job.is_chat else job.request.prompt_ids
+        self._detokenizer = Detokenizer(engine.vocabulary, hidden_ids, params.stop, prompt_ids)
         self._num_read = 0
 
     def read(self) -> TextChunk:

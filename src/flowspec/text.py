@@ -41,6 +41,12 @@ class Vocabulary:
         name = self._backend.id_to_token(token_id) if self._has_fallback else None
         return int(name[3:5], 16) if name is not None and _FALLBACK_BYTE.fullmatch(name) else None
 
+    def first_bytes(self, token_id: int) -> bytes:
+        """At the beginning of a text, where many tokenizers leave a token's space out."""
+        if self._is_byte_level or not self.is_shown(token_id) or self.fallback_byte(token_id) is not None:
+            return self.token_bytes(token_id)
+        return self.decode([token_id]).encode()
+
     def _token_bytes(self, token_id: int) -> bytes:
         """In the middle of a text; of a special token, its name. They add up to the text's own bytes."""
         if (byte := self.fallback_byte(token_id)) is not None:

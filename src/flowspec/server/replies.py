@@ -69,11 +69,17 @@ class Place:
     def __init__(self, offset: int) -> None:
         """``offset``: characters before the first token, which are the prompt's."""
         self._offset = offset
+        self._has_begun = False
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    @property
+    def is_first(self) -> bool:
+        """Whether no token has come yet."""
+        return not self._has_begun
 
     def next_offset(self, token_bytes: bytes) -> int:
         """Of a token; one that begins inside a character has that character's."""
-        offset = self._offset
+        offset, self._has_begun = self._offset, True
         self._offset += len(self._decoder.decode(token_bytes))
         return offset
 
@@ -163,17 +169,15 @@ class Chats(Completions):
         return {"index": index, "message": message, "logprobs": told, "finish_reason": finish_reason}
 
     def logprobs(self, logprobs: list[TokenLogprobs], place: Place) -> Json:
-        return {
-            "content": [
-                {
-                    **self._token(token.token_id, token.logprob),
-                    "top_logprobs": [self._token(token_id, logprob) for token_id, logprob in token.top],
-                }
-                for token in logprobs
-            ]
-        }
+        return {"content": [self._told(token, place) for token in logprobs]}
 
-    def _token(self, token_id: int, logprob: float) -> Json:
-        """``bytes`` are the token's own, so that those of half a character can be joined."""
-        token_bytes = list(self._vocabulary.token_bytes(token_id))
-        return {"token": self._vocabulary.token_text(token_id), "logprob": logprob, "bytes": token_bytes}
+    def _told(self, token: TokenLogprobs, place: Place) -> Json:
+        """``bytes`` are the tokens' own, so that those of half a character can be joined."""
+        bytes_of = self._vocabulary.first_bytes if place.is_first else self._vocabulary.token_bytes
+        place.next_offset(bytes_of(token.token_id))
+
+        def named(token_id: int, logprob: float) -> Json:
+            own = bytes_of(token_id)
+            return {"token": own.decode("utf-8", "replace"), "logprob": logprob, "bytes": list(own)}
+
+        return {**named(token.token_id, token.logprob), "top_logprobs": [named(*pair) for pair in token.top]}
