@@ -149,7 +149,8 @@ class TrainingProgress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._bar.stop()
+        if self._task is not None:  # rich ends a bar that was never drawn with an empty line
+            self._bar.stop()
 
     def update(self, num_done: int, **metrics: float) -> None:
         self._num_done = num_done

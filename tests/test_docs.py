@@ -1,0 +1,314 @@
+"""Every command and every block of code in README.md and docs/ is run, in a small size, or the test says that it knows
+no way to. The places that the text names (`./Llama-3.2-3B`, `./texts`, ...) are made in a folder for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import os
+import re
+import runpy
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from command_line import Run
+from flowspec.device_list import DeviceList
+from flowspec.train.hints import HintRecipe
+from test_cli_serve import free_ports
+from test_hints import write_target_and_text
+from tiny_models import make_checkpoint, make_draft_head
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # pyright: ignore[reportMissingImports]
+
+ROOT = Path(__file__).parent.parent
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+TIMEOUT_S = 120
+
+# What stands for what the text says.
+REPLACED = {
+    "/models/llama": "Llama-3.2-3B",
+    "192.168.1.21:7070": "127.0.0.1:{first}",
+    "192.168.1.22:7070": "127.0.0.1:{second}",
+    ":8000": ":{server}",
+}
+SMALL = {"--max-new-tokens": "8", "--num-prompts": "1", "--tokens": "512", "--repeats": "1", "--time-scale": "4"}
+ADDED = {
+    "generate": {"--max-new-tokens": "8"},
+    "simulate": {"--max-new-tokens": "8", "--num-prompts": "1", "--jobs": "1"},
+    "bench": {"--max-new-tokens": "8", "--num-prompts": "1", "--temperatures": "0"},
+    "bench clusters": {"--max-new-tokens": "8", "--num-prompts": "1", "--temperatures": "0", "--jobs": "1"},
+    "emulate": {"--max-new-tokens": "4", "--num-prompts": "1", "--schedule": "flow", "--time-scale": "4"},
+    "chat": {"--max-new-tokens": "8"},
+    "demo": {"--max-new-tokens": "8"},
+    "serve": {"--port": "{server}"},
+}
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block, or what stands between single quotes of code."""
+
+    page: str
+    line: int
+    language: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.page}:{self.line}: {' '.join(self.text.split())[:60]}"
+
+
+def blocks(page: Path) -> Iterator[Block]:
+    text = page.read_text(encoding="utf-8")
+    for fence in re.finditer(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+        yield Block(page.name, text.count("\n", 0, fence.start()) + 1, fence[1], fence[2])
+    prose = re.sub(r"^```.*?^```$", lambda fence: "\n" * fence[0].count("\n"), text, flags=re.MULTILINE | re.DOTALL)
+    for code in re.finditer(r"`([^`]+)`", prose):
+        if re.match(r"(flowspec|python|make|pip|pipx|uv|\.) ", code[1]):
+            yield Block(page.name, prose.count("\n", 0, code.start()) + 1, "sh", code[1])
+
+
+ALL_BLOCKS = [block for page in PAGES for block in blocks(page)]
+
+
+def commands() -> list[Block]:
+    """Each once, in the order of the pages."""
+    found: dict[str, Block] = {}
+    for block in ALL_BLOCKS:
+        if block.language == "sh":
+            for place, line in enumerate(block.text.splitlines()):
+                command = " ".join(shlex.split(line, comments=True))
+                found.setdefault(command, Block(block.page, block.line + place, "sh", line))
+    return [block for command, block in found.items() if command]
+
+
+# --- what the commands find ---
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with all that the text speaks of."""
+    place = tmp_path_factory.mktemp("place")
+    for name in ("clusters", "benchmarks"):
+        (place / name).symlink_to(ROOT / name)
+    make_checkpoint(place / "Llama-3.2-3B", "llama", num_hidden_layers=28)
+    make_draft_head(place / "EAGLE-head")
+    (place / "prompt.txt").write_text("t1 t4 t2")
+    (place / "made").mkdir()
+    target, text = write_target_and_text(place / "made")
+    target.rename(place / "my-model")
+    (place / "texts").mkdir()
+    text.rename(place / "texts" / "text.txt")
+    return place
+
+
+@pytest.fixture(scope="module")
+def ports() -> dict[str, int]:
+    return dict(zip(("first", "second", "server"), free_ports(3), strict=True))
+
+
+class Running:
+    """A command that goes on until it is told to end, and then has done its work."""
+
+    def __init__(self, place: Path, arguments: list[str]) -> None:
+        command = [sys.executable, "-m", "flowspec", *arguments]
+        environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
+        self._process = subprocess.Popen(command, cwd=place, stderr=subprocess.PIPE, text=True, env=environment)
+        self.log = ""
+        self._is_up = threading.Event()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self._process.stderr is not None
+        for line in self._process.stderr:
+            self.log += line
+            if "end it with Ctrl-C" in line:
+                self._is_up.set()
+
+    def await_up(self) -> None:
+        assert self._is_up.wait(TIMEOUT_S) and self._process.poll() is None, self.log
+
+    def end(self) -> None:
+        self._process.send_signal(signal.SIGTERM)
+        assert self._process.wait(timeout=30) == 0, self.log
+        self._reader.join(timeout=10)
+        assert self._process.stderr is not None
+        self._process.stderr.close()
+
+
+class House:
+    """Runs the commands of the text, one after the other, and keeps what goes on in the background."""
+
+    def __init__(self, place: Path, ports: dict[str, int]) -> None:
+        self.place = place
+        self._ports = ports
+        self.background: dict[str, Running] = {}
+
+    def small(self, words: list[str]) -> list[str]:
+        """The same command, with what stands for what it names, in a small size."""
+        for old, new in REPLACED.items():
+            words = [word.replace(old, new) for word in words]
+        name = "bench clusters" if " ".join(words).startswith("bench clusters/") else words[0]
+        added = ADDED.get(name, {})
+        for option, value in {**SMALL, **added}.items():
+            if option in words:
+                words[words.index(option) + 1] = value
+            elif option in added:
+                words = [*words, option, value]
+        return [word.format(**self._ports) for word in words]
+
+    def start(self, words: list[str]) -> Running:
+        """Once: the same command goes on."""
+        words = self.small(words)
+        key = shlex.join(words)
+        if key not in self.background:
+            self.background[key] = Running(self.place, words)
+        self.background[key].await_up()
+        return self.background[key]
+
+    def end(self) -> None:
+        for running in self.background.values():
+            running.end()
+
+
+@pytest.fixture(scope="module")
+def house(place: Path, ports: dict[str, int]) -> Iterator[House]:
+    house = House(place, ports)
+    yield house
+    house.end()
+
+
+# --- how a command is tested ---
+
+Rule = Callable[["House", Run, list[str]], None]
+
+
+def run_flowspec(house: House, run: Run, words: list[str]) -> None:
+    """In this process; ``< FILE`` is what it reads."""
+    stdin = "t1 t4\n"
+    if "<" in words:
+        stdin = (house.place / words.pop(words.index("<") + 1)).read_text()
+        words.remove("<")
+    if "192.168.1.21:7070" in " ".join(words):  # "install flowspec on each, and start a worker"
+        for address in ("192.168.1.21:7070", "192.168.1.22:7070"):
+            house.start(["worker", "--listen", address])
+    if "--url" in words:
+        house.start(documented("flowspec serve"))
+    done = run(*house.small(words), stdin=stdin)
+    too_slow = words[0] == "emulate" and "cannot keep up" in done.err  # other work on this machine decides over that
+    assert done.code == 0 or too_slow, done.err
+    assert done.out or too_slow or words[0] == "train-draft"
+
+
+def documented(start: str) -> list[str]:
+    """The arguments of the first command that begins so and has options."""
+    texts = (shlex.split(block.text, comments=True) for block in commands())
+    return next(words[1:] for words in texts if shlex.join(words).startswith(start + " --"))
+
+
+def run_help(house: House, run: Run, words: list[str]) -> None:
+    name = [word for word in words if not word.startswith("-")]
+    assert run(*name, "--help").code == 0
+
+
+def start_in_background(house: House, run: Run, words: list[str]) -> None:
+    house.start(words)
+
+
+def check_script(house: House, run: Run, words: list[str]) -> None:
+    """The script is there and knows the arguments; it is not run, since it takes minutes."""
+    script, *arguments = words
+    if arguments[1:] == ["NAME"]:  # stands for one that the same page names
+        arguments[1] = "ablation"
+    printed = io.StringIO()
+    argv = sys.argv
+    try:
+        sys.argv = [script, *arguments, "--help"]
+        with contextlib.redirect_stdout(printed), pytest.raises(SystemExit) as end:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+    finally:
+        sys.argv = argv
+    assert end.value.code == 0 and "usage:" in printed.getvalue()
+
+
+def check_target(house: House, run: Run, words: list[str]) -> None:
+    """make knows it; nothing is made."""
+    assert subprocess.run(["make", "-n", *words], cwd=ROOT, capture_output=True, timeout=TIMEOUT_S).returncode == 0
+
+
+def check_install(house: House, run: Run, words: list[str]) -> None:
+    """Nothing is installed: what would be is looked at."""
+    assert words[-1] == "." or words[-2:] == ["install", "."]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    module, _, function = project["scripts"]["flowspec"].partition(":")
+    assert callable(getattr(importlib.import_module(module), function))
+
+
+def check_activation(house: House, run: Run, words: list[str]) -> None:
+    assert words == [".venv/bin/activate"] and "VENV := .venv\n" in (ROOT / "Makefile").read_text()
+
+
+RULES: dict[str, Rule] = {
+    r"flowspec (serve|worker) .*--(model|listen)": start_in_background,
+    r"flowspec [\w-]+$|flowspec .*--help$": run_help,  # a mention of a command
+    r"flowspec ": run_flowspec,
+    r"python benchmarks/": check_script,
+    r"make [\w-]+$": check_target,
+    r"(pip|pipx|uv tool) install ": check_install,
+    r"\. ": check_activation,
+}
+
+
+@pytest.mark.parametrize("block", commands(), ids=str)
+def test_a_command_works_as_it_is_written(
+    house: House, run: Run, monkeypatch: pytest.MonkeyPatch, block: Block
+) -> None:
+    monkeypatch.chdir(house.place)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "src"))  # worker processes run this very code, from wherever they start
+    monkeypatch.setattr("flowspec.train.hints.HintRecipe", lambda: HintRecipe(rank=4, num_tokens=512))
+    words = shlex.split(block.text, comments=True)
+    command = " ".join(words)
+    for pattern, rule in RULES.items():
+        if re.match(pattern, command):
+            return rule(house, run, words[1:])
+    pytest.fail(f"{block}: no rule says how to test this command")
+
+
+@pytest.mark.parametrize("block", [block for block in ALL_BLOCKS if block.language != "sh"], ids=str)
+def test_a_block_of_code_works_as_it_is_written(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], block: Block
+) -> None:
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "src"))
+    match block.language:
+        case "python":
+            exec(compile(block.text, str(block), "exec"), {"__name__": "__main__"})
+            assert capsys.readouterr().out
+        case "toml":
+            assert DeviceList.of(tomllib.loads(block.text), str(block)).addresses
+        case "":
+            assert "--->" in block.text, "a picture; commands are in blocks of sh"
+        case language:
+            pytest.fail(f"{block}: no rule says how to test {language}")
+
+
+def test_the_runner_finds_what_there_is_to_run() -> None:
+    texts = [block.text for block in commands()]
+    for start in ("pip install", "flowspec generate", "flowspec serve --model", "flowspec worker", "make test"):
+        assert any(text.startswith(start) for text in texts), start
+    assert {block.page for block in ALL_BLOCKS} == {page.name for page in PAGES if "`flowspec " in page.read_text()} | {
+        page.name for page in PAGES if "```" in page.read_text()
+    }
