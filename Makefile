@@ -4,10 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 NEWEST := .venv-newest
+# Processes that run tests at once.
+JOBS ?= 2
 # Torch for processors alone; its package at PyPI brings gigabytes for graphics cards.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: setup browser demo test test-newest lint types results demo-model clean
+.PHONY: setup browser demo test fuzz test-newest lint types results demo-model clean
 
 setup: $(STAMP)
 
@@ -39,7 +41,11 @@ browser:
 	  echo "no chromium here, and none could be installed" >&2
 
 test: lint types browser
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+
+# Random tokens through the detokeniser: a million sequences, some minutes.
+fuzz: setup
+	FLOWSPEC_FUZZ=1000000 $(BIN)/python -m pytest tests/test_text.py -k random
 
 # The tests once more, with the newest version of everything that pyproject.toml allows.
 test-newest: pyproject.toml
