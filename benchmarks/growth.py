@@ -32,11 +32,12 @@ from flowspec.bench.report import environment
 from flowspec.config import PipelineConfig, TreeConfig
 from flowspec.core import SamplingParams
 from flowspec.draft.base import Accepted
-from flowspec.generation import Generation, NoMeter, Request
-from flowspec.messages import Codec, Commit, Result, Segment
 from flowspec.model.kv_cache import SlotTable
+from flowspec.request.generation import Generation, Request
+from flowspec.request.meter import NoMeter
 from flowspec.sampling import Sampler
 from flowspec.tree import DraftTree, Ints
+from flowspec.wire.messages import Codec, Commit, Result, Segment
 
 NODES, NODES_CONTEXT = (32, 64, 128, 256, 512, 1024), 256
 CONTEXTS, CONTEXTS_NODES = (256, 512, 1024, 2048, 4096, 8192), 80

@@ -19,16 +19,16 @@ from typing import Any
 import numpy as np
 import torch
 
+from flowspec.cluster.launch import Cluster, Trip
 from flowspec.config import EngineConfig, PipelineConfig, TreeConfig
 from flowspec.core import LayerRange, SamplingParams
 from flowspec.draft.base import Accepted
-from flowspec.launch import Cluster, Trip
 from flowspec.llm import LLM
-from flowspec.messages import Result, Segment, Send, ToDriver
 from flowspec.model.loader import Checkpoint
 from flowspec.model.stage import Stage
 from flowspec.sampling import Sampler
 from flowspec.tree import UNDRAFTED, DraftTree, Ints
+from flowspec.wire.messages import Result, Segment, Send, ToDriver
 
 PROMPT = "class Queue:\n    def __init__(self, maxsize=0):\n"
 VOCABULARIES = (32_000, 128_256, 262_144)  # Llama 2, Llama 3, Gemma 3

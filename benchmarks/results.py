@@ -29,12 +29,12 @@ from flowspec.bench.prompts import BUILT_IN_PROMPTS
 from flowspec.bench.report import markdown_table, ratio_interval, results_json
 from flowspec.bench.runner import SYNTHETIC, PairSpec, simulate_piece
 from flowspec.bench.study import draw_timeline
-from flowspec.cluster import ClusterSpec, DriverCosts
 from flowspec.config import LockstepConfig, ScheduleConfig
 from flowspec.core import SamplingParams
-from flowspec.records import RequestRecord, ScheduleResult
+from flowspec.emulation.description import ClusterSpec, DriverCosts
+from flowspec.emulation.simulator import TENSOR_PARALLEL, Experiment
+from flowspec.request.records import RequestRecord, ScheduleResult
 from flowspec.schedule.catalogue import ABLATIONS, SCHEDULES
-from flowspec.simulator import TENSOR_PARALLEL, Experiment
 
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- simulated: begin -->", "<!-- simulated: end -->"

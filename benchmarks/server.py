@@ -26,8 +26,8 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
+from flowspec.cluster.launch import num_cores
 from flowspec.core import SamplingParams
-from flowspec.launch import num_cores
 from flowspec.llm import LLM
 
 START_TIMEOUT_S = 120

@@ -17,11 +17,11 @@ import torch
 
 from flowspec.bench.report import markdown_table
 from flowspec.bench.runner import PairSpec, run_simulated
-from flowspec.cluster import ClusterSpec, Device, DriverCosts, EmulatedModel, LinkModel, TensorParallel
 from flowspec.config import PUBLISHED_TREE, LockstepConfig, ScheduleConfig
 from flowspec.core import Partition, SamplingParams
+from flowspec.emulation.description import ClusterSpec, Device, DriverCosts, EmulatedModel, LinkModel, TensorParallel
+from flowspec.emulation.simulator import Experiment
 from flowspec.model.synthetic import QUALITIES, Language, quality
-from flowspec.simulator import Experiment
 
 STEPS = (1, 2, 3, 5, 8, 12)
 TREES = ((60, 6), (60, 7), (80, 6), (80, 7))  # (nodes without the root, levels); EAGLE's code counts a level less

@@ -16,15 +16,15 @@ from flowspec.draft.base import DraftSource
 from flowspec.draft.eagle import EagleSource
 from flowspec.draft.ngram import NgramSource
 from flowspec.driver import Driver
-from flowspec.generation import Generation, Request
 from flowspec.model.eagle_head import EagleHead
 from flowspec.model.hint_head import HintHead
 from flowspec.model.loader import Checkpoint
 from flowspec.model.stage import Stage
 from flowspec.model.target_head import TargetHead
+from flowspec.request.generation import Generation, Request
 from flowspec.schedule.catalogue import make_schedule
-from flowspec.transport import DRIVER, InprocNetwork
-from flowspec.worker import Worker
+from flowspec.wire.transport import DRIVER, InprocNetwork
+from flowspec.worker.actor import Worker
 
 Choose = Callable[[int], int]  # the number of possible next events -> which one happens
 

@@ -12,7 +12,7 @@ import pytest
 
 from flowspec import LLM, SamplingParams
 from flowspec.config import EngineConfig, LinkConfig, PipelineConfig, TreeConfig
-from flowspec.engine import Engine
+from flowspec.engine.engine import Engine
 from flowspec.errors import UsageError
 from server_process import add_chat_template
 

@@ -24,7 +24,7 @@ from flowspec.bench.report import (
 )
 from flowspec.bench.trace import TraceRun, write_trace
 from flowspec.errors import UsageError
-from flowspec.records import RequestRecord, ScheduleResult, SegmentRecord, Span
+from flowspec.request.records import RequestRecord, ScheduleResult, SegmentRecord, Span
 
 SCHEDULES = ("ar", "serial", "chunked", "pipedec", "lockstep", "flow", "tp-megatron", "tp-galaxy")
 

@@ -14,10 +14,10 @@ from command_line import Run, apart_from_progress
 from flowspec.bench.prompts import BUILT_IN_PROMPTS
 from flowspec.bench.study import check_same_tokens
 from flowspec.cli.options import ABLATION_NAMES, SCHEDULE_NAMES
+from flowspec.emulation.simulator import TENSOR_PARALLEL
 from flowspec.errors import FlowspecError
-from flowspec.records import RequestRecord
+from flowspec.request.records import RequestRecord
 from flowspec.schedule.catalogue import ABLATIONS, AUTO, SCHEDULES
-from flowspec.simulator import TENSOR_PARALLEL
 
 CLUSTER = str(Path(__file__).parent.parent / "clusters" / "7b-nano-150m.toml")
 SMALL = ("--num-prompts", "2", "--max-new-tokens", "16", "--jobs", "1")

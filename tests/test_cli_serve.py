@@ -14,8 +14,8 @@ import httpx
 import pytest
 
 from command_line import apart_from_progress
+from flowspec.cluster.device_list import DeviceList
 from flowspec.core import Partition
-from flowspec.device_list import DeviceList
 from flowspec.errors import UsageError
 from server_process import ServerProcess
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flowspec.cluster import ClusterSpec, Device, DriverCosts, EmulatedModel, LinkModel, TensorParallel
 from flowspec.core import Partition
+from flowspec.emulation.description import ClusterSpec, Device, DriverCosts, EmulatedModel, LinkModel, TensorParallel
 from flowspec.errors import UsageError
 
 CLUSTERS = Path(__file__).parent.parent / "clusters"

@@ -22,7 +22,7 @@ from pathlib import Path
 import pytest
 
 from command_line import Run
-from flowspec.device_list import DeviceList
+from flowspec.cluster.device_list import DeviceList
 from flowspec.train.hints import HintRecipe
 from test_cli_serve import free_ports
 from test_hints import write_target_and_text

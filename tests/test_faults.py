@@ -19,13 +19,13 @@ from flowspec.config import EngineConfig, PipelineConfig, TreeConfig
 from flowspec.core import SamplingParams, TokenLogprobs
 from flowspec.draft.base import Accepted, Draft
 from flowspec.draft.ngram import NgramSource
-from flowspec.engine import Engine
+from flowspec.engine.engine import Engine
 from flowspec.errors import FlowspecError, NumericalError, RequestError
-from flowspec.messages import Failed, Segment
 from flowspec.model.kv_cache import Part
 from flowspec.sampling import Sampler
 from flowspec.server.service import Service, Ticket
 from flowspec.tree import DraftTree, Ints
+from flowspec.wire.messages import Failed, Segment
 from pump import Pump
 
 OPENS, EXPANDS, COMMITS, SENDS = 90, 91, 92, 93  # a prompt's first token says where its draft fails

@@ -15,17 +15,19 @@ from typing import Any
 
 import pytest
 
+from flowspec.cluster.launch import Trip
 from flowspec.config import EngineConfig, ServerConfig, TreeConfig
 from flowspec.core import SamplingParams
-from flowspec.engine import Engine
+from flowspec.engine.engine import Engine
 from flowspec.errors import WorkerError
-from flowspec.generation import Generation, SegmentStats, Stats, Work
-from flowspec.launch import Trip
-from flowspec.messages import Timing
+from flowspec.request.generation import Generation
+from flowspec.request.meter import Work
+from flowspec.request.stats import SegmentStats, Stats
 from flowspec.server.feed import MAX_REQUESTS, Feed
 from flowspec.server.service import Service, Ticket
 from flowspec.server.timeline import INBOX_LEN, Forwards, Span, Timeline
 from flowspec.server.tree_view import MAX_NODES, PATH_LEN, Snapshot
+from flowspec.wire.messages import Timing
 
 PROMPT_IDS = [1, 4, 2, 1, 4, 2, 3]
 TREE = TreeConfig(top_k=3, depth=4, max_depth=6, size=20, min_probability=0.0)

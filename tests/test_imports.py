@@ -5,39 +5,35 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "src" / "flowspec"
 
-# Lower numbers are imported by higher ones. A longer name overrules its package's.
-LEVELS = {
-    "errors": 0, "checked": 0, "core": 0, "config": 0, "records": 0,
-    "tree": 1, "text": 1, "chat_template": 1, "noise": 1, "filters": 1, "sampling": 1, "messages": 1,
-    "cluster": 1, "device_list": 1,
-    "transport": 2, "model": 2,
-    "draft.base": 3, "generation": 3, "slot_budget": 3, "draft": 3, "schedule": 3,
-    "worker": 4, "driver": 4, "measure": 4,
-    "virtual_time": 5, "paced": 5, "worker_process": 5, "launch": 5, "engine": 5, "llm": 5,
-    "simulator": 5, "emulator": 5,
-    "train": 6, "bench": 6, "server": 6, "talk": 6,
-    "cli": 7, "__main__": 8,
-}  # fmt: skip
+
+def read_levels() -> dict[str, tuple[int, int]]:
+    """Each room's level, and its place in it, from the table of docs/DESIGN.md."""
+    text = (Path(__file__).parent.parent / "docs" / "DESIGN.md").read_text(encoding="utf-8")
+    table = text.partition("```rooms\n")[2].partition("```")[0]
+    rows = [line.split() for line in table.splitlines()]
+    return {room: (int(row[0]), place) for row in rows for place, room in enumerate(row[1:])}
+
+
+LEVELS = read_levels()
 
 FORBIDDEN = {
-    "worker": {"driver", "draft", "schedule", "generation"},
-    "worker_process": {"driver", "draft", "schedule", "generation"},
+    "worker": {"driver", "draft", "schedule", "request"},
     "driver": {"worker"},
-    "measure": {"driver", "draft", "schedule", "generation", "transport"},
-    "transport": {"model"},
-    "model": {"messages", "transport"},
+    "wire": {"model"},
+    "model": {"wire"},
 }
 
-# Third-party libraries and the modules that alone may import them.
+# Third-party libraries and the rooms that alone may import them.
 CONFINED = {
-    "zmq": {"transport", "launch", "worker_process"},
-    "ray": {"launch"},
+    "zmq": {"wire", "cluster", "worker"},
+    "ray": {"cluster"},
     "fastapi": {"server"},
     "starlette": {"server"},
     "uvicorn": {"server"},
@@ -72,20 +68,20 @@ def imports(path: Path) -> set[str]:
     return found
 
 
+def room(name: str) -> str:
+    """The folder, or the module of the root."""
+    found = name.partition(".")[0]
+    assert found in LEVELS, f"{found} has no level; add it to the table in docs/DESIGN.md"
+    return found
+
+
 def level(name: str) -> int:
-    while name not in LEVELS:
-        assert "." in name, f"{name} has no level; add it to the order"
-        name = name.rpartition(".")[0]
-    return LEVELS[name]
+    return LEVELS[room(name)][0]
 
 
 def may_import(name: str, inner: str) -> bool:
-    """Downwards, within a package, or between neighbours of the same level, in the order of ``LEVELS``."""
-    order = list(LEVELS)
-    if level(inner) != level(name):
-        return level(inner) < level(name)
-    key, inner_key = (next(k for k in (n, n.partition(".")[0]) if k in LEVELS) for n in (name, inner))
-    return order.index(inner_key) <= order.index(key)
+    """From lower levels, from rooms further left on the same one, and within a room."""
+    return LEVELS[room(inner)] <= LEVELS[room(name)]
 
 
 def is_within(name: str, owners: set[str]) -> bool:
@@ -106,6 +102,15 @@ def test_modules_import_only_what_they_may(name: str, path: Path) -> None:
                     assert not is_within(inner, forbidden), f"{name} must not import {inner}"
         elif top in CONFINED:
             assert is_within(name, CONFINED[top]), f"{name} imports {top}, which belongs in {CONFINED[top]}"
+
+
+def test_no_room_has_a_circle() -> None:
+    paths = dict(modules())
+    graph: dict[str, set[str]] = {}
+    for name, path in paths.items():
+        inner = {imported.removeprefix("flowspec.") for imported in imports(path)} & paths.keys()
+        graph[name] = {other for other in inner if other != name and room(other) == room(name)}
+    TopologicalSorter(graph).prepare()  # raises CycleError
 
 
 def test_plain_types_need_no_torch() -> None:

@@ -16,20 +16,20 @@ from hypothesis import strategies as st
 from flowspec.bench.load import run_load
 from flowspec.bench.runner import PairSpec
 from flowspec.bench.study import Study
-from flowspec.cluster import ClusterSpec
 from flowspec.config import EngineConfig, PipelineConfig, ScheduleConfig, TreeConfig
 from flowspec.core import LayerRange, SamplingParams
-from flowspec.engine import Engine
+from flowspec.emulation.description import ClusterSpec
+from flowspec.emulation.simulator import Experiment, SyntheticPair, simulate, simulate_load
+from flowspec.engine.engine import Engine
 from flowspec.errors import UsageError
-from flowspec.generation import Generation, Left
-from flowspec.messages import Failed, Open, Result, Segment
 from flowspec.model.kv_cache import Part
 from flowspec.model.loader import Checkpoint
 from flowspec.model.stage import Stage
-from flowspec.simulator import Experiment, SyntheticPair, simulate, simulate_load
-from flowspec.slot_budget import MIN_KEPT, SlotBudget
-from flowspec.transport import DRIVER
-from flowspec.worker import Worker
+from flowspec.request.generation import Generation
+from flowspec.request.slot_budget import MIN_KEPT, Left, SlotBudget
+from flowspec.wire.messages import Failed, Open, Result, Segment
+from flowspec.wire.transport import DRIVER
+from flowspec.worker.actor import Worker
 from pump import Pump
 
 PROMPTS = [[1, 4, 2, 1, 4, 2, 3], [5, 6], [7, 8, 9, 1, 2], [1, 4, 2, 1]]

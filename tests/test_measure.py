@@ -14,11 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flowspec.core import LayerRange
-from flowspec.measure import LinkMeter, free_bytes, measure_forward
-from flowspec.messages import Echo, Ready, Timing
 from flowspec.model.loader import Checkpoint
 from flowspec.model.stage import Stage
 from flowspec.schedule.pace import MeasuredCosts, free_rows
+from flowspec.wire.messages import Echo, Ready, Timing
+from flowspec.worker.measure import LinkMeter, free_bytes, measure_forward
 
 STEEP = [(1, 2.6), (2, 3.0), (4, 3.2), (8, 3.5), (16, 4.2), (32, 5.2), (64, 7.6), (128, 13.0)]  # a processor's
 
@@ -125,7 +125,7 @@ def test_free_rows_are_those_that_cost_nothing_or_are_worth_their_time() -> None
 
 def test_free_memory_is_what_machine_and_container_leave(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
-    monkeypatch.setattr("flowspec.measure._CGROUP", tmp_path)
+    monkeypatch.setattr("flowspec.worker.measure._CGROUP", tmp_path)
     whole = free_bytes(cpu)
     assert 2**20 < whole < psutil.virtual_memory().total
     (tmp_path / "memory.current").write_text("1000\n")

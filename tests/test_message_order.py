@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from flowspec.config import PipelineConfig, TreeConfig
 from flowspec.core import SamplingParams
-from flowspec.messages import Commit, Message, Segment, Send
-from flowspec.transport import DRIVER, Link
-from flowspec.worker import Worker
+from flowspec.wire.messages import Commit, Message, Segment, Send
+from flowspec.wire.transport import DRIVER, Link
+from flowspec.worker.actor import Worker
 from pump import Choose, Pump
 
 PROMPT = [1, 4, 2, 1, 4, 2, 3, 1, 4]

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flowspec.errors import ProtocolError
-from flowspec.messages import (
+from flowspec.wire.messages import (
     Alive,
     Broken,
     Busy,

@@ -18,10 +18,10 @@ import pytest
 import zmq
 
 from flowspec import LLM, SamplingParams
+from flowspec.cluster.launch import LocalProcesses
 from flowspec.config import LinkConfig
 from flowspec.errors import UsageError, WorkerError
-from flowspec.launch import LocalProcesses
-from flowspec.messages import PROTOCOL_VERSION, Alive, Codec, Configure, Ready, Stop
+from flowspec.wire.messages import PROTOCOL_VERSION, Alive, Codec, Configure, Ready, Stop
 from pump import Pump
 
 PROMPT_IDS = [1, 4, 2, 1, 4, 2, 3]

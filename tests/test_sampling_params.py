@@ -28,10 +28,10 @@ from flowspec.config import PipelineConfig
 from flowspec.core import SamplingParams
 from flowspec.draft.base import Accepted, DraftSource
 from flowspec.filters import kept_ids
-from flowspec.generation import Generation, Request, Verdict
+from flowspec.request.generation import Generation, Request, Verdict
 from flowspec.sampling import Sampler, token_logprobs
-from flowspec.transport import DRIVER
 from flowspec.tree import DraftTree, Ints
+from flowspec.wire.transport import DRIVER
 from plain_sampling import filtered_logprobs, gumbel_noise
 from pump import Pump
 from test_exactness import prompt_of

@@ -11,7 +11,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from flowspec.config import ServerConfig
-from flowspec.engine import Engine
+from flowspec.engine.engine import Engine
 from flowspec.server.app import create_app
 from flowspec.server.feed import Feed
 from tiny_models import make_text_checkpoint

@@ -16,7 +16,7 @@ import pytest
 
 from flowspec.config import EngineConfig, TreeConfig
 from flowspec.core import SamplingParams
-from flowspec.engine import Engine
+from flowspec.engine.engine import Engine
 from flowspec.errors import UsageError, WorkerError
 from flowspec.schedule.auto import Auto
 from flowspec.server.service import QueueFullError, Service, Ticket

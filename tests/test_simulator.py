@@ -14,15 +14,11 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from flowspec.bench.prompts import BUILT_IN_PROMPTS
-from flowspec.cluster import ClusterSpec, LinkModel
 from flowspec.config import FlowParts, ScheduleConfig
 from flowspec.core import SamplingParams
 from flowspec.draft.synthetic import SyntheticSource
-from flowspec.errors import UsageError
-from flowspec.model.synthetic import VOCAB_SIZE, Language, quality
-from flowspec.records import RequestRecord, Span
-from flowspec.schedule.catalogue import ABLATIONS, AUTO, SCHEDULES
-from flowspec.simulator import (
+from flowspec.emulation.description import ClusterSpec, LinkModel
+from flowspec.emulation.simulator import (
     PROMPT_LEN,
     CheckpointPair,
     Experiment,
@@ -32,7 +28,11 @@ from flowspec.simulator import (
     SyntheticPair,
     simulate,
 )
-from flowspec.virtual_time import VirtualLink
+from flowspec.emulation.virtual_time import VirtualLink
+from flowspec.errors import UsageError
+from flowspec.model.synthetic import VOCAB_SIZE, Language, quality
+from flowspec.request.records import RequestRecord, Span
+from flowspec.schedule.catalogue import ABLATIONS, AUTO, SCHEDULES
 
 NANO = ClusterSpec.load(Path(__file__).parents[1] / "clusters" / "7b-nano-150m.toml")
 PAIR = SyntheticPair("eagle1", 10)

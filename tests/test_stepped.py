@@ -13,17 +13,17 @@ import pytest
 import torch
 
 from flowspec import simulator
-from flowspec.cluster import ClusterSpec
 from flowspec.config import ScheduleConfig
 from flowspec.core import SamplingParams
-from flowspec.generation import Generation
-from flowspec.messages import LAST_STEP, Close, Commit, Message, Open, Result, Segment, Send, Step
+from flowspec.emulation.description import ClusterSpec
+from flowspec.emulation.simulator import Experiment, Faults, SyntheticPair, simulate
 from flowspec.model.synthetic import SyntheticStage
-from flowspec.records import RequestRecord
+from flowspec.request.generation import Generation
+from flowspec.request.records import RequestRecord
 from flowspec.schedule.base import Schedule
 from flowspec.schedule.catalogue import make_schedule
-from flowspec.simulator import Experiment, Faults, SyntheticPair, simulate
-from flowspec.worker import Worker
+from flowspec.wire.messages import LAST_STEP, Close, Commit, Message, Open, Result, Segment, Send, Step
+from flowspec.worker.actor import Worker
 
 NANO = ClusterSpec.load(Path(__file__).parents[1] / "clusters" / "7b-nano-150m.toml")
 NUM_STAGES = NANO.num_stages

@@ -10,10 +10,12 @@ from flowspec.config import EngineConfig, PipelineConfig
 from flowspec.draft.base import DraftSource
 from flowspec.draft.lookup import LookupSource
 from flowspec.errors import ProtocolError, RequestError
-from flowspec.generation import Generation, LogitsHead, Meter, NoMeter, Request
-from flowspec.messages import Alive, Broken, Closed, Failed, Forget, Hint, Message, Result, Route, Send
+from flowspec.model.target_head import LogitsHead
+from flowspec.request.generation import Generation, Request
+from flowspec.request.meter import Meter, NoMeter
+from flowspec.request.slot_budget import SlotBudget
 from flowspec.schedule.base import Schedule
-from flowspec.slot_budget import SlotBudget
+from flowspec.wire.messages import Alive, Broken, Closed, Failed, Forget, Hint, Message, Result, Route, Send
 
 MIN_GROWTH, GROWTH_SHARE = 256, 0.25  # slots by which a request's share grows, and of what it holds: the larger one
 

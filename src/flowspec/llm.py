@@ -12,10 +12,11 @@ from flowspec.checked import checked, checked_class
 from flowspec.config import EngineConfig, LinkConfig, PipelineConfig, TreeConfig
 from flowspec.core import DraftDType, DType, FinishReason, Partition, SamplingParams, TokenLogprobs
 from flowspec.draft.base import DraftSource
-from flowspec.engine import Engine, Job, Progress
+from flowspec.engine.engine import Engine, Job, Progress
 from flowspec.errors import UsageError
-from flowspec.generation import Meter, Stats
 from flowspec.model.loader import DEMO
+from flowspec.request.meter import Meter
+from flowspec.request.stats import Stats
 from flowspec.schedule.catalogue import AUTO
 from flowspec.text import Detokenizer
 

@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from flowspec.bench.study import Study
+from flowspec.emulation.simulator import LoadRecord, simulate_load
 from flowspec.errors import FlowspecError
-from flowspec.simulator import LoadRecord, simulate_load
 
 ROUNDS = 2  # requests of each client, on average
 

@@ -8,9 +8,9 @@ from dataclasses import replace
 
 from flowspec.bench.study import Records, check_same_tokens
 from flowspec.core import SamplingParams
+from flowspec.emulation.simulator import forward_spans, make_record
 from flowspec.llm import LLM
-from flowspec.records import RequestRecord
-from flowspec.simulator import forward_spans, make_record
+from flowspec.request.records import RequestRecord
 
 _WARM_UP_TOKENS = 16
 

@@ -19,7 +19,7 @@ from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from flowspec.bench.report import BASELINES, baselines
 from flowspec.bench.trace import TraceRun
 from flowspec.errors import UsageError
-from flowspec.records import RequestRecord, ScheduleResult, Span
+from flowspec.request.records import RequestRecord, ScheduleResult, Span
 
 SegmentFates = Mapping[int, tuple[int, int, int]]  # segment id -> nodes accepted, verified, sent
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 import flowspec
-from flowspec.records import RequestRecord, ScheduleResult
+from flowspec.request.records import RequestRecord, ScheduleResult
 
 BASELINES = ("chunked", "ar")  # ratios are given to these, where they ran
 

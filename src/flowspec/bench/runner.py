@@ -13,8 +13,8 @@ from functools import lru_cache
 import torch
 
 from flowspec.core import DraftDType
-from flowspec.records import RequestRecord
-from flowspec.simulator import CheckpointPair, Experiment, ModelPair, SyntheticPair, simulate
+from flowspec.emulation.simulator import CheckpointPair, Experiment, ModelPair, SyntheticPair, simulate
+from flowspec.request.records import RequestRecord
 
 SYNTHETIC = "synthetic"
 _CHUNK = 5  # prompts in one piece of work

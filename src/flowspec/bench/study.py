@@ -15,12 +15,12 @@ from flowspec.bench.plots import timeline
 from flowspec.bench.report import BASELINES, ratio_interval
 from flowspec.bench.runner import SYNTHETIC, PairSpec, run_simulated
 from flowspec.bench.trace import TraceRun
-from flowspec.cluster import ClusterSpec
+from flowspec.emulation.description import ClusterSpec
+from flowspec.emulation.simulator import TENSOR_PARALLEL, Experiment
 from flowspec.errors import FlowspecError, UsageError
 from flowspec.model.loader import Checkpoint
-from flowspec.records import RequestRecord, ScheduleResult
+from flowspec.request.records import RequestRecord, ScheduleResult
 from flowspec.schedule.catalogue import ABLATIONS, AUTO, SCHEDULES, make_schedule
-from flowspec.simulator import TENSOR_PARALLEL, Experiment
 
 Records = Mapping[str, Sequence[RequestRecord]]  # by schedule, in the order of the prompts
 Progress = Callable[[float], None]  # the share that is done

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from flowspec.errors import UsageError
-from flowspec.records import Span
+from flowspec.request.records import Span
 
 _MAX_PLACES = 1000  # thread ids are unique over all runs: viewers merge equal ones
 

@@ -42,7 +42,7 @@ from flowspec.errors import UsageError
 
 if TYPE_CHECKING:
     from flowspec.bench.study import Records, Study, Sweep
-    from flowspec.records import ScheduleResult
+    from flowspec.request.records import ScheduleResult
 
 _DEFAULTS = StudyOptions()
 # Options of a study that mean something on this machine too.

@@ -60,10 +60,10 @@ def emulate(
 
         from flowspec.bench.report import results_cells, results_json
         from flowspec.bench.study import check_same_tokens, check_schedules
-        from flowspec.cluster import ClusterSpec
-        from flowspec.emulator import Emulator
-        from flowspec.records import ScheduleResult
-        from flowspec.simulator import CheckpointPair, Experiment, simulate
+        from flowspec.emulation.description import ClusterSpec
+        from flowspec.emulation.emulator import Emulator
+        from flowspec.emulation.simulator import CheckpointPair, Experiment, simulate
+        from flowspec.request.records import ScheduleResult
 
         check_schedules(names, is_simulated=False)
         cluster = ClusterSpec.load(cluster_file)

@@ -17,9 +17,9 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from flowspec.cluster.device_list import DeviceList
 from flowspec.config import LinkConfig, PipelineConfig, TreeConfig
 from flowspec.core import Partition, SamplingParams
-from flowspec.device_list import DeviceList
 from flowspec.errors import UsageError
 
 # As in ``schedule.catalogue``, which would load torch: ``--help`` must be fast.

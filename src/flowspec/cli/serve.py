@@ -53,7 +53,7 @@ def serve(
             logger.warning("warning: %s is open to the network and wants no key; set --api-key", host)
         if "*" in config.cors_origins and api_key is None:
             logger.warning("warning: any web page that a browser here shows may use the server; set --api-key")
-        from flowspec.engine import Engine
+        from flowspec.engine.engine import Engine
         from flowspec.server.app import create_app
         from flowspec.server.feed import Feed
         from flowspec.server.listen import Listening, run

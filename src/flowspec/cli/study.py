@@ -29,8 +29,8 @@ from flowspec.errors import UsageError
 
 if TYPE_CHECKING:
     from flowspec.bench.study import Study
-    from flowspec.cluster import ClusterSpec
-    from flowspec.simulator import Slowdown
+    from flowspec.emulation.description import ClusterSpec
+    from flowspec.emulation.simulator import Slowdown
 
 SYNTHETIC = "synthetic"
 _NUM_SYNTHETIC_PROMPTS = 40
@@ -125,9 +125,9 @@ class StudyOptions:
 
         from flowspec.bench.runner import PairSpec
         from flowspec.bench.study import Study
-        from flowspec.launch import num_cores
+        from flowspec.cluster.launch import num_cores
+        from flowspec.emulation.simulator import Experiment, Faults
         from flowspec.model.synthetic import quality
-        from flowspec.simulator import Experiment, Faults
 
         quality(quality_name)
         torch.set_num_threads(1)  # as in the processes of other jobs
@@ -176,7 +176,7 @@ class StudyOptions:
         return ", ".join(part for name, part in parts.items() if part and name != varied)
 
     def _cluster(self, file: str, stages: int | None) -> ClusterSpec:
-        from flowspec.cluster import ClusterSpec
+        from flowspec.emulation.description import ClusterSpec
 
         cluster = ClusterSpec.load(file)
         if stages is not None:
@@ -224,7 +224,7 @@ def comma_list(text: str, option: str) -> list[str]:
 
 
 def _slowdown(text: str, num_stages: int) -> Slowdown:
-    from flowspec.simulator import Slowdown
+    from flowspec.emulation.simulator import Slowdown
 
     try:
         worker, from_s, times = text.split(":")

@@ -22,7 +22,7 @@ def worker(
 ) -> None:
     """Run a stage for drivers elsewhere, one at a time."""
     with errors_in_one_line(verbose, is_service=True):
-        from flowspec.worker_process import serve
+        from flowspec.worker.process import serve
 
         logger = logging.getLogger("flowspec")
         logger.setLevel(logging.DEBUG if verbose else logging.INFO)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
@@ -16,3 +18,11 @@ class TargetHead:
     def logits(self, hidden: Tensor) -> Tensor:
         """[n, H] -> [n, V]."""
         return torch.nn.functional.linear(hidden.to(self.weight.device, self.weight.dtype), self.weight)
+
+
+class LogitsHead(Protocol):
+    """``TargetHead``, or what stands in for it."""
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[n, H] -> [n, V]."""
+        ...

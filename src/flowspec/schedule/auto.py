@@ -12,11 +12,11 @@ import math
 from dataclasses import replace
 
 from flowspec.config import FlowParts, PipelineConfig, TreeConfig
-from flowspec.generation import Generation
-from flowspec.messages import Result
+from flowspec.request.generation import Generation
 from flowspec.schedule.autoregressive import Autoregressive
 from flowspec.schedule.flow import Flow
 from flowspec.schedule.pace import Pace
+from flowspec.wire.messages import Result
 
 WINDOW = 24  # tokens that a rung is measured over
 FIRST_PATIENCE, LAST_PATIENCE = 256, 8192  # tokens until all rungs are tried again

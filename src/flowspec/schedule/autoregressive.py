@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from flowspec.config import TreeConfig
-from flowspec.generation import Generation
-from flowspec.messages import Result
+from flowspec.request.generation import Generation
+from flowspec.wire.messages import Result
 
 
 class Autoregressive:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Protocol
 
 from flowspec.config import TreeConfig
-from flowspec.generation import Generation
-from flowspec.messages import Result
+from flowspec.request.generation import Generation
+from flowspec.wire.messages import Result
 
 
 class Schedule(Protocol):

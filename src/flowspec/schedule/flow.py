@@ -17,9 +17,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from flowspec.config import FlowParts, PipelineConfig, TreeConfig
-from flowspec.generation import Generation
-from flowspec.messages import Result
+from flowspec.request.generation import Generation
 from flowspec.schedule.pace import DEFAULT_SEGMENT_LEN, Pace
+from flowspec.wire.messages import Result
 
 PASSES_SHARE = 0.45  # of a segment's time that a new root may wait for draft passes, where both are known
 SHARED_PATIENCE = 2  # times as long, while other requests keep the pipeline busy

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from flowspec.config import LockstepConfig
-from flowspec.generation import Generation
+from flowspec.request.generation import Generation
 from flowspec.schedule.stepped import Stepped
 from flowspec.tree import Ints
 

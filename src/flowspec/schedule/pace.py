@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from flowspec.core import interpolate
-from flowspec.messages import Ready, Result, Timing
+from flowspec.wire.messages import Ready, Result, Timing
 
 MAX_SEGMENT_LEN = 128
 DEFAULT_SEGMENT_LEN = 16  # where nothing is known of the devices, as published

@@ -13,7 +13,7 @@ from dataclasses import replace
 import numpy as np
 
 from flowspec.config import TreeConfig
-from flowspec.generation import Generation
+from flowspec.request.generation import Generation
 from flowspec.schedule.stepped import Stepped
 from flowspec.tree import Ints
 

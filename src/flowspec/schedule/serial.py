@@ -9,8 +9,8 @@ from __future__ import annotations
 import numpy as np
 
 from flowspec.config import TreeConfig
-from flowspec.generation import Generation
-from flowspec.messages import Result
+from flowspec.request.generation import Generation
+from flowspec.wire.messages import Result
 
 
 class Serial:

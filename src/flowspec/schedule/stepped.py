@@ -17,9 +17,9 @@ from collections import deque
 from collections.abc import Iterator
 
 from flowspec.config import TreeConfig
-from flowspec.generation import Generation
-from flowspec.messages import Result
+from flowspec.request.generation import Generation
 from flowspec.tree import Ints
+from flowspec.wire.messages import Result
 
 
 class Stepped(ABC):

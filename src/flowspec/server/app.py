@@ -21,7 +21,7 @@ from starlette.types import Receive, Scope, Send
 from flowspec import __version__
 from flowspec.config import ServerConfig
 from flowspec.core import SamplingParams
-from flowspec.engine import Engine
+from flowspec.engine.engine import Engine
 from flowspec.errors import FlowspecError, UsageError, WorkerError
 from flowspec.server import replies
 from flowspec.server.answer import Answer

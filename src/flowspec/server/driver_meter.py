@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from types import TracebackType
 
-from flowspec.generation import Generation, Work
+from flowspec.request.generation import Generation
+from flowspec.request.meter import Work
 from flowspec.server.timeline import DriverWork, Timeline
 
 _ON_RESULTS = (Work.LM_HEAD, Work.VERIFY)

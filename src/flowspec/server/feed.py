@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from flowspec import __version__
-from flowspec.generation import Generation, Work
-from flowspec.messages import Result
+from flowspec.request.generation import Generation
+from flowspec.request.meter import Work
 from flowspec.server.driver_meter import DriverMeter
 from flowspec.server.service import Service, Ticket
 from flowspec.server.timeline import DRIVER_PLACE, Emission, Forwards, Timeline
 from flowspec.server.tree_view import TreeWatch
+from flowspec.wire.messages import Result
 
 Json: TypeAlias = dict[str, Any]
 

@@ -8,7 +8,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, disable_cre
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from flowspec.generation import Stats
+from flowspec.request.stats import Stats
 from flowspec.server.service import Service, Ticket
 
 disable_created_metrics()  # a second series for each counter, of which nobody asks

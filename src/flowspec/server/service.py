@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from flowspec.core import SamplingParams
-from flowspec.engine import Engine, Job
+from flowspec.engine.engine import Engine, Job
 from flowspec.errors import FlowspecError, RequestError, WorkerError
-from flowspec.generation import Stats
 from flowspec.llm import Run, TextChunk
+from flowspec.request.stats import Stats
 
 logger = logging.getLogger("flowspec.server")
 

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import NamedTuple, TypeAlias
 
-from flowspec.generation import SegmentStats, Work
-from flowspec.launch import Trip
-from flowspec.messages import Timing
+from flowspec.cluster.launch import Trip
+from flowspec.request.meter import Work
+from flowspec.request.stats import SegmentStats
+from flowspec.wire.messages import Timing
 
 KEPT_S = 30.0
 MAX_SPANS = 30_000

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from flowspec.engine import Engine
+from flowspec.engine.engine import Engine
 from flowspec.errors import UsageError
 
 INLINE_CHARS = 8192  # a shorter text is encoded faster than a thread is woken

@@ -8,7 +8,7 @@ from typing import Literal, TypedDict
 
 import numpy as np
 
-from flowspec.generation import Generation
+from flowspec.request.generation import Generation
 
 PATH_LEN = 4  # tokens before the root that are shown
 MAX_NODES = 100  # of the live tree

@@ -19,7 +19,7 @@ import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 from flowspec.errors import UsageError
-from flowspec.messages import Codec, Message, Route, Send, ToDriver
+from flowspec.wire.messages import Codec, Message, Route, Send, ToDriver
 
 DRIVER = 0  # the place of the driver; workers are 1, 2, ...
 

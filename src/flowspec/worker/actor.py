@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flowspec.errors import FlowspecError, ProtocolError
-from flowspec.messages import (
+from flowspec.model.kv_cache import Part, SlotTable
+from flowspec.wire.messages import (
     Broken,
     Close,
     Closed,
@@ -35,7 +36,6 @@ from flowspec.messages import (
     Step,
     Timing,
 )
-from flowspec.model.kv_cache import Part, SlotTable
 
 NUM_GUESSES = 16  # tokens that a hint names for each row
 PATIENCE_S = 0.002  # a forward is interrupted no more often, to look for commits

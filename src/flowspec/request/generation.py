@@ -6,10 +6,7 @@ A generation decides nothing about timing; a schedule does. It does no I/O: what
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
-from enum import Enum
-from typing import Protocol
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -19,7 +16,13 @@ from flowspec.config import PipelineConfig, TreeConfig
 from flowspec.core import FinishReason, SamplingParams, TokenLogprobs
 from flowspec.draft.base import Accepted, Draft, DraftSource, HeritableDraft
 from flowspec.errors import NumericalError
-from flowspec.messages import (
+from flowspec.model.target_head import LogitsHead
+from flowspec.request.meter import Meter, Work
+from flowspec.request.slot_budget import Heritage, Left
+from flowspec.request.stats import SegmentStats, Stats
+from flowspec.sampling import Sampler, finite_array, token_logprobs
+from flowspec.tree import DraftTree, Ints
+from flowspec.wire.messages import (
     LAST_STEP,
     NO_PARENT,
     Broken,
@@ -34,10 +37,7 @@ from flowspec.messages import (
     Segment,
     Send,
     Step,
-    Timing,
 )
-from flowspec.sampling import Sampler, finite_array, token_logprobs
-from flowspec.tree import DraftTree, Ints
 
 
 @dataclass(frozen=True)
@@ -48,105 +48,6 @@ class Request:
     prompt_ids: tuple[int, ...]
     params: SamplingParams
     eos_ids: frozenset[int] = frozenset()
-
-
-@dataclass(frozen=True)
-class Heritage:
-    """The beginning of a prompt, as an earlier request has computed it; by default nothing."""
-
-    request_id: int | None = None
-    num_kept: int = 0  # tokens
-    draft: HeritableDraft | None = None
-
-
-@dataclass(frozen=True)
-class Left:
-    """What an ended request has left at the workers, and in the driver."""
-
-    request_id: int
-    token_ids: tuple[int, ...]  # whose keys and values the workers hold
-    draft: HeritableDraft | None  # one that needed features, if it can hand on what it made of them
-
-    def heritage(self, prompt_ids: Sequence[int], needs_features: bool) -> Heritage:
-        """What a request with this prompt can take over."""
-        if needs_features and self.draft is None:
-            return Heritage()
-        pairs = enumerate(zip(self.token_ids, prompt_ids, strict=False))
-        num_common = next(
-            (i for i, (ours, theirs) in pairs if ours != theirs), min(len(self.token_ids), len(prompt_ids))
-        )
-        # The root runs again, and one token before it: the features of the last tokens of the prompt must come back.
-        num_kept = min(num_common - 1, len(prompt_ids) - 2)
-        if needs_features and self.draft is not None:
-            num_kept = min(num_kept, self.draft.num_settled)
-        return Heritage(self.request_id, num_kept, self.draft) if num_kept > 0 else Heritage()
-
-
-class Work(str, Enum):
-    """The driver's own work, by kind."""
-
-    DRAFT_PASS = "draft pass"
-    MERGE_PASS = "merging draft pass"  # the first pass over a tree that a commit has kept
-    HINT = "hint"
-    LM_HEAD = "lm_head"
-    VERIFY = "verify"
-    SEND = "send"
-
-
-class Meter(Protocol):
-    """Told of the driver's work as it is done: to measure it in a real run, or to charge for it in a simulated one."""
-
-    def work(self, kind: Work, num_rows: int) -> AbstractContextManager[None]: ...
-
-
-class NoMeter:
-    def work(self, kind: Work, num_rows: int) -> AbstractContextManager[None]:
-        return nullcontext()
-
-
-class LogitsHead(Protocol):
-    """The target's lm_head: ``model.target_head.TargetHead``, or what stands in for it."""
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[n, H] -> [n, V]."""
-        ...
-
-
-@dataclass
-class SegmentStats:
-    """What became of one segment."""
-
-    num_sent: int
-    num_verified: int = 0  # nodes that were alive when the result came
-    num_accepted: int = 0  # nodes that became output, roots included
-
-
-@dataclass
-class Stats:
-    """Counts of one generation; see docs/METHODOLOGY.md for the definitions."""
-
-    segments: int = 0  # segments sent, prefill and empty ones excluded
-    rows: int = 0  # nodes sent in them
-    drafted: int = 0  # draft nodes sent (roots that no draft had guessed excluded)
-    accepted: int = 0  # draft nodes that became output
-    restarts: int = 0  # times the target's token was not in the tree
-    verdicts: int = 0  # verifications that emitted tokens
-    accepted_by_position: list[int] = field(default_factory=list)  # verdicts that accepted so many draft nodes or more
-    verified: int = 0  # segments whose result verified at least one node that was alive
-    draft_passes: int = 0
-    preemptions: int = 0  # times that the request gave its caches up and began again behind what it had emitted
-    timings: list[tuple[Timing, ...]] = field(default_factory=list)  # one entry per result, one timing per stage
-    by_segment: dict[int, SegmentStats] = field(default_factory=dict)  # by segment id
-
-    @property
-    def pruned(self) -> int:
-        """Nodes that died on their way, before a result came back."""
-        return sum(segment.num_sent - segment.num_verified for segment in self.by_segment.values())
-
-    @property
-    def mean_accepted(self) -> float:
-        """Accepted draft nodes per verified segment."""
-        return self.accepted / self.verified if self.verified else 0.0
 
 
 @dataclass(frozen=True)

@@ -20,22 +20,31 @@ from typing import TYPE_CHECKING
 import torch
 
 from flowspec.chat_template import ChatTemplate
+from flowspec.cluster.launch import (
+    Cluster,
+    InprocCluster,
+    LocalProcesses,
+    RemoteCluster,
+    Trip,
+    local_threads,
+    num_cores,
+)
 from flowspec.config import EngineConfig, LinkConfig, PipelineConfig, ScheduleConfig, TreeConfig
 from flowspec.core import DraftDType, DType, Partition, SamplingParams, TokenLogprobs
 from flowspec.draft.base import DraftSource
 from flowspec.draft.catalogue import ChosenDraft, choose_draft, load_draft
 from flowspec.driver import Driver
 from flowspec.errors import FlowspecError, RequestError, UsageError, WorkerError
-from flowspec.generation import Generation, Meter, Request
-from flowspec.launch import Cluster, InprocCluster, LocalProcesses, RemoteCluster, Trip, local_threads, num_cores
-from flowspec.messages import Alive, Failed, Ready, Result, Send
 from flowspec.model.loader import DEMO, Checkpoint, check_device, draft_place
 from flowspec.model.target_head import TargetHead
+from flowspec.request.generation import Generation, Request
+from flowspec.request.meter import Meter
 from flowspec.schedule.auto import Experience
 from flowspec.schedule.base import Schedule
 from flowspec.schedule.catalogue import AUTO, make_schedule
 from flowspec.schedule.pace import MeasuredCosts, Pace
 from flowspec.text import Vocabulary
+from flowspec.wire.messages import Alive, Failed, Ready, Result, Send
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

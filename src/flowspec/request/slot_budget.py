@@ -8,11 +8,44 @@ decided here.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from flowspec.generation import Heritage, Left
+from flowspec.draft.base import HeritableDraft
 
 MIN_KEPT = 16  # tokens; fewer are not worth the cache that they would take apart
 MAX_LEFT = 8  # ended requests that leave something, at most
+
+
+@dataclass(frozen=True)
+class Heritage:
+    """The beginning of a prompt, as an earlier request has computed it; by default nothing."""
+
+    request_id: int | None = None
+    num_kept: int = 0  # tokens
+    draft: HeritableDraft | None = None
+
+
+@dataclass(frozen=True)
+class Left:
+    """What an ended request has left at the workers, and in the driver."""
+
+    request_id: int
+    token_ids: tuple[int, ...]  # whose keys and values the workers hold
+    draft: HeritableDraft | None  # one that needed features, if it can hand on what it made of them
+
+    def heritage(self, prompt_ids: Sequence[int], needs_features: bool) -> Heritage:
+        """What a request with this prompt can take over."""
+        if needs_features and self.draft is None:
+            return Heritage()
+        pairs = enumerate(zip(self.token_ids, prompt_ids, strict=False))
+        num_common = next(
+            (i for i, (ours, theirs) in pairs if ours != theirs), min(len(self.token_ids), len(prompt_ids))
+        )
+        # The root runs again, and one token before it: the features of the last tokens of the prompt must come back.
+        num_kept = min(num_common - 1, len(prompt_ids) - 2)
+        if needs_features and self.draft is not None:
+            num_kept = min(num_kept, self.draft.num_settled)
+        return Heritage(self.request_id, num_kept, self.draft) if num_kept > 0 else Heritage()
 
 
 class SlotBudget:

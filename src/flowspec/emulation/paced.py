@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from flowspec.cluster import ClusterSpec
+from flowspec.emulation.description import ClusterSpec
+from flowspec.emulation.virtual_time import Actor, Clock, EmulatedHinter, EmulatedStage, Place, Sizes, VirtualLink
 from flowspec.errors import ProtocolError
-from flowspec.messages import Emulation, Message, Route, Segment, Send, Stamped
 from flowspec.model.stage import Stage
-from flowspec.virtual_time import Actor, Clock, EmulatedHinter, EmulatedStage, Place, Sizes, VirtualLink
-from flowspec.worker import NUM_GUESSES, PATIENCE_S, Hinter, Worker
+from flowspec.wire.messages import Emulation, Message, Route, Segment, Send, Stamped
+from flowspec.worker.actor import NUM_GUESSES, PATIENCE_S, Hinter, Worker
 
 _POLL_S = 0.0015  # waits below this are slept, since polling knows whole milliseconds only
 

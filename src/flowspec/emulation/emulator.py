@@ -14,17 +14,24 @@ from types import TracebackType
 
 import torch
 
+from flowspec.cluster.launch import LocalProcesses, RemoteCluster
 from flowspec.config import LinkConfig
+from flowspec.emulation.paced import PacedActor, WallClock
+from flowspec.emulation.simulator import (
+    TENSOR_PARALLEL,
+    CheckpointPair,
+    Experiment,
+    forward_spans,
+    make_driver,
+    make_record,
+)
+from flowspec.emulation.virtual_time import Clock, Sizes, VirtualLink
 from flowspec.errors import UsageError, WorkerError
-from flowspec.generation import Request
-from flowspec.launch import LocalProcesses, RemoteCluster
-from flowspec.messages import Emulation, Hint, Result, Route, Stamped
 from flowspec.model.loader import draft_place
-from flowspec.paced import PacedActor, WallClock
-from flowspec.records import RequestRecord
+from flowspec.request.generation import Request
+from flowspec.request.records import RequestRecord
 from flowspec.schedule.catalogue import flow_parts
-from flowspec.simulator import TENSOR_PARALLEL, CheckpointPair, Experiment, forward_spans, make_driver, make_record
-from flowspec.virtual_time import Clock, Sizes, VirtualLink
+from flowspec.wire.messages import Emulation, Hint, Result, Route, Stamped
 
 _LONGEST_WAIT_S = 0.2
 
@@ -80,7 +87,7 @@ class Emulator:
         self._result_bytes = 0
         self._worker_bytes: dict[int, int] = {}  # received by each worker, by stage
         torch.set_num_threads(1)
-        processes = LocalProcesses(num_stages, threads=1, device="cpu")
+        processes = LocalProcesses(num_stages, threads=1, device="cpu", module="flowspec.emulation.local")
         self._cluster = RemoteCluster(processes.addresses, self._link, processes)
         try:
             self._cluster.configure(pair.checkpoint.full_name, partition, "float32", emulation, hints)

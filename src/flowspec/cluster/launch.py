@@ -24,7 +24,10 @@ import zmq
 from flowspec.config import LinkConfig
 from flowspec.core import DType, Partition
 from flowspec.errors import FlowspecError, UsageError, WorkerError
-from flowspec.messages import (
+from flowspec.model.hint_head import load_hinter
+from flowspec.model.loader import Checkpoint
+from flowspec.model.stage import Stage
+from flowspec.wire.messages import (
     PROTOCOL_VERSION,
     Busy,
     Configure,
@@ -39,11 +42,8 @@ from flowspec.messages import (
     Stop,
     ToDriver,
 )
-from flowspec.model.hint_head import load_hinter
-from flowspec.model.loader import Checkpoint
-from flowspec.model.stage import Stage
-from flowspec.transport import DRIVER, Connection, InprocNetwork
-from flowspec.worker import Worker
+from flowspec.wire.transport import DRIVER, Connection, InprocNetwork
+from flowspec.worker.actor import Worker
 
 logger = logging.getLogger("flowspec.launch")
 
@@ -139,10 +139,11 @@ class LocalProcesses:
     One child imports what workers need and forks them, so that this is paid once and not for every worker.
     """
 
-    def __init__(self, num_workers: int, threads: int, device: str) -> None:
+    def __init__(self, num_workers: int, threads: int, device: str, module: str = "flowspec.worker.local") -> None:
+        """``module``: that forks them; see there."""
         self._directory = Path(tempfile.mkdtemp(prefix="flowspec-"))
         self.addresses = [f"ipc://{self._directory / str(i)}" for i in range(1, num_workers + 1)]
-        command = [sys.executable, "-m", "flowspec.worker_process", str(threads), device, *self.addresses]
+        command = [sys.executable, "-m", module, str(threads), device, *self.addresses]
         try:
             self._launcher = subprocess.Popen(
                 command,

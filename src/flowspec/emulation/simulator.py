@@ -14,28 +14,30 @@ from pathlib import Path
 from random import Random
 from typing import Any, Protocol
 
-from flowspec.cluster import ClusterSpec, DriverCosts
 from flowspec.config import ScheduleConfig
 from flowspec.core import MAX_SEED, DraftDType, Partition, SamplingParams
 from flowspec.draft.base import DraftSource
 from flowspec.draft.catalogue import choose_draft, load_draft
 from flowspec.draft.synthetic import SyntheticSource
 from flowspec.driver import Driver
+from flowspec.emulation.description import ClusterSpec, DriverCosts
+from flowspec.emulation.virtual_time import Clock, EmulatedHinter, EmulatedStage, Place, Sizes, VirtualLink
 from flowspec.errors import UsageError
-from flowspec.generation import Generation, LogitsHead, Request, Stats, Work
-from flowspec.messages import Route, Send
 from flowspec.model.hint_head import HINT_DEPTH, load_hinter
 from flowspec.model.loader import Checkpoint
 from flowspec.model.stage import Stage
 from flowspec.model.synthetic import VOCAB_SIZE, Language, SyntheticHead, SyntheticHinter, SyntheticStage, quality
-from flowspec.model.target_head import TargetHead
-from flowspec.records import RequestRecord, SegmentRecord, Span
+from flowspec.model.target_head import LogitsHead, TargetHead
+from flowspec.request.generation import Generation, Request
+from flowspec.request.meter import Work
+from flowspec.request.records import RequestRecord, SegmentRecord, Span
+from flowspec.request.stats import Stats
 from flowspec.schedule.base import Schedule
 from flowspec.schedule.catalogue import flow_parts, make_schedule
 from flowspec.schedule.pace import Pace
-from flowspec.transport import DRIVER, Link
-from flowspec.virtual_time import Clock, EmulatedHinter, EmulatedStage, Place, Sizes, VirtualLink
-from flowspec.worker import PATIENCE_S, Hinter, Worker
+from flowspec.wire.messages import Route, Send
+from flowspec.wire.transport import DRIVER, Link
+from flowspec.worker.actor import PATIENCE_S, Hinter, Worker
 
 TENSOR_PARALLEL = ("tp-megatron", "tp-galaxy")
 PROMPT_LEN = 64  # tokens of a synthetic prompt

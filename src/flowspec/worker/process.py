@@ -1,37 +1,36 @@
 """The process around a worker: sockets, real time, sessions. One driver at a time, any number one after another.
 
-``flowspec worker`` runs one; ``python -m flowspec.worker_process`` forks the local workers of ``launch``.
+``flowspec worker`` runs one; ``worker.local`` forks those of one machine.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-import os
 import resource
-import signal
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import zmq
 from msgspec.structs import replace
 
-from flowspec.config import LinkConfig
 from flowspec.core import LayerRange, interpolate
 from flowspec.errors import FlowspecError, ProtocolError, UsageError, WorkerError
-from flowspec.measure import LinkMeter, free_bytes, measure_forward
-from flowspec.messages import (
+from flowspec.model.hint_head import load_hinter
+from flowspec.model.loader import Checkpoint, check_device
+from flowspec.model.stage import Stage
+from flowspec.wire.messages import (
     PROTOCOL_VERSION,
     Alive,
     Busy,
     Configure,
     Echo,
+    Emulation,
     Failure,
     Loading,
     Message,
@@ -41,18 +40,34 @@ from flowspec.messages import (
     Send,
     Stop,
 )
-from flowspec.model.hint_head import load_hinter
-from flowspec.model.loader import Checkpoint, check_device
-from flowspec.model.stage import Stage
-from flowspec.paced import PacedActor, paced_worker
-from flowspec.transport import Connection, Listener, session_of
-from flowspec.worker import Worker
+from flowspec.wire.transport import Connection, Listener, session_of
+from flowspec.worker.actor import Hinter, Worker
+from flowspec.worker.measure import LinkMeter, free_bytes, measure_forward
 
 logger = logging.getLogger("flowspec.worker")
 
 _LOADING_INTERVAL_S = 0.5
 _LINK_TIMEOUT_S = 20.0
 _LONGEST_WAIT_S = 0.5
+
+
+class Actor(Protocol):
+    """``worker.actor.Worker``, or what plays one."""
+
+    link_bytes: int
+
+    @property
+    def wake_s(self) -> float:
+        """On the monotonic clock."""
+        ...
+
+    def on_message(self, message: Message) -> list[Send]: ...
+
+    def on_idle(self) -> list[Send] | None: ...
+
+
+# A stage, its index, and what device to play -> the actor that does.
+Emulate = Callable[[Stage, int, Emulation, Hinter | None], Actor]
 
 
 class _SessionOver(Exception):  # noqa: N818 - not an error
@@ -68,15 +83,15 @@ class _Session:
     stage: int
     heartbeat_s: float
     link: Connection | None = None  # to the next worker
-    worker: Worker | PacedActor | None = None  # once the stage is loaded
+    worker: Actor | None = None  # once the stage is loaded
     measuring: tuple[LinkMeter, Ready] | None = None  # the link, and what the driver will then be told
 
 
 class WorkerProcess:
     """Serves sessions on one address until it is told to end."""
 
-    def __init__(self, address: str, heartbeat_s: float, device: str = "cpu") -> None:
-        """Raises ``UsageError`` when the address cannot be bound."""
+    def __init__(self, address: str, heartbeat_s: float, device: str = "cpu", emulate: Emulate | None = None) -> None:
+        """``emulate``: of workers that play devices. Raises ``UsageError`` when the address cannot be bound."""
         self._context: zmq.Context[Any] = zmq.Context()
         try:
             self._listener = Listener(self._context, address, heartbeat_s)
@@ -84,6 +99,7 @@ class WorkerProcess:
             self._context.term()
             raise
         self._device = device
+        self._emulate = emulate
         self._poller = zmq.Poller()
         self._poller.register(self._listener.socket, zmq.POLLIN)
         self._session: _Session | None = None
@@ -190,8 +206,10 @@ class WorkerProcess:
                 forward_s=lambda num_rows: interpolate(table, num_rows),
                 layers=str(layers),
             )
+        elif self._emulate is not None:
+            session.worker = self._emulate(stage, configure.stage, configure.emulation, hinter)
         else:
-            session.worker = paced_worker(stage, configure.stage, configure.emulation, hinter)
+            raise UsageError(f"worker {configure.stage} plays no device; flowspec emulate starts workers of its own")
         if session.link is not None:
             self._await_link(session.link)
         logger.info("layers %s of %s are ready", layers, configure.model)
@@ -302,53 +320,22 @@ class _Throttled:
 
 
 def serve(
-    address: str, *, heartbeat_s: float, threads: int, device: str, announce: Callable[[str], None] | None = None
+    address: str,
+    *,
+    heartbeat_s: float,
+    threads: int,
+    device: str,
+    announce: Callable[[str], None] | None = None,
+    emulate: Emulate | None = None,
 ) -> None:
     """Run a worker until interrupted. ``announce`` is called with the endpoint once it listens."""
     check_device(device)
     if threads:
         torch.set_num_threads(threads)
-    process = WorkerProcess(address, heartbeat_s, device)
+    process = WorkerProcess(address, heartbeat_s, device, emulate)
     try:
         if announce is not None:
             announce(process.endpoint)
         process.run()
     finally:
         process.close()
-
-
-# --- local workers -------------------------------------------------------------------------------------------------
-
-
-def _end_when_input_closes() -> None:
-    """End this process when standard input closes: the driver holds the other end, and loses it even when killed."""
-
-    def watch() -> None:
-        while os.read(0, 4096):
-            pass
-        os._exit(0)
-
-    threading.Thread(target=watch, name="watch-driver", daemon=True).start()
-
-
-def fork_workers(threads: int, device: str, addresses: list[str]) -> None:
-    """Fork one worker for each address and print ``index exit_code`` for each that ends, until none is left."""
-    indices: dict[int, int] = {}
-    for index, address in enumerate(addresses, start=1):
-        pid = os.fork()
-        if pid == 0:
-            _end_when_input_closes()
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
-            serve(address, heartbeat_s=LinkConfig().heartbeat_s, threads=threads, device=device)
-            os._exit(0)
-        indices[pid] = index
-    while indices:
-        pid, status = os.wait()
-        # In one write: the reader does not wait for the rest of a line.
-        os.write(1, f"{indices.pop(pid)} {os.waitstatus_to_exitcode(status)}\n".encode())
-
-
-if __name__ == "__main__":
-    logging.basicConfig(level=logging.ERROR, format="flowspec worker: %(message)s")
-    logging.getLogger("flowspec.hub").setLevel(logging.INFO)  # downloads are long, and seldom
-    fork_workers(int(sys.argv[1]), sys.argv[2], sys.argv[3:])

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from flowspec.messages import Echo, Probe
 from flowspec.model.stage import Stage
+from flowspec.wire.messages import Echo, Probe
 
 _CGROUP = Path("/sys/fs/cgroup")
 

@@ -15,10 +15,10 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from flowspec.cluster import EmulatedModel, LinkModel
-from flowspec.messages import Codec, Message, Result, Segment, Send
+from flowspec.emulation.description import EmulatedModel, LinkModel
 from flowspec.model.kv_cache import Part
-from flowspec.records import Span
+from flowspec.request.records import Span
+from flowspec.wire.messages import Codec, Message, Result, Segment, Send
 
 PAUSES = 3  # of an emulated forward, to look for commits; real ones pause after every layer
 
