@@ -34,6 +34,11 @@ def first(num_choices: int) -> int:
     return 0
 
 
+def prompt_of(length: int, seed: int = 3) -> list[int]:
+    # A short alphabet repeats itself, which gives the n-gram draft something to find.
+    return torch.randint(0, 6, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
 class Pump:
     """A driver and its workers; ``run`` plays events until all requests have left the pipeline."""
 

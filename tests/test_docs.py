@@ -24,9 +24,8 @@ import pytest
 from command_line import Run
 from flowspec.cluster.device_list import DeviceList
 from flowspec.train.hints import HintRecipe
-from test_cli_serve import free_ports
-from test_hints import write_target_and_text
-from tiny_models import make_checkpoint, make_draft_head
+from server_process import free_ports
+from tiny_models import make_checkpoint, make_draft_head, write_target_and_text
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -33,8 +33,7 @@ from flowspec.sampling import Sampler, token_logprobs
 from flowspec.tree import DraftTree, Ints
 from flowspec.wire.transport import DRIVER
 from plain_sampling import filtered_logprobs, gumbel_noise
-from pump import Pump
-from test_exactness import prompt_of
+from pump import Pump, prompt_of
 
 NUM_TOKENS = 40
 PROMPT = prompt_of(20)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import (
@@ -19,6 +20,7 @@ from transformers import (
 )
 
 from flowspec.model.eagle_head import EagleHead
+from flowspec.train.corpus import Tokens
 
 VOCAB_SIZE = 96
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -165,3 +167,18 @@ def make_draft_head(directory: Path, hidden_size: int = 32, vocab_size: int = VO
     sizes: dict[str, Any] = _SIZES | {"hidden_size": hidden_size, "vocab_size": vocab_size, "num_hidden_layers": 1}
     EagleHead(LlamaConfig(**sizes), torch.zeros(vocab_size, hidden_size)).save(directory, dtype=torch.float32)
     return directory
+
+
+def random_stream(num_tokens: int = 400) -> Tokens:
+    """Token ids to train on."""
+    return np.random.default_rng(0).integers(0, VOCAB_SIZE, num_tokens).astype(np.int32)
+
+
+def write_target_and_text(directory: Path) -> tuple[Path, Path]:
+    """A model, and a text in its language to train a draft on."""
+    target = make_checkpoint(directory / "target", "qwen3")
+    settings = '{"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "t0"}'
+    (target / "tokenizer_config.json").write_text(settings)
+    text = directory / "text.txt"
+    text.write_text(" ".join(f"t{i}" for i in random_stream(1000)))
+    return target, text

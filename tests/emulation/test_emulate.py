@@ -12,7 +12,7 @@ import pytest
 
 from command_line import apart_from_progress
 
-CLUSTERS = Path(__file__).parent.parent / "clusters"
+CLUSTERS = Path(__file__).parents[2] / "clusters"
 TWO_SLOW_STAGES = """
 [model]
 name = "small"

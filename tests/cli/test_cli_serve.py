@@ -17,7 +17,7 @@ from command_line import apart_from_progress
 from flowspec.cluster.device_list import DeviceList
 from flowspec.core import Partition
 from flowspec.errors import UsageError
-from server_process import ServerProcess
+from server_process import ServerProcess, free_ports
 
 TWO = """
 [[device]]
@@ -28,14 +28,6 @@ layers = "0:4"
 address = "127.0.0.1:{1}"
 layers = "4:6"
 """
-
-
-def free_ports(count: int) -> list[int]:
-    probes = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [probe.getsockname()[1] for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports
 
 
 def test_a_file_names_the_devices(tmp_path: Path) -> None:

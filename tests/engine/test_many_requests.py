@@ -254,7 +254,7 @@ def test_the_number_of_requests_at_once_is_bounded(checkpoint_dir: Callable[[str
 
 
 def test_eight_clients_of_a_simulated_cluster_get_two_and_a_half_times_the_tokens_of_one() -> None:
-    cluster = ClusterSpec.load(Path(__file__).parent.parent / "clusters" / "7b-nano-150m.toml")
+    cluster = ClusterSpec.load(Path(__file__).parents[2] / "clusters" / "7b-nano-150m.toml")
     experiment = Experiment(cluster, ScheduleConfig(), SamplingParams(48))
     prompts = [f"prompt {i}" for i in range(8)]
     study = Study(experiment, PairSpec(), ["flow", "auto"], prompts, jobs=1)
@@ -265,7 +265,7 @@ def test_eight_clients_of_a_simulated_cluster_get_two_and_a_half_times_the_token
 
 
 def test_simulated_clients_with_a_seed_get_what_they_get_alone() -> None:
-    cluster = ClusterSpec.load(Path(__file__).parent.parent / "clusters" / "7b-agx-1g.toml")
+    cluster = ClusterSpec.load(Path(__file__).parents[2] / "clusters" / "7b-agx-1g.toml")
     experiment = Experiment(cluster, ScheduleConfig(), SamplingParams(24, 0.9, seed=3))
     pair = SyntheticPair("eagle1", 10)
     prompts = [(index, f"prompt {index}") for index in range(5)]

@@ -17,7 +17,7 @@ from flowspec.config import PipelineConfig, TreeConfig
 from flowspec.core import SamplingParams
 from flowspec.schedule.catalogue import ABLATIONS, AUTO, SCHEDULES
 from plain_sampling import filtered_logprobs
-from pump import Pump
+from pump import Pump, prompt_of
 from tiny_models import FAMILIES, make_checkpoint, make_draft_head
 
 NUM_TOKENS = 40
@@ -27,11 +27,6 @@ SMALL = PipelineConfig(segment_len=5, prefill_chunk=7)  # so that prompts and tr
 
 # The other parts of flow need costs, which these runs have not; the simulator's tests have them.
 LADDER = [name for name in ABLATIONS if name.startswith("lockstep") or name == "flow-no-hints"]
-
-
-def prompt_of(length: int, seed: int = 3) -> list[int]:
-    # A short alphabet repeats itself, which gives the n-gram draft something to find.
-    return torch.randint(0, 6, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
 def generate_greedily(directory: Path, prompt: list[int], num_tokens: int) -> list[int]:

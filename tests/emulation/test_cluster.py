@@ -12,7 +12,7 @@ from flowspec.core import Partition
 from flowspec.emulation.description import ClusterSpec, Device, DriverCosts, EmulatedModel, LinkModel, TensorParallel
 from flowspec.errors import UsageError
 
-CLUSTERS = Path(__file__).parent.parent / "clusters"
+CLUSTERS = Path(__file__).parents[2] / "clusters"
 FILES = sorted(CLUSTERS.glob("*.toml"))
 
 MODEL = EmulatedModel("small", num_layers=8, hidden_size=64, vocab_size=100, layer_params=1e6, kv_size=128)

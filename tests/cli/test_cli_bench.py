@@ -19,7 +19,7 @@ from flowspec.errors import FlowspecError
 from flowspec.request.records import RequestRecord
 from flowspec.schedule.catalogue import ABLATIONS, AUTO, SCHEDULES
 
-CLUSTER = str(Path(__file__).parent.parent / "clusters" / "7b-nano-150m.toml")
+CLUSTER = str(Path(__file__).parents[2] / "clusters" / "7b-nano-150m.toml")
 SMALL = ("--num-prompts", "2", "--max-new-tokens", "16", "--jobs", "1")
 
 

@@ -355,7 +355,7 @@ def test_a_hub_that_refuses_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_the_memory_benchmark_runs() -> None:
-    path = Path(__file__).parents[1] / "benchmarks" / "stage_memory.py"
+    path = Path(__file__).parents[2] / "benchmarks" / "stage_memory.py"
     spec = importlib.util.spec_from_file_location("stage_memory", path)
     assert spec is not None
     assert spec.loader is not None

@@ -34,7 +34,7 @@ from flowspec.model.synthetic import VOCAB_SIZE, Language, quality
 from flowspec.request.records import RequestRecord, Span
 from flowspec.schedule.catalogue import ABLATIONS, AUTO, SCHEDULES
 
-NANO = ClusterSpec.load(Path(__file__).parents[1] / "clusters" / "7b-nano-150m.toml")
+NANO = ClusterSpec.load(Path(__file__).parents[2] / "clusters" / "7b-nano-150m.toml")
 PAIR = SyntheticPair("eagle1", 10)
 ALL = (AUTO, *SCHEDULES, *ABLATIONS, "tp-megatron")
 PROMPT = "a prompt"
@@ -393,7 +393,7 @@ def test_ngrams_save_time_where_text_repeats_itself_and_change_no_token() -> Non
 
 @pytest.mark.parametrize(("name", "is_cheap"), [("7b-nano-150m", True), ("7b-int4-nano-150m", False)])
 def test_workers_stop_hinting_where_a_hint_takes_long(name: str, is_cheap: bool) -> None:
-    cluster = ClusterSpec.load(Path(__file__).parents[1] / "clusters" / f"{name}.toml")
+    cluster = ClusterSpec.load(Path(__file__).parents[2] / "clusters" / f"{name}.toml")
     experiment = Experiment(cluster, ScheduleConfig(), SamplingParams(max_tokens=40), with_spans=True)
     (record,) = simulate(experiment, PAIR, "flow", [(0, PROMPT)])
     num_hints = sum(span.work == "hint" for span in record.spans if span.place == 3)

@@ -16,7 +16,7 @@ from flowspec.cli.options import DEFAULT_MODEL, DEFAULT_PLACES, DEFAULT_SAMPLING
 from flowspec.cli.terminal import TerminalProgress, fitted
 from flowspec.core import SamplingParams
 
-CLUSTER = str(Path(__file__).parent.parent / "clusters" / "7b-nano-150m.toml")
+CLUSTER = str(Path(__file__).parents[2] / "clusters" / "7b-nano-150m.toml")
 COMMANDS = ("generate", "demo", "chat", "serve", "worker", "simulate", "bench", "emulate", "train-draft")
 
 

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from flowspec import simulator
 from flowspec.config import ScheduleConfig
 from flowspec.core import SamplingParams
+from flowspec.emulation import simulator
 from flowspec.emulation.description import ClusterSpec
 from flowspec.emulation.simulator import Experiment, Faults, SyntheticPair, simulate
 from flowspec.model.synthetic import SyntheticStage
@@ -25,7 +25,7 @@ from flowspec.schedule.catalogue import make_schedule
 from flowspec.wire.messages import LAST_STEP, Close, Commit, Message, Open, Result, Segment, Send, Step
 from flowspec.worker.actor import Worker
 
-NANO = ClusterSpec.load(Path(__file__).parents[1] / "clusters" / "7b-nano-150m.toml")
+NANO = ClusterSpec.load(Path(__file__).parents[2] / "clusters" / "7b-nano-150m.toml")
 NUM_STAGES = NANO.num_stages
 PAIR = SyntheticPair("eagle1", 10)
 STEPPED = ("lockstep", "lockstep-no-score-order", "lockstep-no-prune", "lockstep-no-expand", "pipedec")

@@ -21,22 +21,17 @@ from flowspec.model.eagle_head import EagleHead
 from flowspec.model.hint_head import HintHead, save_hints
 from flowspec.model.loader import Checkpoint, demo_directory, demo_draft_directory
 from flowspec.model.stage import Stage
-from flowspec.train.corpus import Tokens
 from flowspec.train.demo import load_hints
 from flowspec.train.draft import train_draft
 from flowspec.train.eagle import DraftRecipe, Target, embedding_of, head_config, load_model
 from flowspec.train.evaluate import EvaluationConfig, evaluate
 from flowspec.train.hints import HintRecipe, train_hints
-from tiny_models import FAMILIES, VOCAB_SIZE, make_checkpoint, make_model
+from tiny_models import FAMILIES, VOCAB_SIZE, make_checkpoint, make_model, random_stream, write_target_and_text
 
 HIDDEN, NUM_LAYERS, RANK = 32, 6, 3
 EPS = 1e-6
 WINDOWS = DraftRecipe(context_len=16, prompt_len=6, num_tokens=128, num_generated_tokens=64, generation_batch=2)
 RECIPE = HintRecipe(rank=RANK, num_tokens=8 * 64, batch_tokens=64)
-
-
-def random_stream(num_tokens: int = 400) -> Tokens:
-    return np.random.default_rng(0).integers(0, VOCAB_SIZE, num_tokens).astype(np.int32)
 
 
 @pytest.fixture
@@ -177,15 +172,6 @@ def test_what_cannot_be_trained_is_refused(tmp_path: Path) -> None:
     single = Target(make_model("llama", num_hidden_layers=1))
     with pytest.raises(ModelError, match="single layer"):
         train_hints(single, random_stream(), RECIPE, WINDOWS, tmp_path, tmp_path)
-
-
-def write_target_and_text(directory: Path) -> tuple[Path, Path]:
-    target = make_checkpoint(directory / "target", "qwen3")
-    settings = '{"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "t0"}'
-    (target / "tokenizer_config.json").write_text(settings)
-    text = directory / "text.txt"
-    text.write_text(" ".join(f"t{i}" for i in random_stream(1000)))
-    return target, text
 
 
 def test_train_draft_adds_hints_to_a_finished_head(tmp_path: Path) -> None:
