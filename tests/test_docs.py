@@ -25,6 +25,7 @@ from command_line import Run
 from flowspec.cluster.device_list import DeviceList
 from flowspec.train.hints import HintRecipe
 from server_process import free_ports
+from test_imports import read_levels
 from tiny_models import make_checkpoint, make_draft_head, write_target_and_text
 
 if sys.version_info >= (3, 11):
@@ -298,6 +299,8 @@ def test_a_block_of_code_works_as_it_is_written(
             assert capsys.readouterr().out
         case "toml":
             assert DeviceList.of(tomllib.loads(block.text), str(block)).addresses
+        case "rooms":
+            assert read_levels(), "it is tests/test_imports.py that reads it"
         case "":
             assert "--->" in block.text, "a picture; commands are in blocks of sh"
         case language:
