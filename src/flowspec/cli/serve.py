@@ -67,8 +67,7 @@ def serve(
                 app = create_app(engine, config, feed, served_model_name)
                 url, name = listening.url, app.state.api.model
                 told = f"{name} in stages {engine.partition}: {url}/v1, dashboard {url}/; end it with Ctrl-C"
-                stderr.print(told, markup=False, soft_wrap=True)
-                run(app, listening, verbose)
+                run(app, listening, verbose, lambda: stderr.print(told, markup=False, soft_wrap=True))
                 if (failure := app.state.api.service.failure) is not None:
                     raise WorkerError(failure)
         finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import uvicorn
@@ -46,13 +47,24 @@ class Listening:
 class _Server(uvicorn.Server):
     """Ends the application's work before it waits for open streams, which end with it."""
 
+    def __init__(self, config: uvicorn.Config, announce: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._announce = announce
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._announce()
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         await self.config.app.state.api.service.stop()  # type: ignore[union-attr]
         await super().shutdown(sockets)
 
 
-def run(app: FastAPI, listening: Listening, verbose: bool = False) -> None:
-    """Serve until interrupted or terminated, or until nothing can be generated any more: ``Service.failure``."""
+def run(app: FastAPI, listening: Listening, verbose: bool = False, announce: Callable[[], None] = lambda: None) -> None:
+    """Serve until interrupted or terminated, or until nothing can be generated any more: ``Service.failure``.
+
+    ``announce`` is called once all that may happen.
+    """
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     config = uvicorn.Config(
         app,
@@ -62,7 +74,7 @@ def run(app: FastAPI, listening: Listening, verbose: bool = False) -> None:
         server_header=False,
         h11_max_incomplete_event_size=64 * 1024,
     )
-    server = _Server(config)
+    server = _Server(config, announce)
 
     def end() -> None:
         server.should_exit = True  # whoever watches over this process may start it again
