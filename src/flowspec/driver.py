@@ -65,6 +65,7 @@ class Driver:
         self._likely_tokens = likely_tokens
         self._max_chunks = pipeline_config.prefill_in_flight or num_stages + 1
         self.budget = SlotBudget(num_slots)
+        self._unwanted: list[int] = []  # leavings of which the workers have not been told that they go
 
     @property
     def num_open(self) -> int:
@@ -126,10 +127,11 @@ class Driver:
             generation.prefill(self._max_chunks)
         except BaseException:
             self.budget.end(request_id, None)
+            self._unwanted += [*gone, *([] if heritage.request_id is None else [heritage.request_id])]
             raise
         self._running[request_id] = _Running(generation, schedule)
         self._count_sharing()
-        return generation, [*_forget(gone), *generation.take_outbox()]
+        return generation, [*self._forget(gone), *generation.take_outbox()]
 
     def cancel(self, generation: Generation) -> list[Send]:
         """Give a request up; what is in flight dies where it is."""
@@ -209,7 +211,7 @@ class Driver:
         left = generation.leave() if generation.keeps_cache else None
         gone = self.budget.end(generation.request.request_id, left)
         self._count_sharing()
-        return _forget(gone)
+        return self._forget(gone)
 
     def _grow(self, generation: Generation) -> list[Send]:
         """Let the request hold more before it needs more; where there is no more, the youngest has to give way."""
@@ -229,9 +231,14 @@ class Driver:
         most = min(generation.num_slots + generation.num_left, budget.num_slots)
         wanted = min(most, num_held + max(MIN_GROWTH, round(GROWTH_SHARE * num_held)))
         num_slots = wanted if wanted > needed and budget.can_grow(request_id, wanted) else needed
-        sends += _forget(budget.grow(request_id, num_slots))
+        sends += self._forget(budget.grow(request_id, num_slots))
         generation.reserve(num_slots)
         return [*sends, *generation.take_outbox()]
+
+    def _forget(self, request_ids: list[int]) -> list[Send]:
+        """Drop what these requests have left at the workers."""
+        unwanted, self._unwanted = [*self._unwanted, *request_ids], []
+        return [Send(Route.NEXT, Forget(request_id)) for request_id in unwanted]
 
     def _generations(self) -> list[Generation]:
         """Of requests that have not ended."""
@@ -245,7 +252,3 @@ class Driver:
 
 def _may_work(generation: Generation) -> bool:
     return not generation.is_finished and generation.is_prompt_sent
-
-
-def _forget(request_ids: list[int]) -> list[Send]:
-    return [Send(Route.NEXT, Forget(request_id)) for request_id in request_ids]

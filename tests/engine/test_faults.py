@@ -136,6 +136,23 @@ def test_text_that_came_before_an_error_is_delivered(checkpoint_dir: Callable[[s
     assert got and got == expected[: len(got)]
 
 
+def test_a_request_that_fails_before_it_begins_leaves_no_cache_behind(checkpoint_dir: Callable[[str], Path]) -> None:
+    """It had taken an earlier request's cache over, and nobody told the workers that it did not want it."""
+    prompt = (OPENS, *PROMPT, *PROMPT)
+    with Engine(checkpoint_dir("llama"), stages=2, in_process=True, draft=FaultySource(), schedule="flow") as engine:
+        first = engine.submit(prompt, SamplingParams(8), schedule="ar")
+        while not first.is_finished or engine._driver.num_open:
+            engine.step()
+        workers = engine._cluster._workers  # type: ignore[union-attr]
+        assert all(worker.num_kept == 1 for worker in workers)
+        failing = engine.submit(prompt, SamplingParams(8))
+        other = engine.submit(PROMPT, SamplingParams(8), schedule="ar")
+        while not (failing.is_finished and other.is_finished) or engine._driver.num_open:
+            engine.step()
+        assert isinstance(failing.error, RequestError)
+        assert all(list(worker._kept) == [other.request.request_id] for worker in workers)
+
+
 class FaultyStage:
     """A stage that cannot run rows of a marked token."""
 
