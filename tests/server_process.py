@@ -35,6 +35,13 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
+def forked_workers(process: psutil.Process) -> list[psutil.Process]:
+    """The local workers of a process that runs a model, worker 1 first: process ids start again at some time."""
+    launchers = [child for child in process.children() if "flowspec.worker.local" in child.cmdline()]
+    workers = [worker for launcher in launchers for worker in launcher.children()]
+    return sorted(workers, key=lambda worker: (worker.create_time(), worker.pid))
+
+
 class ServerProcess:
     """A context manager; ``url`` is where it listens. At its end nothing of it may be left."""
 
@@ -78,6 +85,10 @@ class ServerProcess:
     def __enter__(self) -> ServerProcess:
         if not self._is_up.wait(START_TIMEOUT_S) or self._process.poll() is not None:
             self._process.kill()
+            self._process.wait(timeout=30)
+            self._reader.join(timeout=10)
+            assert self._process.stderr is not None
+            self._process.stderr.close()
             raise AssertionError(f"the server did not come up: {self.text}")
         return self
 

@@ -37,6 +37,7 @@ from flowspec.server.feed import Feed
 from flowspec.talk.local import LocalTalker
 from flowspec.talk.server import ServerTalker, read_events
 from flowspec.talk.talker import Settings
+from server_process import forked_workers
 from tiny_models import make_checkpoint
 
 COMMAND = [sys.executable, "-m", "flowspec"]
@@ -449,7 +450,7 @@ def test_in_process_the_demo_stops_goes_on_and_ends_with_a_dead_worker(tmp_path:
         terminal.wait_for(r"the first after [^\n]*\n>")
         terminal.type("class Queue:\\\r    def __init__(self):\r")
         assert re.search(r"400 tokens, .* accepted per draft", terminal.wait_for(r"400 tokens[^\n]*\n>"))
-        max(children, key=lambda child: child.pid).kill()
+        forked_workers(psutil.Process(terminal.process.pid))[-1].kill()
         terminal.type("import os\r")
         assert terminal.end() == 1
         assert re.search("flowspec: error: .*worker 2.*\n", terminal.shown)

@@ -14,7 +14,7 @@ import openai
 import pytest
 
 from flowspec import LLM, SamplingParams
-from server_process import ServerProcess, add_chat_template
+from server_process import ServerProcess, add_chat_template, forked_workers
 from tiny_models import make_checkpoint
 
 PROMPT = "def add(a, b):\n"
@@ -322,7 +322,7 @@ def test_chats_keys_and_a_stage_that_dies(tmp_path: Path, checkpoint_dir: Callab
         ).json()["count"]
         assert count == 6
 
-        victim = max(server.workers(), key=lambda process: process.pid)
+        victim = forked_workers(server.process)[-1]
         stream = client.completions.create(model="tiny", prompt="t3 t4", max_tokens=200, stream=True, temperature=0)
         next(iter(stream))
         victim.kill()

@@ -20,6 +20,7 @@ from flowspec.engine.engine import Engine
 from flowspec.errors import UsageError, WorkerError
 from flowspec.schedule.auto import Auto
 from flowspec.server.service import QueueFullError, Service, Ticket
+from server_process import forked_workers
 
 PROMPT = (1, 4, 2, 1, 4, 2, 3)
 WAIT_S = 30.0
@@ -42,7 +43,7 @@ def test_a_stage_that_stands_still_is_noticed_while_there_is_work_and_only_then(
     async def run(engine: Engine) -> None:
         service = Service(engine, max_waiting=4, stuck_after_s=0.5)
         service.start()
-        victim = max(psutil.Process().children(recursive=True), key=lambda process: process.pid)
+        victim = forked_workers(psutil.Process())[-1]
         try:
             await text_of(service.submit("a", PROMPT, SamplingParams(5)))
             os.kill(victim.pid, signal.SIGSTOP)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from flowspec.config import LinkConfig
 from flowspec.errors import UsageError, WorkerError
 from flowspec.wire.messages import PROTOCOL_VERSION, Alive, Codec, Configure, Ready, Stop
 from pump import Pump
+from server_process import forked_workers
 
 PROMPT_IDS = [1, 4, 2, 1, 4, 2, 3]
 LINK = LinkConfig(start_timeout_s=60, stall_timeout_s=60, heartbeat_s=0.5)
@@ -102,8 +102,7 @@ def test_a_killed_worker_ends_the_run_with_an_error(checkpoint_dir: Callable[[st
     with LLM(checkpoint_dir("llama"), stages=3, schedule="ar", link=LINK) as llm:
         chunks = llm.stream(PROMPT_IDS, SamplingParams(max_tokens=240))
         next(iter(chunks))
-        victim = max(worker_pids())  # the youngest: a forked worker, not the process that forks
-        os.kill(victim, signal.SIGKILL)
+        forked_workers(psutil.Process())[-1].kill()
         killed = time.monotonic()
         with pytest.raises(WorkerError, match="worker 3"):
             list(chunks)
