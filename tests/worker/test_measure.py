@@ -13,10 +13,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flowspec.config import ScheduleConfig
 from flowspec.core import LayerRange
 from flowspec.model.loader import Checkpoint
 from flowspec.model.stage import Stage
-from flowspec.schedule.pace import MeasuredCosts, free_rows
+from flowspec.schedule.catalogue import make_schedule
+from flowspec.schedule.pace import MeasuredCosts, Pace, free_rows
 from flowspec.wire.messages import Echo, Ready, Timing
 from flowspec.worker.measure import LinkMeter, free_bytes, measure_forward
 
@@ -94,6 +96,19 @@ def test_a_next_worker_that_falls_silent_does_not_hold_up_the_start() -> None:
     assert meter.next_probe(0.5) is None and not meter.is_done
     assert meter.next_probe(1.2) is None and meter.is_done
     assert meter.bytes_per_s is None
+
+
+def test_a_schedule_that_is_made_changes_nothing_but_itself() -> None:
+    """It measured the pace of all requests anew, and was made at every step while another request waited."""
+    measured = costs([(1, 1.0), (128, 1.1)])
+    pace = Pace(measured)
+    before = pace.segment_len, pace.slot_s
+    for _ in range(50):
+        measured.note([Timing(1, 1, 0.0, 4.0, 0, 1)])
+    make_schedule("auto", ScheduleConfig(), 1, pace=pace)
+    assert (pace.segment_len, pace.slot_s) == before
+    pace.measure()
+    assert pace.slot_s > before[1]
 
 
 def test_costs_are_those_of_the_slowest_stage_and_link() -> None:
