@@ -32,6 +32,18 @@ class WorkerError(FlowspecError):
 class RequestError(FlowspecError):
     """One request met a fault, here or at a worker, and has ended; all others go on."""
 
+    @classmethod
+    def of(cls, error: Exception) -> FlowspecError:
+        """What a caller is told of whatever ended a request: an error of ours as it is, any other one as a bug."""
+        if isinstance(error, FlowspecError):
+            return error
+        return cls(f"this request met a bug, which ends no other one ({described(error)})")
+
 
 class NumericalError(RequestError):
     """The model's numbers have overflowed or are damaged: no token can be chosen by them."""
+
+
+def described(error: Exception) -> str:
+    """In one text: an error of ours says all, any other one needs its type."""
+    return str(error) if isinstance(error, FlowspecError) else f"{type(error).__name__}: {error}"

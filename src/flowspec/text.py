@@ -18,7 +18,6 @@ class Vocabulary:
 
     def __init__(self, tokenizer: Any) -> None:
         """``tokenizer``: of transformers, with a backend of the tokenizers library."""
-        self._tokenizer = tokenizer
         self._backend = tokenizer.backend_tokenizer
         decoder = self._backend.decoder
         names = "" if decoder is None else decoder.__getstate__().decode()

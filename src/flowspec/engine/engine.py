@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -285,6 +285,11 @@ class Engine:
 
     # --- requests ---
 
+    @property
+    def served_defaults(self) -> dict[str, Any]:
+        """Of a server's requests, and of a chat here, so that both give the same answers: OpenAI's, and the model's."""
+        return {"temperature": 1.0, **self.sampling_defaults}
+
     def check(self, prompt_ids: Sequence[int], params: SamplingParams, schedule: str | None = None) -> None:
         """Raises ``UsageError`` for what cannot be run. Looks at nothing that changes: any thread may call it."""
         if not prompt_ids:
@@ -526,11 +531,9 @@ class Engine:
 
 def _told(error: Exception, job: Job) -> FlowspecError:
     """What a caller is told of the error that ended a job; the log has all of it."""
-    if isinstance(error, FlowspecError):
-        logger.debug("request %d ended", job.request.request_id, exc_info=error)
-        return error
-    logger.error("request %d met a bug", job.request.request_id, exc_info=error)
-    return RequestError(f"this request met a bug, which ends no other one ({type(error).__name__}: {error})")
+    level = logging.DEBUG if isinstance(error, FlowspecError) else logging.ERROR
+    logger.log(level, "request %d met an error", job.request.request_id, exc_info=error)
+    return RequestError.of(error)
 
 
 def _choose_partition(

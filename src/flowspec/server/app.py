@@ -64,7 +64,7 @@ class Api:
         self.tokens = Tokens(engine)
         self.metrics = Metrics(model)
         self.metrics.watch(self.service)
-        self.defaults = {"temperature": 1.0, **engine.sampling_defaults}  # OpenAI's, where the model says nothing
+        self.defaults = engine.served_defaults
         self.start_s = int(time())
         if (problem := engine.chat_template.problem) is not None:
             logger.warning("warning: %s cannot chat: %s", model, problem)

@@ -250,8 +250,7 @@ class Service:
             self.engine.cancel(ticket.job)
         if not isinstance(error, FlowspecError):
             logger.error("a request met a bug", exc_info=error)
-            error = RequestError(f"this request met a bug, which ends no other one ({type(error).__name__}: {error})")
-        self._end(ticket, "failed", error)
+        self._end(ticket, "failed", RequestError.of(error))
 
     def _end(self, ticket: Ticket, end: End, error: BaseException | None) -> None:
         if ticket.end_s is not None:

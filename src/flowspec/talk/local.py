@@ -31,8 +31,7 @@ class LocalTalker:
         llm = self._llm
         prompt_ids = llm.encode_chat(messages) if self._can_chat else llm.encode(messages[-1]["content"])
         max_tokens = LOCAL_TOKENS if self._can_chat else CONTINUED_TOKENS
-        # As a server has it, so that both give the same answers.
-        defaults = {"temperature": 1.0, **engine.sampling_defaults, "max_tokens": max_tokens}
+        defaults = {**engine.served_defaults, "max_tokens": max_tokens}
         run = Run(engine, engine.submit(prompt_ids, settings.params(defaults), is_chat=self._can_chat))
         num_tokens = 0
         try:

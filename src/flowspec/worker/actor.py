@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from flowspec.errors import FlowspecError, ProtocolError
+from flowspec.errors import ProtocolError, described
 from flowspec.model.kv_cache import Part, SlotTable
 from flowspec.wire.messages import (
     Broken,
@@ -244,9 +244,8 @@ class Worker:
             raise error
         if (request := self._requests.get(request_id)) is not None and request.epoch == epoch:
             request.is_over = True
-        text = str(error) if isinstance(error, FlowspecError) else f"{type(error).__name__}: {error}"
         told = "".join(traceback.format_exception(error))
-        self._failures.append(Send(Route.DRIVER, Failed(request_id, epoch, self._index, text, told)))
+        self._failures.append(Send(Route.DRIVER, Failed(request_id, epoch, self._index, described(error), told)))
 
     def _take_failures(self) -> list[Send]:
         failures, self._failures = self._failures, []

@@ -20,7 +20,7 @@ import zmq
 from msgspec.structs import replace
 
 from flowspec.core import LayerRange, interpolate
-from flowspec.errors import FlowspecError, ProtocolError, UsageError, WorkerError
+from flowspec.errors import ProtocolError, UsageError, WorkerError, described
 from flowspec.model.hint_head import load_hinter
 from flowspec.model.loader import Checkpoint, check_device
 from flowspec.model.stage import Stage
@@ -281,8 +281,7 @@ class WorkerProcess:
             self._tell_driver(Alive(session.stage))
 
     def _report(self, error: Exception) -> None:
-        is_expected = isinstance(error, FlowspecError)
-        text = str(error) if is_expected else f"{type(error).__name__}: {error}"
+        text = described(error)
         logger.warning("session failed: %s", text)
         logger.debug("", exc_info=error)
         if self._session is not None:
