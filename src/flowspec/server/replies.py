@@ -69,17 +69,12 @@ class Place:
     def __init__(self, offset: int) -> None:
         """``offset``: characters before the first token, which are the prompt's."""
         self._offset = offset
-        self._has_begun = False
+        self.is_first = True  # no token has come yet
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-
-    @property
-    def is_first(self) -> bool:
-        """Whether no token has come yet."""
-        return not self._has_begun
 
     def next_offset(self, token_bytes: bytes) -> int:
         """Of a token; one that begins inside a character has that character's."""
-        offset, self._has_begun = self._offset, True
+        offset, self.is_first = self._offset, False
         self._offset += len(self._decoder.decode(token_bytes))
         return offset
 
