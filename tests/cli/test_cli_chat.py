@@ -213,7 +213,7 @@ def until(is_so: Callable[[], bool]) -> None:
 def test_ctrl_c_stops_an_answer_keeps_what_was_typed_and_leaves_when_asked_twice(
     server: Server, tmp_path: Path
 ) -> None:
-    with Terminal(tmp_path, "--url", server.url) as terminal:
+    with Terminal(tmp_path, "--url", server.url, "--temperature", "0") as terminal:
         terminal.wait_for(PROMPT)
         for _ in range(2):
             terminal.type("t3 t4\r")
