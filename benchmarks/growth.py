@@ -33,8 +33,8 @@ from flowspec.config import PipelineConfig, TreeConfig
 from flowspec.core import SamplingParams
 from flowspec.draft.base import Accepted
 from flowspec.model.kv_cache import SlotTable
-from flowspec.request.generation import Generation, Request
-from flowspec.request.meter import NoMeter
+from flowspec.request.generation import Generation
+from flowspec.request.request import Common, Request
 from flowspec.sampling import Sampler
 from flowspec.tree import DraftTree, Ints
 from flowspec.wire.messages import Codec, Commit, Result, Segment
@@ -106,7 +106,7 @@ class Life:
         params = SamplingParams(max_tokens=1000)
         tree = TreeConfig(size=num_nodes, min_probability=0.0)
         self.generation = generation = Generation(
-            Request(0, prompt_ids, params), BestHead(), source, tree, PipelineConfig(), 10**6, NoMeter(), lambda: 0.0
+            Request(0, prompt_ids, params), Common(BestHead(), PipelineConfig(), 10**6, lambda: 0.0), source, tree
         )
         self.slots = SlotTable(root_id=context)
         self.codec = Codec()

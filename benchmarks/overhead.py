@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from flowspec.cluster.launch import Cluster, Trip
+from flowspec.cluster.connections import Connections, LoadProgress, Trip
 from flowspec.config import EngineConfig, PipelineConfig, TreeConfig
 from flowspec.core import LayerRange, SamplingParams
 from flowspec.draft.base import Accepted
@@ -28,7 +28,7 @@ from flowspec.model.loader import Checkpoint
 from flowspec.model.stage import Stage
 from flowspec.sampling import Sampler
 from flowspec.tree import UNDRAFTED, DraftTree, Ints
-from flowspec.wire.messages import Result, Segment, Send, ToDriver
+from flowspec.wire.messages import Ready, Result, Segment, Send, ToDriver
 
 PROMPT = "class Queue:\n    def __init__(self, maxsize=0):\n"
 VOCABULARIES = (32_000, 128_256, 262_144)  # Llama 2, Llama 3, Gemma 3
@@ -40,10 +40,10 @@ SETTINGS = {
 NUM_ROWS = 10  # of a draft pass, and children of each
 
 
-class TimedCluster:
-    """A cluster that notes when each segment left and when its result came back."""
+class TimedConnections:
+    """Connections that note when each segment left and when its result came back."""
 
-    def __init__(self, inner: Cluster) -> None:
+    def __init__(self, inner: Connections) -> None:
         self._inner = inner
         self._sent: dict[tuple[int, int], float] = {}
         self.round_trips: list[tuple[float, Result]] = []  # round trip in seconds
@@ -70,6 +70,12 @@ class TimedCluster:
             if isinstance(message, Result) and not message.num_prefix:
                 self.round_trips.append((now - self._sent[message.request_id, message.segment_id], message))
         return received
+
+    def await_ready(self, progress: LoadProgress) -> list[Ready]:
+        return self._inner.await_ready(progress)
+
+    def probe(self) -> None:
+        self._inner.probe()
 
     def wake(self) -> None:
         self._inner.wake()
@@ -118,8 +124,7 @@ def measure_hops(num_stages: int, num_segments: int) -> dict[str, Any]:
         "demo", stages=num_stages, pipeline=pipeline, draft=FixedSource(), config=EngineConfig(keeps_caches=False)
     ) as llm:
         llm.generate(PROMPT, SamplingParams(max_tokens=16))  # warm-up
-        assert llm.engine._cluster is not None
-        llm.engine._cluster = timed = TimedCluster(llm.engine._cluster)
+        llm.engine.pipeline.connections = timed = TimedConnections(llm.engine.pipeline.connections)
         while len(timed.round_trips) < num_segments:
             llm.generate(PROMPT, SamplingParams(max_tokens=128))
     engine = [trip - sum(t.end_s - t.start_s for t in result.timings) for trip, result in timed.round_trips]

@@ -32,7 +32,7 @@ from flowspec.bench.study import draw_timeline
 from flowspec.config import LockstepConfig, ScheduleConfig
 from flowspec.core import SamplingParams
 from flowspec.emulation.description import ClusterSpec, DriverCosts
-from flowspec.emulation.simulator import TENSOR_PARALLEL, Experiment
+from flowspec.emulation.experiment import TENSOR_PARALLEL, Experiment
 from flowspec.request.records import RequestRecord, ScheduleResult
 from flowspec.schedule.catalogue import ABLATIONS, SCHEDULES
 
@@ -437,11 +437,11 @@ def busy_shares(lab: Lab, case: Case) -> tuple[float, float]:
     experiment = Experiment(case.cluster, case.config, params, with_spans=True)
     record = run_piece(Piece(experiment, case.pair, "flow", range(1)))[0]
     accepted = {segment.segment_id for segment in record.segment_records if segment.num_accepted}
-    busiest = 1 + int(np.argmax(record.busy_s[1:]))
+    busiest, start_s = 1 + int(np.argmax(record.busy_s[1:])), record.emissions.decode_start_s
     useful = sum(
         min(span.end_s, record.end_s) - span.start_s
         for span in record.spans
-        if span.place == busiest and span.segment_id in accepted and record.first_s <= span.start_s < record.end_s
+        if span.place == busiest and span.segment_id in accepted and start_s <= span.start_s < record.end_s
     )
     return useful / record.decode_s, record.busy_s[busiest] / record.decode_s - useful / record.decode_s
 

@@ -26,7 +26,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from flowspec.cluster.launch import num_cores
+from flowspec.cluster.local import num_cores
 from flowspec.core import SamplingParams
 from flowspec.llm import LLM
 

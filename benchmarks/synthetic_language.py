@@ -20,7 +20,7 @@ from flowspec.bench.runner import PairSpec, run_simulated
 from flowspec.config import PUBLISHED_TREE, LockstepConfig, ScheduleConfig
 from flowspec.core import Partition, SamplingParams
 from flowspec.emulation.description import ClusterSpec, Device, DriverCosts, EmulatedModel, LinkModel, TensorParallel
-from flowspec.emulation.simulator import Experiment
+from flowspec.emulation.experiment import Experiment
 from flowspec.model.synthetic import QUALITIES, Language, quality
 
 STEPS = (1, 2, 3, 5, 8, 12)

@@ -21,7 +21,8 @@ from flowspec.model.hint_head import HintHead
 from flowspec.model.loader import Checkpoint
 from flowspec.model.stage import Stage
 from flowspec.model.target_head import TargetHead
-from flowspec.request.generation import Generation, Request
+from flowspec.request.generation import Generation
+from flowspec.request.request import Common, Request
 from flowspec.schedule.catalogue import make_schedule
 from flowspec.wire.transport import DRIVER, InprocNetwork
 from flowspec.worker.actor import Worker
@@ -66,11 +67,11 @@ class Pump:
             lens = HintHead.logit_lens(layers.end, torch.ones(stage.hidden_size), lm_head, 1, 1e-6).eval()
             hinter, forward_s = lens if hints else None, (lambda num_rows: 1.0) if shares_forwards else None
             self.workers.append(Worker(stage, index, time.perf_counter, patience_s, hinter, math.inf, forward_s))
-        head = TargetHead(lm_head)
+        self.head = head = TargetHead(lm_head)
         source = draft if not isinstance(draft, str) else _source(draft, directory, checkpoint, head, tree)
         config = ScheduleConfig(tree, lockstep=LockstepConfig(replace(tree, size=tree.size + 1)), pipeline=pipeline)
         positions = checkpoint.max_positions
-        self.driver = Driver(head, source, pipeline, positions, time.perf_counter, keeps_caches=keeps_caches)
+        self.driver = Driver(Common(head, pipeline, positions, time.perf_counter, keeps_caches=keeps_caches), source)
         self._make_schedule = lambda: make_schedule(schedule, config, num_stages)
         self.network = InprocNetwork(num_stages)
         self.generations: list[Generation] = []

@@ -12,7 +12,7 @@ import pytest
 
 from flowspec import LLM, SamplingParams
 from flowspec.config import EngineConfig, LinkConfig, PipelineConfig, TreeConfig
-from flowspec.engine.engine import Engine
+from flowspec.engine.spec import EngineSpec
 from flowspec.errors import UsageError
 from server_process import add_chat_template
 
@@ -29,10 +29,12 @@ def llm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
 
 
 def test_help_shows_every_option_with_type_default_and_meaning() -> None:
-    shown, engine = inspect.signature(LLM).parameters, inspect.signature(Engine).parameters
-    assert {name: parameter.default for name, parameter in shown.items()} == {
-        name: parameter.default for name, parameter in engine.items()
-    }
+    shown, spec = inspect.signature(LLM).parameters, inspect.signature(EngineSpec).parameters
+    assert [*spec, "progress"] == list(shown), "an engine has no setting that is not shown"
+    plain = {name: field.default for name, field in EngineSpec.__dataclass_fields__.items()}
+    for name in ("tree", "pipeline", "link", "config"):
+        plain[name] = None
+    assert plain == {name: parameter.default for name, parameter in shown.items() if name != "progress"}
     assert all(parameter.annotation is not inspect.Parameter.empty for parameter in shown.values())
     assert LLM.__doc__ is not None and SamplingParams.__doc__ is not None
     for cls in (LLM, SamplingParams):

@@ -122,7 +122,7 @@ def test_a_chat_ends_where_any_of_the_files_says_so_and_a_text_where_it_did(tmp_
     with LLM(directory, stages=1, in_process=True, draft="none", schedule="ar") as llm:
         backend: Any = llm.tokenizer.backend_tokenizer
         named = {backend.token_to_id("</s>"), backend.token_to_id("<pad>")}
-        assert llm.engine._turn_end_ids == {7, 8, 9} | named
+        assert llm.engine.model.turn_end_ids == {7, 8, 9} | named
         assert llm.checkpoint.eos_token_ids == {7, 8}
         for end in (9, *named):  # let each of them be the first to come
             bias = ((end, 100.0),)

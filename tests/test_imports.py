@@ -41,7 +41,7 @@ CONFINED = {
     "pydantic": {"server"},
     "typer": {"cli"},
     "prompt_toolkit": {"cli"},
-    "httpx": {"talk.server"},
+    "httpx": {"talk.remote"},
     "matplotlib": {"bench.plots"},
     "transformers": {"model", "train", "engine"},
     "huggingface_hub": {"model"},

@@ -28,7 +28,9 @@ from flowspec.config import PipelineConfig
 from flowspec.core import SamplingParams
 from flowspec.draft.base import Accepted, DraftSource
 from flowspec.filters import kept_ids
-from flowspec.request.generation import Generation, Request, Verdict
+from flowspec.request.generation import Generation
+from flowspec.request.request import Request
+from flowspec.request.verifier import Verdict
 from flowspec.sampling import Sampler, token_logprobs
 from flowspec.tree import DraftTree, Ints
 from flowspec.wire.transport import DRIVER

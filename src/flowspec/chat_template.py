@@ -11,7 +11,7 @@ from contextlib import suppress
 from functools import cached_property
 from typing import Any, TypeVar, cast
 
-from flowspec.errors import UsageError
+from flowspec.errors import NO_CHAT_TEMPLATE, UsageError
 
 Message = Mapping[str, Any]  # role, content, and whatever else the template knows
 
@@ -67,21 +67,29 @@ class ChatTemplate:
         if not self.is_there:
             raise UsageError(
                 f"{self._model} has no chat template, so it cannot chat; let it continue a text, or use a model whose "
-                "tokenizer has one"
+                "tokenizer has one",
+                code=NO_CHAT_TEMPLATE,
             )
         if not messages or not all("role" in message for message in messages):
             raise UsageError(
-                'messages: give at least one, each with role and content, as {"role": "user", "content": "Hi"}'
+                'messages: give at least one, each with role and content, as {"role": "user", "content": "Hi"}',
+                field="messages",
             )
         options = dict(options or {})
         if taken := sorted(self._reserved & options.keys()):
-            raise UsageError(f"chat_template_kwargs: {taken[0]} is not the template's, and cannot be set")
+            raise UsageError(
+                f"chat_template_kwargs: {taken[0]} is not the template's, and cannot be set",
+                field="chat_template_kwargs",
+            )
         text = self._render([_as_templates_take_it(message) for message in messages], options, True)
         for number, message in enumerate(messages):
             content = message.get("content")
             is_told = not isinstance(content, str) or content.strip() in text
             if message["role"] not in KNOWN_ROLES and not is_told:
-                raise UsageError(f"messages: the model's chat template knows no role {message['role']!r} ({number})")
+                raise UsageError(
+                    f"messages: the model's chat template knows no role {message['role']!r} ({number})",
+                    field="messages",
+                )
         return self._tokenizer(text, add_special_tokens=False, verbose=False).input_ids
 
     def _render(self, messages: Sequence[Message], options: Mapping[str, Any], begins_answer: bool) -> str:
@@ -93,7 +101,7 @@ class ChatTemplate:
             )
         except Exception as error:  # a template is a program: it may raise whatever it likes
             told = str(error).strip() or type(error).__name__
-            raise UsageError(f"messages: the model's chat template refuses them: {told}") from None
+            raise UsageError(f"messages: the model's chat template refuses them: {told}", field="messages") from None
 
 
 def _as_templates_take_it(message: Message) -> dict[str, Any]:

@@ -80,7 +80,7 @@ def _fitting(name: str, value: Any, hint: Any) -> Any:
     try:
         return _converted(value, hint)
     except TypeError:
-        raise UsageError(f"{name} is {value!r}; it must be {_described(hint)}") from None
+        raise UsageError(f"{name} is {value!r}; it must be {_described(hint)}", field=name) from None
 
 
 def _converted(value: Any, hint: Any) -> Any:

@@ -6,6 +6,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import Enum
 from itertools import pairwise
 from typing import Literal
 
@@ -15,6 +16,16 @@ from flowspec.errors import UsageError
 DType = Literal["float32", "bfloat16", "float16"]
 DraftDType = Literal["auto", "int8"]  # auto: the model's
 FinishReason = Literal["stop", "length"]
+
+
+class Ending(Enum):
+    """Why a request, or this run of it, goes on no more."""
+
+    FINISHED = "finished"  # its text is complete
+    CANCELLED = "cancelled"  # nobody wants more of it
+    FAILED = "failed"  # it met an error
+    PREEMPTED = "preempted"  # its caches went to others; it is started again behind what it has emitted
+
 
 MAX_SEED = 2**64 - 1
 MAX_LOGPROBS = 20
@@ -92,6 +103,10 @@ class Partition:
             raise UsageError(f"partition {self} covers {self.num_layers} layers, but the model has {num_layers}")
 
 
+def _wrong(field: str, what: str) -> UsageError:
+    return UsageError(f"{field} {what}", field=field)
+
+
 @checked_class
 @dataclass(frozen=True)
 class SamplingParams:
@@ -133,34 +148,34 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
-            raise UsageError(f"max_tokens is {self.max_tokens}; it must be at least 1")
+            raise _wrong("max_tokens", f"is {self.max_tokens}; it must be at least 1")
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise UsageError(f"temperature is {self.temperature}; it must be 0 (greedy) or a positive number")
+            raise _wrong("temperature", f"is {self.temperature}; it must be 0 (greedy) or a positive number")
         if not 0 < self.top_p <= 1:
-            raise UsageError(f"top_p is {self.top_p}; it must lie in (0, 1]")
+            raise _wrong("top_p", f"is {self.top_p}; it must lie in (0, 1]")
         if self.top_k < 0:
-            raise UsageError(f"top_k is {self.top_k}; it must be 0 (off) or a positive count")
+            raise _wrong("top_k", f"is {self.top_k}; it must be 0 (off) or a positive count")
         if self.seed is not None and not 0 <= self.seed <= MAX_SEED:
-            raise UsageError(f"seed is {self.seed}; it must lie in [0, 2**64)")
+            raise _wrong("seed", f"is {self.seed}; it must lie in [0, 2**64)")
         if not 0 <= self.min_p <= 1:
-            raise UsageError(f"min_p is {self.min_p}; it must lie in [0, 1]")
+            raise _wrong("min_p", f"is {self.min_p}; it must lie in [0, 1]")
         if not -2 <= self.presence_penalty <= 2:
-            raise UsageError(f"presence_penalty is {self.presence_penalty}; it must lie in [-2, 2]")
+            raise _wrong("presence_penalty", f"is {self.presence_penalty}; it must lie in [-2, 2]")
         if not -2 <= self.frequency_penalty <= 2:
-            raise UsageError(f"frequency_penalty is {self.frequency_penalty}; it must lie in [-2, 2]")
+            raise _wrong("frequency_penalty", f"is {self.frequency_penalty}; it must lie in [-2, 2]")
         if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
-            raise UsageError(f"repetition_penalty is {self.repetition_penalty}; it must be a positive number")
+            raise _wrong("repetition_penalty", f"is {self.repetition_penalty}; it must be a positive number")
         for token_id, bias in self.logit_bias:
             if token_id < 0 or not -100 <= bias <= 100:
-                raise UsageError(f"logit_bias gives token {token_id} {bias}; ids start at 0, biases lie in [-100, 100]")
+                raise _wrong("logit_bias", f"gives token {token_id} {bias}; ids start at 0, biases lie in [-100, 100]")
         if len({token_id for token_id, _ in self.logit_bias}) < len(self.logit_bias):
-            raise UsageError("logit_bias names a token twice; add its biases up")
+            raise _wrong("logit_bias", "names a token twice; add its biases up")
         if any(token_id < 0 for token_id in self.stop_token_ids):
-            raise UsageError(f"stop_token_ids holds {min(self.stop_token_ids)}; ids start at 0")
+            raise _wrong("stop_token_ids", f"holds {min(self.stop_token_ids)}; ids start at 0")
         if self.num_logprobs is not None and not 0 <= self.num_logprobs <= MAX_LOGPROBS:
-            raise UsageError(f"num_logprobs is {self.num_logprobs}; it must lie in 0..{MAX_LOGPROBS}")
+            raise _wrong("num_logprobs", f"is {self.num_logprobs}; it must lie in 0..{MAX_LOGPROBS}")
         if "" in self.stop or len(self.stop) > MAX_STOPS:
-            raise UsageError(f"stop is {self.stop!r}; it must be at most {MAX_STOPS} texts, none of them empty")
+            raise _wrong("stop", f"is {self.stop!r}; it must be at most {MAX_STOPS} texts, none of them empty")
 
     @property
     def has_penalties(self) -> bool:

@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
-from flowspec.config import EngineConfig, PipelineConfig
+from flowspec.config import EngineConfig
 from flowspec.draft.base import DraftSource
 from flowspec.draft.lookup import LookupSource
 from flowspec.errors import ProtocolError, RequestError
-from flowspec.model.target_head import LogitsHead
-from flowspec.request.generation import Generation, Request
-from flowspec.request.meter import Meter, NoMeter
-from flowspec.request.slot_budget import SlotBudget
-from flowspec.schedule.base import Schedule
+from flowspec.request.generation import Generation
+from flowspec.request.request import Common, Request
+from flowspec.request.slot_budget import SlotBudget, slots_needed
+from flowspec.schedule.base import AT_ONCE, NEVER, Schedule
 from flowspec.wire.messages import Alive, Broken, Closed, Failed, Forget, Hint, Message, Result, Route, Send
 
 MIN_GROWTH, GROWTH_SHARE = 256, 0.25  # slots by which a request's share grows, and of what it holds: the larger one
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Running:
     generation: Generation
     schedule: Schedule
+    wake_s: float = AT_ONCE  # when the schedule wants to be asked, if no message comes before
 
 
 class Driver:
@@ -39,14 +37,9 @@ class Driver:
 
     def __init__(
         self,
-        head: LogitsHead,
+        common: Common,
         source: DraftSource | None,
-        pipeline_config: PipelineConfig,
-        max_positions: int,
-        clock: Callable[[], float],
-        meter: Meter | None = None,
         num_slots: int | None = None,
-        keeps_caches: bool = False,
         likely_tokens: int = EngineConfig.likely_tokens,
         num_stages: int = 1,
     ) -> None:
@@ -54,16 +47,11 @@ class Driver:
 
         ``likely_tokens``: of an answer, that a request has room for when it starts.
         """
-        self._head = head
+        self._common = common
         self._source = source
-        self._pipeline_config = pipeline_config
-        self._max_positions = max_positions
-        self._clock = clock
-        self._meter = meter or NoMeter()
         self._running: dict[int, _Running] = {}  # until the pipeline has confirmed their end
-        self._keeps_caches = keeps_caches
         self._likely_tokens = likely_tokens
-        self._max_chunks = pipeline_config.prefill_in_flight or num_stages + 1
+        self._max_chunks = common.pipeline.prefill_in_flight or num_stages + 1
         self.budget = SlotBudget(num_slots)
         self._unwanted: list[int] = []  # leavings of which the workers have not been told that they go
 
@@ -73,8 +61,8 @@ class Driver:
         return len(self._running)
 
     def num_slots(self, num_prompt: int, max_tokens: int, tree_size: int) -> int:
-        """How many a request may ever need: all its tokens, and its tree twice; see ``Generation.num_slots``."""
-        return min(num_prompt + max_tokens, self._max_positions) + 2 * tree_size
+        """How many a request may ever need."""
+        return slots_needed(min(num_prompt + max_tokens, self._common.max_positions), tree_size)
 
     def _charge(self, request: Request, schedule: Schedule, num_emitted: int) -> int:
         """What a request holds when it starts, or starts again.
@@ -110,20 +98,8 @@ class Driver:
         heritage, gone = self.budget.take(request_id, num_slots, text_ids, needs_features)
         try:
             generation = Generation(
-                request,
-                self._head,
-                source,
-                schedule.tree,
-                self._pipeline_config,
-                self._max_positions,
-                self._meter,
-                self._clock,
-                schedule.wants_hints,
-                heritage,
-                num_slots,
-                previous,
+                request, self._common, source, schedule.tree, schedule.wants_hints, heritage, num_slots, previous
             )
-            generation.keeps_cache = self._keeps_caches
             generation.prefill(self._max_chunks)
         except BaseException:
             self.budget.end(request_id, None)
@@ -135,7 +111,7 @@ class Driver:
 
     def cancel(self, generation: Generation) -> list[Send]:
         """Give a request up; what is in flight dies where it is."""
-        generation.finish("stop")
+        generation.cancel()
         return self._sends_of(generation)
 
     def on_message(self, message: Message) -> list[Send]:
@@ -176,8 +152,8 @@ class Driver:
     @property
     def wake_s(self) -> float:
         """When ``on_idle`` may have work again even if no message comes; on the driver's clock, infinite for never."""
-        wakes = (generation.wake_s for generation in self._generations())
-        return min((wake_s for wake_s in wakes if wake_s is not None), default=math.inf)
+        running = (running for running in self._running.values() if not running.generation.is_finished)
+        return min((r.wake_s for r in running if r.wake_s != AT_ONCE), default=NEVER)
 
     def on_idle(self) -> list[Send] | None:
         """One piece of work for the first request that has any, in turn; ``None`` when none has.
@@ -188,11 +164,11 @@ class Driver:
         for candidate in sorted(ready, key=lambda running: bool(running.generation.tree.sent[0])):
             generation = candidate.generation
             try:
-                did_work = candidate.schedule.on_idle(generation)
+                candidate.wake_s = candidate.schedule.on_idle(generation)
             except Exception as error:
                 generation.fail(error)
-                did_work = True
-            if did_work:
+                candidate.wake_s = AT_ONCE
+            if candidate.wake_s == AT_ONCE:
                 request_id = generation.request.request_id
                 self._running[request_id] = self._running.pop(request_id)  # to the end of the line
                 return self._sends_of(generation)
@@ -247,7 +223,7 @@ class Driver:
     def _count_sharing(self) -> None:
         generations = self._generations()
         for generation in generations:
-            generation.num_sharing = len(generations)
+            generation.share_with(len(generations))
 
 
 def _may_work(generation: Generation) -> bool:

@@ -4,6 +4,9 @@ A broken promise of our own code is an ``AssertionError`` instead. Every message
 the command line prints it as one line.
 """
 
+NO_CHAT_TEMPLATE = "no_chat_template"
+TOO_LONG = "context_length_exceeded"  # OpenAI's
+
 
 class FlowspecError(Exception):
     """Base of all errors that a caller may want to catch; exit code 1 on the command line."""
@@ -12,9 +15,17 @@ class FlowspecError(Exception):
 
 
 class UsageError(FlowspecError, ValueError):
-    """The caller asked for something impossible (arguments, prompt, partition); exit code 2."""
+    """The caller asked for something impossible (arguments, prompt, partition); exit code 2.
+
+    ``field``: the argument that is wrong, by the name that the caller gave it, where it is one alone. ``code``: for
+    programs that have to tell this error from others, one of the constants here.
+    """
 
     exit_code = 2
+
+    def __init__(self, text: str, *, field: str | None = None, code: str | None = None) -> None:
+        super().__init__(text)
+        self.field, self.code = field, code
 
 
 class ModelError(UsageError):

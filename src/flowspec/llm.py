@@ -12,10 +12,11 @@ from flowspec.checked import checked, checked_class
 from flowspec.config import EngineConfig, LinkConfig, PipelineConfig, TreeConfig
 from flowspec.core import DraftDType, DType, FinishReason, Partition, SamplingParams, TokenLogprobs
 from flowspec.draft.base import DraftSource
-from flowspec.engine.engine import Engine, Job, Progress
+from flowspec.engine.engine import Engine
+from flowspec.engine.job import Job
+from flowspec.engine.spec import EngineSpec, Progress, open_engine, untold
 from flowspec.errors import UsageError
 from flowspec.model.loader import DEMO
-from flowspec.request.meter import Meter
 from flowspec.request.stats import Stats
 from flowspec.schedule.catalogue import AUTO
 from flowspec.text import Detokenizer
@@ -90,7 +91,6 @@ class LLM:
             do not share this machine's cores.
         in_process: run the workers in this process, one after the other; slow, for tests and debugging.
         progress: is told what long work is being done, and the share of it, from 0 to 1.
-        meter: is told of the driver's work.
 
     Raises ``UsageError`` for what the caller can mend, ``WorkerError`` when a worker fails.
     """
@@ -114,32 +114,28 @@ class LLM:
         hints: bool | None = None,
         in_process: bool = False,
         progress: Progress | None = None,
-        meter: Meter | None = None,
     ) -> None:
-        self.engine = Engine(
+        spec = EngineSpec(
             model,
-            draft=draft,
-            draft_dtype=draft_dtype,
-            stages=stages,
-            partition=partition,
-            workers=workers,
-            schedule=schedule,
-            dtype=dtype,
-            device=device,
-            tree=tree,
-            pipeline=pipeline,
-            link=link,
-            config=config,
-            hints=hints,
-            in_process=in_process,
-            progress=progress,
-            meter=meter,
+            draft,
+            draft_dtype,
+            stages,
+            partition,
+            workers,
+            schedule,
+            dtype,
+            device,
+            tree or TreeConfig(),
+            pipeline or PipelineConfig(),
+            link or LinkConfig(),
+            config or EngineConfig(),
+            hints,
+            in_process,
         )
-        self.checkpoint, self.partition, self.tokenizer = (
-            self.engine.checkpoint,
-            self.engine.partition,
-            self.engine.tokenizer,
-        )
+        self._progress = progress or untold
+        self.engine = open_engine(spec, self._progress)
+        self.checkpoint, self.tokenizer = self.engine.model.checkpoint, self.engine.model.tokenizer
+        self.partition = self.engine.partition
         self.last_stats: Stats | None = None  # all counts of the newest finished run, the workers' timings among them
 
     # --- generating ---
@@ -147,7 +143,7 @@ class LLM:
     @property
     def default_params(self) -> SamplingParams:
         """Where a call names none: those of the model's generation_config.json, else greedy."""
-        return SamplingParams(**self.engine.sampling_defaults)
+        return SamplingParams(**self.checkpoint.sampling_defaults)
 
     @checked
     def generate(
@@ -212,7 +208,7 @@ class LLM:
 
     def encode_chat(self, messages: Sequence[Message]) -> tuple[int, ...]:
         """Token ids of a conversation, up to where the answer begins."""
-        return tuple(self.engine.chat_template.encode(messages))
+        return tuple(self.engine.model.chat_template.encode(messages))
 
     def encode(self, prompt: str | Sequence[int]) -> tuple[int, ...]:
         """Token ids of a text, special tokens added. Raises ``UsageError`` for an empty one."""
@@ -284,7 +280,7 @@ class LLM:
         done = sum(generation.num_prompt_verified for generation in generations)
         total = sum(len(run.job.request.prompt_ids) - 1 for run in runs)
         if done < total:
-            self.engine.progress("prefill", done / total)
+            self._progress("prefill", done / total)
 
     # --- ending ---
 
@@ -312,8 +308,13 @@ class Run:
         hidden_ids = job.request.eos_ids | params.stop_token_ids
         # An answer is a text of its own; its template has put what comes between it and the question.
         prompt_ids = () if job.is_chat else job.request.prompt_ids
-        self._detokenizer = Detokenizer(engine.vocabulary, hidden_ids, params.stop, prompt_ids)
+        self._detokenizer = Detokenizer(engine.model.vocabulary, hidden_ids, params.stop, prompt_ids)
         self._num_read = 0
+
+    @property
+    def num_tokens(self) -> int:
+        """That its text is made of, so far."""
+        return self._num_read
 
     def read(self) -> TextChunk:
         """What is new; a stop string ends the job."""
@@ -321,7 +322,7 @@ class Run:
         text = self._detokenizer.add(new_ids)
         if self._detokenizer.is_stopped:
             new_ids = new_ids[: self._detokenizer.num_tokens - self._num_read]
-            self._engine.cancel(self.job)
+            self._engine.finish(self.job)
         logprobs = self.job.output_logprobs[self._num_read : self._num_read + len(new_ids)]
         self._num_read += len(new_ids)
         self.is_finished = self.job.is_finished
@@ -338,8 +339,8 @@ class Run:
             job.output_ids[: self._num_read],
             len(job.request.prompt_ids),
             job.generation.finish_reason,
-            job.stopwatch.tokens_per_s,
-            job.stopwatch.ttft_ms,
+            job.emissions.tokens_per_s,
+            1000 * job.emissions.ttft_s,
             RunStats(
                 stats.segments,
                 stats.rows,
@@ -351,7 +352,7 @@ class Run:
                 round(stats.mean_accepted, 3),
                 engine.link_bytes - bytes_before,
                 job.schedule,
-                engine.source.name if engine.source is not None and job.schedule != "ar" else "none",
+                job.draft,
                 str(engine.partition),
             ),
         )

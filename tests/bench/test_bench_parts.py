@@ -24,6 +24,7 @@ from flowspec.bench.report import (
 )
 from flowspec.bench.trace import TraceRun, write_trace
 from flowspec.errors import UsageError
+from flowspec.request.emissions import Emissions
 from flowspec.request.records import RequestRecord, ScheduleResult, SegmentRecord, Span
 
 SCHEDULES = ("ar", "serial", "chunked", "pipedec", "lockstep", "flow", "tp-megatron", "tp-galaxy")
@@ -35,9 +36,7 @@ def record(
     return RequestRecord(
         index=index,
         token_ids=tuple(range(num_tokens + 1)),
-        first_s=0.25,
-        num_first=1,
-        end_s=0.25 + decode_s,
+        emissions=Emissions(0.0, 0.25, 1, 0.25 + decode_s, num_tokens + 1),
         segments=20,
         rows=160,
         drafted=140,

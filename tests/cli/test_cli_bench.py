@@ -14,8 +14,9 @@ from command_line import Run, apart_from_progress
 from flowspec.bench.prompts import BUILT_IN_PROMPTS
 from flowspec.bench.study import check_same_tokens
 from flowspec.cli.options import ABLATION_NAMES, SCHEDULE_NAMES
-from flowspec.emulation.simulator import TENSOR_PARALLEL
+from flowspec.emulation.experiment import TENSOR_PARALLEL
 from flowspec.errors import FlowspecError
+from flowspec.request.emissions import Emissions
 from flowspec.request.records import RequestRecord
 from flowspec.schedule.catalogue import ABLATIONS, AUTO, SCHEDULES
 
@@ -158,7 +159,7 @@ def test_a_file_gives_first_turns_and_may_be_cut(run: Run, tmp_path: Path) -> No
 
 
 def test_a_schedule_that_changes_the_text_is_an_error() -> None:
-    record = RequestRecord(7, (1, 2, 3), 1.0, 1, 2.0, 2, 2, 0, 0, 2, 0, 0, 100, (0.0, 0.5))
+    record = RequestRecord(7, (1, 2, 3), Emissions(0.0, 1.0, 1, 2.0, 3), 2, 2, 0, 0, 2, 0, 0, 100, (0.0, 0.5))
     check_same_tokens({"ar": [record], "flow": [record]})
     with pytest.raises(FlowspecError, match=r"flow gave other tokens than ar for prompt 7.*please report"):
         check_same_tokens({"ar": [record], "flow": [replace(record, token_ids=(1, 2, 4))]})

@@ -35,7 +35,7 @@ from flowspec.errors import FlowspecError, UsageError
 from flowspec.server.app import create_app
 from flowspec.server.feed import Feed
 from flowspec.talk.local import LocalTalker
-from flowspec.talk.server import ServerTalker, read_events
+from flowspec.talk.remote import RemoteTalker, read_events
 from flowspec.talk.talker import Settings
 from server_process import forked_workers
 from tiny_models import make_checkpoint
@@ -364,7 +364,7 @@ class Playback(BaseHTTPRequestHandler):
 
 
 @contextlib.contextmanager
-def talking(*scripts: tuple[int, dict[str, str], bytes]) -> Iterator[tuple[ServerTalker, list[str]]]:
+def talking(*scripts: tuple[int, dict[str, str], bytes]) -> Iterator[tuple[RemoteTalker, list[str]]]:
     """With a server that plays ``scripts``, and what its talker tells the user."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Playback)
     server.scripts = list(scripts)  # type: ignore[attr-defined]
@@ -373,7 +373,7 @@ def talking(*scripts: tuple[int, dict[str, str], bytes]) -> Iterator[tuple[Serve
     told: list[str] = []
     try:
         url = f"http://127.0.0.1:{server.server_address[1]}"
-        with contextlib.closing(ServerTalker(url, None, None, 10, told.append)) as talker:
+        with contextlib.closing(RemoteTalker(url, None, None, 10, told.append)) as talker:
             yield talker, told
     finally:
         server.shutdown()
@@ -385,7 +385,7 @@ HELLO = 'data: {"choices": [{"delta": {"content": "a\u2028b"}}]}\n\n'.encode()
 BUSY = (429, {"retry-after": "0"}, b'{"error": {"message": "so many wait"}}')
 
 
-def ask(talker: ServerTalker) -> str:
+def ask(talker: RemoteTalker) -> str:
     return "".join(piece.text for piece in talker.reply([{"role": "user", "content": "x"}], Settings()))
 
 

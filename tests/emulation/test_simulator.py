@@ -18,16 +18,9 @@ from flowspec.config import FlowParts, ScheduleConfig
 from flowspec.core import SamplingParams
 from flowspec.draft.synthetic import SyntheticSource
 from flowspec.emulation.description import ClusterSpec, LinkModel
-from flowspec.emulation.simulator import (
-    PROMPT_LEN,
-    CheckpointPair,
-    Experiment,
-    Faults,
-    ModelPair,
-    Slowdown,
-    SyntheticPair,
-    simulate,
-)
+from flowspec.emulation.experiment import Experiment, Faults, Slowdown
+from flowspec.emulation.pairs import PROMPT_LEN, CheckpointPair, ModelPair, SyntheticPair
+from flowspec.emulation.simulator import simulate
 from flowspec.emulation.virtual_time import VirtualLink
 from flowspec.errors import UsageError
 from flowspec.model.synthetic import VOCAB_SIZE, Language, quality
@@ -187,7 +180,7 @@ def forwards(record: RequestRecord, place: int) -> list[Span]:
 def ar_token_s(cluster: ClusterSpec) -> float:
     """What a token of ``ar`` takes, measured."""
     record = run("ar", cluster)
-    assert record.num_first == 1 and record.num_decoded == GREEDY.max_tokens - 1
+    assert record.emissions.num_first == 1 and record.num_decoded == GREEDY.max_tokens - 1
     return record.decode_s / record.num_decoded
 
 
@@ -232,7 +225,7 @@ def test_half_the_bandwidth_doubles_the_transfers_and_nothing_else() -> None:
 @pytest.mark.parametrize("schedule", ["serial", "chunked"])
 def test_a_tree_of_serial_takes_its_passes_its_way_and_its_verification(schedule: str) -> None:
     record = run(schedule, FLAT_CLUSTER, SamplingParams(max_tokens=60))
-    work = [span for span in record.spans if span.place == 0 and span.start_s >= record.first_s]
+    work = [span for span in record.spans if span.place == 0 and span.start_s >= record.emissions.decode_start_s]
     driver_s = {kind: sum(s.end_s - s.start_s for s in work if s.work == kind) for kind in {s.work for s in work}}
     num_trees = sum(span.work == "verify" for span in work)
     # The last tree may be a root alone: one chunk.

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from engines import engine_of, workers_of
 from flowspec import LLM
 from flowspec.config import EngineConfig, PipelineConfig, TreeConfig
 from flowspec.core import SamplingParams, TokenLogprobs
@@ -98,12 +99,12 @@ def test_three_hundred_requests_of_which_a_tenth_fail_inside(checkpoint_dir: Cal
             faulty = (FAULTS[number // 10 % len(FAULTS)], *PROMPT), SamplingParams(24, ignore_eos=True)
             tickets.append(service.submit(str(number), *(faulty if kind is None else kinds[kind])))
         outcomes = await asyncio.gather(*map(outcome, tickets))
-        assert service.failure is None and engine.num_running == engine.num_slots_held == 0
+        assert service.failure is None and engine.status().num_running == engine.status().num_slots_held == 0
         await service.stop()
         return outcomes
 
     config = EngineConfig(max_running=16, keeps_caches=False)
-    with Engine(directory, stages=3, draft=FaultySource(), schedule="flow", config=config) as engine:
+    with engine_of(directory, stages=3, draft=FaultySource(), schedule="flow", config=config) as engine:
         outcomes = asyncio.run(run(engine))
     for kind, got in zip(chosen, outcomes, strict=True):
         if kind is None:
@@ -139,11 +140,11 @@ def test_text_that_came_before_an_error_is_delivered(checkpoint_dir: Callable[[s
 def test_a_request_that_fails_before_it_begins_leaves_no_cache_behind(checkpoint_dir: Callable[[str], Path]) -> None:
     """It had taken an earlier request's cache over, and nobody told the workers that it did not want it."""
     prompt = (OPENS, *PROMPT, *PROMPT)
-    with Engine(checkpoint_dir("llama"), stages=2, in_process=True, draft=FaultySource(), schedule="flow") as engine:
+    with engine_of(checkpoint_dir("llama"), stages=2, in_process=True, draft=FaultySource(), schedule="flow") as engine:
         first = engine.submit(prompt, SamplingParams(8), schedule="ar")
         while not first.is_finished or engine._driver.num_open:
             engine.step()
-        workers = engine._cluster._workers  # type: ignore[union-attr]
+        workers = workers_of(engine)
         assert all(worker.num_kept == 1 for worker in workers)
         failing = engine.submit(prompt, SamplingParams(8))
         other = engine.submit(PROMPT, SamplingParams(8), schedule="ar")
@@ -274,14 +275,14 @@ def test_a_long_prompt_in_many_chunks_gives_the_same_text(checkpoint_dir: Callab
 def test_requests_start_when_there_is_likely_room_and_grow(checkpoint_dir: Callable[[str], Path]) -> None:
     config = EngineConfig(kv_slots=500, likely_tokens=16)
     tree = TreeConfig(size=8, min_probability=0.0)
-    with Engine(
+    with engine_of(
         checkpoint_dir("llama"), stages=2, in_process=True, schedule="ar", tree=tree, config=config, draft="none"
     ) as engine:
         for _ in range(2):
             engine.submit(PROMPT, SamplingParams(engine.room(len(PROMPT))))
         engine.step()
-        assert engine.num_running == 2, "nobody waits while the caches are nearly empty"
-        assert engine.num_slots_held < 500
+        assert engine.status().num_running == 2, "nobody waits while the caches are nearly empty"
+        assert engine.status().num_slots_held < 500
 
 
 @pytest.mark.parametrize(("schedule", "draft"), [("flow", "eagle"), ("lockstep", "ngram"), ("auto", "ngram")])
@@ -296,7 +297,7 @@ def test_who_has_to_give_way_goes_on_later_with_the_same_text(
     ]
     expected = solo(directory, jobs)
     config = EngineConfig(kv_slots=420, likely_tokens=4)
-    with Engine(
+    with engine_of(
         directory,
         stages=2,
         in_process=True,
@@ -308,8 +309,8 @@ def test_who_has_to_give_way_goes_on_later_with_the_same_text(
         started = [engine.submit(*job) for job in jobs]
         while not all(job.is_finished for job in started):
             engine.step()
-            assert engine.num_slots_held <= 420
-            for worker in engine._cluster._workers:  # type: ignore[union-attr]
+            assert engine.status().num_slots_held <= 420
+            for worker in workers_of(engine):
                 caches = [*worker._kept.values(), *(request.cache for request in worker._requests.values())]
                 # A segment of a lock-step schedule may keep its request's end waiting for a moment.
                 assert schedule == "lockstep" or sum(cache.slots.limit for cache in caches) <= 420
@@ -325,7 +326,7 @@ def test_who_has_to_give_way_goes_on_later_with_the_same_text(
 
 def test_a_request_that_waits_to_go_on_can_be_cancelled(checkpoint_dir: Callable[[str], Path]) -> None:
     config = EngineConfig(kv_slots=360, likely_tokens=4)
-    with Engine(
+    with engine_of(
         checkpoint_dir("llama"),
         stages=1,
         in_process=True,
@@ -335,10 +336,10 @@ def test_a_request_that_waits_to_go_on_can_be_cancelled(checkpoint_dir: Callable
         config=config,
     ) as engine:
         jobs = [engine.submit(PROMPT, SamplingParams(180)) for _ in range(2)]
-        while not (jobs[1].output_ids and engine.num_waiting):
+        while not (jobs[1].output_ids and engine.status().num_waiting):
             engine.step()
         engine.cancel(jobs[1])
-        assert engine.num_waiting == 0 and jobs[1].is_finished
+        assert engine.status().num_waiting == 0 and jobs[1].is_finished
         while not jobs[0].is_finished:
             engine.step()
-        assert engine.num_slots_held == 0 and len(jobs[0].output_ids) == 180
+        assert engine.status().num_slots_held == 0 and len(jobs[0].output_ids) == 180

@@ -13,14 +13,16 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from engines import engine_of
 from flowspec.bench.load import run_load
 from flowspec.bench.runner import PairSpec
 from flowspec.bench.study import Study
 from flowspec.config import EngineConfig, PipelineConfig, ScheduleConfig, TreeConfig
 from flowspec.core import LayerRange, SamplingParams
 from flowspec.emulation.description import ClusterSpec
-from flowspec.emulation.simulator import Experiment, SyntheticPair, simulate, simulate_load
-from flowspec.engine.engine import Engine
+from flowspec.emulation.experiment import Experiment
+from flowspec.emulation.pairs import SyntheticPair
+from flowspec.emulation.simulator import simulate, simulate_load
 from flowspec.errors import UsageError
 from flowspec.model.kv_cache import Part
 from flowspec.model.loader import Checkpoint
@@ -223,7 +225,7 @@ def test_a_budget_is_never_overdrawn_and_nothing_is_forgotten_twice(
 def test_a_request_that_can_never_fit_is_refused_and_one_that_does_not_fit_yet_waits(
     checkpoint_dir: Callable[[str], Path],
 ) -> None:
-    with Engine(
+    with engine_of(
         checkpoint_dir("llama"), stages=2, in_process=True, tree=TREE, schedule="ar", config=EngineConfig(kv_slots=330)
     ) as engine:
         with pytest.raises(UsageError, match="KV caches"):
@@ -232,21 +234,21 @@ def test_a_request_that_can_never_fit_is_refused_and_one_that_does_not_fit_yet_w
         seen = set()
         while not all(job.is_finished for job in jobs):
             engine.step()
-            seen.add((engine.num_running, engine.num_waiting))
-            assert engine.num_slots_held <= 330
+            seen.add((engine.status().num_running, engine.status().num_waiting))
+            assert engine.status().num_slots_held <= 330
         assert (1, 2) in seen and jobs[0].output_ids == jobs[1].output_ids == jobs[2].output_ids
         waiting = [engine.submit([1, 2, 3], PARAMS) for _ in range(2)]
         engine.cancel(waiting[1])
-        assert waiting[1].is_finished and engine.num_waiting == 1
+        assert waiting[1].is_finished and engine.status().num_waiting == 1
 
 
 def test_the_number_of_requests_at_once_is_bounded(checkpoint_dir: Callable[[str], Path]) -> None:
-    with Engine(checkpoint_dir("llama"), stages=1, in_process=True, config=EngineConfig(max_running=2)) as engine:
+    with engine_of(checkpoint_dir("llama"), stages=1, in_process=True, config=EngineConfig(max_running=2)) as engine:
         jobs = [engine.submit([1, 2, i + 1], PARAMS) for i in range(5)]
         most = 0
         while not all(job.is_finished for job in jobs):
             engine.step()
-            most = max(most, engine.num_running)
+            most = max(most, engine.status().num_running)
         assert most == 2
 
 

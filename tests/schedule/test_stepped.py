@@ -14,9 +14,11 @@ import torch
 
 from flowspec.config import ScheduleConfig
 from flowspec.core import SamplingParams
-from flowspec.emulation import simulator
+from flowspec.emulation import experiment as page
 from flowspec.emulation.description import ClusterSpec
-from flowspec.emulation.simulator import Experiment, Faults, SyntheticPair, simulate
+from flowspec.emulation.experiment import Experiment, Faults
+from flowspec.emulation.pairs import SyntheticPair
+from flowspec.emulation.simulator import simulate
 from flowspec.model.synthetic import SyntheticStage
 from flowspec.request.generation import Generation
 from flowspec.request.records import RequestRecord
@@ -181,10 +183,10 @@ class Watched:
         self.inner.on_result(generation, result)
         self._note(generation)
 
-    def on_idle(self, generation: Generation) -> bool:
-        did_something = self.inner.on_idle(generation)
+    def on_idle(self, generation: Generation) -> float:
+        wake_s = self.inner.on_idle(generation)
         self._note(generation)
-        return did_something
+        return wake_s
 
     def _note(self, generation: Generation) -> None:
         for send in generation.outbox:
@@ -212,7 +214,7 @@ def watch(
         made.append(Watched(inner, inner.name, inner.uses_draft, inner.wants_hints, inner.wants_ngrams, inner.tree))
         return made[-1]
 
-    monkeypatch.setattr(simulator, "make_schedule", make_watched)
+    monkeypatch.setattr(page, "make_schedule", make_watched)
     params = SamplingParams(max_tokens=num_tokens)
     experiment = Experiment(NANO, ScheduleConfig(), params, faults=faults or Faults(), with_spans=True)
     record = simulate(experiment, PAIR, name, [(0, prompt)])[0]

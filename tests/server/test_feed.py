@@ -15,14 +15,16 @@ from typing import Any
 
 import pytest
 
-from flowspec.cluster.launch import Trip
+from engines import engine_of
+from flowspec.cluster.connections import Trip
 from flowspec.config import EngineConfig, ServerConfig, TreeConfig
 from flowspec.core import SamplingParams
-from flowspec.engine.engine import Engine
+from flowspec.engine.job import Job
+from flowspec.engine.observer import Observer
 from flowspec.errors import WorkerError
 from flowspec.request.generation import Generation
-from flowspec.request.meter import Work
 from flowspec.request.stats import SegmentStats, Stats
+from flowspec.request.work import Work
 from flowspec.server.feed import MAX_REQUESTS, Feed
 from flowspec.server.service import Service, Ticket
 from flowspec.server.timeline import INBOX_LEN, Forwards, Span, Timeline
@@ -69,8 +71,8 @@ class Page:
 @asynccontextmanager
 async def served(directory: Path, schedule: str = "flow", **options: Any) -> AsyncIterator[tuple[Service, Feed]]:
     feed = Feed(["kitchen", "attic"])
-    options = {"stages": 2, "in_process": True, "tree": TREE, "meter": feed} | options
-    engine = Engine(directory, draft=directory / "draft", schedule=schedule, **options)
+    options = {"stages": 2, "in_process": True, "tree": TREE} | options
+    engine = engine_of(directory, draft=directory / "draft", schedule=schedule, **options)
     service = Service(engine, max_waiting=100, stuck_after_s=ServerConfig.stuck_after_s)
     feed.watch(service, "tiny")
     service.start()
@@ -117,8 +119,8 @@ async def _run_and_look(directory: Path, schedule: str, **options: Any) -> tuple
         looking = asyncio.ensure_future(page.look(has_ended("one")))
         ticket = await run(service, "one")
         await looking
-        assert ticket.stats is not None
-        return page, ticket.stats
+        assert ticket.job.stats is not None
+        return page, ticket.job.stats
 
 
 def _check_forwards(page: Page, stats: Stats) -> None:
@@ -190,12 +192,16 @@ def _check_tree(nodes: list[dict[str, Any]]) -> None:
 def test_nodes_that_died_in_flight_are_shown_once_more(checkpoint_dir: Callable[[str], Path]) -> None:
     snapshots: list[Snapshot] = []
 
-    def note(generation: Generation, result: object) -> None:
-        snapshots.append(Snapshot.of(generation, 0.0))
+    class Watcher(Observer):
+        def on_result(self, job: Job, result: object) -> None:
+            assert job.generation is not None
+            snapshots.append(Snapshot.of(job.generation, 0.0))
 
     directory = checkpoint_dir("llama")
-    with Engine(directory, draft=directory / "draft", stages=2, in_process=True, tree=TREE, schedule="flow") as engine:
-        engine.result_hook = note
+    with engine_of(
+        directory, draft=directory / "draft", stages=2, in_process=True, tree=TREE, schedule="flow"
+    ) as engine:
+        engine.observe(Watcher())
         job = engine.submit(PROMPT_IDS, SamplingParams(max_tokens=NUM_TOKENS))
         while not job.is_finished:
             engine.step()
@@ -234,11 +240,11 @@ def test_requests_are_listed_through_all_their_states(checkpoint_dir: Callable[[
             assert states == {"second": "running", "first": "cancelled"}
             service.cancel(second)
             third = await run(service, "third")
-            assert third.stats is not None
+            assert third.job.stats is not None
             await page.look(has_ended("third"))
             newest = page.events[-1]["requests"][0]
             assert (newest["id"], newest["tokens"]) == ("third", NUM_TOKENS)
-            assert newest["mean_accepted"] == third.stats.mean_accepted
+            assert newest["mean_accepted"] == third.job.stats.mean_accepted
 
     asyncio.run(check())
 
@@ -254,7 +260,7 @@ def test_ended_requests_leave_figures_and_nothing_else(checkpoint_dir: Callable[
             assert names == [f"r{number}" for number in range(MAX_REQUESTS + 4, 4, -1)]
             assert page.events[-1]["tree"] is None
             gc.collect()
-            kept = [thing for thing in _reachable(feed, service) if isinstance(thing, Ticket | Generation)]
+            kept = [thing for thing in _reachable(feed, service) if isinstance(thing, Ticket | Job | Generation)]
             assert not kept
 
     asyncio.run(check())
@@ -275,15 +281,14 @@ def _reachable(feed: Feed, service: Service) -> Iterator[object]:
 def test_memory_is_bounded_while_nobody_looks() -> None:
     feed = Feed()
     for _ in range(INBOX_LEN + 100):
-        with feed.work(Work.DRAFT_PASS, 3):
-            pass
+        feed.on_work(Work.DRAFT_PASS, 3, 0.0, 1.0)
     assert len(feed._timeline.inbox) == INBOX_LEN
 
 
 def test_a_timeline_forgets_what_is_old() -> None:
     timeline = Timeline()
     for second in range(100):
-        stats = SegmentStats(4, num_verified=3, num_accepted=1)
+        stats = SegmentStats(4, 0.0, num_verified=3, num_accepted=1)
         timeline.inbox.append(Forwards(0, second, (Timing(1, 4, second, second + 0.5, 0, 4),), stats))
         timeline.read(second + 1.0, {0: "one"}, {})
     assert len(timeline.since(0.0)) <= 31
@@ -291,7 +296,7 @@ def test_a_timeline_forgets_what_is_old() -> None:
 
 
 def test_a_span_comes_again_when_its_rows_are_decided_later() -> None:
-    timeline, stats = Timeline(), SegmentStats(4)
+    timeline, stats = Timeline(), SegmentStats(4, 0.0)
     timeline.inbox.append(Forwards(0, 5, (Timing(1, 4, 1.0, 1.5, 0, 4), Timing(2, 3, 2.0, 2.5, 0, 3)), stats))
     timeline.read(2.6, {0: "one"}, {})
     assert [(span.accepted, span.wasted, span.pruned) for span in timeline.newer(0)] == [(0, 0, 4), (0, 0, 3)]
@@ -336,12 +341,12 @@ def test_a_failure_is_told_with_its_requests(
         async with served(checkpoint_dir("llama")) as (service, feed):
             ticket = service.submit("one", PROMPT_IDS, SamplingParams(max_tokens=200))
 
-            def fail(*args: object) -> None:
+            def fail(timeout_s: float) -> None:
                 raise WorkerError("worker 2 ended")
 
             chunks = ticket.chunks()
             await anext(chunks)
-            monkeypatch.setattr(service.engine, "_step", fail)
+            monkeypatch.setattr(service.engine.pipeline.connections, "receive", fail)
             with pytest.raises(WorkerError):
                 [chunk async for chunk in chunks]
             page = Page(feed)

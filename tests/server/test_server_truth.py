@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
+from engines import engine_of
 from flowspec.config import ServerConfig
 from flowspec.engine.engine import Engine
 from flowspec.server.app import create_app
@@ -27,22 +28,19 @@ HELLO = [{"role": "user", "content": "hello"}]
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     directory = make_text_checkpoint(tmp_path_factory.mktemp("truth") / "tiny", chat_template=TEMPLATE)
-    feed = Feed()
-    with Engine(directory, stages=2, in_process=True, draft="ngram", meter=feed) as made:
+    with engine_of(directory, stages=2, in_process=True, draft="ngram") as made:
         yield made
 
 
 @pytest.fixture(scope="module")
 def client(engine: Engine) -> Iterator[TestClient]:
     config = ServerConfig(api_key="s3cret", cors_origins=("https://page.example",))
-    feed = engine._meter
-    assert isinstance(feed, Feed)
-    with TestClient(create_app(engine, config, feed), headers={"authorization": "Bearer s3cret"}) as made:
+    with TestClient(create_app(engine, config, Feed()), headers={"authorization": "Bearer s3cret"}) as made:
         yield made
 
 
 def id_of(engine: Engine, name: str) -> int:
-    token_id = engine.tokenizer.convert_tokens_to_ids(name)
+    token_id = engine.model.tokenizer.convert_tokens_to_ids(name)
     assert isinstance(token_id, int)
     return token_id
 
@@ -116,10 +114,10 @@ def test_fields_that_change_nothing_pass(client: TestClient, options: dict[str, 
 
 @pytest.mark.parametrize("ask", [complete, chat])
 def test_no_limit_is_the_room_that_there_is(client: TestClient, engine: Engine, ask: Any) -> None:
-    bias = {str(engine.tokenizer.convert_tokens_to_ids("a")): 100}  # nothing ends it early
+    bias = {str(engine.model.tokenizer.convert_tokens_to_ids("a")): 100}  # nothing ends it early
     for value in (-1, None):
         usage = ask(client, max_tokens=value, logit_bias=bias).json()["usage"]
-        assert usage["total_tokens"] == engine.checkpoint.max_positions
+        assert usage["total_tokens"] == engine.model.checkpoint.max_positions
     for bad in (0, -2, 1.5, "4"):
         assert ask(client, max_tokens=bad).json()["error"]["param"] == "max_tokens"
     absent = client.post("/v1/completions", json={"prompt": "hello", "logit_bias": bias}).json()
@@ -166,7 +164,7 @@ def test_bytes_of_tokens_join_to_the_text_and_no_alternative_is_lost(client: Tes
     ids = [id_of(engine, name) for name in ("<0xE2>", "<0x82>", "<0xAC>", "▁world")]
     found: list[int] = []
     for token_id in ids:  # the model is random: it is made to write a half character, and its rest
-        prompt = [*engine.tokenizer("hello").input_ids, *found]
+        prompt = [*engine.model.tokenizer("hello").input_ids, *found]
         answer = complete(client, prompt=prompt, max_tokens=1, logprobs=20, logit_bias={str(token_id): 100}).json()
         logprobs = answer["choices"][0]["logprobs"]
         assert len(logprobs["top_logprobs"][0]) == 20, "two that look alike became one"
@@ -245,6 +243,6 @@ def test_an_origin_that_is_none_is_refused() -> None:
 
 def test_a_template_that_cannot_work_is_said_at_the_start(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     directory = make_text_checkpoint(tmp_path / "broken", chat_template="{{ raise_exception('never') }}")
-    with Engine(directory, stages=1, in_process=True) as engine:
+    with engine_of(directory, stages=1, in_process=True) as engine:
         create_app(engine, ServerConfig())
     assert "broken cannot chat: the model's chat template refuses them: never" in caplog.text

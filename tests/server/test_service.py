@@ -14,11 +14,14 @@ from typing import Any
 import psutil
 import pytest
 
-from flowspec.config import EngineConfig, TreeConfig
+from engines import engine_of
+from flowspec.config import EngineConfig
 from flowspec.core import SamplingParams
 from flowspec.engine.engine import Engine
+from flowspec.engine.job import Job
+from flowspec.engine.observer import Observer
 from flowspec.errors import UsageError, WorkerError
-from flowspec.schedule.auto import Auto
+from flowspec.schedule.base import Schedule
 from flowspec.server.service import QueueFullError, Service, Ticket
 from server_process import forked_workers
 
@@ -57,7 +60,7 @@ def test_a_stage_that_stands_still_is_noticed_while_there_is_work_and_only_then(
             os.kill(victim.pid, signal.SIGCONT)
             await service.stop()
 
-    with Engine(checkpoint_dir("llama"), stages=2, draft="ngram") as engine:
+    with engine_of(checkpoint_dir("llama"), stages=2, draft="ngram") as engine:
         asyncio.run(run(engine))
 
 
@@ -72,12 +75,12 @@ def test_requests_end_when_the_service_does_and_later_ones_are_refused(checkpoin
         for ticket in (running, unheard):
             with pytest.raises(WorkerError, match="shutting down"):
                 await text_of(ticket)
-            assert ticket.state == "failed"
+            assert ticket.job.state == "failed"
         with pytest.raises(WorkerError, match="shutting down"):
             service.submit("c", PROMPT, SamplingParams(2))
         await service.stop()
 
-    with Engine(checkpoint_dir("llama"), stages=1, in_process=True, draft="none") as engine:
+    with engine_of(checkpoint_dir("llama"), stages=1, in_process=True, draft="none") as engine:
         asyncio.run(run(engine))
 
 
@@ -101,7 +104,7 @@ def test_a_bug_in_the_engine_ends_all_requests_with_an_error(
             service.submit("b", PROMPT, SamplingParams(2))
         await service.stop()
 
-    with Engine(checkpoint_dir("llama"), stages=1, in_process=True, draft="none") as engine:
+    with engine_of(checkpoint_dir("llama"), stages=1, in_process=True, draft="none") as engine:
         asyncio.run(run(engine))
 
 
@@ -117,33 +120,40 @@ def test_cancelling_counts_nobody_as_waiting(checkpoint_dir: Callable[[str], Pat
         assert await text_of(service.submit("b", PROMPT, SamplingParams(2)))
         await service.stop()
 
-    with Engine(checkpoint_dir("llama"), stages=1, in_process=True, draft="none") as engine:
+    with engine_of(checkpoint_dir("llama"), stages=1, in_process=True, draft="none") as engine:
         asyncio.run(run(engine))
 
 
 def test_an_observer_that_raises_is_told_no_more_and_hurts_nobody(checkpoint_dir: Callable[[str], Path]) -> None:
-    class Broken:
+    class Broken(Observer):
         num_told = 0
 
-        def on_tokens(self, ticket: Ticket, num_new: int, interval_s: float | None) -> None:
+        def on_tokens(self, job: Job, num_new: int, interval_s: float | None) -> None:
             self.num_told += 1
             raise RuntimeError("a bug")
 
-        def on_end(self, ticket: Ticket) -> None:
+        def on_end(self, job: Job) -> None:
             raise AssertionError("it was told again")
 
-    broken = Broken()
+    class Worse(Observer):
+        num_told = 0
+
+        def on_result(self, job: Job, result: object) -> None:
+            self.num_told += 1
+            raise RuntimeError("a bug")
+
+    broken, worse = Broken(), Worse()
 
     async def run(engine: Engine) -> None:
         service = Service(engine, max_waiting=4, stuck_after_s=5)
-        service.observers.append(broken)
-        engine.result_hook = lambda generation, result: [][0]
+        engine.observe(broken)
+        engine.observe(worse)
         service.start()
         assert await text_of(service.submit("a", PROMPT, SamplingParams(20)))
-        assert service.failure is None and broken.num_told == 1
+        assert service.failure is None and broken.num_told == worse.num_told == 1
         await service.stop()
 
-    with Engine(checkpoint_dir("llama"), stages=1, in_process=True, draft="none") as engine:
+    with engine_of(checkpoint_dir("llama"), stages=1, in_process=True, draft="none") as engine:
         asyncio.run(run(engine))
 
 
@@ -151,9 +161,9 @@ def test_a_thread_that_closes_an_engine_leaves_its_connections_to_the_one_that_u
     checkpoint_dir: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     closers: list[str] = []
-    with Engine(checkpoint_dir("llama"), stages=1, in_process=True, draft="none") as engine:
-        assert engine._cluster is not None
-        monkeypatch.setattr(engine._cluster, "close", lambda: closers.append(threading.current_thread().name))
+    with engine_of(checkpoint_dir("llama"), stages=1, in_process=True, draft="none") as engine:
+        connections = engine.pipeline.connections
+        monkeypatch.setattr(connections, "close", lambda: closers.append(threading.current_thread().name))
         entered, leave = threading.Event(), threading.Event()
 
         def stuck(timeout_s: float) -> list[Any]:
@@ -161,7 +171,7 @@ def test_a_thread_that_closes_an_engine_leaves_its_connections_to_the_one_that_u
             assert leave.wait(WAIT_S)
             return []
 
-        monkeypatch.setattr(engine._cluster, "receive", stuck)
+        monkeypatch.setattr(connections, "receive", stuck)
         thread = threading.Thread(target=engine.step, name="user")
         thread.start()
         assert entered.wait(WAIT_S)
@@ -173,29 +183,19 @@ def test_a_thread_that_closes_an_engine_leaves_its_connections_to_the_one_that_u
 
 
 def test_a_job_has_one_schedule_made_for_it_however_long_it_waits(
-    checkpoint_dir: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+    checkpoint_dir: Callable[[str], Path],
 ) -> None:
-    config = EngineConfig(max_running=1)
-    with Engine(checkpoint_dir("llama"), stages=1, in_process=True, draft="none", config=config) as engine:
-        made: list[str] = []
-        make = engine._make_schedule
-        monkeypatch.setattr(engine, "_make_schedule", lambda name: made.append(name) or make(name))
-        jobs = [engine.submit(PROMPT, SamplingParams(20)) for _ in range(2)]
-        num_checked = len(made)
-        while not all(job.is_finished for job in jobs):
+    config = EngineConfig(kv_slots=400, likely_tokens=60)
+    with engine_of(checkpoint_dir("llama"), stages=1, in_process=True, draft="none", config=config) as engine:
+        for _ in range(2):
+            engine.submit(PROMPT, SamplingParams(60))
+        engine.step()
+        waiting = engine.submit(PROMPT, SamplingParams(20))
+        prepared: list[Schedule] = []
+        while waiting.generation is None:
             engine.step()
-        assert len(made) - num_checked == 2
-
-
-def test_auto_forgets_segments_that_never_come_back(checkpoint_dir: Callable[[str], Path]) -> None:
-    with Engine(
-        checkpoint_dir("llama"), stages=2, in_process=True, draft="ngram", tree=TreeConfig(min_probability=0)
-    ) as engine:
-        job = engine.submit(PROMPT, SamplingParams(200))
-        while not job.is_finished:
-            engine.step()
-            schedule = next((r.schedule for r in engine._driver._running.values()), None)
-            assert not isinstance(schedule, Auto) or len(schedule._sent_s) <= 16
+            prepared += [] if waiting.prepared is None else [waiting.prepared]
+        assert len(prepared) > 1 and len({id(schedule) for schedule in prepared}) == 1
 
 
 def test_what_never_fits_is_refused_and_so_is_one_too_many(checkpoint_dir: Callable[[str], Path]) -> None:
@@ -212,13 +212,13 @@ def test_what_never_fits_is_refused_and_so_is_one_too_many(checkpoint_dir: Calla
         with pytest.raises(QueueFullError, match="waiting already"):
             [service.submit("c", PROMPT, SamplingParams(60)) for _ in range(20)]
         service.cancel(tickets[-1])
-        await until(lambda: tickets[-1].state == "cancelled")
+        await until(lambda: tickets[-1].job.state == "cancelled")
         assert await text_of(tickets[-1]) == ""
         assert len({await text_of(ticket) for ticket in tickets[:-1]}) == 1
         await service.stop()
 
     config = EngineConfig(max_running=1, kv_slots=240)
-    with Engine(
+    with engine_of(
         checkpoint_dir("llama"), stages=1, in_process=True, draft="none", schedule="ar", config=config
     ) as engine:
         asyncio.run(run(engine))

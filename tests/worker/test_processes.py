@@ -17,7 +17,7 @@ import pytest
 import zmq
 
 from flowspec import LLM, SamplingParams
-from flowspec.cluster.launch import LocalProcesses
+from flowspec.cluster.local import LocalProcesses
 from flowspec.config import LinkConfig
 from flowspec.errors import UsageError, WorkerError
 from flowspec.wire.messages import PROTOCOL_VERSION, Alive, Codec, Configure, Ready, Stop
@@ -78,7 +78,7 @@ def _free_port(host: str) -> int:
 def test_local_processes_give_the_text_of_plain_decoding(checkpoint_dir: Callable[[str], Path]) -> None:
     directory = checkpoint_dir("qwen2")
     with LLM(directory, stages=3, link=LINK) as llm:
-        assert [ready.stage for ready in llm.engine.ready] == [1, 2, 3]
+        assert [ready.stage for ready in llm.engine.pipeline.ready] == [1, 2, 3]
         completion = llm.generate(PROMPT_IDS, SamplingParams(max_tokens=30))
         again = llm.generate(PROMPT_IDS, SamplingParams(max_tokens=30), schedule="ar")
     assert completion.token_ids == again.token_ids == plain_text(directory, 30)
@@ -158,11 +158,11 @@ def test_flow_with_measured_costs_gives_the_text_of_plain_decoding(
 ) -> None:
     params = SamplingParams(max_tokens=40, temperature=temperature, seed=5)
     with LLM(checkpoint_dir("qwen2"), workers=remote_workers[:2], link=LINK) as llm:
-        for ready in llm.engine.ready:
+        for ready in llm.engine.pipeline.ready:
             rows, seconds = zip(*ready.forward_s, strict=True)
             assert rows[0] == 1 and list(rows) == sorted(set(rows)) and list(seconds) == sorted(seconds)
             assert seconds[0] > 0
-        first, last = llm.engine.ready
+        first, last = llm.engine.pipeline.ready
         assert first.link_bytes_per_s is not None and first.link_bytes_per_s > 0
         assert first.link_latency_s is not None and first.link_latency_s > 0
         assert last.link_bytes_per_s is None and last.link_latency_s is None

@@ -30,9 +30,9 @@ class LoadResult:
         return cls(
             schedule,
             num_clients,
-            num_tokens / max(record.end_s for record in records),
-            1000 * statistics.median(record.first_s - record.start_s for record in records),
-            statistics.median(len(record.token_ids) / (record.end_s - record.start_s) for record in records),
+            num_tokens / max(record.emissions.last_s for record in records),
+            1000 * statistics.median(record.emissions.ttft_s for record in records),
+            statistics.median(len(record.token_ids) / record.emissions.total_s for record in records),
         )
 
 

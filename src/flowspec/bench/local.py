@@ -8,9 +8,9 @@ from dataclasses import replace
 
 from flowspec.bench.study import Records, check_same_tokens
 from flowspec.core import SamplingParams
-from flowspec.emulation.simulator import forward_spans, make_record
 from flowspec.llm import LLM
-from flowspec.request.records import RequestRecord
+from flowspec.request.emissions import Emissions
+from flowspec.request.records import RequestRecord, forward_spans
 
 _WARM_UP_TOKENS = 16
 
@@ -56,16 +56,16 @@ def _tokens_per_s(record: RequestRecord) -> float:
 def _run(llm: LLM, index: int, prompt: str, params: SamplingParams, schedule: str) -> RequestRecord:
     """One run, timed from outside while its text streams."""
     token_ids: list[int] = []
-    emissions: list[tuple[float, int]] = []  # (seconds since the start, tokens so far)
-    start_s = time.perf_counter()
+    start_s, emissions = time.perf_counter(), Emissions(0.0)
     completion = None
     for chunk in llm.stream(prompt, params, schedule=schedule):
         token_ids += chunk.token_ids
-        emissions.append((time.perf_counter() - start_s, len(token_ids)))
+        emissions.note(time.perf_counter() - start_s, len(token_ids))
         completion = chunk.completion
     assert completion is not None and llm.last_stats is not None
-    # On one machine the workers' clock is the driver's. The driver's own work is not measured, and when a segment was
-    # sent is not kept.
+    # On one machine the workers' clock is the driver's. The driver's own work is not measured.
     spans, num_places = forward_spans(llm.last_stats, start_s), len(llm.partition) + 1
     num_bytes = completion.stats.link_bytes
-    return make_record(index, token_ids, llm.last_stats, spans, num_places, emissions, {}, num_bytes, with_spans=True)
+    return RequestRecord.of(
+        index, token_ids, emissions, llm.last_stats, spans, num_places, num_bytes, with_spans=True, start_s=start_s
+    )

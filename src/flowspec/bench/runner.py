@@ -13,7 +13,9 @@ from functools import lru_cache
 import torch
 
 from flowspec.core import DraftDType
-from flowspec.emulation.simulator import CheckpointPair, Experiment, ModelPair, SyntheticPair, simulate
+from flowspec.emulation.experiment import Experiment
+from flowspec.emulation.pairs import CheckpointPair, ModelPair, SyntheticPair
+from flowspec.emulation.simulator import simulate
 from flowspec.request.records import RequestRecord
 
 SYNTHETIC = "synthetic"

@@ -16,11 +16,11 @@ from flowspec.bench.report import BASELINES, ratio_interval
 from flowspec.bench.runner import SYNTHETIC, PairSpec, run_simulated
 from flowspec.bench.trace import TraceRun
 from flowspec.emulation.description import ClusterSpec
-from flowspec.emulation.simulator import TENSOR_PARALLEL, Experiment
+from flowspec.emulation.experiment import TENSOR_PARALLEL, Experiment
 from flowspec.errors import FlowspecError, UsageError
 from flowspec.model.loader import Checkpoint
 from flowspec.request.records import RequestRecord, ScheduleResult
-from flowspec.schedule.catalogue import ABLATIONS, AUTO, SCHEDULES, make_schedule
+from flowspec.schedule.catalogue import ABLATIONS, AUTO, SCHEDULES, is_flow, make_schedule
 
 Records = Mapping[str, Sequence[RequestRecord]]  # by schedule, in the order of the prompts
 Progress = Callable[[float], None]  # the share that is done
@@ -60,7 +60,7 @@ class Study:
 
     def row_name(self, schedule: str) -> str:
         """A schedule's name in tables; it tells which mechanisms are switched off."""
-        if schedule in TENSOR_PARALLEL or schedule.startswith("flow-"):
+        if schedule in TENSOR_PARALLEL or is_flow(schedule):
             return schedule
         return make_schedule(schedule, self.experiment.config, self.experiment.cluster.num_stages).name
 
@@ -147,7 +147,7 @@ def _places(schedule: str, record: RequestRecord) -> list[str]:
 def draw_timeline(path: Path, first_prompt: Records, title: str) -> None:
     """Some seconds of every schedule from the first emission on; forwards coloured by what became of their rows."""
     records = [of_prompts[0] for of_prompts in first_prompt.values()]
-    start_s = min(record.first_s if record.end_s > record.first_s else 0.0 for record in records)
+    start_s = min(record.emissions.decode_start_s for record in records)
     end_s = min(start_s + _EXCERPT_S, max(record.end_s for record in records))
     fates = [
         {s.segment_id: (s.num_accepted, s.num_verified, s.num_sent) for s in record.segment_records}

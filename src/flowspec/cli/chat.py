@@ -64,9 +64,9 @@ def chat(
             for option in [*changed(model, DEFAULT_MODEL), *changed(places, DEFAULT_PLACES)]:
                 if option not in _FOR_A_SERVER_TOO:
                     raise UsageError(f"{option} is the server's matter; leave it or --url out")
-            from flowspec.talk.server import ServerTalker
+            from flowspec.talk.remote import RemoteTalker
 
-            server = ServerTalker(url, api_key, model.model, places.timeout, _tell)
+            server = RemoteTalker(url, api_key, model.model, places.timeout, _tell)
             talker = stack.enter_context(contextlib.closing(server))
         else:
             progress = TerminalProgress()

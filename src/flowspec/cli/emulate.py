@@ -62,7 +62,9 @@ def emulate(
         from flowspec.bench.study import check_same_tokens, check_schedules
         from flowspec.emulation.description import ClusterSpec
         from flowspec.emulation.emulator import Emulator
-        from flowspec.emulation.simulator import CheckpointPair, Experiment, simulate
+        from flowspec.emulation.experiment import Experiment
+        from flowspec.emulation.pairs import CheckpointPair
+        from flowspec.emulation.simulator import simulate
         from flowspec.request.records import ScheduleResult
 
         check_schedules(names, is_simulated=False)

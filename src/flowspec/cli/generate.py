@@ -52,7 +52,7 @@ def generate(
 
         stack.callback(progress.stop)
         llm = stack.enter_context(LLM(**arguments, progress=progress))
-        params = SamplingParams(**llm.engine.sampling_defaults | sampling.given())
+        params = SamplingParams(**llm.checkpoint.sampling_defaults | sampling.given())
         if as_json:
             completion = _read(llm.stream(text, params), params, progress)
             progress.stop()

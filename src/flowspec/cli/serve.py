@@ -53,7 +53,7 @@ def serve(
             logger.warning("warning: %s is open to the network and wants no key; set --api-key", host)
         if "*" in config.cors_origins and api_key is None:
             logger.warning("warning: any web page that a browser here shows may use the server; set --api-key")
-        from flowspec.engine.engine import Engine
+        from flowspec.engine.spec import EngineSpec, open_engine
         from flowspec.server.app import create_app
         from flowspec.server.feed import Feed
         from flowspec.server.listen import Listening, run
@@ -62,7 +62,7 @@ def serve(
         progress = TerminalProgress()
         feed = Feed(None if places.devices is None else places.devices.names)
         try:
-            with Engine(**arguments, config=engine_config, progress=progress, meter=feed) as engine:
+            with open_engine(EngineSpec(**arguments, config=engine_config), progress) as engine:
                 progress.stop()
                 app = create_app(engine, config, feed, served_model_name)
                 url, name = listening.url, app.state.api.model

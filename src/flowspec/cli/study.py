@@ -30,7 +30,7 @@ from flowspec.errors import UsageError
 if TYPE_CHECKING:
     from flowspec.bench.study import Study
     from flowspec.emulation.description import ClusterSpec
-    from flowspec.emulation.simulator import Slowdown
+    from flowspec.emulation.experiment import Slowdown
 
 SYNTHETIC = "synthetic"
 _NUM_SYNTHETIC_PROMPTS = 40
@@ -125,8 +125,8 @@ class StudyOptions:
 
         from flowspec.bench.runner import PairSpec
         from flowspec.bench.study import Study
-        from flowspec.cluster.launch import num_cores
-        from flowspec.emulation.simulator import Experiment, Faults
+        from flowspec.cluster.local import num_cores
+        from flowspec.emulation.experiment import Experiment, Faults
         from flowspec.model.synthetic import quality
 
         quality(quality_name)
@@ -224,7 +224,7 @@ def comma_list(text: str, option: str) -> list[str]:
 
 
 def _slowdown(text: str, num_stages: int) -> Slowdown:
-    from flowspec.emulation.simulator import Slowdown
+    from flowspec.emulation.experiment import Slowdown
 
     try:
         worker, from_s, times = text.split(":")

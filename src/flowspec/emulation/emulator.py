@@ -14,22 +14,18 @@ from types import TracebackType
 
 import torch
 
-from flowspec.cluster.launch import LocalProcesses, RemoteCluster
+from flowspec.cluster.connections import RemoteConnections
+from flowspec.cluster.local import LocalProcesses
 from flowspec.config import LinkConfig
+from flowspec.emulation.experiment import TENSOR_PARALLEL, Experiment, make_driver
 from flowspec.emulation.paced import PacedActor, WallClock
-from flowspec.emulation.simulator import (
-    TENSOR_PARALLEL,
-    CheckpointPair,
-    Experiment,
-    forward_spans,
-    make_driver,
-    make_record,
-)
+from flowspec.emulation.pairs import CheckpointPair
 from flowspec.emulation.virtual_time import Clock, Sizes, VirtualLink
 from flowspec.errors import UsageError, WorkerError
 from flowspec.model.loader import draft_place
-from flowspec.request.generation import Request
-from flowspec.request.records import RequestRecord
+from flowspec.request.emissions import Emissions
+from flowspec.request.records import RequestRecord, forward_spans
+from flowspec.request.request import Request
 from flowspec.schedule.catalogue import flow_parts
 from flowspec.wire.messages import Emulation, Hint, Result, Route, Stamped
 
@@ -88,10 +84,10 @@ class Emulator:
         self._worker_bytes: dict[int, int] = {}  # received by each worker, by stage
         torch.set_num_threads(1)
         processes = LocalProcesses(num_stages, threads=1, device="cpu", module="flowspec.emulation.local")
-        self._cluster = RemoteCluster(processes.addresses, self._link, processes)
+        self._connections = RemoteConnections(processes, self._link)
         try:
-            self._cluster.configure(pair.checkpoint.full_name, partition, "float32", emulation, hints)
-            self._cluster.await_ready(lambda done: None)
+            self._connections.configure(pair.checkpoint.full_name, partition, "float32", emulation, hints)
+            self._connections.await_ready(lambda done: None)
         except BaseException:
             self.close()
             raise
@@ -116,23 +112,18 @@ class Emulator:
         self._next_id += 1
         generation, sends = self._driver.submit(request, schedule)
         self._actor.place.wake()
-        self._cluster.send(self._actor.stamp(sends))
-        emissions: list[tuple[float, int]] = []
-        sent_s: dict[int, float] = {}
-        num_segments, last_news = 0, time.monotonic()
+        self._connections.send(self._actor.stamp(sends))
+        emissions, last_news = Emissions(0.0), time.monotonic()
         while self._driver.num_open:
             wait_s = min(_LONGEST_WAIT_S, max(0.0, self._actor.wake_s - time.monotonic()))
-            for message in self._cluster.receive(wait_s):
+            for message in self._connections.receive(wait_s):
                 if isinstance(message, Stamped):
                     last_news = time.monotonic()
                     self._note_result(message)
                     self._actor.on_message(message)
-            self._cluster.send(self._actor.on_idle() or [])
-            now = self._clock.now - start_s
-            sent_s |= dict.fromkeys(range(num_segments, generation.next_segment_id), now)
-            num_segments = generation.next_segment_id
-            if len(generation.output_ids) > (emissions[-1][1] if emissions else 0):
-                emissions.append((now, len(generation.output_ids)))
+            self._connections.send(self._actor.on_idle() or [])
+            if len(generation.output_ids) > emissions.num_tokens:
+                emissions.note(self._clock.now - start_s, len(generation.output_ids))
             if time.monotonic() - last_news > self._link.stall_timeout_s:
                 raise WorkerError(f"the emulated pipeline has been silent for {self._link.stall_timeout_s:.0f} s")
         self._check_lag()
@@ -140,16 +131,16 @@ class Emulator:
             raise generation.error
         own = [replace(s, start_s=s.start_s - start_s, end_s=s.end_s - start_s) for s in self._clock.spans]
         num_bytes = self._num_bytes() - bytes_before
-        return make_record(
+        return RequestRecord.of(
             index,
             generation.output_ids,
+            emissions,
             generation.stats,
             [*own, *forward_spans(generation.stats, start_s)],
             num_stages + 1,
-            emissions,
-            sent_s,
             num_bytes,
-            True,
+            with_spans=True,
+            start_s=start_s,
         )
 
     def _note_result(self, stamped: Stamped) -> None:
@@ -174,7 +165,7 @@ class Emulator:
 
     def close(self) -> None:
         """End the workers."""
-        self._cluster.close()
+        self._connections.close()
 
     def __enter__(self) -> Emulator:
         return self

@@ -5,59 +5,30 @@ A generation decides nothing about timing; a schedule does. It does no I/O: what
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from flowspec.config import PipelineConfig, TreeConfig
-from flowspec.core import FinishReason, SamplingParams, TokenLogprobs
+from flowspec.config import TreeConfig
+from flowspec.core import Ending, FinishReason, TokenLogprobs
 from flowspec.draft.base import Accepted, Draft, DraftSource, HeritableDraft
-from flowspec.errors import NumericalError
-from flowspec.model.target_head import LogitsHead
-from flowspec.request.meter import Meter, Work
-from flowspec.request.slot_budget import Heritage, Left
+from flowspec.request.outbox import Outbox
+from flowspec.request.request import Common, Request
+from flowspec.request.slot_budget import Heritage, Left, slots_needed
 from flowspec.request.stats import SegmentStats, Stats
-from flowspec.sampling import Sampler, finite_array, token_logprobs
+from flowspec.request.verifier import Verdict, Verifier
+from flowspec.request.work import Work
+from flowspec.sampling import Sampler
 from flowspec.tree import DraftTree, Ints
 from flowspec.wire.messages import (
-    LAST_STEP,
     NO_PARENT,
     Broken,
-    Close,
-    Commit,
-    End,
     Hint,
-    Open,
-    Reserve,
     Result,
-    Route,
-    Segment,
     Send,
-    Step,
 )
-
-
-@dataclass(frozen=True)
-class Request:
-    """One generation to run; ``params.seed`` is set when the temperature is above 0."""
-
-    request_id: int
-    prompt_ids: tuple[int, ...]
-    params: SamplingParams
-    eos_ids: frozenset[int] = frozenset()
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What a verification found: which nodes join the prefix, and the tokens after the root."""
-
-    accepted_rows: list[int]  # the old root first
-    token_ids: list[int]  # the accepted nodes' tokens, then the new root's
-    new_root: int | None  # the row that holds the last token; ``None`` when no draft guessed it
-    logprobs: list[TokenLogprobs]  # of the tokens, where the request asks for them
 
 
 class Generation:
@@ -69,76 +40,66 @@ class Generation:
     def __init__(
         self,
         request: Request,
-        head: LogitsHead,
+        common: Common,
         source: DraftSource | None,
         tree_config: TreeConfig,
-        pipeline_config: PipelineConfig,
-        max_positions: int,
-        meter: Meter,
-        clock: Callable[[], float],
         want_hints: bool = False,
         heritage: Heritage | None = None,
         num_slots: int = 0,
         previous: Generation | None = None,
     ) -> None:
-        """``heritage``: of an earlier request with the same beginning; ``num_slots``: see ``messages.Open``.
+        """``heritage``: of an earlier request with the same beginning. ``num_slots``: see ``messages.Open``.
 
         ``previous``: the same request, as far as it had come when it was preempted. It goes on behind its output, in an
         epoch of its own.
         """
         self.request = request
         self.num_sharing = 1  # running requests that share the pipeline, this one included
-        self.keeps_cache = False  # whether the caches stay when it ends
-        self.clock = clock
-        self.wake_s: float | None = None  # when the schedule wants to be asked again, if nothing comes before
-        self.pipeline_config = pipeline_config
-        self.outbox: list[Send] = []
+        self.keeps_cache = common.keeps_caches
+        self.clock = common.clock
+        self.pipeline_config = common.pipeline
         self.epoch = 0
         self.output_ids: list[int] = []
         self.output_logprobs: list[TokenLogprobs] = []  # one for each token, where ``params.num_logprobs`` asks for it
         self.stats = Stats()
-        self.next_segment_id = 0
+        first_segment_id = 0
         if previous is not None:
-            self.epoch, self.stats, self.next_segment_id = previous.epoch + 1, previous.stats, previous.next_segment_id
+            self.epoch, self.stats = previous.epoch + 1, previous.stats
+            first_segment_id = previous.next_segment_id
             self.output_ids, self.output_logprobs = previous.output_ids, previous.output_logprobs
-        self.finish_reason: FinishReason | None = None
-        self.error: Exception | None = None  # what ended the request instead
-        self.is_preempted = False  # its caches are gone; another generation may go on with it
+        self.outbox = Outbox(request.request_id, self.epoch, first_segment_id)
+        self.ending: Ending | None = None  # once nothing comes of it any more
+        self.finish_reason: FinishReason | None = None  # of a text that is complete, or that nobody wants more of
+        self.error: Exception | None = None  # what ended a request that failed
         text_ids = (*request.prompt_ids, *self.output_ids)
         self._text_ids = text_ids  # that prefill goes over; the last one is the first root
         self._heritage = heritage or Heritage()
         self._num_slots = num_slots
         self.num_prompt_verified = self._heritage.num_kept  # prompt tokens whose prefill has come back, or is kept
         self.in_flight: dict[int, Ints] = {}  # segment id -> the node ids that were alive at the last commit
-        self._head = head
-        self._meter = meter
+        self._on_work = common.on_work
         self._sampler = Sampler(request.params, request.prompt_ids)
         self._sampler.extend(self.output_ids)
-        self._end_ids = request.params.stop_token_ids | (frozenset() if request.params.ignore_eos else request.eos_ids)
-        self._num_tokens = min(request.params.max_tokens, max_positions - len(request.prompt_ids))
+        self._verifier = Verifier(common.head, self._sampler, request.params, request.eos_ids)
+        self._num_tokens = min(request.params.max_tokens, common.max_positions - len(request.prompt_ids))
         self._want_features = source is not None and source.needs_features
         self._want_hints = want_hints and source is not None
         self._draft: Draft | None = source.open(text_ids, self._sampler) if source else None
         if self._heritage.draft is not None and self._want_features:
             assert isinstance(self._draft, HeritableDraft)
             self._draft.inherit(self._heritage.draft, self._heritage.num_kept)
-        self._broken: Broken | None = None  # nearest to worker 1
         self.num_passes = 0  # draft passes since the last commit
         self._num_prompt_sent = self._heritage.num_kept
         self._root_parent_id = NO_PARENT
         self._unannounced: list[int] = []  # accepted nodes that the workers have not been told of
         self.accepted_ids: list[int] = []  # all accepted nodes, from the prompt's last one on
-        self._has_gates = False
         self.prefix_len = len(text_ids) - 1  # committed tokens before the root; also the root's position
         self._root_is_draft = False
-        # node id -> (feature [H], logits [V], the segment it came in)
-        self._verified: dict[int, tuple[Tensor, Tensor, int]] = {}
         self.tree = DraftTree(self.prefix_len, text_ids[-1], tree_config.size, tree_config.min_score)
 
     @property
     def is_finished(self) -> bool:
-        """Nothing comes of it any more: it has reached its end, met an error, or was preempted."""
-        return self.finish_reason is not None or self.error is not None or self.is_preempted
+        return self.ending is not None
 
     @property
     def is_prompt_sent(self) -> bool:
@@ -147,8 +108,8 @@ class Generation:
 
     @property
     def num_slots(self) -> int:
-        """That it needs now in each worker's cache: its text, and its tree twice, since the dead leave with a delay."""
-        return self.prefix_len + 1 + 2 * self.tree.size
+        """That it needs now in each worker's cache."""
+        return slots_needed(self.prefix_len + 1, self.tree.size)
 
     @property
     def num_inherited(self) -> int:
@@ -156,28 +117,35 @@ class Generation:
         return self._heritage.num_kept
 
     @property
+    def next_segment_id(self) -> int:
+        return self.outbox.next_segment_id
+
+    @property
     def num_left(self) -> int:
         """Tokens that may still be emitted."""
         return self._num_tokens - len(self.output_ids)
+
+    def share_with(self, num_requests: int) -> None:
+        """So many run at once, this one included."""
+        self.num_sharing = num_requests
+
+    def sent_s(self, segment_id: int) -> float | None:
+        """When the driver began to send a segment; ``None`` for a part of the prompt, or an empty one."""
+        segment = self.stats.by_segment.get(segment_id)
+        return None if segment is None else segment.sent_s
+
+    @contextmanager
+    def _work(self, kind: Work, num_rows: int) -> Iterator[None]:
+        start_s = self.clock()
+        yield
+        self._on_work(kind, num_rows, start_s, self.clock())
 
     # --- sending ---
 
     def prefill(self, max_chunks: int) -> None:
         """Open the request at every worker and begin to send the prompt, ``max_chunks`` segments of it at once."""
-        heritage = self._heritage
-        self._post(
-            Route.NEXT,
-            Open(
-                self.request.request_id,
-                self.epoch,
-                self.tree.root_id,
-                self._want_features,
-                self._want_hints,
-                heritage.request_id,
-                heritage.num_kept,
-                self._num_slots,
-            ),
-        )
+        root_id, want_hints = self.tree.root_id, self._want_hints
+        self.outbox.open(root_id, self._want_features, want_hints, self._heritage, self._num_slots)
         self.tree.mark_sent(np.zeros(1, dtype=np.int64))  # it goes with the prompt's last segment
         for _ in range(max_chunks):
             self._send_chunk()
@@ -198,7 +166,7 @@ class Generation:
     def reserve(self, num_slots: int) -> None:
         """Let the workers' caches of this request grow to so many slots."""
         self._num_slots = num_slots
-        self._post(Route.NEXT, Reserve(self.request.request_id, self.epoch, num_slots))
+        self.outbox.reserve(num_slots)
 
     def send(self, rows: Ints, gate: int | None = None) -> None:
         """Send these unsent rows of the tree as one segment; each one's parent was sent or goes with it.
@@ -206,7 +174,7 @@ class Generation:
         With a ``gate`` (see ``messages.Segment``) the segment may be empty.
         """
         tree = self.tree
-        with self._meter.work(Work.SEND, len(rows)):
+        with self._work(Work.SEND, len(rows)):
             tree.mark_sent(rows)
             parents = tree.parents[rows]
             parent_ids = np.where(parents >= 0, tree.node_ids[parents], self._root_parent_id)
@@ -214,7 +182,7 @@ class Generation:
                 self.stats.segments += 1
                 self.stats.rows += len(rows)
                 self.stats.drafted += len(rows) - bool(rows[0] == 0 and not self._root_is_draft)
-                self.stats.by_segment[self.next_segment_id] = SegmentStats(len(rows))
+                self.stats.by_segment[self.outbox.next_segment_id] = SegmentStats(len(rows), self.clock())
             self._send_rows(
                 tree.node_ids[rows].tolist(),
                 parent_ids.tolist(),
@@ -233,31 +201,13 @@ class Generation:
         num_prefix: int,
         gate: int | None,
     ) -> None:
-        segment = Segment(
-            self.request.request_id,
-            self.epoch,
-            self.next_segment_id,
-            node_ids,
-            parent_ids,
-            positions,
-            num_prefix,
-            token_ids=token_ids,
-            hidden=None,
-            timings=[],
-            gate=gate,
-        )
+        segment_id = self.outbox.segment(node_ids, parent_ids, positions, token_ids, num_prefix, gate)
         if node_ids:
-            self.in_flight[self.next_segment_id] = np.array(node_ids, dtype=np.int64)
-        self._has_gates |= gate is not None
-        self.next_segment_id += 1
-        self._post(Route.NEXT, segment)
+            self.in_flight[segment_id] = np.array(node_ids, dtype=np.int64)
 
     def step(self, number: int) -> None:
         """Let the segments run that wait for this step; what was committed before counts for them."""
-        self._post(Route.WORKERS, Step(self.request.request_id, self.epoch, number))
-
-    def _post(self, route: Route, message: Open | Segment | Reserve | Commit | End | Step | Close) -> None:
-        self.outbox.append(Send(route, message))
+        self.outbox.step(number)
 
     # --- verifying ---
 
@@ -273,10 +223,8 @@ class Generation:
         if not alive.any():
             return
         hidden = result.hidden[torch.from_numpy(alive)]
-        with self._meter.work(Work.LM_HEAD, len(hidden)):
-            all_logits = self._head.logits(hidden)
-        for node_id, feature, logits in zip(node_ids[alive].tolist(), hidden, all_logits, strict=True):
-            self._verified[node_id] = (feature, logits, result.segment_id)
+        with self._work(Work.LM_HEAD, len(hidden)):
+            self._verifier.receive(node_ids[alive].tolist(), hidden, result.segment_id)
         self.stats.verified += 1
         if (segment := self.stats.by_segment.get(result.segment_id)) is not None:
             segment.num_verified = len(hidden)
@@ -289,46 +237,16 @@ class Generation:
     def verify(self) -> Verdict | None:
         """Follow the target from the root through the verified nodes; ``None`` when the root's logits are not here.
 
-        The target's token at a position is drawn once, with randomness keyed by that position. A child that holds it
-        is accepted; where no child does, it is the bonus token. Until it is committed, a verdict changes nothing.
-        Raises ``NumericalError`` when the model's numbers are not finite.
+        Until it is committed, a verdict changes nothing. Raises ``NumericalError`` as ``Verifier.walk``.
         """
-        if self.tree.root_id not in self._verified:
+        if not self._verifier.knows(self.tree.root_id):
             return None
-        row: int | None = 0
-        accepted_rows: list[int] = []
-        token_ids: list[int] = []
-        logprobs: list[TokenLogprobs] = []
-        num_logprobs = self.request.params.num_logprobs
-        with self._meter.work(Work.VERIFY, len(self._verified)):
-            while row is not None and len(token_ids) < self.num_left and not self._ends(token_ids):
-                verified = self._verified.get(int(self.tree.node_ids[row]))
-                if verified is None:
-                    break
-                accepted_rows.append(row)
-                token_ids.append(self._token(verified[0], verified[1], token_ids))
-                if num_logprobs is not None:
-                    logprobs.append(token_logprobs(verified[1], token_ids[-1], num_logprobs))
-                row = self.tree.find(row, token_ids[-1])
-        return Verdict(accepted_rows, token_ids, row, logprobs)
-
-    def _token(self, feature: Tensor, logits: Tensor, path: Sequence[int]) -> int:
-        """The target's token behind the root and ``path``, by what was verified there."""
-        position = self.prefix_len + len(path) + 1
-        try:
-            finite_array(feature, "hidden states after the last layer", position)
-            return self._sampler.token(logits, position, path)
-        except NumericalError as error:
-            where = "" if self._broken is None else f"; first seen after layers {self._broken.layers}"
-            raise NumericalError(f"{error}{where}") from None
+        with self._work(Work.VERIFY, len(self._verifier)):
+            return self._verifier.walk(self.tree, self.prefix_len, self.num_left)
 
     def note_broken(self, broken: Broken) -> None:
-        """Some hidden states are not finite; that matters only if one of these nodes, or what follows it, counts."""
-        if self._broken is None or broken.stage < self._broken.stage:
-            self._broken = broken
-
-    def _ends(self, token_ids: list[int]) -> bool:
-        return bool(token_ids) and token_ids[-1] in self._end_ids
+        """As ``Verifier.note_broken``."""
+        self._verifier.note_broken(broken)
 
     def commit(self, verdict: Verdict, announce: bool = True) -> None:
         """Emit the verdict's tokens, tell the workers, re-root the tree and let the draft read the true features.
@@ -338,7 +256,8 @@ class Generation:
         tree, new_root = self.tree, verdict.new_root
         prefix_ids = tree.node_ids[verdict.accepted_rows].tolist()
         prefix_tokens = tree.token_ids[verdict.accepted_rows].tolist()
-        self._count(prefix_ids, verdict)
+        features, segment_ids = self._verifier.take(prefix_ids)
+        self._count(segment_ids, verdict)
         self.output_ids += verdict.token_ids
         self.output_logprobs += verdict.logprobs
         self._sampler.extend(verdict.token_ids)
@@ -346,8 +265,8 @@ class Generation:
         self._root_parent_id, self._root_is_draft = prefix_ids[-1], new_root is not None
         self._unannounced += prefix_ids
         self.accepted_ids += prefix_ids
-        if self._ends(verdict.token_ids) or not self.num_left:
-            self.finish("stop" if self._ends(verdict.token_ids) else "length")
+        if self._verifier.ends(verdict.token_ids) or not self.num_left:
+            self.finish("stop" if self._verifier.ends(verdict.token_ids) else "length")
             return
         if new_root is None:
             tree.restart(verdict.token_ids[-1])
@@ -355,23 +274,22 @@ class Generation:
         else:
             tree.reroot(new_root)
         if announce:
-            self._post(Route.WORKERS, Commit(self.request.request_id, self.epoch, self._unannounced, tree.root_id))
+            self.outbox.commit(self._unannounced, tree.root_id)
             self._unannounced = []
-        features = torch.stack([self._verified[node_id][0] for node_id in prefix_ids])
         self.num_passes = 0
         self._forget_dead()
         if self._draft is not None:
             self._draft.commit(Accepted(prefix_ids, prefix_tokens, features), tree)
 
-    def _count(self, prefix_ids: list[int], verdict: Verdict) -> None:
+    def _count(self, segment_ids: list[int], verdict: Verdict) -> None:
         stats, num_accepted = self.stats, len(verdict.token_ids) - (verdict.new_root is None)
         stats.accepted += num_accepted
         stats.verdicts += 1
         stats.accepted_by_position += [0] * (num_accepted - len(stats.accepted_by_position))
         for position in range(num_accepted):
             stats.accepted_by_position[position] += 1
-        for node_id in prefix_ids:
-            if (segment := self.stats.by_segment.get(self._verified[node_id][2])) is not None:
+        for segment_id in segment_ids:
+            if (segment := stats.by_segment.get(segment_id)) is not None:
                 segment.num_accepted += 1
 
     def _forget_dead(self) -> None:
@@ -379,10 +297,12 @@ class Generation:
         tree = self.tree
         alive = {segment_id: tree.node_ids[tree.rows_of(ids)] for segment_id, ids in self.in_flight.items()}
         self.in_flight = {segment_id: ids for segment_id, ids in alive.items() if len(ids)}
-        # A verified node has verified ancestors, so the walk from the root has accepted it or passed it by.
-        self._verified = {}
 
     # --- drafting ---
+
+    def resize_tree(self, config: TreeConfig) -> None:
+        """Let the tree have so many nodes, and such ones, from now on."""
+        self.tree.size, self.tree.min_score = config.size, config.min_score
 
     def propose(self, depth: int, width: int, steady_steps: int = 1) -> bool:
         """One draft pass over the ``width`` best nodes, above ``depth``, that gain by it; False when none does."""
@@ -401,7 +321,7 @@ class Generation:
         if self._draft is None or not len(rows):
             return False
         merges = rows[0] == 0 and len(self.tree) > 1
-        with self._meter.work(Work.MERGE_PASS if merges else Work.DRAFT_PASS, len(rows)):
+        with self._work(Work.MERGE_PASS if merges else Work.DRAFT_PASS, len(rows)):
             if not self._draft.expand(self.tree, rows):
                 return False
         self.num_passes += 1
@@ -414,7 +334,7 @@ class Generation:
         is_open = np.isin(node_ids, self.tree.node_ids, assume_unique=True)
         if self.is_finished or not is_open.any():
             return
-        with self._meter.work(Work.HINT, len(node_ids)):
+        with self._work(Work.HINT, len(node_ids)):
             rows = self.tree.rows_of(node_ids[is_open])
             token_ids = np.array(hint.token_ids, dtype=np.int64)[is_open]
             positions = self.tree.depths[rows] + self.prefix_len + 1
@@ -424,34 +344,37 @@ class Generation:
     # --- ending ---
 
     def finish(self, reason: FinishReason) -> None:
-        """The text is complete, or nobody wants more of it."""
+        """The text is complete."""
+        self._finish(Ending.FINISHED, reason)
+
+    def cancel(self) -> None:
+        """Nobody wants more of the text."""
+        self._finish(Ending.CANCELLED, "stop")
+
+    def _finish(self, ending: Ending, reason: FinishReason) -> None:
         if not self.is_finished:
             self.finish_reason = reason
             # Until all of the prompt has come back, nobody knows what of it the workers hold.
             self.keeps_cache &= self.num_prompt_verified >= len(self._text_ids) - 1
-            self._end()
+            self._end(ending)
 
     def fail(self, error: Exception) -> None:
         """Something went wrong in this request's work, and whatever state that has left is not used again."""
         if not self.is_finished:
             self.error, self.keeps_cache = error, False
-            self._end()
+            self._end(Ending.FAILED)
 
     def preempt(self) -> None:
         """Give the caches up. What was emitted stays; a later generation goes on behind it."""
         assert not self.is_finished, "it holds no caches"
-        self.is_preempted, self.keeps_cache = True, False
+        self.keeps_cache = False
         self.stats.preemptions += 1
-        self._end()
+        self._end(Ending.PREEMPTED)
 
-    def _end(self) -> None:
+    def _end(self, ending: Ending) -> None:
         """All that is in flight is dead, and ``Close`` follows it through the pipeline."""
-        self.in_flight, self.wake_s = {}, None
-        self._post(Route.WORKERS, End(self.request.request_id, self.epoch))
-        if self._has_gates:
-            self.step(LAST_STEP)
-        kept_ids = self.accepted_ids if self.keeps_cache else None
-        self._post(Route.NEXT, Close(self.request.request_id, self.epoch, kept_ids))
+        self.ending, self.in_flight = ending, {}
+        self.outbox.end(self.accepted_ids if self.keeps_cache else None)
 
     def leave(self) -> Left:
         """What an ended request that keeps its cache leaves to its heirs."""
@@ -461,5 +384,4 @@ class Generation:
         return Left(self.request.request_id, tokens, draft)
 
     def take_outbox(self) -> list[Send]:
-        sends, self.outbox = self.outbox, []
-        return sends
+        return self.outbox.take()

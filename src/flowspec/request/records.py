@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from flowspec.request.emissions import Emissions
+from flowspec.request.stats import Stats
+
 
 @dataclass(frozen=True)
 class Span:
@@ -13,7 +16,7 @@ class Span:
     place: int  # 0 is the driver, workers are 1, 2, ...
     start_s: float
     end_s: float
-    work: str  # "forward" at workers; at the driver the kinds of ``generation.Work``
+    work: str  # "forward" at workers; at the driver the kinds of ``work.Work``
     num_rows: int = 0  # nodes that were computed
     segment_id: int = -1  # of forwards, else -1
 
@@ -35,9 +38,7 @@ class RequestRecord:
 
     index: int  # of the prompt
     token_ids: tuple[int, ...]
-    first_s: float  # when the first tokens were emitted
-    num_first: int  # how many those were
-    end_s: float  # when the last token was emitted
+    emissions: Emissions
     segments: int
     rows: int  # nodes sent
     drafted: int
@@ -50,15 +51,68 @@ class RequestRecord:
     segment_records: tuple[SegmentRecord, ...] = ()
     spans: tuple[Span, ...] = ()  # empty unless a trace was asked for
 
+    @classmethod
+    def of(
+        cls,
+        index: int,
+        token_ids: Sequence[int],
+        emissions: Emissions,
+        stats: Stats,
+        spans: Sequence[Span],
+        num_places: int,
+        link_bytes: int,
+        with_spans: bool,
+        start_s: float = 0.0,
+    ) -> RequestRecord:
+        """``start_s``: of the request, on the driver's clock; ``emissions`` and ``spans`` count from there already."""
+        busy_s = [0.0] * num_places
+        for span in spans:
+            busy_s[span.place] += max(
+                0.0, min(span.end_s, emissions.last_s) - max(span.start_s, emissions.decode_start_s)
+            )
+        return cls(
+            index,
+            tuple(token_ids),
+            emissions,
+            stats.segments,
+            stats.rows,
+            stats.drafted,
+            stats.accepted,
+            stats.verified,
+            stats.restarts,
+            stats.draft_passes,
+            link_bytes,
+            tuple(busy_s),
+            tuple(
+                SegmentRecord(i, sent.sent_s - start_s, sent.num_sent, sent.num_verified, sent.num_accepted)
+                for i, sent in stats.by_segment.items()
+            ),
+            tuple(spans) if with_spans else (),
+        )
+
+    @property
+    def end_s(self) -> float:
+        """When the last token was emitted."""
+        return self.emissions.last_s
+
     @property
     def decode_s(self) -> float:
         """From the first emission to the last; of the whole run when all tokens came at once."""
-        return self.end_s - self.first_s if self.end_s > self.first_s else self.end_s
+        return self.emissions.decode_s
 
     @property
     def num_decoded(self) -> int:
         """Tokens that were emitted in ``decode_s``."""
-        return len(self.token_ids) - (self.num_first if self.end_s > self.first_s else 0)
+        return self.emissions.num_decoded
+
+
+def forward_spans(stats: Stats, start_s: float) -> list[Span]:
+    """What the workers say of the segments that came back, since ``start_s`` on their clock."""
+    return [
+        Span(timing.stage, timing.start_s - start_s, timing.end_s - start_s, "forward", timing.num_rows)
+        for timings in stats.timings
+        for timing in timings
+    ]
 
 
 @dataclass(frozen=True)

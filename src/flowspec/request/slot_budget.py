@@ -16,6 +16,11 @@ MIN_KEPT = 16  # tokens; fewer are not worth the cache that they would take apar
 MAX_LEFT = 8  # ended requests that leave something, at most
 
 
+def slots_needed(num_tokens: int, tree_size: int) -> int:
+    """By a text of so many tokens, with its tree: twice that, since the dead leave with a delay."""
+    return num_tokens + 2 * tree_size
+
+
 @dataclass(frozen=True)
 class Heritage:
     """The beginning of a prompt, as an earlier request has computed it; by default nothing."""

@@ -12,6 +12,7 @@ class SegmentStats:
     """What became of one segment."""
 
     num_sent: int
+    sent_s: float  # when the driver began to send it, on its clock
     num_verified: int = 0  # nodes that were alive when the result came
     num_accepted: int = 0  # nodes that became output, roots included
 

@@ -15,7 +15,7 @@ from flowspec.config import FlowParts, PipelineConfig, TreeConfig
 from flowspec.request.generation import Generation
 from flowspec.schedule.autoregressive import Autoregressive
 from flowspec.schedule.flow import Flow
-from flowspec.schedule.pace import Pace
+from flowspec.schedule.pace import FixedPace, Pace
 from flowspec.wire.messages import Result
 
 WINDOW = 24  # tokens that a rung is measured over
@@ -48,7 +48,7 @@ class Auto:
         parts: FlowParts,
         pipeline: PipelineConfig,
         num_parallel: int,
-        pace: Pace | None,
+        pace: Pace | FixedPace,
         steady_steps: int,
         experience: Experience,
     ) -> None:
@@ -66,27 +66,20 @@ class Auto:
         self._experience = experience
         self._rung = experience.rung
         self._round_trip_s = math.inf  # the shortest
-        self._sent_s: dict[int, float] = {}  # by segment id
         self._window: tuple[float, int] | None = None  # when the rung's measuring began, and with how many tokens
         self._rates: list[float] = []  # tokens/s of the rungs from the first on, while they are tried
 
     def on_result(self, generation: Generation, result: Result) -> None:
-        sent_s = self._sent_s.pop(result.segment_id, None)
+        sent_s = generation.sent_s(result.segment_id)
         if sent_s is not None:
             self._round_trip_s = min(self._round_trip_s, generation.clock() - sent_s)
         self._rungs[self._rung].on_result(generation, result)
-        # Segments that died come back never.
-        self._sent_s = {i: sent_s for i, sent_s in self._sent_s.items() if i in generation.in_flight}
         self._measure(generation)
 
-    def on_idle(self, generation: Generation) -> bool:
-        first_id = generation.next_segment_id
+    def on_idle(self, generation: Generation) -> float:
         if generation.tree.size != self._rungs[self._rung].tree.size:
             self._step_to(self._rung, generation)
-        did_work = self._rungs[self._rung].on_idle(generation)
-        for segment_id in range(first_id, generation.next_segment_id):
-            self._sent_s[segment_id] = generation.clock()
-        return did_work
+        return self._rungs[self._rung].on_idle(generation)
 
     def _measure(self, generation: Generation) -> None:
         now, num_tokens = generation.clock(), len(generation.output_ids)
@@ -117,6 +110,4 @@ class Auto:
 
     def _step_to(self, rung: int, generation: Generation) -> None:
         self._rung = rung
-        tree = self._rungs[rung].tree
-        generation.tree.size, generation.tree.min_score = tree.size, tree.min_score
-        generation.wake_s = None
+        generation.resize_tree(self._rungs[rung].tree)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from flowspec.config import TreeConfig
 from flowspec.request.generation import Generation
+from flowspec.schedule.base import AT_ONCE, NEVER
 from flowspec.wire.messages import Result
 
 
@@ -21,8 +22,8 @@ class Autoregressive:
         if verdict := generation.verify():
             generation.commit(verdict)
 
-    def on_idle(self, generation: Generation) -> bool:
+    def on_idle(self, generation: Generation) -> float:
         if generation.tree.sent[0]:
-            return False
+            return NEVER
         generation.send(generation.tree.best(1))
-        return True
+        return AT_ONCE

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+import math
+from typing import Final, Protocol
 
 from flowspec.config import TreeConfig
 from flowspec.request.generation import Generation
 from flowspec.wire.messages import Result
+
+AT_ONCE: Final = -math.inf  # something was done, and there may be more
+NEVER: Final = math.inf  # nothing can be done before a message comes
 
 
 class Schedule(Protocol):
@@ -21,6 +25,10 @@ class Schedule(Protocol):
     def on_result(self, generation: Generation, result: Result) -> None:
         """A segment came back from the last worker."""
 
-    def on_idle(self, generation: Generation) -> bool:
-        """Nothing is waiting to be read: do one thing, send a segment or make a draft pass. False: nothing to do."""
+    def on_idle(self, generation: Generation) -> float:
+        """Nothing is waiting to be read: do one thing, send a segment or make a draft pass.
+
+        Returns when to be asked again on the driver's clock, if no message comes before: ``AT_ONCE`` when it has done
+        something, ``NEVER`` or a time when there was nothing to do.
+        """
         ...

@@ -12,7 +12,7 @@ from flowspec.schedule.autoregressive import Autoregressive
 from flowspec.schedule.base import Schedule
 from flowspec.schedule.flow import Flow
 from flowspec.schedule.lockstep import Lockstep
-from flowspec.schedule.pace import Pace
+from flowspec.schedule.pace import FixedPace, Pace
 from flowspec.schedule.pipedec import PipeDec
 from flowspec.schedule.serial import Chunked, Serial
 
@@ -31,6 +31,11 @@ ABLATIONS: Mapping[str, str] = {  # name -> the field of ``LockstepConfig`` or `
 }
 
 
+def is_flow(name: str) -> bool:
+    """Whether that is ``flow``, whole or with a part switched off, or as ``auto`` runs it; all others are published."""
+    return name in ("flow", AUTO) or name.startswith("flow-")
+
+
 def flow_parts(name: str, config: ScheduleConfig) -> FlowParts:
     """The parts of ``flow`` that are on in the schedule of that name."""
     if not name.startswith("flow-"):
@@ -38,12 +43,18 @@ def flow_parts(name: str, config: ScheduleConfig) -> FlowParts:
     return replace(config.flow_parts, **{ABLATIONS[name]: False})
 
 
+def check_schedule(name: str) -> None:
+    """Raises ``UsageError`` for a name that is none."""
+    if name not in (AUTO, *SCHEDULES, *ABLATIONS):
+        raise UsageError(f"schedule {name!r} is none of {', '.join((AUTO, *SCHEDULES, *ABLATIONS))}")
+
+
 def make_schedule(
     name: str,
     config: ScheduleConfig,
     num_stages: int,
     num_parallel: int | None = None,
-    pace: Pace | None = None,
+    pace: Pace | FixedPace | None = None,
     steady_steps: int = 1,
     experience: Experience | None = None,
 ) -> Schedule:
@@ -54,6 +65,7 @@ def make_schedule(
 
     Raises ``UsageError`` for a name that is none.
     """
+    check_schedule(name)
     tree = config.lockstep.tree
     match name:
         case "ar":
@@ -68,12 +80,10 @@ def make_schedule(
             return Lockstep(config.lockstep, num_stages)
         case _ if name in ABLATIONS and name.startswith("lockstep"):
             return Lockstep(replace(config.lockstep, **{ABLATIONS[name]: False}), num_stages)
-        case _ if name in ("flow", "auto") or name in ABLATIONS:
+        case _:
             num_parallel = num_stages if num_parallel is None else num_parallel
-            parts = flow_parts(name, config)
+            parts, pace = flow_parts(name, config), pace or FixedPace()
             if name == "auto":
                 experience = experience or Experience()
                 return Auto(config.flow, parts, config.pipeline, num_parallel, pace, steady_steps, experience)
             return Flow(config.flow, parts, config.pipeline, num_parallel, pace, steady_steps)
-        case _:
-            raise UsageError(f"schedule {name!r} is none of {', '.join((AUTO, *SCHEDULES, *ABLATIONS))}")

@@ -18,7 +18,8 @@ from dataclasses import replace
 
 from flowspec.config import FlowParts, PipelineConfig, TreeConfig
 from flowspec.request.generation import Generation
-from flowspec.schedule.pace import DEFAULT_SEGMENT_LEN, Pace
+from flowspec.schedule.base import AT_ONCE, NEVER
+from flowspec.schedule.pace import DEFAULT_SEGMENT_LEN, FixedPace, Pace
 from flowspec.wire.messages import Result
 
 PASSES_SHARE = 0.45  # of a segment's time that a new root may wait for draft passes, where both are known
@@ -35,90 +36,108 @@ class Flow:
         parts: FlowParts,
         pipeline: PipelineConfig,
         num_parallel: int,
-        pace: Pace | None = None,
+        pace: Pace | FixedPace,
         steady_steps: int = 1,
     ) -> None:
         """``num_parallel``: stages that run at the same time; fewer than all where they share one machine's cores.
 
         ``steady_steps``: the draft's; within them it drafts nothing twice, and needs no feature to go deeper.
         """
-        by_costs = pace.segment_len if pace and parts.segment_costs else DEFAULT_SEGMENT_LEN
+        by_costs = pace.segment_len if parts.segment_costs else DEFAULT_SEGMENT_LEN
+        knows_costs = isinstance(pace, Pace)
         self._segment_len = pipeline.segment_len or by_costs
         self.wants_hints, self.wants_ngrams = parts.hints, parts.ngrams
-        steady_steps = steady_steps if parts.steady else 1
-        # The more rows cost nothing, the less probable a node may be that is worth one; nobody has time for thousands.
-        share = min(max(1.0, self._segment_len / DEFAULT_SEGMENT_LEN), 4.0) if pace else 1.0
-        self.tree = replace(
+        self._steady_steps = steady_steps if parts.steady else 1
+        self.tree = self._size_tree(tree, knows_costs)
+        self._max_in_flight = pipeline.segments_in_flight or (2 if knows_costs else 1) * (num_parallel + 1)
+        self._max_shared = pipeline.segments_in_flight or num_parallel + 1  # of all requests, where there are several
+        self._pace = pace if parts.late_binding else FixedPace()
+        self._pass_s = 0.0  # what the last draft pass took
+
+    def _size_tree(self, tree: TreeConfig, knows_costs: bool) -> TreeConfig:
+        """The more rows cost nothing, the less probable a node may be; nobody has time for thousands."""
+        share = min(max(1.0, self._segment_len / DEFAULT_SEGMENT_LEN), 4.0) if knows_costs else 1.0
+        return replace(
             tree,
             size=round(tree.size * share),
             width=round(tree.width * share),
             min_probability=tree.min_probability / share,
-            depth=max(tree.depth, steady_steps),
-            max_depth=max(tree.max_depth, steady_steps),
+            depth=max(tree.depth, self._steady_steps),
+            max_depth=max(tree.max_depth, self._steady_steps),
         )
-        self._steady_steps = steady_steps
-        self._max_in_flight = pipeline.segments_in_flight or (2 if pace else 1) * (num_parallel + 1)
-        self._max_shared = pipeline.segments_in_flight or num_parallel + 1  # of all requests, where there are several
-        self._pace = pace if parts.late_binding else None
-        self._pass_s = 0.0  # what the last draft pass took
+
+    # --- 2. draft management: every commit prunes at once, everywhere ---
 
     def on_result(self, generation: Generation, result: Result) -> None:
-        if self._pace is not None:
-            self._pace.note_result(result, generation.clock())
+        self._pace.note_result(result, generation.sent_s(result.segment_id), generation.clock())
         generation.receive(result)
         if verdict := generation.verify():
             generation.commit(verdict)
-            if self._pace is not None and not generation.in_flight and generation.num_sharing == 1:
+            if not generation.in_flight and generation.num_sharing == 1:
                 self._pace.note_miss(generation.clock())
 
-    def on_idle(self, generation: Generation) -> bool:
-        generation.wake_s = None
-        num_in_flight, num_sharing = len(generation.in_flight), generation.num_sharing
-        most = self._max_in_flight if num_sharing == 1 else max(1, self._max_shared // num_sharing)
-        has_room = num_in_flight < most
-        # Where requests share the pipeline, the workers see to it that nobody's only segment waits for long.
-        is_only = num_sharing > 1 and not num_in_flight
-        due_s = self._pace.due_s if self._pace is not None and not is_only else generation.clock()
-        is_due = generation.clock() + self._pass_s >= due_s  # there is no time for another pass
-        if has_room and is_due and self._may_send(generation) and self._send_best(generation):
-            return True
-        if self._propose(generation, self.tree.depth):
-            return True
-        if not has_room:
-            return False
-        if generation.clock() < due_s:
-            if self._propose(generation, self.tree.max_depth):
-                return True
-            generation.wake_s = due_s
-            return False
-        return self._send_best(generation) or self._propose(generation, self.tree.max_depth)
+    # --- what is done next: the best segment when it is due, and a better tree until then ---
 
-    def _may_send(self, generation: Generation) -> bool:
-        """Draft passes since the last commit that the next segment waits for, unless there are none to make.
+    def on_idle(self, generation: Generation) -> float:
+        due_s, has_room = self._due_s(generation), self._has_room(generation)
+        is_due = generation.clock() + self._pass_s >= due_s  # there is no time for another pass
+        if has_room and is_due and self._has_guesses(generation) and self._send_best(generation):
+            return AT_ONCE
+        if self._refresh(generation):
+            return AT_ONCE
+        if not has_room:
+            return NEVER
+        if generation.clock() < due_s:
+            return AT_ONCE if self._deepen(generation) else due_s
+        return AT_ONCE if self._send_best(generation) or self._deepen(generation) else NEVER
+
+    def _due_s(self, generation: Generation) -> float:
+        """Where requests share the pipeline, the workers see to it that nobody's only segment waits for long."""
+        is_only = generation.num_sharing > 1 and not generation.in_flight
+        return AT_ONCE if is_only else self._pace.due_s
+
+    def _has_room(self, generation: Generation) -> bool:
+        """Whether another segment may be under way."""
+        num_sharing = generation.num_sharing
+        most = self._max_in_flight if num_sharing == 1 else max(1, self._max_shared // num_sharing)
+        return len(generation.in_flight) < most
+
+    def _has_guesses(self, generation: Generation) -> bool:
+        """Whether the draft passes since the last commit are made that the next segment waits for.
 
         A root that the draft missed takes its first guesses along; else the refreshed scores are worth one pass.
         """
         root_is_sent = bool(generation.tree.sent[0])
         wanted = self.tree.refresh_passes if root_is_sent else self.tree.root_passes
-        if self._pace is not None and self._pass_s:
+        if self._pace.slot_s and self._pass_s:
             patience = PASSES_SHARE * (SHARED_PATIENCE if generation.num_sharing > 1 else 1)
             affordable = round(patience * self._pace.slot_s / self._pass_s)
             wanted = max(1, min(affordable - root_is_sent, self.tree.depth))
         return generation.num_passes >= wanted
+
+    # --- 1. score-based step-wise verification: the best unsent nodes, of any depth ---
+
+    def _send_best(self, generation: Generation) -> bool:
+        rows = generation.tree.best_unsent(self._segment_len)
+        if not len(rows):
+            return False
+        self._pace.note_sent(len(rows), generation.clock())
+        generation.send(rows)
+        return True
+
+    # --- 3. dynamic expansion: one draft pass at a time ---
+
+    def _refresh(self, generation: Generation) -> bool:
+        """Over what the newest verified features have changed."""
+        return self._propose(generation, self.tree.depth)
+
+    def _deepen(self, generation: Generation) -> bool:
+        """Beyond that: nothing was verified meanwhile, and there is time."""
+        return self._propose(generation, self.tree.max_depth)
 
     def _propose(self, generation: Generation, depth: int) -> bool:
         start_s = generation.clock()
         if not generation.propose(depth, self.tree.width, self._steady_steps):
             return False
         self._pass_s = generation.clock() - start_s
-        return True
-
-    def _send_best(self, generation: Generation) -> bool:
-        rows = generation.tree.best_unsent(self._segment_len)
-        if not len(rows):
-            return False
-        if self._pace is not None:
-            request_id, segment_id = generation.request.request_id, generation.next_segment_id
-            self._pace.note_sent(request_id, segment_id, len(rows), generation.clock())
-        generation.send(rows)
         return True

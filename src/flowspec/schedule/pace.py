@@ -16,7 +16,6 @@ from flowspec.wire.messages import Ready, Result, Timing
 MAX_SEGMENT_LEN = 128
 DEFAULT_SEGMENT_LEN = 16  # where nothing is known of the devices, as published
 
-_MAX_SENT = 1024
 _CORRECTION_SHARE = 0.1  # of a forward's surprise that the next ones are expected to repeat
 
 
@@ -79,6 +78,23 @@ def slot_s(costs: Costs, num_rows: int) -> float:
     return max(costs.stage_s(num_rows), costs.wire_s(num_rows))
 
 
+class FixedPace:
+    """Where nothing is known of the devices: segments as published, sent whenever there is room for one."""
+
+    segment_len = DEFAULT_SEGMENT_LEN
+    slot_s = 0.0  # unknown
+    due_s = -math.inf
+
+    def note_sent(self, num_rows: int, now: float) -> None:
+        """It makes no difference."""
+
+    def note_miss(self, now: float) -> None:
+        """It makes no difference."""
+
+    def note_result(self, result: Result, sent_s: float | None, now: float) -> None:
+        """It makes no difference."""
+
+
 class Pace:
     """The pace of one pipeline, for all its requests. All times are on the driver's clock, in seconds."""
 
@@ -87,7 +103,6 @@ class Pace:
         self.measure()
         self._hop_s = 0.0  # the shortest that was seen
         self._knows_hop = False
-        self._sent_s: dict[tuple[int, int], float] = {}  # by request and segment id, oldest first
         self._start_s = 0.0  # when the last segment sent meets worker 1 free
         self._free_s = 0.0  # when the pipeline can take the next one
 
@@ -101,10 +116,8 @@ class Pace:
         """When to send the next segment."""
         return self._free_s - self._hop_s
 
-    def note_sent(self, request_id: int, segment_id: int, num_rows: int, now: float) -> None:
-        self._sent_s[request_id, segment_id] = now
-        if len(self._sent_s) > _MAX_SENT:  # segments that died come back never
-            del self._sent_s[next(iter(self._sent_s))]
+    def note_sent(self, num_rows: int, now: float) -> None:
+        """A segment is about to be sent."""
         self._start_s = max(self._free_s, now + self._hop_s)
         self._free_s = self._start_s + slot_s(self._costs, num_rows)
 
@@ -112,9 +125,8 @@ class Pace:
         """All that is under way is dead, and ends where the commit meets it."""
         self._free_s = min(self._free_s, now + self._hop_s)
 
-    def note_result(self, result: Result, now: float) -> None:
+    def note_result(self, result: Result, sent_s: float | None, now: float) -> None:
         """A result's way, less the forwards in it, is its hops and its waiting; the shortest had least waiting."""
-        sent_s = self._sent_s.pop((result.request_id, result.segment_id), None)
         if sent_s is None:
             return
         computing_s = sum(timing.end_s - timing.start_s for timing in result.timings)

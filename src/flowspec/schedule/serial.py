@@ -10,6 +10,7 @@ import numpy as np
 
 from flowspec.config import TreeConfig
 from flowspec.request.generation import Generation
+from flowspec.schedule.base import AT_ONCE, NEVER
 from flowspec.wire.messages import Result
 
 
@@ -28,18 +29,18 @@ class Serial:
         if not generation.in_flight and (verdict := generation.verify()):
             generation.commit(verdict)
 
-    def on_idle(self, generation: Generation) -> bool:
+    def on_idle(self, generation: Generation) -> float:
         """One pass for each level of the tree, then its best nodes."""
         if generation.tree.sent[0]:
-            return False
+            return NEVER
         level = generation.num_passes
         if level < self.tree.depth and generation.propose_level(level, self.tree.width):
-            return True
+            return AT_ONCE
         for rows in np.array_split(generation.tree.best(), self._num_chunks):
             if len(rows):
                 generation.send(np.sort(rows))
         generation.tree.drop_unsent()
-        return True
+        return AT_ONCE
 
 
 class Chunked(Serial):

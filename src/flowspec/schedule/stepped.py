@@ -18,6 +18,7 @@ from collections.abc import Iterator
 
 from flowspec.config import TreeConfig
 from flowspec.request.generation import Generation
+from flowspec.schedule.base import AT_ONCE, NEVER
 from flowspec.tree import Ints
 from flowspec.wire.messages import Result
 
@@ -52,14 +53,14 @@ class Stepped(ABC):
     def on_result(self, generation: Generation, result: Result) -> None:
         self._results.append(result)
 
-    def on_idle(self, generation: Generation) -> bool:
+    def on_idle(self, generation: Generation) -> float:
         if not generation.tree.sent[0] and self._fill is None:
             self._begin_round(generation)
         if self._fill is not None:
             rows = next(self._fill, None)
             if rows is not None:
                 self._send(generation, rows)
-                return True
+                return AT_ONCE
             self._fill = None
         if self._must_send:
             self._must_send = False
@@ -67,8 +68,8 @@ class Stepped(ABC):
         elif self._results:
             self._receive(generation, self._results.popleft())
         else:
-            return False
-        return True
+            return NEVER
+        return AT_ONCE
 
     def _begin_round(self, generation: Generation) -> None:
         self._fill = self.first_segments(generation)

@@ -58,8 +58,8 @@ class Answer:
             async for chunk in ticket.chunks():
                 text += chunk.text
                 logprobs += chunk.logprobs
-            told = None if ticket.params.num_logprobs is None else logprobs
-            choice = self._shape.choice(index, text, told, ticket.finish_reason, self._places[index])
+            told = None if ticket.job.request.params.num_logprobs is None else logprobs
+            choice = self._shape.choice(index, text, told, ticket.job.finish_reason, self._places[index])
             choices.append(choice | self._stats(ticket))
         return self._shape.body(self._name, choices, is_chunk=False) | {"usage": replies.usage(self._tickets)}
 
@@ -75,19 +75,22 @@ class Answer:
                 ticket = self._tickets[index]
                 if isinstance(chunk, TextChunk):
                     self._num_streamed += len(chunk.token_ids)
-                    has_logprobs = ticket.params.num_logprobs is not None
+                    has_logprobs = ticket.job.request.params.num_logprobs is not None
                     if chunk.text or (has_logprobs and chunk.logprobs):
                         logprobs = chunk.logprobs if has_logprobs else None
                         yield self._event([self._shape.delta(index, chunk.text, logprobs, self._places[index])])
                 else:
-                    yield self._event([self._shape.last_delta(index, ticket.finish_reason) | self._stats(ticket)])
+                    yield self._event([self._shape.last_delta(index, ticket.job.finish_reason) | self._stats(ticket)])
             if self._body.wants_usage:
                 yield replies.event(
                     self._shape.body(self._name, [], is_chunk=True) | {"usage": replies.usage(self._tickets)}
                 )
         except FlowspecError as error:
-            kind = "invalid_request_error" if isinstance(error, UsageError) else "server_error"
-            yield replies.event(replies.error(str(error), kind))
+            if isinstance(error, UsageError):
+                told = replies.error(str(error), "invalid_request_error", error.field, error.code)
+            else:
+                told = replies.error(str(error), "server_error")
+            yield replies.event(told)
         finally:
             self.cancel()
         yield replies.DONE
@@ -99,7 +102,7 @@ class Answer:
         return replies.event(body)
 
     def _stats(self, ticket: Ticket) -> Json:
-        return {"spec_stats": replies.spec_stats(ticket)} if self._tells_stats else {}
+        return {"spec_stats": replies.spec_stats(ticket.job)} if self._tells_stats else {}
 
 
 async def _merged(tickets: Sequence[Ticket]) -> AsyncIterator[tuple[int, TextChunk | None]]:

@@ -22,7 +22,7 @@ from flowspec import __version__
 from flowspec.config import ServerConfig
 from flowspec.core import SamplingParams
 from flowspec.engine.engine import Engine
-from flowspec.errors import FlowspecError, UsageError, WorkerError
+from flowspec.errors import TOO_LONG, FlowspecError, UsageError, WorkerError
 from flowspec.server import replies
 from flowspec.server.answer import Answer
 from flowspec.server.feed import Feed
@@ -31,7 +31,6 @@ from flowspec.server.metrics import Metrics
 from flowspec.server.replies import Chats, Completions, Json
 from flowspec.server.schemas import (
     NO_LIMIT,
-    UNSUPPORTED,
     ChatBody,
     CompletionBody,
     DetokenizeBody,
@@ -66,7 +65,7 @@ class Api:
         self.metrics.watch(self.service)
         self.defaults = engine.served_defaults
         self.start_s = int(time())
-        if (problem := engine.chat_template.problem) is not None:
+        if (problem := engine.model.chat_template.problem) is not None:
             logger.warning("warning: %s cannot chat: %s", model, problem)
 
     def check_model(self, name: str | None) -> None:
@@ -90,7 +89,9 @@ class Api:
         for prompt_ids in prompts:
             wanted = self._max_tokens(prompt_ids, max_tokens)
             for choice in range(body.n):
-                params = body.params(self.defaults, wanted, num_logprobs, choice, self.engine.checkpoint.vocab_size)
+                params = body.params(
+                    self.defaults, wanted, num_logprobs, choice, self.engine.model.checkpoint.vocab_size
+                )
                 self.engine.check(prompt_ids, params)
                 jobs.append((prompt_ids, params))
         name = f"{shape.prefix}-{uuid.uuid4().hex}"
@@ -113,11 +114,13 @@ class Api:
     def _max_tokens(self, prompt_ids: tuple[int, ...], wanted: int | None) -> int:
         """Tokens to generate; by default as many as there is room for. Raises ``UsageError``."""
         wanted = None if wanted == NO_LIMIT else wanted
-        room = self.engine.checkpoint.max_positions - len(prompt_ids)
+        room = self.engine.model.checkpoint.max_positions - len(prompt_ids)
         if wanted is not None and 0 < room < wanted:
             raise UsageError(
                 f"max_tokens is {wanted}, but behind the prompt's {len(prompt_ids)} tokens {self.model} has room for "
-                f"{room} more"
+                f"{room} more",
+                field="max_tokens",
+                code=TOO_LONG,
             )
         return wanted or max(1, self.engine.room(len(prompt_ids)))
 
@@ -174,10 +177,10 @@ def _told(error: RequestValidationError) -> tuple[str, str | None]:
 def create_app(engine: Engine, config: ServerConfig, feed: Feed | None = None, model: str | None = None) -> FastAPI:
     """The application. It owns the engine while it runs, and closes it at its end.
 
-    ``feed``: the ``meter`` that the engine was made with; without it there is no dashboard. ``model``: the name that
+    ``feed``: without it there is no dashboard. ``model``: the name that
     clients know the model by.
     """
-    api = Api(engine, config, model or engine.checkpoint.title)
+    api = Api(engine, config, model or engine.model.checkpoint.title)
     if feed is not None:
         feed.watch(api.service, api.model)
 
@@ -219,9 +222,7 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(UsageError)
     async def on_usage(request: Request, error: UsageError) -> JSONResponse:
-        field = str(error).split(maxsplit=1)[0].rstrip(":")
-        known = {*CompletionBody.model_fields, *ChatBody.model_fields, *DetokenizeBody.model_fields, *UNSUPPORTED}
-        return _error(400, str(error), field if field in known or field.startswith("guided_") else None)
+        return _error(400, str(error), error.field, error.code)
 
     @app.exception_handler(QueueFullError)
     async def on_full(request: Request, error: QueueFullError) -> JSONResponse:
@@ -243,7 +244,7 @@ def _add_error_handlers(app: FastAPI) -> None:
 
 def _add_openai_routes(app: FastAPI, api: Api) -> None:
     entry = {"id": api.model, "object": "model", "created": api.start_s, "owned_by": "flowspec"}
-    entry |= {"max_model_len": api.engine.checkpoint.max_positions}
+    entry |= {"max_model_len": api.engine.model.checkpoint.max_positions}
 
     @app.head("/v1/models", include_in_schema=False)
     @app.get("/v1/models")
@@ -266,7 +267,7 @@ def _add_openai_routes(app: FastAPI, api: Api) -> None:
         if body.echo:
             echoes = [prompt if isinstance(prompt, str) else await api.tokens.decode(prompt) for prompt in given]
         max_tokens = body.max_tokens or DEFAULT_COMPLETION_TOKENS
-        shape = Completions(api.model, api.engine.vocabulary)
+        shape = Completions(api.model, api.engine.model.vocabulary)
         all_echoes = [echo for echo in echoes for _ in range(body.n)]
         return await api.generate(http, body, prompts, max_tokens, body.logprobs, shape, all_echoes)
 
@@ -276,7 +277,7 @@ def _add_openai_routes(app: FastAPI, api: Api) -> None:
         messages = [message.plain() for message in body.messages]
         prompt_ids = await api.tokens.encode_chat(messages, body.chat_template_kwargs)
         num_logprobs = (body.top_logprobs or 0) if body.logprobs else None
-        shape = Chats(api.model, api.engine.vocabulary)
+        shape = Chats(api.model, api.engine.model.vocabulary)
         max_tokens = body.max_completion_tokens or body.max_tokens
         return await api.generate(http, body, [prompt_ids], max_tokens, num_logprobs, shape, [""] * body.n)
 
@@ -290,7 +291,7 @@ def _add_service_routes(app: FastAPI, api: Api) -> None:
             ids = await api.tokens.encode_chat(messages, body.chat_template_kwargs)
         else:
             ids = await api.tokens.encode(body.prompt or "", body.add_special_tokens)
-        return {"tokens": ids, "count": len(ids), "max_model_len": api.engine.checkpoint.max_positions}
+        return {"tokens": ids, "count": len(ids), "max_model_len": api.engine.model.checkpoint.max_positions}
 
     @app.post("/detokenize")
     async def detokenize(body: DetokenizeBody) -> Json:
@@ -306,16 +307,12 @@ def _add_service_routes(app: FastAPI, api: Api) -> None:
         if verbose not in ("1", "true"):
             return Response(status_code=status)
         state = "up" if service.failure is None else "down"
+        engine = api.engine.status()
         stages = [
-            {
-                "stage": stage,
-                "layers": str(layers),
-                "state": state,
-                "busy_s": round(api.engine.busy_s.get(stage, 0.0), 3),
-            }
-            for stage, layers in enumerate(api.engine.partition.stages, start=1)
+            {"stage": stage.stage, "layers": stage.layers, "state": state, "busy_s": round(stage.busy_s, 3)}
+            for stage in engine.stages
         ]
-        told = {"running": api.engine.num_running, "waiting": service.num_waiting}
+        told = {"running": engine.num_running, "waiting": service.num_waiting}
         return _json(
             {"status": "ok" if problem is None else "bad", "problem": problem, "stages": stages} | told, status
         )

@@ -6,16 +6,16 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from flowspec import __version__
+from flowspec.engine.job import Job
+from flowspec.engine.observer import Observer
 from flowspec.request.generation import Generation
-from flowspec.request.meter import Work
-from flowspec.server.driver_meter import DriverMeter
-from flowspec.server.service import Service, Ticket
-from flowspec.server.timeline import DRIVER_PLACE, Emission, Forwards, Timeline
+from flowspec.request.work import Work
+from flowspec.server.service import Service
+from flowspec.server.timeline import DRIVER_PLACE, DriverWork, Emission, Forwards, Timeline
 from flowspec.server.tree_view import TreeWatch
 from flowspec.wire.messages import Result
 
@@ -27,13 +27,14 @@ FIRST_SPANS_S = 2.0  # that a new connection is told of
 RATE_S = 5.0  # that rates are taken over
 BUSY_S = 2.0  # that busy shares are taken over
 MAX_REQUESTS = 20
+_ON_RESULTS = (Work.LM_HEAD, Work.VERIFY)
 
 
 @dataclass(frozen=True)
 class RequestFigures:
-    """A line in the list of requests; outlives its ticket."""
+    """A line in the list of requests; outlives its job."""
 
-    request_id: int | None  # of the engine
+    request_id: int  # of the engine
     name: str
     state: str
     start_s: float
@@ -43,16 +44,16 @@ class RequestFigures:
     mean_accepted: float
 
     @classmethod
-    def of(cls, ticket: Ticket) -> RequestFigures:
+    def of(cls, job: Job) -> RequestFigures:
         return cls(
-            ticket.job.request.request_id if ticket.job is not None else None,
-            ticket.name,
-            ticket.state,
-            ticket.start_s,
-            len(ticket.prompt_ids),
-            ticket.num_tokens,
-            ticket.tokens_per_s,
-            ticket.stats.mean_accepted if ticket.stats is not None else 0.0,
+            job.request.request_id,
+            job.name,
+            job.state,
+            job.emissions.start_s,
+            len(job.request.prompt_ids),
+            job.emissions.num_tokens,
+            0.0 if job.emissions.came_at_once else job.emissions.tokens_per_s,
+            job.stats.mean_accepted if job.stats is not None else 0.0,
         )
 
     def json(self) -> Json:
@@ -66,11 +67,11 @@ class RequestFigures:
         }
 
 
-class Feed:
-    """The engine's ``Meter``, an ``Observer`` of its service, and what every open page is told of both.
+class Feed(Observer):
+    """An observer of a service's engine, and what every open page is told of it.
 
-    Give it to the engine as ``meter``, then call ``watch`` before the service starts. What happens is only noted, in
-    bounded memory; as long as no page is open nobody reads the notes.
+    Call ``watch`` before the service starts. What happens is only noted, in bounded memory; as long as no page is open
+    nobody reads the notes.
     """
 
     def __init__(self, names: Sequence[str] | None = None) -> None:
@@ -79,8 +80,9 @@ class Feed:
         self._timeline = Timeline()
         self._trees = TreeWatch()
         # Written on the engine's thread:
-        self._driver = DriverMeter(self._timeline)
-        self._counted: dict[str, tuple[int, int]] = {}  # accepted and verified so far, by running request
+        self._driver_s = 0.0  # of the driver's work
+        self._newest: tuple[Generation, int] | None = None  # whose result came last, and its segment
+        self._counted: dict[int, tuple[int, int]] = {}  # accepted and verified so far, by running request
         self._ended: deque[RequestFigures] = deque(maxlen=MAX_REQUESTS)
         # The event loop's:
         self._watched: dict[object, int] = {}  # the request whose tree each page shows
@@ -89,62 +91,68 @@ class Feed:
     def watch(self, service: Service, model: str | None = None) -> None:
         """``model``: what clients call it; by default its directory's name."""
         self._service = service
-        self._model = model or service.engine.checkpoint.title
-        service.observers.append(self)
-        service.engine.result_hook = self._on_result
-        self._text = service.engine.vocabulary.token_text
+        self._model = model or service.engine.model.checkpoint.title
+        service.engine.observe(self)
+        self._text = service.engine.model.vocabulary.token_text
 
     # --- on the engine's thread ---
 
-    def work(self, kind: Work, num_rows: int) -> AbstractContextManager[None]:
-        return self._driver.work(kind, num_rows)
+    def on_work(self, kind: Work, num_rows: int, start_s: float, end_s: float) -> None:
+        self._driver_s += end_s - start_s
+        request_id, segment_id = None, -1
+        if self._newest is not None and kind in _ON_RESULTS:
+            generation, newest_id = self._newest
+            # Schedules in lock-step may read an earlier result first; what was read is in flight no more.
+            if newest_id not in generation.in_flight:
+                request_id, segment_id = generation.request.request_id, newest_id
+        self._timeline.inbox.append(DriverWork(kind, num_rows, start_s, end_s, request_id, segment_id))
 
-    def _on_result(self, generation: Generation, result: Result) -> None:
-        self._driver.on_result(generation, result.segment_id)
+    def on_result(self, job: Job, result: Result) -> None:
+        generation = job.generation
+        assert generation is not None, "it runs"
+        self._newest = generation, result.segment_id
         stats = generation.stats.by_segment.get(result.segment_id)
         self._timeline.inbox.append(Forwards(result.request_id, result.segment_id, tuple(result.timings), stats))
         self._trees.look(generation, time.perf_counter())
 
-    def on_tokens(self, ticket: Ticket, num_new: int, interval_s: float | None) -> None:
-        if (stats := ticket.stats) is None:
-            return
-        accepted, verified = self._counted.get(ticket.name, (0, 0))
-        self._counted[ticket.name] = stats.accepted, stats.verified
-        emission = Emission(ticket.last_s, num_new, stats.accepted - accepted, stats.verified - verified)
+    def on_tokens(self, job: Job, num_new: int, interval_s: float | None) -> None:
+        request_id, stats = job.request.request_id, job.stats
+        assert stats is not None, "it runs"
+        accepted, verified = self._counted.get(request_id, (0, 0))
+        self._counted[request_id] = stats.accepted, stats.verified
+        emission = Emission(job.emissions.last_s, num_new, stats.accepted - accepted, stats.verified - verified)
         self._timeline.inbox.append(emission)
 
-    def on_end(self, ticket: Ticket) -> None:
-        self._counted.pop(ticket.name, None)
-        self._driver.forget()
-        self._ended.append(RequestFigures.of(ticket))
+    def on_end(self, job: Job) -> None:
+        self._counted.pop(job.request.request_id, None)
+        self._newest = None
+        self._ended.append(RequestFigures.of(job))
 
     # --- in the event loop ---
 
     def state(self) -> Json:
         """What does not change while the server runs, but for the stages' state."""
         engine = self._service.engine
-        ready = {ready.stage: ready for ready in engine.ready}
-        stages: list[Json] = []
-        for stage, layers in enumerate(engine.partition.stages, start=1):
-            known = ready.get(stage)
-            stages.append(
-                {
-                    "stage": stage,
-                    "device": self._names[stage - 1] if self._names else f"worker {stage}",
-                    "address": engine.addresses[stage - 1] if engine.addresses else "in process",
-                    "layers": str(layers),
-                    "state": self._stage_state,
-                    "weight_bytes": known.weight_bytes if known is not None else None,
-                    "peak_memory_bytes": known.peak_memory_bytes if known is not None else None,
-                }
-            )
+        model = engine.model
+        stages: list[Json] = [
+            {
+                "stage": stage.stage,
+                "device": self._names[stage.stage - 1] if self._names else f"worker {stage.stage}",
+                "address": stage.address or "in process",
+                "layers": stage.layers,
+                "state": self._stage_state,
+                "weight_bytes": stage.weight_bytes,
+                "peak_memory_bytes": stage.peak_memory_bytes,
+            }
+            for stage in engine.status().stages
+        ]
         return {
             "version": __version__,
             "model": self._model,
-            "has_chat_template": engine.chat_template.is_there,
+            "has_chat_template": model.chat_template.is_there,
             "schedule": engine.schedule_name,
-            "draft": engine.source.name if engine.source is not None else "none",
-            "max_positions": engine.checkpoint.max_positions,
+            "draft": model.source.name if model.source is not None else "none",
+            "max_positions": model.checkpoint.max_positions,
             "stages": stages,
         }
 
@@ -182,15 +190,15 @@ class Feed:
 
     def _requests(self) -> list[RequestFigures]:
         """All that are known, newest first."""
-        live = [RequestFigures.of(ticket) for ticket in self._service.tickets]
+        live = [RequestFigures.of(job) for job in self._service.jobs]
         known = {(figures.name, figures.start_s): figures for figures in [*live, *self._ended]}
         return sorted(known.values(), key=lambda figures: -figures.start_s)
 
     def _read(self, now_s: float, requests: list[RequestFigures]) -> None:
-        engine = self._service.engine
-        names = {figures.request_id: figures.name for figures in requests if figures.request_id is not None}
-        self._timeline.read(now_s, names, engine.trips)
-        self._busy.append((now_s, {DRIVER_PLACE: self._driver.busy_s, **engine.busy_s}))
+        stages = self._service.engine.status().stages
+        names = {figures.request_id: figures.name for figures in requests}
+        self._timeline.read(now_s, names, {stage.stage: stage.trip for stage in stages if stage.trip is not None})
+        self._busy.append((now_s, {DRIVER_PLACE: self._driver_s} | {stage.stage: stage.busy_s for stage in stages}))
         while now_s - self._busy[0][0] > BUSY_S:
             self._busy.popleft()
 
@@ -199,7 +207,7 @@ class Feed:
         running = [figures for figures in requests if figures.state == "running"]
         shown = next((figures for figures in running if request in (None, figures.name)), None)
         self._watched.pop(page, None)
-        if shown is not None and shown.request_id is not None:
+        if shown is not None:
             self._watched[page] = shown.request_id
         self._trees.watch(frozenset(self._watched.values()))
         if page not in self._watched or shown is None:
@@ -208,7 +216,7 @@ class Feed:
         return None if nodes is None else {"request": shown.name, "nodes": nodes}
 
     def _figures(self, now_s: float) -> Json:
-        service, engine = self._service, self._service.engine
+        service, status = self._service, self._service.engine.status()
         emissions = self._timeline.emissions(now_s - RATE_S)
         # The first one only begins the time in which the others came.
         since_s = max(now_s - emissions[0].time_s, EVENT_S) if emissions else RATE_S
@@ -221,25 +229,24 @@ class Feed:
             """Work counts when its result has come, so that some of it may have begun earlier."""
             return min(1.0, (after.get(place, 0.0) - before.get(place, 0.0)) / passed_s) if passed_s else 0.0
 
-        trips, stage_bytes = engine.trips, dict(engine.stage_bytes)
         stages = [
             {
-                "stage": stage,
+                "stage": stage.stage,
                 "state": self._stage_state,
-                "busy": share(stage),
-                "round_trip_ms": 1000 * trips[stage].round_trip_s if stage in trips else None,
-                "link_bytes": stage_bytes.get(stage, 0),
+                "busy": share(stage.stage),
+                "round_trip_ms": None if stage.trip is None else 1000 * stage.trip.round_trip_s,
+                "link_bytes": stage.link_bytes,
             }
-            for stage in range(1, len(engine.partition) + 1)
+            for stage in status.stages
         ]
         return {
             "now_s": now_s,
             "failure": service.failure,
-            "running": engine.num_running,
+            "running": status.num_running,
             "waiting": service.num_waiting,
             "tokens_per_s": sum(emission.num_tokens for emission in emissions[1:]) / since_s,
             "mean_accepted": num_accepted / num_verified if num_verified else 0.0,
-            "kv_usage": engine.num_slots_held / engine.num_slots if engine.num_slots else None,
+            "kv_usage": status.kv_usage,
             "driver_busy": share(DRIVER_PLACE),
             "stages": stages,
         }

@@ -8,8 +8,12 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, disable_cre
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from flowspec.core import Ending
+from flowspec.engine.job import Job
+from flowspec.engine.observer import Observer
+from flowspec.engine.telemetry import Status
 from flowspec.request.stats import Stats
-from flowspec.server.service import Service, Ticket
+from flowspec.server.service import Service
 
 disable_created_metrics()  # a second series for each counter, of which nobody asks
 
@@ -19,8 +23,8 @@ _E2E_S = (0.1, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640)
 _MAX_POSITION = 32  # acceptance is counted by position up to here
 
 
-class Metrics(Collector):
-    """An ``Observer`` of a service, and what Prometheus reads of it."""
+class Metrics(Observer, Collector):
+    """An observer of a service's engine, and what Prometheus reads of it."""
 
     def __init__(self, model: str) -> None:
         self._service: Service | None = None
@@ -59,38 +63,37 @@ class Metrics(Collector):
 
     def watch(self, service: Service) -> None:
         self._service = service
-        service.observers.append(self)
+        service.engine.observe(self)
 
     def render(self) -> bytes:
         """The text exposition format."""
         return generate_latest(self._registry)
 
-    # --- Observer, on the engine's thread ---
+    # --- on the engine's thread ---
 
-    def on_tokens(self, ticket: Ticket, num_new: int, interval_s: float | None) -> None:
+    def on_tokens(self, job: Job, num_new: int, interval_s: float | None) -> None:
         labels = self._labels
         self._generation_tokens.labels(**labels).inc(num_new)
-        if ticket.job is not None and ticket.job.generation is not None:
-            in_flight = sum(len(ids) for ids in ticket.job.generation.in_flight.values())
+        if job.generation is not None:
+            in_flight = sum(len(ids) for ids in job.generation.in_flight.values())
             self._tree_size.labels(**labels).observe(in_flight)
         if interval_s is None:
-            assert ticket.first_s is not None
-            self._prompt_tokens.labels(**labels).inc(len(ticket.prompt_ids))
-            self._cached_tokens.labels(**labels).inc(ticket.num_cached)
-            self._ttft_s.labels(**labels).observe(ticket.first_s - ticket.start_s)
+            self._prompt_tokens.labels(**labels).inc(len(job.request.prompt_ids))
+            self._cached_tokens.labels(**labels).inc(job.num_cached)
+            self._ttft_s.labels(**labels).observe(job.emissions.ttft_s)
             return
         for _ in range(num_new):
             self._interval_s.labels(**labels).observe(interval_s / num_new)
 
-    def on_end(self, ticket: Ticket) -> None:
-        if ticket.stats is not None:
-            self._count(ticket.stats)
-        match ticket.end:
-            case "finished":
-                assert ticket.end_s is not None
-                self._e2e_s.labels(**self._labels).observe(ticket.end_s - ticket.start_s)
-                self._success.labels(**self._labels, finished_reason=ticket.finish_reason or "stop").inc()
-            case "cancelled":
+    def on_end(self, job: Job) -> None:
+        if job.stats is not None:
+            self._count(job.stats)
+        match job.ending:
+            case Ending.FINISHED:
+                assert job.end_s is not None
+                self._e2e_s.labels(**self._labels).observe(job.end_s - job.emissions.start_s)
+                self._success.labels(**self._labels, finished_reason=job.finish_reason or "stop").inc()
+            case Ending.CANCELLED:
                 self._cancelled.labels(**self._labels).inc()
             case _:
                 self._failed.labels(**self._labels).inc()
@@ -113,33 +116,32 @@ class Metrics(Collector):
         service, names = self._service, tuple(self._labels)
         if service is None:
             return
-        engine, values = service.engine, tuple(self._labels.values())
+        status, values = service.engine.status(), tuple(self._labels.values())
         gauges = {
-            "num_requests_running": ("Requests that are being generated.", engine.num_running),
+            "num_requests_running": ("Requests that are being generated.", status.num_running),
             "num_requests_waiting": ("Requests that wait to be started.", service.num_waiting),
             "kv_cache_usage_perc": (
                 "Share of the places in the KV caches that running requests hold; 1 is all.",
-                engine.num_slots_held / engine.num_slots if engine.num_slots else 0.0,
+                status.kv_usage or 0.0,
             ),
         }
         for name, (text, value) in gauges.items():
             gauge = GaugeMetricFamily(f"flowspec:{name}", text, labels=names)
             gauge.add_metric(values, value)
             yield gauge
-        yield from self._stages(service)
+        yield from self._stages(status, service.uptime_s)
 
-    def _stages(self, service: Service) -> Iterable[Metric]:
-        engine, names = service.engine, (*self._labels, "stage")
+    def _stages(self, status: Status, uptime_s: float) -> Iterable[Metric]:
+        names = (*self._labels, "stage")
         busy = CounterMetricFamily("flowspec:stage_busy_seconds", "In forwards whose results came back.", labels=names)
         idle = CounterMetricFamily("flowspec:stage_idle_seconds", "All other time since the start.", labels=names)
         sent = CounterMetricFamily("flowspec:link_bytes", "Received by a stage on the data path.", labels=names)
         trip = GaugeMetricFamily("flowspec:link_round_trip_seconds", "Driver to stage and back.", labels=names)
-        for stage in range(1, len(engine.partition) + 1):
-            labels = (*self._labels.values(), str(stage))
-            busy_s = engine.busy_s.get(stage, 0.0)
-            busy.add_metric(labels, busy_s)
-            idle.add_metric(labels, max(0.0, service.uptime_s - busy_s))
-            sent.add_metric(labels, engine.stage_bytes.get(stage, 0))
-            if stage in (trips := engine.trips):
-                trip.add_metric(labels, trips[stage].round_trip_s)
+        for stage in status.stages:
+            labels = (*self._labels.values(), str(stage.stage))
+            busy.add_metric(labels, stage.busy_s)
+            idle.add_metric(labels, max(0.0, uptime_s - stage.busy_s))
+            sent.add_metric(labels, stage.link_bytes)
+            if stage.trip is not None:
+                trip.add_metric(labels, stage.trip.round_trip_s)
         yield from (busy, idle, sent, trip)

@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 
 from flowspec.core import TokenLogprobs
+from flowspec.engine.job import Job
 from flowspec.server.service import Ticket
 from flowspec.text import Vocabulary
 
@@ -30,24 +31,23 @@ def error(message: str, kind: str, param: str | None = None, code: str | None = 
 
 def usage(tickets: Sequence[Ticket], num_completion: int | None = None) -> Json:
     """Of all choices, or so far; a prompt counts once, however many choices it has."""
-    prompts = {ticket.prompt_ids: ticket for ticket in tickets}.values()
-    num_prompt = sum(len(ticket.prompt_ids) for ticket in prompts)
+    prompts = {ticket.job.request.prompt_ids: ticket.job for ticket in tickets}.values()
+    num_prompt = sum(len(job.request.prompt_ids) for job in prompts)
     if num_completion is None:
-        num_completion = sum(ticket.num_tokens for ticket in tickets)
+        num_completion = sum(ticket.run.num_tokens for ticket in tickets)
     return {
         "prompt_tokens": num_prompt,
         "completion_tokens": num_completion,
         "total_tokens": num_prompt + num_completion,
-        "prompt_tokens_details": {"cached_tokens": sum(ticket.num_cached for ticket in prompts)},
+        "prompt_tokens_details": {"cached_tokens": sum(job.num_cached for job in prompts)},
     }
 
 
-def spec_stats(ticket: Ticket) -> Json:
+def spec_stats(job: Job) -> Json:
     """How a text came about; docs/METHODOLOGY.md defines the figures."""
-    stats = ticket.stats
-    assert stats is not None and ticket.first_s is not None
+    stats, emissions = job.stats, job.emissions
+    assert stats is not None, "it has run"
     num_drafts = stats.verdicts if stats.drafted else 0
-    num_later = ticket.num_tokens - ticket.num_first
     return {
         "num_drafts": num_drafts,
         "num_draft_tokens": stats.drafted,
@@ -56,10 +56,10 @@ def spec_stats(ticket: Ticket) -> Json:
         "num_accepted_tokens_per_pos": stats.accepted_by_position,
         "num_pruned_in_flight": stats.pruned,
         "num_restarts": stats.restarts,
-        "time_to_first_token_ms": round((ticket.first_s - ticket.start_s) * 1000, 3),
-        "mean_inter_token_latency_ms": round((ticket.last_s - ticket.first_s) / num_later * 1000, 3)
-        if num_later
-        else None,
+        "time_to_first_token_ms": round(emissions.ttft_s * 1000, 3),
+        "mean_inter_token_latency_ms": None
+        if emissions.came_at_once
+        else round(1000 * emissions.decode_s / emissions.num_decoded, 3),
     }
 
 

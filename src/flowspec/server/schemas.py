@@ -82,7 +82,7 @@ class _Body(BaseModel):
         given = self.__pydantic_extra__ or {}
         for field, value in given.items():
             if not _is_supported(field, value):
-                raise UsageError(f"{field} is not supported here with this value; leave it out")
+                raise UsageError(f"{field} is not supported here with this value; leave it out", field=field)
         return sorted(given)
 
 
@@ -143,7 +143,9 @@ def _logit_bias(given: Mapping[str, float], vocab_size: int) -> tuple[tuple[int,
     biases: dict[int, float] = {}
     for key, bias in given.items():
         if not (key.isascii() and key.isdecimal() and len(key) < 10 and int(key) < vocab_size):
-            raise UsageError(f"logit_bias: {key[:20]!r} is no token id; they are numbers below {vocab_size}")
+            raise UsageError(
+                f"logit_bias: {key[:20]!r} is no token id; they are numbers below {vocab_size}", field="logit_bias"
+            )
         biases[int(key)] = bias
     return tuple(biases.items())
 
@@ -195,7 +197,9 @@ class ChatMessage(_Body):
         if isinstance(content, list):
             for part in content:
                 if part.type != "text" or part.text is None:
-                    raise UsageError(f"messages: this model takes text only, and a part is of type {part.type!r}")
+                    raise UsageError(
+                        f"messages: this model takes text only, and a part is of type {part.type!r}", field="messages"
+                    )
             content = "".join(part.text or "" for part in content)
         return {**(self.__pydantic_extra__ or {}), "role": self.role, "content": content or ""}
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import NamedTuple, TypeAlias
 
-from flowspec.cluster.launch import Trip
-from flowspec.request.meter import Work
+from flowspec.cluster.connections import Trip
 from flowspec.request.stats import SegmentStats
+from flowspec.request.work import Work
 from flowspec.wire.messages import Timing
 
 KEPT_S = 30.0

@@ -17,9 +17,9 @@ T = TypeVar("T")
 
 class Tokens:
     def __init__(self, engine: Engine) -> None:
-        self._tokenizer: Any = engine.tokenizer
-        self._vocab_size = engine.checkpoint.vocab_size
-        self._chat_template = engine.chat_template
+        self._tokenizer: Any = engine.model.tokenizer
+        self._vocab_size = engine.model.checkpoint.vocab_size
+        self._chat_template = engine.model.chat_template
         self._lock = threading.Lock()
 
     async def encode(self, prompt: str | Sequence[int], add_special_tokens: bool = True) -> tuple[int, ...]:
@@ -39,7 +39,7 @@ class Tokens:
     async def decode(self, token_ids: Sequence[int]) -> str:
         """Special tokens included. Raises ``UsageError`` for an id outside of the vocabulary."""
         if any(token_id >= self._vocab_size for token_id in token_ids):
-            raise UsageError(f"tokens: an id is outside of the vocabulary of {self._vocab_size}")
+            raise UsageError(f"tokens: an id is outside of the vocabulary of {self._vocab_size}", field="tokens")
         return await self._run(lambda: self._tokenizer.decode(list(token_ids)), len(token_ids))
 
     async def _run(self, call: Callable[[], T], size: int) -> T:

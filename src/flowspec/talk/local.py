@@ -18,7 +18,7 @@ class LocalTalker:
     def __init__(self, llm: LLM, tell: Tell) -> None:
         self.name = llm.checkpoint.title
         self._llm = llm
-        self._can_chat = llm.engine.chat_template.is_there
+        self._can_chat = llm.engine.model.chat_template.is_there
         if not self._can_chat:
             tell(only_continues(self.name))
 

@@ -1,6 +1,6 @@
 """The workers of one machine: forked by one process that has imported the libraries once.
 
-``python -m flowspec.worker.local THREADS DEVICE ADDRESS...``; ``cluster.launch`` starts it.
+``python -m flowspec.worker.local THREADS DEVICE ADDRESS...``; ``cluster.local`` starts it.
 """
 
 from __future__ import annotations

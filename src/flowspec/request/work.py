@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from enum import Enum
 from typing import Protocol
 
@@ -18,12 +17,11 @@ class Work(str, Enum):
     SEND = "send"
 
 
-class Meter(Protocol):
-    """Told of the driver's work as it is done: to measure it in a real run, or to charge for it in a simulated one."""
+class OnWork(Protocol):
+    """Told of each piece of work when it is done: to measure a real run, or to charge for it in a simulated one."""
 
-    def work(self, kind: Work, num_rows: int) -> AbstractContextManager[None]: ...
+    def __call__(self, kind: Work, num_rows: int, start_s: float, end_s: float) -> None: ...
 
 
-class NoMeter:
-    def work(self, kind: Work, num_rows: int) -> AbstractContextManager[None]:
-        return nullcontext()
+def unwatched(kind: Work, num_rows: int, start_s: float, end_s: float) -> None:
+    """Nobody wants to know."""

@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import msgspec
 
-from flowspec.errors import FlowspecError, UsageError
+from flowspec.errors import NO_CHAT_TEMPLATE, FlowspecError, UsageError
 from flowspec.talk.talker import CONTINUED_TOKENS, Message, Piece, Settings, Tell, accepted_per_draft, only_continues
 
 _CONNECT_TIMEOUT_S = 10.0
@@ -45,6 +45,7 @@ class _Usage(msgspec.Struct):
 
 class _Error(msgspec.Struct):
     message: str
+    code: str | int | None = None
 
 
 class _Event(msgspec.Struct):
@@ -61,7 +62,7 @@ class _Models(msgspec.Struct):
     data: list[_Model]
 
 
-class ServerTalker:
+class RemoteTalker:
     """An OpenAI-compatible server; ``close`` it. Raises ``FlowspecError`` if it is not there or wants another key."""
 
     def __init__(self, url: str, api_key: str | None, model: str | None, timeout_s: float, tell: Tell) -> None:
@@ -110,7 +111,7 @@ class ServerTalker:
             try:
                 return self._ask("chat/completions", {"messages": messages}, settings)
             except UsageError as error:
-                if "no chat template" not in str(error):
+                if error.code != NO_CHAT_TEMPLATE:
                     raise
             self._can_chat = False
             self._tell(only_continues(self.name))
@@ -190,15 +191,14 @@ def read_events(parts: Iterable[bytes]) -> Iterator[bytes]:
 
 def _refusal(response: httpx.Response) -> FlowspecError:
     """``UsageError`` for what the user can mend, ``ServerError`` for the rest."""
-    try:
-        error = msgspec.json.decode(response.read(), type=_Event).error
-        message = error.message if error is not None else response.reason_phrase
-    except msgspec.DecodeError:
-        message = response.reason_phrase
+    message, code = response.reason_phrase, None
+    with contextlib.suppress(msgspec.DecodeError):
+        if (error := msgspec.json.decode(response.read(), type=_Event).error) is not None:
+            message, code = error.message, error.code
     told = " ".join(f"the server answered {response.status_code}: {message}".split())
     if response.status_code == 401:
         return UsageError(f"{told}; here with --api-key, or in FLOWSPEC_API_KEY")
-    return (UsageError if 400 <= response.status_code < 429 else ServerError)(told)
+    return UsageError(told, code=str(code)) if 400 <= response.status_code < 429 else ServerError(told)
 
 
 def _retry_after_s(response: httpx.Response) -> float:

@@ -1,22 +1,15 @@
-"""Brings workers up and ties them to a driver: local processes, workers on other machines, or all in this process."""
+"""The driver's side of all connections to its workers, wherever those run and whoever has started them."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import os
-import shutil
-import signal
 import socket
-import subprocess
-import sys
-import tempfile
 import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import zmq
@@ -24,9 +17,6 @@ import zmq
 from flowspec.config import LinkConfig
 from flowspec.core import DType, Partition
 from flowspec.errors import FlowspecError, UsageError, WorkerError
-from flowspec.model.hint_head import load_hinter
-from flowspec.model.loader import Checkpoint
-from flowspec.model.stage import Stage
 from flowspec.wire.messages import (
     PROTOCOL_VERSION,
     Busy,
@@ -42,19 +32,17 @@ from flowspec.wire.messages import (
     Stop,
     ToDriver,
 )
-from flowspec.wire.transport import DRIVER, Connection, InprocNetwork
-from flowspec.worker.actor import Worker
+from flowspec.wire.transport import Connection
 
-logger = logging.getLogger("flowspec.launch")
+logger = logging.getLogger("flowspec.cluster")
 
 LoadProgress = Callable[[float], None]
 
 _CHECK_INTERVAL_S = 0.1
 _NUM_TRIPS = 8
-_END_TIMEOUT_S = 5.0
 
 
-class Cluster(Protocol):
+class Connections(Protocol):
     """The driver's side of all connections."""
 
     @property
@@ -67,17 +55,27 @@ class Cluster(Protocol):
         """The newest known round trip to each worker, by stage."""
         ...
 
+    def await_ready(self, progress: LoadProgress) -> list[Ready]:
+        """Wait until every worker can begin; what each of them says of its stage, in order, where it says anything.
+
+        Raises ``WorkerError``, and ``UsageError`` for what the user can mend.
+        """
+        ...
+
     def send(self, sends: Iterable[Send]) -> None: ...
+
+    def probe(self) -> None:
+        """Measure ``trips`` anew; the answers come with everything else."""
 
     def receive(self, timeout_s: float) -> list[ToDriver]:
         """What has arrived; waits up to ``timeout_s`` for the first message. Raises ``WorkerError``."""
         ...
 
     def wake(self) -> None:
-        """Let a ``receive`` that waits return; any thread may call it."""
-        ...
+        """Let a ``receive`` that waits return; any thread may call it, and after ``close`` too."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """End the session, and what was started for it."""
 
 
 @dataclass(frozen=True)
@@ -88,107 +86,41 @@ class Trip:
     clock_offset_s: float  # the driver's clock less the worker's, at most half a round trip off
 
 
-class InprocCluster:
-    """All workers in this process, one after the other: no parallelism, no sockets; for tests and for debugging."""
-
-    def __init__(
-        self, checkpoint: Checkpoint, partition: Partition, dtype: DType, device: str, hints: str | None = None
-    ) -> None:
-        self._workers: list[Worker] = []
-        for index, layers in enumerate(partition.stages, start=1):
-            hinter = None if hints is None else load_hinter(hints, checkpoint, layers.end, dtype, device)
-            stage = Stage.load(checkpoint, layers, dtype, device)
-            self._workers.append(Worker(stage, index, time.perf_counter, hinter=hinter, layers=str(layers)))
-        self._network = InprocNetwork(len(partition))
+class Launcher(Protocol):
+    """Who has the workers' processes: it has started them here, or knows where they run."""
 
     @property
-    def link_bytes(self) -> int:
-        return self._network.num_bytes
-
-    @property
-    def trips(self) -> Mapping[int, Trip]:
-        return dict.fromkeys(range(1, len(self._workers) + 1), Trip(0.0, 0.0))
-
-    def send(self, sends: Iterable[Send]) -> None:
-        self._network.post(DRIVER, sends)
-
-    def receive(self, timeout_s: float) -> list[ToDriver]:
-        """Deliver what is waiting and let every worker do one piece of work; never waits."""
-        received: list[Any] = []
-        for link in self._network.waiting():
-            message = self._network.take(link)
-            if link.target == DRIVER:
-                received.append(message)
-            else:
-                self._network.post(link.target, self._workers[link.target - 1].on_message(message))
-        for index, worker in enumerate(self._workers, start=1):
-            self._network.post(index, worker.on_idle() or [])
-        return received
-
-    def wake(self) -> None:
-        """It never waits."""
-
-    def close(self) -> None:
-        for worker in self._workers:
-            worker.check_integrity()
-
-
-class LocalProcesses:
-    """Worker processes on this machine. Ended by ``close``, and by themselves when this process dies.
-
-    One child imports what workers need and forks them, so that this is paid once and not for every worker.
-    """
-
-    def __init__(self, num_workers: int, threads: int, device: str, module: str = "flowspec.worker.local") -> None:
-        """``module``: that forks them; see there."""
-        self._directory = Path(tempfile.mkdtemp(prefix="flowspec-"))
-        self.addresses = [f"ipc://{self._directory / str(i)}" for i in range(1, num_workers + 1)]
-        command = [sys.executable, "-m", module, str(threads), device, *self.addresses]
-        try:
-            self._launcher = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,  # the workers end when it closes
-                stdout=subprocess.PIPE,  # one line for each worker that has ended
-                start_new_session=True,  # Ctrl-C is for the driver, which then ends its workers
-            )
-        except BaseException:
-            shutil.rmtree(self._directory, ignore_errors=True)
-            raise
-        assert self._launcher.stdout is not None
-        os.set_blocking(self._launcher.stdout.fileno(), False)
+    def addresses(self) -> Sequence[str]:
+        """Of the workers, in pipeline order."""
+        ...
 
     def check(self) -> None:
-        """Raises ``WorkerError`` when a worker has ended."""
-        assert self._launcher.stdout is not None
-        if news := self._launcher.stdout.readline():
-            index, code = map(int, news.split())
-            raise WorkerError(f"worker {index} ended unexpectedly ({_describe_exit(code)})")
-        if self._launcher.poll() is not None:
-            raise WorkerError(f"the workers ended unexpectedly ({_describe_exit(self._launcher.returncode)})")
+        """Raises ``WorkerError`` when a worker is known to have ended."""
 
     def close(self) -> None:
-        """Returns when all workers have ended."""
-        assert self._launcher.stdin is not None and self._launcher.stdout is not None
-        self._launcher.stdin.close()
-        try:
-            self._launcher.wait(timeout=_END_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            os.killpg(self._launcher.pid, signal.SIGKILL)  # it leads the session that all workers are in
-            self._launcher.wait()
-        self._launcher.stdout.close()
-        shutil.rmtree(self._directory, ignore_errors=True)
+        """End what was started for this driver alone; returns when it has ended."""
 
 
-def _describe_exit(code: int) -> str:
-    return f"killed by signal {-code}" if code < 0 else f"exit code {code}"
+@dataclass(frozen=True)
+class RunningWorkers:
+    """A ``Launcher`` for workers that somebody else has started, and that wait for a driver again afterwards."""
+
+    addresses: Sequence[str]
+
+    def check(self) -> None:
+        """Their connections tell."""
+
+    def close(self) -> None:
+        """They go on."""
 
 
-class RemoteCluster:
-    """Connections to running workers, local or elsewhere, for one session."""
+class RemoteConnections:
+    """Connections to worker processes, local or elsewhere, for one session."""
 
-    def __init__(self, addresses: Sequence[str], config: LinkConfig, processes: LocalProcesses | None = None) -> None:
+    def __init__(self, launcher: Launcher, config: LinkConfig) -> None:
+        """``close`` closes the launcher too, and so does an exception here."""
         self._config = config
-        self._processes = processes
+        self._launcher = launcher
         self._session = uuid.uuid4().hex
         self._context: zmq.Context[Any] = zmq.Context()
         self._poller = zmq.Poller()
@@ -202,9 +134,9 @@ class RemoteCluster:
         self._trips: dict[int, deque[Trip]] = {}
         self._controls: list[Connection] = []
         try:
-            for address in addresses:
+            for address in launcher.addresses:
                 self._controls.append(self._connect(address, "control"))
-            self._data = self._connect(addresses[0], "data")
+            self._data = self._connect(launcher.addresses[0], "data")
         except BaseException:
             self.close()
             raise
@@ -234,7 +166,7 @@ class RemoteCluster:
         hints: str | None = None,
     ) -> None:
         """Tell every worker which stage to load, whom to pass it on to, what device to play, and where hints are."""
-        addresses = [connection.address for connection in self._controls]
+        addresses = self._launcher.addresses
         for index, (connection, layers) in enumerate(zip(self._controls, partition.stages, strict=True)):
             connection.send(
                 Configure(
@@ -254,7 +186,7 @@ class RemoteCluster:
             )
 
     def await_ready(self, progress: LoadProgress) -> list[Ready]:
-        """Wait until every worker has loaded its stage and reached the next worker. Raises ``FlowspecError``."""
+        """Each has loaded its stage by then, and reached the next worker."""
         loaded = dict.fromkeys(range(1, len(self._controls) + 1), 0.0)
         ready: dict[int, Ready] = {}
         last_news = dict.fromkeys(loaded, time.monotonic())  # of each worker on its own
@@ -298,7 +230,7 @@ class RemoteCluster:
                     raise AssertionError("the driver does not send to itself")
 
     def receive(self, timeout_s: float) -> list[ToDriver]:
-        """As ``Cluster.receive``; a worker's failure, or its loss, is raised as the error that it is."""
+        """As ``Connections.receive``; a worker's failure, or its loss, is raised as the error that it is."""
         return [message for _, message in self._receive(timeout_s)]
 
     def _receive(self, timeout_s: float) -> list[tuple[int, ToDriver]]:
@@ -320,7 +252,6 @@ class RemoteCluster:
         return received
 
     def probe(self) -> None:
-        """Measure the round trips to all workers; their answers are read with everything else."""
         self._probe_sent_s = time.perf_counter()
         for connection in self._controls:
             connection.send(Probe(0, b""))
@@ -333,8 +264,7 @@ class RemoteCluster:
 
     def _check_workers(self) -> None:
         self._last_check = time.monotonic()
-        if self._processes is not None:
-            self._processes.check()
+        self._launcher.check()
         for index, connection in enumerate([*self._controls, self._data]):
             connection.check()
             if connection.is_lost:
@@ -346,7 +276,6 @@ class RemoteCluster:
             self._wake_end.send(b"w")
 
     def close(self) -> None:
-        """End the session; local processes end too, others go back to waiting."""
         for connection in self._controls:
             connection.send(Stop())
             connection.close(linger_s=0.5)
@@ -355,8 +284,7 @@ class RemoteCluster:
         self._context.term()
         self._wake_end.close()
         self._woken_end.close()
-        if self._processes is not None:
-            self._processes.close()
+        self._launcher.close()
 
 
 def _raise_failure(message: ToDriver, index: int, address: str) -> ToDriver:
@@ -369,13 +297,3 @@ def _raise_failure(message: ToDriver, index: int, address: str) -> ToDriver:
             raise WorkerError(f"worker {index} ({address}) is busy: {message.reason}")
         case _:
             return message
-
-
-def num_cores() -> int:
-    """The processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def local_threads(num_workers: int) -> int:
-    """Torch threads for each of so many workers on this machine, the driver counted as one more."""
-    return max(1, num_cores() // (num_workers + 1))

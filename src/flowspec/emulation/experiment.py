@@ -1,0 +1,121 @@
+"""What is simulated or emulated, apart from schedule and prompts, and what it costs there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from flowspec.config import ScheduleConfig
+from flowspec.core import MAX_SEED, SamplingParams
+from flowspec.draft.base import DraftSource
+from flowspec.driver import Driver
+from flowspec.emulation.description import ClusterSpec, DriverCosts
+from flowspec.emulation.pairs import PROMPT_LEN, ModelPair
+from flowspec.emulation.virtual_time import Clock
+from flowspec.errors import UsageError
+from flowspec.request.request import Common
+from flowspec.request.work import Work
+from flowspec.schedule.base import Schedule
+from flowspec.schedule.catalogue import is_flow, make_schedule
+from flowspec.schedule.pace import Pace
+
+TENSOR_PARALLEL = ("tp-megatron", "tp-galaxy")
+
+
+@dataclass(frozen=True)
+class Slowdown:
+    """From a moment on a worker takes ``times`` as long."""
+
+    worker: int
+    from_s: float
+    times: float
+
+    def factor(self, now: float) -> float:
+        return self.times if now >= self.from_s else 1.0
+
+
+@dataclass(frozen=True)
+class Faults:
+    """What goes wrong on demand; the tokens must not change."""
+
+    max_delay_ms: float = 0.0  # every message, on every connection of its own, is late by up to this
+    slowdown: Slowdown | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What is simulated, apart from schedule and prompts."""
+
+    cluster: ClusterSpec
+    config: ScheduleConfig
+    params: SamplingParams
+    as_published: bool = False  # the driver's costs of the paper's code for all schedules but ``flow``
+    faults: Faults = Faults()
+    with_spans: bool = False  # keep every piece of work, for traces
+    int8_draft: bool = False  # a draft pass of our driver costs what int8 weights cost
+
+    def __post_init__(self) -> None:
+        if self.int8_draft and not self.cluster.ours.int8_draft_pass_ms:
+            raise UsageError(
+                f"the cluster file {self.cluster.name} has no int8_draft_pass_ms in [driver.ours]; add it, "
+                "or simulate without int8 drafts"
+            )
+
+    def params_of(self, index: int) -> SamplingParams:
+        """Every prompt is sampled by a seed of its own."""
+        if self.params.temperature == 0:
+            return self.params
+        return replace(self.params, seed=((self.params.seed or 0) + index) % (MAX_SEED + 1))
+
+    def costs_of(self, schedule: str) -> DriverCosts:
+        if self.as_published and not is_flow(schedule):
+            return self.cluster.published
+        ours = self.cluster.ours
+        return replace(ours, draft_pass_ms=ours.int8_draft_pass_ms) if self.int8_draft else ours
+
+    def stage_s(self, num_rows: int) -> float:
+        """As ``schedule.pace.Costs``: what a start-up measurement would tell."""
+        return max(self.cluster.stage_s(stage, num_rows, PROMPT_LEN) for stage in range(self.cluster.num_stages))
+
+    def wire_s(self, num_rows: int) -> float:
+        model = self.cluster.model
+        num_bytes = num_rows * model.hidden_size * model.bytes_per_activation
+        return max(link.transfer_s(num_bytes) for link in self.cluster.links[1:])
+
+    def make_schedule(
+        self, name: str, num_stages: int, source: DraftSource | None, pace: Pace | None = None
+    ) -> Schedule:
+        """For one request, with the costs that a start-up measurement would tell; ``pace``: of requests at once."""
+        steady_steps = 1 if source is None else source.steady_steps
+        return make_schedule(name, self.config, num_stages, pace=pace or Pace(self), steady_steps=steady_steps)
+
+    def forward_cost(self, schedule: str, worker: int) -> Callable[[int, int, float], float]:
+        """What a forward costs that worker: (rows, rows in the cache, time) -> seconds."""
+        cluster, slowdown = self.cluster, self.faults.slowdown
+        match schedule:
+            case "tp-megatron" | "tp-galaxy":
+                return lambda rows, context, now: cluster.tensor_parallel_s(schedule, rows, context)
+            case _ if slowdown is not None and slowdown.worker == worker:
+                return lambda rows, context, now: cluster.stage_s(worker - 1, rows, context) * slowdown.factor(now)
+            case _:
+                return lambda rows, context, now: cluster.stage_s(worker - 1, rows, context)
+
+
+def make_driver(experiment: Experiment, pair: ModelPair, costs: DriverCosts, clock: Clock) -> Driver:
+    """A driver whose work costs time on ``clock``."""
+    costs_ms = {
+        Work.DRAFT_PASS: costs.draft_pass_ms,
+        Work.MERGE_PASS: costs.draft_pass_ms + costs.merge_ms,
+        Work.HINT: costs.hint_ms,
+        Work.LM_HEAD: costs.lm_head_ms,
+        Work.VERIFY: costs.verify_ms,
+        Work.SEND: costs.send_ms,
+    }
+
+    def charge(kind: Work, num_rows: int, start_s: float, end_s: float) -> None:
+        if costs_ms[kind]:
+            clock.spend(costs_ms[kind] / 1000, 0, kind.value, num_rows)
+
+    common = Common(pair.head, experiment.config.pipeline, pair.max_positions, clock, charge)
+    return Driver(common, pair.source, num_stages=experiment.cluster.num_stages)

@@ -1,0 +1,134 @@
+"""Workers that hold one model among them, brought up and tied to this driver.
+
+A pipeline knows nothing of requests. When one is lost, another one over the same workers, or fewer, can take its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from flowspec.cluster.connections import Connections, LoadProgress, RemoteConnections, RunningWorkers
+from flowspec.cluster.inproc import InprocConnections
+from flowspec.cluster.local import LocalProcesses, local_threads, num_cores
+from flowspec.config import EngineConfig, LinkConfig
+from flowspec.core import DType, Partition
+from flowspec.errors import UsageError
+from flowspec.model.loader import Checkpoint
+from flowspec.schedule.pace import MeasuredCosts
+from flowspec.wire.messages import Ready
+
+DEFAULT_STAGES = 4
+
+
+@dataclass(frozen=True)
+class PipelineSpec:
+    """What is to be brought up, and where. Raises ``UsageError`` for a combination that cannot be."""
+
+    checkpoint: Checkpoint
+    partition: Partition
+    workers: Sequence[str] | None = None  # addresses in pipeline order; ``None``: processes started on this machine
+    in_process: bool = False  # no processes at all: every worker in this one
+    dtype: DType = "float32"
+    device: str = "cpu"  # of workers that are started here
+    link: LinkConfig = field(default_factory=LinkConfig)
+
+    def __post_init__(self) -> None:
+        if self.workers is not None and (self.in_process or not self.workers):
+            raise UsageError("workers: name at least one address, and do not ask for in_process too")
+        if self.in_process and self.link.int8_wire:
+            raise UsageError("int8_wire: there is no wire in one process; leave in_process or int8_wire out")
+        if self.workers is not None and len(self.workers) != len(self.partition):
+            raise UsageError(
+                f"{len(self.workers)} workers for {len(self.partition)} stages; give one address for each stage"
+            )
+
+    @property
+    def num_parallel(self) -> int:
+        """Stages that run at the same time: workers elsewhere have cores of their own, here they share the driver's."""
+        if self.workers is not None:
+            return len(self.partition)
+        return min(len(self.partition), max(1, num_cores() - 1))
+
+    @property
+    def can_measure(self) -> bool:
+        """Workers that share cores, or one accelerator, measure at the same time, and so nothing of use."""
+        if self.in_process:
+            return False
+        has_cores = torch.device(self.device).type == "cpu" and num_cores() > len(self.partition)
+        return self.workers is not None or has_cores
+
+
+class Pipeline:
+    """The workers of one session. Use ``open_pipeline`` to make one; of use after ``await_ready``."""
+
+    def __init__(self, spec: PipelineSpec, connections: Connections, addresses: Sequence[str]) -> None:
+        self.spec = spec
+        self.connections = connections
+        self.addresses = list(addresses)  # of the workers; none in process
+        self.ready: list[Ready] = []  # what each worker said of its stage; empty in process
+        self.costs: MeasuredCosts | None = None  # of segments, where they could be measured
+
+    @property
+    def partition(self) -> Partition:
+        return self.spec.partition
+
+    def await_ready(self, progress: LoadProgress) -> None:
+        """Wait until every worker has loaded its stage. Raises ``WorkerError``, or ``UsageError`` for bad settings."""
+        self.ready = self.connections.await_ready(progress)
+        if self.spec.can_measure:
+            item_bytes = 1 if self.spec.link.int8_wire else getattr(torch, self.spec.dtype).itemsize
+            self.costs = MeasuredCosts(self.ready, self.spec.checkpoint.hidden_size * item_bytes)
+
+    def num_slots(self, config: EngineConfig) -> int | None:
+        """Rows that every worker's caches have room for; workers here share the memory. ``None``: unknown."""
+        if config.kv_slots:
+            return config.kv_slots
+        share = config.kv_memory_share / (len(self.partition) if self.spec.workers is None else 1)
+        known = [ready for ready in self.ready if ready.free_bytes and ready.slot_bytes]
+        return min((int(share * ready.free_bytes / ready.slot_bytes) for ready in known), default=None)
+
+    def close(self) -> None:
+        """End the workers that were started for it; others go back to waiting."""
+        self.connections.close()
+
+
+def choose_partition(
+    checkpoint: Checkpoint, stages: int | None, partition: str | Partition | None, num_workers: int | None
+) -> Partition:
+    """What is asked for, or an even one over the workers. Raises ``UsageError`` for contradictions."""
+    if partition is not None:
+        chosen = Partition.parse(partition) if isinstance(partition, str) else partition
+        chosen.check_fits(checkpoint.num_layers)
+    else:
+        default = num_workers or min(DEFAULT_STAGES, checkpoint.num_layers)
+        chosen = Partition.even(checkpoint.num_layers, default if stages is None else stages)
+    if stages is not None and len(chosen) != stages:
+        raise UsageError(f"{stages} stages, but the partition {chosen} has {len(chosen)}; give one of the two")
+    return chosen
+
+
+def open_pipeline(spec: PipelineSpec, hints: str | None = None) -> Pipeline:
+    """Start loading at the workers; what the driver itself needs can be loaded before ``Pipeline.await_ready``.
+
+    ``hints``: the directory of hint heads, as workers find it, if they are to give hints.
+    Raises ``UsageError`` and ``WorkerError``; nothing is left running then.
+    """
+    if spec.in_process:
+        workers = InprocConnections(spec.checkpoint, spec.partition, spec.dtype, spec.device, hints)
+        return Pipeline(spec, workers, [])
+    if spec.workers is not None:
+        launcher = RunningWorkers(spec.workers)
+    else:
+        threads = local_threads(len(spec.partition))
+        launcher = LocalProcesses(len(spec.partition), threads, spec.device)
+        torch.set_num_threads(threads)  # the driver shares the cores with its workers
+    connections = RemoteConnections(launcher, spec.link)
+    try:
+        connections.configure(spec.checkpoint.full_name, spec.partition, spec.dtype, hints=hints)
+    except BaseException:
+        connections.close()
+        raise
+    return Pipeline(spec, connections, launcher.addresses)

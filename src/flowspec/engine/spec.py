@@ -1,0 +1,69 @@
+"""All settings of an engine in one value, and the engine that follows from them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from flowspec.config import EngineConfig, LinkConfig, PipelineConfig, ScheduleConfig, TreeConfig
+from flowspec.core import DraftDType, DType, Partition
+from flowspec.draft.base import DraftSource
+from flowspec.draft.catalogue import choose_draft
+from flowspec.engine.driver_model import DriverModel
+from flowspec.engine.engine import Engine
+from flowspec.engine.pipeline import PipelineSpec, choose_partition, open_pipeline
+from flowspec.model.loader import DEMO, Checkpoint, check_device, draft_place
+from flowspec.schedule.catalogue import AUTO, check_schedule
+
+Progress = Callable[[str, float], None]  # what is being done, and the share that is done
+
+
+def untold(what: str, done: float) -> None:
+    """Nobody wants to know how far it is."""
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """What ``llm.LLM`` is given; its docstring says what each field means."""
+
+    model: str | Path = DEMO
+    draft: str | Path | DraftSource = "auto"
+    draft_dtype: DraftDType = "auto"
+    stages: int | None = None
+    partition: str | Partition | None = None
+    workers: Sequence[str] | None = None
+    schedule: str = AUTO
+    dtype: DType = "float32"
+    device: str = "cpu"
+    tree: TreeConfig = field(default_factory=TreeConfig)
+    pipeline: PipelineConfig = field(default_factory=PipelineConfig)
+    link: LinkConfig = field(default_factory=LinkConfig)
+    config: EngineConfig = field(default_factory=EngineConfig)
+    hints: bool | None = None
+    in_process: bool = False
+
+
+def open_engine(spec: EngineSpec, progress: Progress = untold) -> Engine:
+    """Bring up the workers and what the driver needs. Nothing is left running when it raises.
+
+    Raises ``UsageError`` for what the caller can mend, ``WorkerError`` when a worker fails.
+    """
+    check_device(spec.device)
+    check_schedule(spec.schedule)
+    checkpoint = Checkpoint.open(spec.model)
+    _ = checkpoint.sampling_defaults  # bad ones are an error before anything starts
+    num_workers = None if spec.workers is None else len(spec.workers)
+    partition = choose_partition(checkpoint, spec.stages, spec.partition, num_workers)
+    place = PipelineSpec(checkpoint, partition, spec.workers, spec.in_process, spec.dtype, spec.device, spec.link)
+    draft = choose_draft(checkpoint, spec.draft, spec.draft_dtype)
+    hints = place.num_parallel == len(partition) if spec.hints is None else spec.hints
+    pipeline = open_pipeline(place, draft_place(draft) if hints and isinstance(draft, Path) else None)
+    try:
+        model = DriverModel.load(checkpoint, draft, spec.tree.top_k, spec.dtype, spec.device, spec.draft_dtype)
+        pipeline.await_ready(lambda done: progress("loading", done))
+        schedules = ScheduleConfig(flow=spec.tree, pipeline=spec.pipeline)
+        return Engine(pipeline, model, spec.schedule, schedules, spec.config)
+    except BaseException:
+        pipeline.close()
+        raise
