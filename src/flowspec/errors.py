@@ -58,3 +58,8 @@ class NumericalError(RequestError):
 def described(error: Exception) -> str:
     """In one text: an error of ours says all, any other one needs its type."""
     return str(error) if isinstance(error, FlowspecError) else f"{type(error).__name__}: {error}"
+
+
+def first_line(error: Exception) -> str:
+    """Of another library's error, whose text may be a page."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

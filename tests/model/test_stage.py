@@ -11,17 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from flowspec.core import DType, LayerRange, Partition
-from flowspec.errors import ModelError
-from flowspec.model import loader
+from flowspec.core import DType, Partition
 from flowspec.model.kv_cache import Part, SlotTable
 from flowspec.model.loader import Checkpoint
-from flowspec.model.stage import FULL, SLIDING, Stage, layer_types, slot_attention
+from flowspec.model.stage import Stage
 from tiny_models import FAMILIES, VOCAB_SIZE, make_checkpoint
 
 NUM_LAYERS = 6
@@ -194,41 +190,6 @@ def test_rotary_scalings_equal_transformers(rope_parameters: dict[str, Any], tmp
     assert worst_mismatch(pipeline, seed=0, num_rounds=1) < TOLERANCE
 
 
-@pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
-def test_rotary_scalings_that_depend_on_the_length_are_refused(rope_type: str, tmp_path: Path) -> None:
-    factors = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4} if rope_type == "longrope" else {}
-    parameters = {"rope_type": rope_type, "original_max_position_embeddings": 32, **factors, **ROPE}
-    make_checkpoint(tmp_path, "llama", rope_parameters=parameters)
-    with pytest.raises(ModelError, match=f"'{rope_type}' depends on the length"):
-        Stage.load(Checkpoint.open(tmp_path), LayerRange(0, 6), "float32", "cpu")
-
-
-@pytest.mark.parametrize("num_rows", [1, 2, 9])
-@pytest.mark.parametrize("num_kv_heads", [1, 2, 6])
-def test_grouped_attention_equals_repeated_keys(num_rows: int, num_kv_heads: int) -> None:
-    draw = torch.Generator().manual_seed(num_rows)
-    query = torch.randn(3, num_rows, 6, 8, generator=draw).transpose(1, 2)
-    key, value = (torch.randn(3, num_kv_heads, 12, 8, generator=draw) for _ in range(2))
-    mask = torch.rand(3, 1, num_rows, 12, generator=draw) < 0.5
-    mask[..., 0] = True
-    output, _ = slot_attention(torch.nn.Identity(), query, key, value, mask, scaling=0.3)
-    repeated = (tensor.repeat_interleave(6 // num_kv_heads, dim=1) for tensor in (key, value))
-    wanted = torch.nn.functional.scaled_dot_product_attention(query, *repeated, attn_mask=mask, scale=0.3)
-    torch.testing.assert_close(output, wanted.transpose(1, 2))
-
-
-def test_layer_types_follow_each_familys_own_rule(tmp_path: Path) -> None:
-    def types(family: str, **overrides: Any) -> list[str]:
-        name = f"{family}{len(list(tmp_path.iterdir()))}"
-        return layer_types(Checkpoint.open(make_checkpoint(tmp_path / name, family, **overrides)).config)
-
-    assert types("llama") == [FULL] * 6
-    assert types("mistral") == [SLIDING] * 6
-    assert types("mistral", sliding_window=None) == [FULL] * 6
-    assert types("qwen2") == [FULL] * 3 + [SLIDING] * 3
-    assert types("qwen3") == [FULL] * 6
-
-
 def test_a_missing_window_would_be_noticed(windowed: Reference) -> None:
     pipeline = Pipeline(windowed, "0:2,2:6", random_tokens(20, seed=3))
     for stage in pipeline.stages:
@@ -279,98 +240,3 @@ def test_half_precision_stages_equal_transformers_in_that_precision(reference: R
         # The wire may carry another type than the stage computes in.
         hidden = stage.forward(hidden, cache.slots.append_prefix(range(20)), cache).float()
     torch.testing.assert_close(hidden, wanted.float(), rtol=0, atol=0.05)
-
-
-class RecordingFile:
-    """safe_open, with a list of what was read."""
-
-    names: list[str]
-
-    def __init__(self, path: Path, **kwargs: Any) -> None:
-        self._file = safe_open(path, **kwargs)
-
-    def __enter__(self) -> RecordingFile:
-        self._file.__enter__()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._file.__exit__(*error)
-
-    def get_tensor(self, name: str) -> Tensor:
-        self.names.append(name)
-        return self._file.get_tensor(name)
-
-
-@pytest.mark.parametrize("layers", ["0:2", "2:4", "4:6"])
-def test_a_stage_reads_only_its_own_tensors(
-    reference: Reference, layers: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    stage_range = Partition.even(NUM_LAYERS, 3).stages[int(layers[0]) // 2]
-    assert str(stage_range) == layers
-    names = reference.checkpoint.tensor_names()
-    wanted = {
-        name
-        for name in names
-        if name.startswith(tuple(f"model.layers.{i}." for i in range(*map(int, layers.split(":")))))
-    }
-    wanted |= {"model.embed_tokens.weight"} if layers == "0:2" else set()
-    wanted |= {"model.norm.weight"} if layers == "4:6" else set()
-    monkeypatch.setattr(RecordingFile, "names", [], raising=False)
-    monkeypatch.setattr(loader, "safe_open", RecordingFile)
-    progress: list[float] = []
-    stage = Stage.load(reference.checkpoint, stage_range, "float32", "cpu", progress.append)
-    assert sorted(RecordingFile.names) == sorted(wanted)
-    assert progress[-1] == 1.0
-    assert progress == sorted(progress)
-    assert len(progress) == len(wanted)
-    monkeypatch.undo()
-    loaded = dict(reference.checkpoint.tensors(wanted, "float32", "cpu"))
-    assert stage.weights_bytes == sum(tensor.nbytes for tensor in loaded.values())
-
-
-def test_a_stage_needs_only_the_shards_of_its_layers(reference: Reference, tmp_path: Path) -> None:
-    source = Path(reference.checkpoint.name)
-    needed = {reference.checkpoint.shard_of(n) for n in reference.checkpoint.tensor_names() if ".layers.3." in n}
-    for path in source.iterdir():
-        if path.suffix != ".safetensors" or path.name in needed:
-            (tmp_path / path.name).symlink_to(path)
-    assert len(list(tmp_path.glob("*.safetensors"))) < len(list(source.glob("*.safetensors")))
-    Stage.load(Checkpoint.open(tmp_path), LayerRange(3, 4), "float32", "cpu")
-    with pytest.raises(ModelError, match=r"model-\d+-of-\d+\.safetensors is missing"):
-        Stage.load(Checkpoint.open(tmp_path), LayerRange(0, 6), "float32", "cpu")
-
-
-def test_a_layer_range_beyond_the_model_is_refused(reference: Reference) -> None:
-    with pytest.raises(ModelError, match="has 6 layers; there is no layer range 4:7"):
-        Stage.load(reference.checkpoint, LayerRange(4, 7), "float32", "cpu")
-
-
-def change_weights(directory: Path, change: dict[str, Tensor | None]) -> Checkpoint:
-    weights: dict[str, Any] = load_file(directory / "model.safetensors") | change
-    save_file({name: tensor for name, tensor in weights.items() if tensor is not None}, directory / "model.safetensors")
-    return Checkpoint.open(directory)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"model.layers.1.mlp.up_proj.weight": torch.zeros(64, 31)}, r"up_proj\.weight with shape \(64, 31\)"),
-        ({"model.layers.1.mlp.up_proj.weight": None}, "none of the safetensors files holds it"),
-        ({"model.norm.weight": None}, r"asks for model\.norm\.weight"),
-        ({"model.layers.6.mlp.up_proj.weight": torch.zeros(64, 32)}, "says 6 layers, but the safetensors files hold 7"),
-        ({"model.layers.1.self_attn.q_proj.bias": torch.zeros(32)}, "q_proj.bias, which config.json has no place for"),
-    ],
-)
-def test_weights_that_do_not_fit_the_config_are_refused(
-    change: dict[str, Tensor | None], message: str, tmp_path: Path
-) -> None:
-    make_checkpoint(tmp_path, "llama", max_shard_size="1GB")
-    checkpoint = change_weights(tmp_path, change)
-    with pytest.raises(ModelError, match=message):
-        Stage.load(checkpoint, LayerRange(0, 6), "float32", "cpu")
-
-
-def test_rotary_frequencies_in_old_files_are_ignored(tmp_path: Path) -> None:
-    make_checkpoint(tmp_path, "llama", max_shard_size="1GB")
-    checkpoint = change_weights(tmp_path, {"model.layers.1.self_attn.rotary_emb.inv_freq": torch.zeros(4)})
-    Stage.load(checkpoint, LayerRange(0, 6), "float32", "cpu")

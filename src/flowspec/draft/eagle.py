@@ -16,9 +16,9 @@ from torch import Tensor
 
 from flowspec.core import SamplingParams
 from flowspec.draft.base import Accepted, HeritableDraft, steady_steps
+from flowspec.model.attention import ATTENTION
 from flowspec.model.eagle_head import EagleHead
 from flowspec.model.kv_cache import KVCache
-from flowspec.model.stage import ATTENTION
 from flowspec.model.target_head import LogitsHead
 from flowspec.sampling import Sampler
 from flowspec.tree import DraftTree, Ints

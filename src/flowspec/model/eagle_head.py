@@ -27,7 +27,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRot
 from flowspec.core import DType
 from flowspec.errors import ModelError
 from flowspec.model.kv_cache import CACHE_ARGUMENT
-from flowspec.model.loader import save_tensors
+from flowspec.model.tensor_files import save_tensors
 
 _CONFIG, _SAFETENSORS, _BIN = "config.json", "model.safetensors", "pytorch_model.bin"
 _EMBEDDING = "embed_tokens.weight"

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 from flowspec.core import DType
 from flowspec.errors import ModelError
-from flowspec.model.loader import DEMO, Checkpoint, demo_draft_directory, open_tensors, read_tensor, save_tensors
+from flowspec.model.loader import DEMO, demo_draft_directory
+from flowspec.model.source import TensorSource
+from flowspec.model.tensor_files import open_tensors, read_tensor, save_tensors
 
 _FILE = "hints.safetensors"
 HINT_DEPTH = 0.6  # share of the layers behind which hints are right often enough to be worth their time
@@ -104,18 +106,16 @@ class HintHead(nn.Module):
         return head.eval().requires_grad_(False)
 
 
-def load_hinter(
-    draft: str | Path, checkpoint: Checkpoint, num_layers: int, dtype: DType, device: str
-) -> HintHead | None:
+def load_hinter(draft: str | Path, source: TensorSource, num_layers: int, dtype: DType, device: str) -> HintHead | None:
     """The hint head behind the first ``num_layers`` layers; ``None`` where it is of no use, or the draft has none.
 
     ``draft``: its directory, or its place.
     """
     directory = demo_draft_directory() if draft == DEMO else Path(draft)
-    if not HINT_DEPTH * checkpoint.num_layers <= num_layers < checkpoint.num_layers:
+    if not HINT_DEPTH * source.num_layers <= num_layers < source.num_layers:
         return None
-    lm_head = checkpoint.load_lm_head(dtype, device)
-    return HintHead.load(directory, num_layers, lm_head, checkpoint.config.rms_norm_eps, dtype, device)
+    lm_head = source.load_lm_head(dtype, device)
+    return HintHead.load(directory, num_layers, lm_head, source.config.rms_norm_eps, dtype, device)
 
 
 def save_hints(directory: Path, heads: Iterable[HintHead], dtype: torch.dtype = torch.float16) -> None:

@@ -234,7 +234,7 @@ class KVCache(Cache):
 class JointCache(Cache):
     """Several requests' caches in one forward: the layers' linear parts run on all rows, attention on each one's own.
 
-    ``update`` returns one tensor for each cache, which ``model.stage.slot_attention`` takes in the place of one.
+    ``update`` returns one tensor for each cache, which ``attention.slot_attention`` takes in the place of one.
     """
 
     def __init__(self, caches: Sequence[KVCache], num_rows: Sequence[int]) -> None:

@@ -7,10 +7,9 @@ The first use of a hub name fetches ``config.json`` alone; every other file is f
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
@@ -18,23 +17,18 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from flowspec.core import DType, SamplingParams
-from flowspec.errors import ModelError, UsageError
+from flowspec.errors import ModelError, UsageError, first_line
+from flowspec.model.families import EMBEDDING, LM_HEAD, PREFIX, family_of
 from flowspec.model.hub import fetch
+from flowspec.model.source import TensorSource
+from flowspec.model.tensor_files import open_tensors, read_tensor
 
-SUPPORTED = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}  # model_type -> family
 DEMO = "demo"
-_PREFIX = "model."
-EMBEDDING = "model.embed_tokens.weight"
-LM_HEAD = "lm_head.weight"
-FINAL_NORM = "model.norm.weight"
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
-_LAYER_NAME = re.compile(r"model\.layers\.(\d+)\.")
 _SNAPSHOT = re.compile(r"/models--(.+)/snapshots/[^/]+$")  # of the hub's cache
 
 
@@ -48,7 +42,7 @@ def check_device(device: str) -> None:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = _first_line(error).rstrip(".")
+        reason = first_line(error).rstrip(".")
         raise UsageError(f"device {device!r} cannot be used here ({reason}); give {' or '.join(_devices())}") from error
 
 
@@ -68,7 +62,7 @@ def draft_place(directory: Path) -> str:
     return DEMO if directory == demo_draft_directory() else str(directory.resolve())
 
 
-class Checkpoint:
+class Checkpoint(TensorSource):
     """The files of one supported model. Every failure is a ``ModelError`` that names the file and the way out."""
 
     def __init__(self, name: str, directory: Path | None, config: PreTrainedConfig) -> None:
@@ -89,18 +83,6 @@ class Checkpoint:
     def full_name(self) -> str:
         """The name for a process in another folder: a directory's absolute path; ``demo`` and hub names as they are."""
         return self.name if self._directory is None or self.name == DEMO else str(self._directory.resolve())
-
-    @property
-    def num_layers(self) -> int:
-        return int(self.config.num_hidden_layers)
-
-    @property
-    def hidden_size(self) -> int:
-        return int(self.config.hidden_size)
-
-    @property
-    def vocab_size(self) -> int:
-        return int(self.config.vocab_size)
 
     @property
     def max_positions(self) -> int:
@@ -187,15 +169,6 @@ class Checkpoint:
             )
         return self._shards[tensor_name]
 
-    def check_layers(self) -> None:
-        """Raise if the files hold more or fewer layers than the config says."""
-        found = {int(match[1]) for match in map(_LAYER_NAME.match, self._shards) if match}
-        if found != set(range(self.num_layers)):
-            raise ModelError(
-                f"{self.name}: config.json says {self.num_layers} layers, but the safetensors files hold "
-                f"{len(found)}; files and config do not belong together, download or save the model again"
-            )
-
     def tensors(
         self, names: Iterable[str], dtype: DType, device: torch.device | str
     ) -> Iterator[tuple[str, torch.Tensor]]:
@@ -208,40 +181,14 @@ class Checkpoint:
             for name in shard_names:
                 yield name, read_tensor(path, name.removeprefix(self._left_out), dtype, device)
 
-    def load_embedding(self, dtype: DType, device: torch.device | str) -> torch.Tensor:
-        """The token embedding [vocab_size, hidden_size]."""
-        return self._load_vocabulary_matrix(EMBEDDING, dtype, device)
-
-    def load_lm_head(self, dtype: DType, device: torch.device | str) -> torch.Tensor:
-        """The output matrix [vocab_size, hidden_size]; the embedding if the checkpoint ties the two."""
-        return self._load_vocabulary_matrix(EMBEDDING if self.has_tied_embeddings else LM_HEAD, dtype, device)
-
-    @property
-    def has_tied_embeddings(self) -> bool:
-        """Whether the embedding is the lm_head too; a file that holds both overrules the config, as in transformers."""
-        return bool(self.config.tie_word_embeddings) and LM_HEAD not in self._shards
-
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         try:
             return AutoTokenizer.from_pretrained(self._directory or self.name)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ModelError(
-                f"{self.name}: its tokenizer cannot be loaded ({_first_line(error)}); tokenizer.json and "
+                f"{self.name}: its tokenizer cannot be loaded ({first_line(error)}); tokenizer.json and "
                 "tokenizer_config.json belong beside config.json"
             ) from error
-
-    def _load_vocabulary_matrix(self, name: str, dtype: DType, device: torch.device | str) -> torch.Tensor:
-        ((_, tensor),) = self.tensors([name], dtype, device)
-        self.check_shape(name, tensor, (self.vocab_size, self.hidden_size))
-        return tensor
-
-    def check_shape(self, name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
-        """Raise if a tensor has not the shape that the config asks for."""
-        if tuple(tensor.shape) != shape:
-            raise ModelError(
-                f"{self.name}: {self.shard_of(name)} holds {name} with shape {tuple(tensor.shape)}, but config.json "
-                f"asks for {shape}; files and config do not belong together, download or save the model again"
-            )
 
     @cached_property
     def _shards(self) -> dict[str, str]:
@@ -252,7 +199,7 @@ class Checkpoint:
     @cached_property
     def _left_out(self) -> str:
         """What the files' tensor names lack: a model that was saved without its lm_head has no ``model.`` in them."""
-        return _PREFIX if EMBEDDING.removeprefix(_PREFIX) in self._stored_shards else ""
+        return PREFIX if EMBEDDING.removeprefix(PREFIX) in self._stored_shards else ""
 
     @cached_property
     def _stored_shards(self) -> dict[str, str]:
@@ -299,7 +246,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ModelError(f"{path} is no JSON file ({_first_line(error)}); download or copy it again") from error
+        raise ModelError(f"{path} is no JSON file ({first_line(error)}); download or copy it again") from error
     if not isinstance(content, dict):
         raise ModelError(f"{path} holds no JSON object; download or copy it again")
     return content
@@ -307,52 +254,10 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _read_config(path: Path) -> PreTrainedConfig:
     content = _read_json(path)
-    model_type = content.get("model_type")
-    if model_type not in SUPPORTED:
-        raise ModelError(
-            f"{path}: model_type is {model_type!r}, which flowspec cannot cut into stages; "
-            f"supported are {', '.join(SUPPORTED.values())}"
-        )
+    family = family_of(content.get("model_type"), str(path))
     if content.get("quantization_config"):
         raise ModelError(f"{path}: the checkpoint is quantised; use the original float checkpoint")
     try:
         return AutoConfig.from_pretrained(path.parent)
     except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
-        raise ModelError(f"{path} is no valid {SUPPORTED[model_type]} config ({_first_line(error)})") from error
-
-
-def open_tensors(path: Path) -> safe_open:
-    """A safetensors file; raises ``ModelError`` for a broken one."""
-    try:
-        return safe_open(path, framework="pt", device="cpu")
-    except (OSError, SafetensorError) as error:
-        raise ModelError(f"{path} is truncated or damaged ({_first_line(error)}); download or copy it again") from error
-
-
-def read_tensor(path: Path, name: str, dtype: DType, device: torch.device | str) -> torch.Tensor:
-    """One tensor of a safetensors file, converted, in private memory; raises ``ModelError`` for a broken file."""
-    # Opened for each tensor, since the pages of a mapped file count as the process's memory until it is closed.
-    with open_tensors(path) as file:
-        try:
-            tensor = file.get_tensor(name)
-        except SafetensorError as error:
-            raise ModelError(
-                f"{path}: tensor {name} cannot be read ({_first_line(error)}); download or copy the model again"
-            ) from error
-        if not tensor.is_floating_point():
-            raise ModelError(f"{path}: tensor {name} has type {tensor.dtype}; only float checkpoints are supported")
-        return tensor.to(device=device, dtype=getattr(torch, dtype), copy=True)
-
-
-def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> None:
-    """Write a safetensors file, which is replaced at once or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    stored = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in tensors.items()}
-    save_file(stored, partial, metadata={"format": "pt"})
-    partial.chmod(0o644)  # safetensors makes files that only their owner may read
-    os.replace(partial, path)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(f"{path} is no valid {family.title} config ({first_line(error)})") from error

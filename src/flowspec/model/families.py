@@ -1,0 +1,85 @@
+"""The model families that can be cut into stages, a row each: all that depends on ``model_type`` is here.
+
+Tensors have transformers' names, which are the same in all families.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from transformers import PreTrainedConfig
+
+from flowspec.errors import ModelError
+
+PREFIX = "model."  # of all names but the lm_head's
+EMBEDDING = "model.embed_tokens.weight"
+LM_HEAD = "lm_head.weight"
+
+FULL, SLIDING = "full_attention", "sliding_attention"  # transformers' names of layer types
+
+# Rotary embeddings whose frequencies do not depend on the length of the text, so that all segments agree on them.
+STATIC_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+
+
+@dataclass(frozen=True)
+class Family:
+    """Models of one ``model_type``."""
+
+    model_type: str  # in config.json
+    title: str  # for people
+    layer_types: Callable[[PreTrainedConfig], list[str]]  # of the whole model, by the rule of the family's own code
+    rope_types: tuple[str, ...] = STATIC_ROPE_TYPES
+
+    def check(self, config: PreTrainedConfig, name: str) -> None:
+        """Raise ``ModelError`` for a model, called ``name``, whose stages would not add up to it."""
+        rope_type = config.rope_parameters.get("rope_type", "default")
+        if rope_type not in self.rope_types:
+            raise ModelError(
+                f"{name}: rotary scaling {rope_type!r} depends on the length of the text, so earlier keys would "
+                f"be wrong; supported are {', '.join(self.rope_types)}: change rope_parameters in config.json"
+            )
+        types, num_layers = self.layer_types(config), config.num_hidden_layers
+        if not {FULL, SLIDING}.issuperset(types) or len(types) != num_layers:
+            raise ModelError(
+                f"{name}: layer_types in config.json must name {FULL} or {SLIDING} for each of the {num_layers} layers"
+            )
+        if SLIDING in types and not config.sliding_window:
+            raise ModelError(f"{name}: config.json has sliding layers but no sliding_window; set it")
+
+
+def layer_prefix(index: int) -> str:
+    """How the names of one layer's tensors begin."""
+    return f"{PREFIX}layers.{index}."
+
+
+def family_of(model_type: object, where: str) -> Family:
+    """Raises ``ModelError`` for a family that is not supported; ``where`` says who asks for it."""
+    family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
+    if family is None:
+        raise ModelError(
+            f"{where}: model_type is {model_type!r}, which flowspec cannot cut into stages; "
+            f"supported are {', '.join(row.title for row in FAMILIES.values())}"
+        )
+    return family
+
+
+def _all_full(config: PreTrainedConfig) -> list[str]:
+    return [FULL] * config.num_hidden_layers
+
+
+def _all_alike(config: PreTrainedConfig) -> list[str]:
+    return [FULL if config.sliding_window is None else SLIDING] * config.num_hidden_layers
+
+
+def _as_listed(config: PreTrainedConfig) -> list[str]:
+    return list(config.layer_types)
+
+
+_ROWS = (
+    Family("llama", "Llama", _all_full),
+    Family("mistral", "Mistral", _all_alike),
+    Family("qwen2", "Qwen2", _as_listed),
+    Family("qwen3", "Qwen3", _as_listed),
+)
+FAMILIES = {row.model_type: row for row in _ROWS}

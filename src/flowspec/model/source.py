@@ -1,0 +1,86 @@
+"""Where a model's tensors come from, whatever holds them. No files and no connections here."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from flowspec.core import DType
+from flowspec.errors import ModelError
+from flowspec.model.families import EMBEDDING, LM_HEAD, PREFIX
+
+_LAYER_NAME = re.compile(re.escape(PREFIX) + r"layers\.(\d+)\.")
+
+
+class TensorSource(Protocol):
+    """One model's config and tensors, by the names in ``families``: a stage and the driver's heads are loaded from it.
+
+    A source gives the first five, and inherits the rest. Every failure is a ``ModelError`` that says the way out.
+    """
+
+    name: str  # what error messages call the model
+    config: PreTrainedConfig
+
+    def tensor_names(self) -> frozenset[str]:
+        """As of a model with its lm_head, whatever the source leaves out."""
+        ...
+
+    def shard_of(self, tensor_name: str) -> str:
+        """What holds the tensor, for error messages. Raises for a name that nothing holds."""
+        ...
+
+    def tensors(self, names: Iterable[str], dtype: DType, device: torch.device | str) -> Iterator[tuple[str, Tensor]]:
+        """Yield the named tensors one at a time, converted, in private memory on the device; no other is read."""
+        ...
+
+    @property
+    def num_layers(self) -> int:
+        return int(self.config.num_hidden_layers)
+
+    @property
+    def hidden_size(self) -> int:
+        return int(self.config.hidden_size)
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.config.vocab_size)
+
+    @property
+    def has_tied_embeddings(self) -> bool:
+        """Whether the embedding is the lm_head too; a file that holds both overrules the config, as in transformers."""
+        return bool(self.config.tie_word_embeddings) and LM_HEAD not in self.tensor_names()
+
+    def load_embedding(self, dtype: DType, device: torch.device | str) -> Tensor:
+        """The token embedding [vocab_size, hidden_size]."""
+        return self._load_vocabulary_matrix(EMBEDDING, dtype, device)
+
+    def load_lm_head(self, dtype: DType, device: torch.device | str) -> Tensor:
+        """The output matrix [vocab_size, hidden_size]; the embedding if the model ties the two."""
+        return self._load_vocabulary_matrix(EMBEDDING if self.has_tied_embeddings else LM_HEAD, dtype, device)
+
+    def _load_vocabulary_matrix(self, name: str, dtype: DType, device: torch.device | str) -> Tensor:
+        ((_, tensor),) = self.tensors([name], dtype, device)
+        self.check_shape(name, tensor, (self.vocab_size, self.hidden_size))
+        return tensor
+
+    def check_layers(self) -> None:
+        """Raise if there are tensors of more or fewer layers than the config says."""
+        found = {int(match[1]) for match in map(_LAYER_NAME.match, self.tensor_names()) if match}
+        if found != set(range(self.num_layers)):
+            raise ModelError(
+                f"{self.name}: config.json says {self.num_layers} layers, but the safetensors files hold "
+                f"{len(found)}; files and config do not belong together, download or save the model again"
+            )
+
+    def check_shape(self, name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+        """Raise if a tensor has not the shape that the config asks for."""
+        if tuple(tensor.shape) != shape:
+            raise ModelError(
+                f"{self.name}: {self.shard_of(name)} holds {name} with shape {tuple(tensor.shape)}, but config.json "
+                f"asks for {shape}; files and config do not belong together, download or save the model again"
+            )

@@ -1,0 +1,83 @@
+"""The layers of one stage as transformers' own modules, filled from a tensor source. Nothing is run here."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Set
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from flowspec.core import DType, LayerRange
+from flowspec.errors import ModelError
+from flowspec.model.attention import ATTENTION
+from flowspec.model.families import PREFIX, family_of, layer_prefix
+from flowspec.model.source import TensorSource
+
+
+def checked_config(source: TensorSource, layers: LayerRange) -> PreTrainedConfig:
+    """A copy of the config; raises ``ModelError`` for what cannot be run as a stage."""
+    config = copy.deepcopy(source.config)
+    if layers.end > source.num_layers:
+        raise ModelError(f"{source.name} has {source.num_layers} layers; there is no layer range {layers}")
+    family_of(config.model_type, source.name).check(config, source.name)
+    source.check_layers()
+    return config
+
+
+def load_modules(
+    source: TensorSource,
+    config: PreTrainedConfig,
+    layers: LayerRange,
+    dtype: DType,
+    device: str,
+    progress: Callable[[float], None] | None = None,
+) -> nn.ModuleDict:
+    """``layers``, by their indices in the model, ``rotary_emb``, and at the ends ``embed_tokens`` and ``norm``.
+
+    No other tensor is read; ``progress`` is told the fraction that is done.
+    """
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION).model
+    own_layers = nn.ModuleDict({str(index): model.layers[index] for index in range(layers.start, layers.end)})
+    modules = nn.ModuleDict({"layers": own_layers})
+    if layers.start == 0:
+        modules["embed_tokens"] = model.embed_tokens
+    if layers.end == source.num_layers:
+        modules["norm"] = model.norm
+    _fill(modules, source, layers, dtype, device, progress)
+    # Its frequencies are in no file; on the meta device they have no values.
+    modules["rotary_emb"] = type(model.rotary_emb)(config=config).to(device)
+    return modules.eval().requires_grad_(False)
+
+
+def _fill(
+    modules: nn.ModuleDict,
+    source: TensorSource,
+    layers: LayerRange,
+    dtype: DType,
+    device: str,
+    progress: Callable[[float], None] | None,
+) -> None:
+    """Replace the meta parameters by the source's tensors, one by one."""
+    shapes = {PREFIX + name: tuple(parameter.shape) for name, parameter in modules.named_parameters()}
+    _check_nothing_ignored(source, layers, shapes.keys())
+    for num_loaded, (name, tensor) in enumerate(source.tensors(shapes, dtype, device), start=1):
+        source.check_shape(name, tensor, shapes[name])
+        modules.load_state_dict({name.removeprefix(PREFIX): tensor}, strict=False, assign=True)
+        if progress is not None:
+            progress(num_loaded / len(shapes))
+
+
+def _check_nothing_ignored(source: TensorSource, layers: LayerRange, expected: Set[str]) -> None:
+    """Raise if there are weights of these layers that the config has no place for, such as biases."""
+    prefixes = tuple(layer_prefix(index) for index in range(layers.start, layers.end))
+    for name in sorted(source.tensor_names() - expected):
+        # Old Llama checkpoints carry the rotary frequencies, which follow from the config.
+        if name.startswith(prefixes) and not name.endswith("rotary_emb.inv_freq"):
+            raise ModelError(
+                f"{source.name}: {source.shard_of(name)} holds {name}, which config.json has no place for; "
+                "files and config do not belong together, download or save the model again"
+            )
