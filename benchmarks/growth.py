@@ -32,7 +32,7 @@ from flowspec.bench.report import environment
 from flowspec.config import PipelineConfig, TreeConfig
 from flowspec.core import SamplingParams
 from flowspec.draft.base import Accepted
-from flowspec.model.kv_cache import SlotTable
+from flowspec.model.slots import SlotTable
 from flowspec.request.generation import Generation
 from flowspec.request.request import Common, Request
 from flowspec.sampling import Sampler

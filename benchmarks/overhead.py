@@ -25,7 +25,7 @@ from flowspec.core import LayerRange, SamplingParams
 from flowspec.draft.base import Accepted
 from flowspec.llm import LLM
 from flowspec.model.loader import Checkpoint
-from flowspec.model.stage import Stage
+from flowspec.model.torch_stage import TorchStage
 from flowspec.sampling import Sampler
 from flowspec.tree import UNDRAFTED, DraftTree, Ints
 from flowspec.wire.messages import Ready, Result, Segment, Send, ToDriver
@@ -140,7 +140,7 @@ def measure_hops(num_stages: int, num_segments: int) -> dict[str, Any]:
 
 def measure_masks(num_runs: int) -> float:
     """Mask of a segment of 16 nodes below a prefix of 256 tokens, as tensors of one stage, in ms."""
-    stage = Stage.load(Checkpoint.open("demo"), LayerRange(0, 2), "float32", "cpu")
+    stage = TorchStage.load(Checkpoint.open("demo"), LayerRange(0, 2), "float32", "cpu")
     cache = stage.open_cache(root_id=256)
     cache.slots.append_prefix(list(range(256)))
     ids = list(range(256, 272))

@@ -26,7 +26,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from flowspec.core import LayerRange
 from flowspec.model.loader import Checkpoint
-from flowspec.model.stage import Stage
+from flowspec.model.stage import forward
+from flowspec.model.torch_stage import TorchStage
 
 WHOLE = "whole model"
 LARGE: dict[str, Any] = {
@@ -84,11 +85,11 @@ def measure(directory: str, layers: str) -> dict[str, Any]:
             loaded(torch.zeros(1, 1, dtype=torch.long))
     else:
         start, end = map(int, layers.split(":"))
-        loaded = Stage.load(Checkpoint.open(directory), LayerRange(start, end), "bfloat16", "cpu")
+        loaded = TorchStage.load(Checkpoint.open(directory), LayerRange(start, end), "bfloat16", "cpu")
         weights_bytes = loaded.weights_bytes
         inputs = torch.zeros(1, dtype=torch.long) if loaded.is_first else torch.zeros(1, loaded.hidden_size)
         cache = loaded.open_cache()
-        loaded.forward(inputs, cache.slots.append_prefix([0]), cache)
+        forward(loaded, inputs, cache.slots.append_prefix([0]), cache)
     peak, anonymous = memory_bytes("VmHWM"), memory_bytes("RssAnon")
     return {
         "layers": layers,

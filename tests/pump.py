@@ -19,8 +19,8 @@ from flowspec.driver import Driver
 from flowspec.model.eagle_head import EagleHead
 from flowspec.model.hint_head import HintHead
 from flowspec.model.loader import Checkpoint
-from flowspec.model.stage import Stage
 from flowspec.model.target_head import TargetHead
+from flowspec.model.torch_stage import TorchStage
 from flowspec.request.generation import Generation
 from flowspec.request.request import Common, Request
 from flowspec.schedule.catalogue import make_schedule
@@ -63,7 +63,7 @@ class Pump:
         lm_head = checkpoint.load_lm_head("float32", "cpu")
         self.workers: list[Worker] = []
         for index, layers in enumerate(partition.stages, start=1):
-            stage = Stage.load(checkpoint, layers, "float32", "cpu")
+            stage = TorchStage.load(checkpoint, layers, "float32", "cpu")
             lens = HintHead.logit_lens(layers.end, torch.ones(stage.hidden_size), lm_head, 1, 1e-6).eval()
             hinter, forward_s = lens if hints else None, (lambda num_rows: 1.0) if shares_forwards else None
             self.workers.append(Worker(stage, index, time.perf_counter, patience_s, hinter, math.inf, forward_s))

@@ -8,7 +8,6 @@ import shutil
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from random import Random
-from typing import Any
 
 import pytest
 import torch
@@ -22,7 +21,7 @@ from flowspec.draft.base import Accepted, Draft
 from flowspec.draft.ngram import NgramSource
 from flowspec.engine.engine import Engine
 from flowspec.errors import FlowspecError, NumericalError, RequestError
-from flowspec.model.kv_cache import Part
+from flowspec.model.stage import Part, Stage, StageCache
 from flowspec.sampling import Sampler
 from flowspec.server.service import Service, Ticket
 from flowspec.tree import DraftTree, Ints
@@ -157,13 +156,14 @@ def test_a_request_that_fails_before_it_begins_leaves_no_cache_behind(checkpoint
 class FaultyStage:
     """A stage that cannot run rows of a marked token."""
 
-    def __init__(self, stage: Any) -> None:
+    def __init__(self, stage: Stage) -> None:
         self._stage = stage
         self.is_first, self.is_last = stage.is_first, stage.is_last
-        self.hidden_size = stage.hidden_size
+        self.hidden_size, self.dtype = stage.hidden_size, stage.dtype
+        self.weights_bytes, self.slot_bytes = stage.weights_bytes, stage.slot_bytes
         self.num_rows: list[int] = []  # of each forward
 
-    def open_cache(self, root_id: int) -> Any:
+    def open_cache(self, root_id: int | None = None) -> StageCache:
         return self._stage.open_cache(root_id)
 
     def steps(self, parts: Sequence[Part]) -> Generator[torch.Tensor | None]:

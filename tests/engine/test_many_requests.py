@@ -24,9 +24,9 @@ from flowspec.emulation.experiment import Experiment
 from flowspec.emulation.pairs import SyntheticPair
 from flowspec.emulation.simulator import simulate, simulate_load
 from flowspec.errors import UsageError
-from flowspec.model.kv_cache import Part
 from flowspec.model.loader import Checkpoint
-from flowspec.model.stage import Stage
+from flowspec.model.stage import Part, forward
+from flowspec.model.torch_stage import TorchStage
 from flowspec.request.generation import Generation
 from flowspec.request.slot_budget import MIN_KEPT, Left, SlotBudget
 from flowspec.wire.messages import Failed, Open, Result, Segment
@@ -148,18 +148,18 @@ def test_a_shared_forward_gives_each_request_its_own_hidden_states(
     checkpoint_dir: Callable[[str], Path], family: str
 ) -> None:
     checkpoint = Checkpoint.open(checkpoint_dir(family))
-    stage = Stage.load(checkpoint, LayerRange(0, checkpoint.num_layers), "float32", "cpu")
+    stage = TorchStage.load(checkpoint, LayerRange(0, checkpoint.num_layers), "float32", "cpu")
     lengths, parts, expected = (5, 1, 17), [], []
     for seed, length in enumerate(lengths):
         inputs = torch.from_numpy(np.random.default_rng(seed).integers(0, 16, 20 + length))
         for is_shared in (False, True):
             cache = stage.open_cache()
-            stage.forward(inputs[:20], cache.slots.append_prefix(range(20)), cache)
+            forward(stage, inputs[:20], cache.slots.append_prefix(range(20)), cache)
             part = Part(inputs[20:], cache.slots.append_prefix(range(20, 20 + length)), cache)
             if is_shared:
                 parts.append(part)
             else:
-                expected.append(stage.forward(*part))
+                expected.append(forward(stage, *part))
     *_, hidden = stage.steps(parts)
     assert hidden is not None
     for ours, theirs in zip(hidden.split(lengths), expected, strict=True):
@@ -169,7 +169,7 @@ def test_a_shared_forward_gives_each_request_its_own_hidden_states(
 def test_rows_that_cost_too_much_wait_for_a_forward_of_their_own(checkpoint_dir: Callable[[str], Path]) -> None:
     pump = Pump(checkpoint_dir("llama"), 1)
     pump.workers[0] = worker = Worker(
-        Stage.load(Checkpoint.open(checkpoint_dir("llama")), LayerRange(0, 6), "float32", "cpu"),
+        TorchStage.load(Checkpoint.open(checkpoint_dir("llama")), LayerRange(0, 6), "float32", "cpu"),
         1,
         time.perf_counter,
         forward_s=lambda num_rows: 1 + num_rows / 10,

@@ -11,7 +11,7 @@ from flowspec.core import LayerRange
 from flowspec.errors import ModelError
 from flowspec.model.families import FAMILIES, FULL, SLIDING
 from flowspec.model.loader import Checkpoint
-from flowspec.model.stage import Stage
+from flowspec.model.torch_stage import TorchStage
 from tiny_models import make_checkpoint
 
 
@@ -34,4 +34,4 @@ def test_rotary_scalings_that_depend_on_the_length_are_refused(rope_type: str, t
     rope = {"rope_type": rope_type, "rope_theta": 10000.0, "factor": 2.0, "original_max_position_embeddings": 32}
     make_checkpoint(tmp_path, "llama", rope_parameters=rope | factors)
     with pytest.raises(ModelError, match=f"'{rope_type}' depends on the length"):
-        Stage.load(Checkpoint.open(tmp_path), LayerRange(0, 6), "float32", "cpu")
+        TorchStage.load(Checkpoint.open(tmp_path), LayerRange(0, 6), "float32", "cpu")

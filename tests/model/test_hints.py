@@ -20,7 +20,8 @@ from flowspec.errors import ModelError, UsageError
 from flowspec.model.eagle_head import EagleHead
 from flowspec.model.hint_head import HintHead, save_hints
 from flowspec.model.loader import Checkpoint, demo_directory, demo_draft_directory
-from flowspec.model.stage import Stage
+from flowspec.model.stage import forward
+from flowspec.model.torch_stage import TorchStage
 from flowspec.train.demo import load_hints
 from flowspec.train.draft import train_draft
 from flowspec.train.eagle import DraftRecipe, Target, embedding_of, head_config, load_model
@@ -73,10 +74,10 @@ def test_training_sees_the_hidden_states_that_workers_send(family: str, tmp_path
     hidden_states = Target(load_model(tmp_path, torch.bfloat16)).hidden_states(token_ids[None])
     assert len(hidden_states) == NUM_LAYERS
     for num_layers in (1, 4, NUM_LAYERS):
-        stage = Stage.load(checkpoint, LayerRange(0, num_layers), "bfloat16", "cpu")
+        stage = TorchStage.load(checkpoint, LayerRange(0, num_layers), "bfloat16", "cpu")
         cache, ids = stage.open_cache(root_id=0), np.arange(12)
         _, slots = cache.slots.place(ids, ids - 1, ids)
-        sent = stage.forward(token_ids, slots, cache).float()
+        sent = forward(stage, token_ids, slots, cache).float()
         trained_on = hidden_states[num_layers - 1][0]
         assert F.cosine_similarity(sent, trained_on).min() > 0.99
 

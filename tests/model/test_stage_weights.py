@@ -17,7 +17,8 @@ from flowspec.errors import ModelError
 from flowspec.model import tensor_files
 from flowspec.model.loader import Checkpoint
 from flowspec.model.source import TensorSource
-from flowspec.model.stage import Stage
+from flowspec.model.stage import forward
+from flowspec.model.torch_stage import TorchStage
 from tiny_models import FAMILIES, make_checkpoint
 
 NUM_LAYERS = 6
@@ -50,9 +51,9 @@ class InMemory(TensorSource):
 def test_any_source_gives_the_same_stage_and_heads(checkpoint: Checkpoint) -> None:
     source, hidden = InMemory(checkpoint), []
     for each in (checkpoint, source):
-        stage = Stage.load(each, LayerRange(0, NUM_LAYERS), "float32", "cpu")
+        stage = TorchStage.load(each, LayerRange(0, NUM_LAYERS), "float32", "cpu")
         cache = stage.open_cache()
-        hidden.append(stage.forward(torch.arange(9), cache.slots.append_prefix(range(9)), cache))
+        hidden.append(forward(stage, torch.arange(9), cache.slots.append_prefix(range(9)), cache))
     assert torch.equal(*hidden)
     assert torch.equal(source.load_lm_head("float32", "cpu"), checkpoint.load_lm_head("float32", "cpu"))
     assert torch.equal(source.load_embedding("float32", "cpu"), checkpoint.load_embedding("float32", "cpu"))
@@ -95,7 +96,7 @@ def test_a_stage_reads_only_its_own_tensors(
     monkeypatch.setattr(RecordingFile, "names", [], raising=False)
     monkeypatch.setattr(tensor_files, "safe_open", RecordingFile)
     progress: list[float] = []
-    stage = Stage.load(checkpoint, stage_range, "float32", "cpu", progress.append)
+    stage = TorchStage.load(checkpoint, stage_range, "float32", "cpu", progress.append)
     assert sorted(RecordingFile.names) == sorted(wanted)
     assert progress[-1] == 1.0
     assert progress == sorted(progress)
@@ -112,14 +113,14 @@ def test_a_stage_needs_only_the_shards_of_its_layers(checkpoint: Checkpoint, tmp
         if path.suffix != ".safetensors" or path.name in needed:
             (tmp_path / path.name).symlink_to(path)
     assert len(list(tmp_path.glob("*.safetensors"))) < len(list(source.glob("*.safetensors")))
-    Stage.load(Checkpoint.open(tmp_path), LayerRange(3, 4), "float32", "cpu")
+    TorchStage.load(Checkpoint.open(tmp_path), LayerRange(3, 4), "float32", "cpu")
     with pytest.raises(ModelError, match=r"model-\d+-of-\d+\.safetensors is missing"):
-        Stage.load(Checkpoint.open(tmp_path), LayerRange(0, 6), "float32", "cpu")
+        TorchStage.load(Checkpoint.open(tmp_path), LayerRange(0, 6), "float32", "cpu")
 
 
 def test_a_layer_range_beyond_the_model_is_refused(checkpoint: Checkpoint) -> None:
     with pytest.raises(ModelError, match="has 6 layers; there is no layer range 4:7"):
-        Stage.load(checkpoint, LayerRange(4, 7), "float32", "cpu")
+        TorchStage.load(checkpoint, LayerRange(4, 7), "float32", "cpu")
 
 
 def change_weights(directory: Path, change: dict[str, Tensor | None]) -> Checkpoint:
@@ -144,10 +145,10 @@ def test_weights_that_do_not_fit_the_config_are_refused(
     make_checkpoint(tmp_path, "llama", max_shard_size="1GB")
     checkpoint = change_weights(tmp_path, change)
     with pytest.raises(ModelError, match=message):
-        Stage.load(checkpoint, LayerRange(0, 6), "float32", "cpu")
+        TorchStage.load(checkpoint, LayerRange(0, 6), "float32", "cpu")
 
 
 def test_rotary_frequencies_in_old_files_are_ignored(tmp_path: Path) -> None:
     make_checkpoint(tmp_path, "llama", max_shard_size="1GB")
     checkpoint = change_weights(tmp_path, {"model.layers.1.self_attn.rotary_emb.inv_freq": torch.zeros(4)})
-    Stage.load(checkpoint, LayerRange(0, 6), "float32", "cpu")
+    TorchStage.load(checkpoint, LayerRange(0, 6), "float32", "cpu")

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from flowspec.config import ScheduleConfig
 from flowspec.core import LayerRange
 from flowspec.model.loader import Checkpoint
-from flowspec.model.stage import Stage
+from flowspec.model.torch_stage import TorchStage
 from flowspec.schedule.catalogue import make_schedule
 from flowspec.schedule.pace import MeasuredCosts, Pace, free_rows
 from flowspec.wire.messages import Echo, Ready, Timing
@@ -38,7 +38,7 @@ def ticking_clock(step_s: float) -> Callable[[], float]:
 def test_a_forward_is_measured_for_as_many_rows_as_there_is_time(
     checkpoint_dir: Callable[[str], Path], layers: LayerRange
 ) -> None:
-    stage = Stage.load(Checkpoint.open(checkpoint_dir("llama")), layers, "float32", "cpu")
+    stage = TorchStage.load(Checkpoint.open(checkpoint_dir("llama")), layers, "float32", "cpu")
     assert [rows for rows, _ in measure_forward(stage, clock=ticking_clock(1e-4))] == [1, 2, 4, 8, 16, 32, 64, 128]
     # Every look at the clock takes 0.1 s: too slow for all counts.
     few = [rows for rows, _ in measure_forward(stage, clock=ticking_clock(0.1))]

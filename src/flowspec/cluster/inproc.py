@@ -10,7 +10,7 @@ from flowspec.cluster.connections import LoadProgress, Trip
 from flowspec.core import DType, Partition
 from flowspec.model.hint_head import load_hinter
 from flowspec.model.loader import Checkpoint
-from flowspec.model.stage import Stage
+from flowspec.model.torch_stage import TorchStage
 from flowspec.wire.messages import Ready, Send, ToDriver
 from flowspec.wire.transport import DRIVER, InprocNetwork
 from flowspec.worker.actor import Worker
@@ -25,7 +25,7 @@ class InprocConnections:
         self.workers: list[Worker] = []
         for index, layers in enumerate(partition.stages, start=1):
             hinter = None if hints is None else load_hinter(hints, checkpoint, layers.end, dtype, device)
-            stage = Stage.load(checkpoint, layers, dtype, device)
+            stage = TorchStage.load(checkpoint, layers, dtype, device)
             self.workers.append(Worker(stage, index, time.perf_counter, hinter=hinter, layers=str(layers)))
         self._network = InprocNetwork(len(partition))
 

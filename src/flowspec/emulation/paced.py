@@ -17,7 +17,7 @@ import torch
 from flowspec.emulation.description import ClusterSpec
 from flowspec.emulation.virtual_time import Actor, Clock, EmulatedHinter, EmulatedStage, Place, Sizes, VirtualLink
 from flowspec.errors import ProtocolError
-from flowspec.model.stage import Stage
+from flowspec.model.stage import Stage, forward
 from flowspec.wire.messages import Emulation, Message, Route, Segment, Send, Stamped
 from flowspec.worker.actor import NUM_GUESSES, PATIENCE_S, Hinter, Worker
 
@@ -120,7 +120,7 @@ def _warm_up(stage: Stage) -> None:
     for num_rows in (1, 16, 81):
         slots = cache.slots.append_prefix(np.arange(num_rows))
         shape = (num_rows,) if stage.is_first else (num_rows, stage.hidden_size)
-        stage.forward(torch.zeros(shape, dtype=torch.long), slots, cache)
+        forward(stage, torch.zeros(shape, dtype=torch.long), slots, cache)
 
 
 class CountingWorker(Worker):

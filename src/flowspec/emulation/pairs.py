@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from random import Random
-from typing import Any, Protocol
+from typing import Protocol
 
 from flowspec.core import DraftDType, Partition
 from flowspec.draft.base import DraftSource
@@ -16,6 +17,7 @@ from flowspec.model.loader import Checkpoint
 from flowspec.model.stage import Stage
 from flowspec.model.synthetic import VOCAB_SIZE, Language, SyntheticHead, SyntheticHinter, SyntheticStage, quality
 from flowspec.model.target_head import LogitsHead, TargetHead
+from flowspec.model.torch_stage import TorchStage
 from flowspec.worker.actor import Hinter
 
 PROMPT_LEN = 64  # tokens of a synthetic prompt
@@ -36,7 +38,7 @@ class ModelPair(Protocol):
     @property
     def eos_ids(self) -> frozenset[int]: ...
 
-    def make_stages(self, num_stages: int) -> list[Any]:
+    def make_stages(self, num_stages: int) -> Sequence[Stage]:
         """Stages for one request; weights may be shared."""
         ...
 
@@ -58,7 +60,7 @@ class SyntheticPair:
         self.max_positions = 1 << 20
         self.eos_ids: frozenset[int] = frozenset()
 
-    def make_stages(self, num_stages: int) -> list[Any]:
+    def make_stages(self, num_stages: int) -> Sequence[Stage]:
         return [SyntheticStage(i == 0, i == num_stages - 1) for i in range(num_stages)]
 
     def make_hinter(self, index: int, num_stages: int) -> Hinter | None:
@@ -86,14 +88,15 @@ class CheckpointPair:
         self.max_positions = self.checkpoint.max_positions
         self.eos_ids = self.checkpoint.eos_token_ids
         self._tokenizer = self.checkpoint.load_tokenizer()
-        self._stages: dict[int, list[Stage]] = {}
+        self._stages: dict[int, list[TorchStage]] = {}
         self.draft_directory = chosen if isinstance(chosen, Path) else None
         self._hinters: dict[tuple[int, int], Hinter | None] = {}
 
-    def make_stages(self, num_stages: int) -> list[Any]:
+    def make_stages(self, num_stages: int) -> Sequence[Stage]:
         if num_stages not in self._stages:
             self._stages[num_stages] = [
-                Stage.load(self.checkpoint, layers, "float32", "cpu") for layers in self.partition(num_stages).stages
+                TorchStage.load(self.checkpoint, layers, "float32", "cpu")
+                for layers in self.partition(num_stages).stages
             ]
         return self._stages[num_stages]
 

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from flowspec.emulation.description import EmulatedModel, LinkModel
-from flowspec.model.kv_cache import Part
+from flowspec.model.stage import Part, Stage, StageCache
 from flowspec.request.records import Span
 from flowspec.wire.messages import Codec, Message, Result, Segment, Send
 
@@ -104,15 +104,17 @@ class Place:
 class EmulatedStage:
     """A stage that takes as long as emulated devices would."""
 
-    def __init__(self, stage: Any, index: int, clock: Clock, cost_s: Callable[[int, int, float], float]) -> None:
+    def __init__(self, stage: Stage, index: int, clock: Clock, cost_s: Callable[[int, int, float], float]) -> None:
         """``index``: the worker's, from 1. ``cost_s``: (rows, rows in the cache, time) -> seconds of a forward."""
         self._stage = stage
         self._index = index
         self._clock = clock
         self._cost_s = cost_s
         self.is_first, self.is_last = stage.is_first, stage.is_last
+        self.hidden_size, self.dtype = stage.hidden_size, stage.dtype
+        self.weights_bytes, self.slot_bytes = stage.weights_bytes, stage.slot_bytes
 
-    def open_cache(self, root_id: int) -> Any:
+    def open_cache(self, root_id: int | None = None) -> StageCache:
         return self._stage.open_cache(root_id)
 
     def steps(self, parts: Sequence[Part]) -> Generator[Tensor | None]:

@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flowspec.errors import UsageError
-from flowspec.model.kv_cache import Part, SlotTable
+from flowspec.model.slots import SlotTable
+from flowspec.model.stage import Part
 
 VOCAB_SIZE = 64
 NUM_CANDIDATES = 24  # tokens of a context that a draft may propose
@@ -234,6 +235,9 @@ class SyntheticStage:
     """Hidden states [n, 4], int64: the row's own increments, and the context that it has seen."""
 
     hidden_size = 4
+    dtype = torch.int64
+    weights_bytes = 0
+    slot_bytes = 16  # ``SyntheticCache``'s increments
 
     def __init__(self, is_first: bool, is_last: bool) -> None:
         self.is_first = is_first

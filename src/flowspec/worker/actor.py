@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import traceback
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias
+from typing import Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flowspec.errors import ProtocolError, described
-from flowspec.model.kv_cache import Part, SlotTable
+from flowspec.model.stage import Part, Stage, StageCache
 from flowspec.wire.messages import (
     Broken,
     Close,
@@ -46,34 +46,10 @@ _NUM_TRIALS = 3  # hints until it is known what one takes
 Ints: TypeAlias = NDArray[np.int64]
 
 
-class Cache(Protocol):
-    """What one request has left on a stage, by slot."""
-
-    slots: SlotTable
-
-
-class Stage(Protocol):
-    """What a worker runs: ``model.stage.Stage``, or what stands in for it."""
-
-    is_first: bool
-    is_last: bool
-
-    def open_cache(self, root_id: int) -> Any:
-        """An empty ``Cache`` of this stage's own kind."""
-        ...
-
-    def steps(self, parts: Sequence[Part]) -> Generator[Tensor | None]:
-        """Rows that have slots -> their hidden states [all rows, hidden size], after a ``None`` for each pause before.
-
-        Each part has a cache of its own, and only one that is alone may be empty.
-        """
-        ...
-
-
 @dataclass
 class _OpenRequest:
     epoch: int
-    cache: Cache
+    cache: StageCache
     want_features: bool
     want_hints: bool
     step: int = 0  # the newest step of a lock-step schedule
@@ -165,7 +141,7 @@ class Worker:
         self._hint_share = hint_share
         self._hint_s: list[float] = []  # what the first ones took
         self._forward_s = forward_s
-        self._kept: dict[int, Cache] = {}  # of requests that have ended, for their heirs
+        self._kept: dict[int, StageCache] = {}  # of requests that have ended, for their heirs
         self._running: _Forward | None = None
         self._again: deque[_Placed] = deque()  # of a shared forward that failed: each runs alone
         self._failures: list[Send] = []

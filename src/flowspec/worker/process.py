@@ -24,6 +24,7 @@ from flowspec.errors import ProtocolError, UsageError, WorkerError, described
 from flowspec.model.hint_head import load_hinter
 from flowspec.model.loader import Checkpoint, check_device
 from flowspec.model.stage import Stage
+from flowspec.model.torch_stage import TorchStage
 from flowspec.wire.messages import (
     PROTOCOL_VERSION,
     Alive,
@@ -184,7 +185,7 @@ class WorkerProcess:
         checkpoint = Checkpoint.open(configure.model)
         layers = LayerRange(configure.start_layer, configure.end_layer)
         progress = _Throttled(_LOADING_INTERVAL_S, lambda done: self._tell_driver(Loading(configure.stage, done)))
-        stage = Stage.load(checkpoint, layers, configure.dtype, self._device, progress)
+        stage = TorchStage.load(checkpoint, layers, configure.dtype, self._device, progress)
         hinter = None
         if configure.hints is not None:
             hinter = load_hinter(configure.hints, checkpoint, layers.end, configure.dtype, self._device)
@@ -194,7 +195,7 @@ class WorkerProcess:
             stage.weights_bytes,
             peak_bytes,
             slot_bytes=stage.slot_bytes,
-            free_bytes=free_bytes(stage.device),
+            free_bytes=free_bytes(torch.device(self._device)),
         )
         if configure.emulation is None:
             ready = replace(ready, forward_s=(table := measure_forward(stage)))

@@ -15,9 +15,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from flowspec.core import DType, Partition
-from flowspec.model.kv_cache import Part, SlotTable
 from flowspec.model.loader import Checkpoint
-from flowspec.model.stage import Stage
+from flowspec.model.slots import SlotTable
+from flowspec.model.stage import Part, forward
+from flowspec.model.torch_stage import TorchStage
 from tiny_models import FAMILIES, VOCAB_SIZE, make_checkpoint
 
 NUM_LAYERS = 6
@@ -64,7 +65,8 @@ class Pipeline:
     def __init__(self, reference: Reference, partition: str, prompt: list[int], chunk: int = 7) -> None:
         checkpoint = reference.checkpoint
         self.reference = reference
-        self.stages = [Stage.load(checkpoint, layers, "float32", "cpu") for layers in Partition.parse(partition).stages]
+        ranges = Partition.parse(partition).stages
+        self.stages = [TorchStage.load(checkpoint, layers, "float32", "cpu") for layers in ranges]
         self.lm_head = checkpoint.load_lm_head("float32", "cpu")
         self.root_id = 1000
         self.caches = [stage.open_cache(self.root_id) for stage in self.stages]
@@ -78,7 +80,7 @@ class Pipeline:
         hidden = torch.tensor(token_ids)
         for stage, cache in zip(self.stages, self.caches, strict=True):
             slots = cache.slots.append_prefix(range(start, start + len(token_ids)))
-            hidden = stage.forward(hidden, slots, cache)
+            hidden = forward(stage, hidden, slots, cache)
         return hidden @ self.lm_head.T
 
     def run(self, rows: list[tuple[int, int, int]]) -> float:
@@ -92,7 +94,7 @@ class Pipeline:
         for stage, cache in zip(self.stages, self.caches, strict=True):
             kept, slots = cache.slots.place(node_ids, parent_ids, positions)
             assert len(kept) == len(node_ids)
-            hidden = stage.forward(hidden, slots, cache)
+            hidden = forward(stage, hidden, slots, cache)
             cache.slots.check_integrity()
         wanted = torch.stack([self.reference.logits(self.texts[node_id])[-1] for node_id in node_ids])
         return (hidden @ self.lm_head.T - wanted).abs().max().item()
@@ -148,11 +150,11 @@ def test_a_slice_equals_transformers_layers(reference: Reference, partition: str
         # One entry before each layer, and the last one after the final norm.
         wanted = reference.model(torch.tensor([token_ids]), output_hidden_states=True).hidden_states
     for layers in Partition.parse(partition).stages:
-        stage = Stage.load(reference.checkpoint, layers, "float32", "cpu")
+        stage = TorchStage.load(reference.checkpoint, layers, "float32", "cpu")
         assert (stage.is_first, stage.is_last) == (layers.start == 0, layers.end == NUM_LAYERS)
         inputs = torch.tensor(token_ids) if stage.is_first else wanted[layers.start][0]
         cache = stage.open_cache()
-        hidden = stage.forward(inputs, cache.slots.append_prefix(range(20)), cache)
+        hidden = forward(stage, inputs, cache.slots.append_prefix(range(20)), cache)
         torch.testing.assert_close(hidden, wanted[layers.end][0], rtol=0, atol=1e-5)
 
 
@@ -200,9 +202,9 @@ def test_a_missing_window_would_be_noticed(windowed: Reference) -> None:
 def test_a_window_over_slots_instead_of_positions_would_be_noticed(
     windowed: Reference, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    masks = Stage._masks
+    masks = TorchStage._masks
 
-    def by_slot(stage: Stage, part: Part) -> Any:
+    def by_slot(stage: TorchStage, part: Part) -> Any:
         table = part.cache.slots
         positions, table.positions = table.positions, np.arange(table.capacity)
         mask = masks(stage, part)
@@ -211,7 +213,7 @@ def test_a_window_over_slots_instead_of_positions_would_be_noticed(
 
     pipeline = Pipeline(windowed, "0:6", random_tokens(20, seed=3))
     pipeline.run([(1000, -1, 5), *((1001 + i, 1000, i) for i in range(8))])
-    monkeypatch.setattr(Stage, "_masks", by_slot)
+    monkeypatch.setattr(TorchStage, "_masks", by_slot)
     assert pipeline.run([(1010, 1001, 5)]) > 1000 * TOLERANCE
 
 
@@ -234,9 +236,9 @@ def test_half_precision_stages_equal_transformers_in_that_precision(reference: R
         wanted = model.model(torch.tensor([token_ids])).last_hidden_state[0]
     hidden = torch.tensor(token_ids)
     for layers in Partition.even(NUM_LAYERS, 2).stages:
-        stage = Stage.load(reference.checkpoint, layers, dtype, "cpu")
+        stage = TorchStage.load(reference.checkpoint, layers, dtype, "cpu")
         assert stage.dtype == getattr(torch, dtype)
         cache = stage.open_cache()
         # The wire may carry another type than the stage computes in.
-        hidden = stage.forward(hidden, cache.slots.append_prefix(range(20)), cache).float()
+        hidden = forward(stage, hidden, cache.slots.append_prefix(range(20)), cache).float()
     torch.testing.assert_close(hidden, wanted.float(), rtol=0, atol=0.05)
