@@ -37,7 +37,8 @@ from flowspec.request.generation import Generation
 from flowspec.request.request import Common, Request
 from flowspec.sampling import Sampler
 from flowspec.tree import DraftTree, Ints
-from flowspec.wire.messages import Codec, Commit, Result, Segment
+from flowspec.wire.codec import Codec
+from flowspec.wire.messages import Commit, Result, Segment
 
 NODES, NODES_CONTEXT = (32, 64, 128, 256, 512, 1024), 256
 CONTEXTS, CONTEXTS_NODES = (256, 512, 1024, 2048, 4096, 8192), 80

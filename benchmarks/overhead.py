@@ -28,7 +28,8 @@ from flowspec.model.loader import Checkpoint
 from flowspec.model.torch_stage import TorchStage
 from flowspec.sampling import Sampler
 from flowspec.tree import UNDRAFTED, DraftTree, Ints
-from flowspec.wire.messages import Ready, Result, Segment, Send, ToDriver
+from flowspec.wire.actor import Send
+from flowspec.wire.messages import Ready, Result, Segment, ToDriver
 
 PROMPT = "class Queue:\n    def __init__(self, maxsize=0):\n"
 VOCABULARIES = (32_000, 128_256, 262_144)  # Llama 2, Llama 3, Gemma 3

@@ -12,7 +12,8 @@ from flowspec.request.generation import Generation
 from flowspec.request.request import Common, Request
 from flowspec.request.slot_budget import SlotBudget, slots_needed
 from flowspec.schedule.base import AT_ONCE, NEVER, Schedule
-from flowspec.wire.messages import Alive, Broken, Closed, Failed, Forget, Hint, Message, Result, Route, Send
+from flowspec.wire.actor import Route, Send
+from flowspec.wire.messages import Alive, Broken, Closed, Failed, Forget, Hint, Message, Result
 
 MIN_GROWTH, GROWTH_SHARE = 256, 0.25  # slots by which a request's share grows, and of what it holds: the larger one
 

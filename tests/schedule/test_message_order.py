@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from flowspec.config import PipelineConfig, TreeConfig
 from flowspec.core import SamplingParams
-from flowspec.wire.messages import Commit, Message, Segment, Send
+from flowspec.wire.actor import Send
+from flowspec.wire.messages import Commit, Message, Segment
 from flowspec.wire.transport import DRIVER, Link
 from flowspec.worker.actor import Worker
 from pump import Choose, Pump

@@ -24,7 +24,8 @@ from flowspec.request.generation import Generation
 from flowspec.request.records import RequestRecord
 from flowspec.schedule.base import Schedule
 from flowspec.schedule.catalogue import make_schedule
-from flowspec.wire.messages import LAST_STEP, Close, Commit, Message, Open, Result, Segment, Send, Step
+from flowspec.wire.actor import Send
+from flowspec.wire.messages import LAST_STEP, Close, Commit, Message, Open, Result, Segment, Step
 from flowspec.worker.actor import Worker
 
 NANO = ClusterSpec.load(Path(__file__).parents[2] / "clusters" / "7b-nano-150m.toml")

@@ -20,7 +20,8 @@ from flowspec import LLM, SamplingParams
 from flowspec.cluster.local import LocalProcesses
 from flowspec.config import LinkConfig
 from flowspec.errors import UsageError, WorkerError
-from flowspec.wire.messages import PROTOCOL_VERSION, Alive, Codec, Configure, Ready, Stop
+from flowspec.wire.codec import Codec
+from flowspec.wire.messages import PROTOCOL_VERSION, Alive, Configure, Ready, Stop
 from pump import Pump
 from server_process import forked_workers
 
@@ -235,7 +236,7 @@ def ready_worker() -> Iterator[str]:
                     case _:
                         pass
             if driver is not None:
-                socket.send_multipart([driver, *codec.encode(Alive(2))])
+                socket.send_multipart([driver, *codec.encode(Alive())])
         socket.close(linger=0)
 
     thread = threading.Thread(target=serve)
@@ -279,7 +280,7 @@ def test_a_workers_own_mistake_reaches_the_driver_as_one_line(checkpoint_dir: Ca
     try:
         socket.setsockopt(zmq.IDENTITY, b"me:control")
         socket.connect(processes.addresses[0])
-        configure = Configure(PROTOCOL_VERSION, 1, 1, "/no/such/model", 0, 2, "float32", None, 1.0)
+        configure = Configure(PROTOCOL_VERSION, 1, "/no/such/model", 0, 2, "float32", None, 1.0)
         socket.send_multipart([bytes(frame) for frame in Codec().encode(configure)])
         assert socket.poll(60_000)
         failure = Codec().decode_to_driver([bytearray(frame) for frame in socket.recv_multipart()])

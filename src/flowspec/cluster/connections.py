@@ -17,6 +17,7 @@ import zmq
 from flowspec.config import LinkConfig
 from flowspec.core import DType, Partition
 from flowspec.errors import FlowspecError, UsageError, WorkerError
+from flowspec.wire.actor import Route, Send
 from flowspec.wire.messages import (
     PROTOCOL_VERSION,
     Busy,
@@ -27,8 +28,6 @@ from flowspec.wire.messages import (
     Loading,
     Probe,
     Ready,
-    Route,
-    Send,
     Stop,
     ToDriver,
 )
@@ -172,7 +171,6 @@ class RemoteConnections:
                 Configure(
                     PROTOCOL_VERSION,
                     index + 1,
-                    len(partition),
                     model,
                     layers.start,
                     layers.end,

@@ -11,7 +11,8 @@ from flowspec.core import DType, Partition
 from flowspec.model.hint_head import load_hinter
 from flowspec.model.loader import Checkpoint
 from flowspec.model.torch_stage import TorchStage
-from flowspec.wire.messages import Ready, Send, ToDriver
+from flowspec.wire.actor import Send
+from flowspec.wire.messages import Ready, ToDriver
 from flowspec.wire.transport import DRIVER, InprocNetwork
 from flowspec.worker.actor import Worker
 

@@ -27,7 +27,8 @@ from flowspec.request.emissions import Emissions
 from flowspec.request.records import RequestRecord, forward_spans
 from flowspec.request.request import Request
 from flowspec.schedule.catalogue import flow_parts
-from flowspec.wire.messages import Emulation, Hint, Result, Route, Stamped
+from flowspec.wire.actor import Route
+from flowspec.wire.messages import Emulation, Hint, Result, Stamped
 
 _LONGEST_WAIT_S = 0.2
 

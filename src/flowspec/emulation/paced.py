@@ -15,10 +15,11 @@ import numpy as np
 import torch
 
 from flowspec.emulation.description import ClusterSpec
-from flowspec.emulation.virtual_time import Actor, Clock, EmulatedHinter, EmulatedStage, Place, Sizes, VirtualLink
+from flowspec.emulation.virtual_time import Clock, EmulatedHinter, EmulatedStage, Place, Sizes, VirtualLink
 from flowspec.errors import ProtocolError
 from flowspec.model.stage import Stage, forward
-from flowspec.wire.messages import Emulation, Message, Route, Segment, Send, Stamped
+from flowspec.wire.actor import Actor, Route, Send
+from flowspec.wire.messages import Emulation, Message, Segment, Stamped
 from flowspec.worker.actor import NUM_GUESSES, PATIENCE_S, Hinter, Worker
 
 _POLL_S = 0.0015  # waits below this are slept, since polling knows whole milliseconds only

@@ -21,7 +21,7 @@ from flowspec.request.records import RequestRecord
 from flowspec.request.request import Request
 from flowspec.schedule.catalogue import flow_parts
 from flowspec.schedule.pace import Pace
-from flowspec.wire.messages import Route, Send
+from flowspec.wire.actor import Route, Send
 from flowspec.wire.transport import DRIVER, Link
 from flowspec.worker.actor import PATIENCE_S, Worker
 

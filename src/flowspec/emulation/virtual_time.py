@@ -11,27 +11,18 @@ import math
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field, replace
 from random import Random
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 
 from flowspec.emulation.description import EmulatedModel, LinkModel
 from flowspec.model.stage import Part, Stage, StageCache
 from flowspec.request.records import Span
-from flowspec.wire.messages import Codec, Message, Result, Segment, Send
+from flowspec.wire.actor import Actor, Send
+from flowspec.wire.codec import Codec
+from flowspec.wire.messages import Message, Result, Segment
 
 PAUSES = 3  # of an emulated forward, to look for commits; real ones pause after every layer
-
-
-class Actor(Protocol):
-    """``Driver`` or ``Worker``."""
-
-    @property
-    def wake_s(self) -> float: ...
-
-    def on_message(self, message: Message) -> list[Send]: ...
-
-    def on_idle(self) -> list[Send] | None: ...
 
 
 @dataclass

@@ -22,13 +22,8 @@ from flowspec.request.verifier import Verdict, Verifier
 from flowspec.request.work import Work
 from flowspec.sampling import Sampler
 from flowspec.tree import DraftTree, Ints
-from flowspec.wire.messages import (
-    NO_PARENT,
-    Broken,
-    Hint,
-    Result,
-    Send,
-)
+from flowspec.wire.actor import Send
+from flowspec.wire.messages import NO_PARENT, Broken, Hint, Result
 
 
 class Generation:

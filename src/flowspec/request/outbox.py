@@ -5,18 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from flowspec.request.slot_budget import Heritage
-from flowspec.wire.messages import (
-    LAST_STEP,
-    Close,
-    Commit,
-    End,
-    Open,
-    Reserve,
-    Route,
-    Segment,
-    Send,
-    Step,
-)
+from flowspec.wire.actor import Route, Send
+from flowspec.wire.messages import LAST_STEP, Close, Commit, End, Open, Reserve, Segment, Step
 
 
 class Outbox:

@@ -19,7 +19,9 @@ import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 from flowspec.errors import UsageError
-from flowspec.wire.messages import Codec, Message, Route, Send, ToDriver
+from flowspec.wire.actor import Route, Send
+from flowspec.wire.codec import Codec
+from flowspec.wire.messages import Message, ToDriver
 
 DRIVER = 0  # the place of the driver; workers are 1, 2, ...
 

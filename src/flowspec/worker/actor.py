@@ -16,6 +16,7 @@ from torch import Tensor
 
 from flowspec.errors import ProtocolError, described
 from flowspec.model.stage import Part, Stage, StageCache
+from flowspec.wire.actor import Route, Send
 from flowspec.wire.messages import (
     Broken,
     Close,
@@ -30,9 +31,7 @@ from flowspec.wire.messages import (
     Open,
     Reserve,
     Result,
-    Route,
     Segment,
-    Send,
     Step,
     Timing,
 )

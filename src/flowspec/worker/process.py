@@ -25,6 +25,7 @@ from flowspec.model.hint_head import load_hinter
 from flowspec.model.loader import Checkpoint, check_device
 from flowspec.model.stage import Stage
 from flowspec.model.torch_stage import TorchStage
+from flowspec.wire.actor import Actor, Route, Send
 from flowspec.wire.messages import (
     PROTOCOL_VERSION,
     Alive,
@@ -37,8 +38,6 @@ from flowspec.wire.messages import (
     Message,
     Probe,
     Ready,
-    Route,
-    Send,
     Stop,
 )
 from flowspec.wire.transport import Connection, Listener, session_of
@@ -52,23 +51,14 @@ _LINK_TIMEOUT_S = 20.0
 _LONGEST_WAIT_S = 0.5
 
 
-class Actor(Protocol):
-    """``worker.actor.Worker``, or what plays one."""
+class WorkerActor(Actor, Protocol):
+    """``worker.actor.Worker``, or what plays one; its clock is the monotonic one."""
 
-    link_bytes: int
-
-    @property
-    def wake_s(self) -> float:
-        """On the monotonic clock."""
-        ...
-
-    def on_message(self, message: Message) -> list[Send]: ...
-
-    def on_idle(self) -> list[Send] | None: ...
+    link_bytes: int  # received on the data path: this shell counts
 
 
 # A stage, its index, and what device to play -> the actor that does.
-Emulate = Callable[[Stage, int, Emulation, Hinter | None], Actor]
+Emulate = Callable[[Stage, int, Emulation, Hinter | None], WorkerActor]
 
 
 class _SessionOver(Exception):  # noqa: N818 - not an error
@@ -84,7 +74,7 @@ class _Session:
     stage: int
     heartbeat_s: float
     link: Connection | None = None  # to the next worker
-    worker: Actor | None = None  # once the stage is loaded
+    worker: WorkerActor | None = None  # once the stage is loaded
     measuring: tuple[LinkMeter, Ready] | None = None  # the link, and what the driver will then be told
 
 
@@ -184,7 +174,7 @@ class WorkerProcess:
                 self._poller.register(socket, zmq.POLLIN)
         checkpoint = Checkpoint.open(configure.model)
         layers = LayerRange(configure.start_layer, configure.end_layer)
-        progress = _Throttled(_LOADING_INTERVAL_S, lambda done: self._tell_driver(Loading(configure.stage, done)))
+        progress = _Throttled(_LOADING_INTERVAL_S, lambda done: self._tell_driver(Loading(done)))
         stage = TorchStage.load(checkpoint, layers, configure.dtype, self._device, progress)
         hinter = None
         if configure.hints is not None:
@@ -279,20 +269,14 @@ class WorkerProcess:
                 next_worker = f"worker {session.stage + 1} ({session.link.address})"
                 raise WorkerError(f"lost the connection to {next_worker}; has it ended?")
         if time.monotonic() - self._last_alive >= session.heartbeat_s:
-            self._tell_driver(Alive(session.stage))
+            self._tell_driver(Alive())
 
     def _report(self, error: Exception) -> None:
         text = described(error)
         logger.warning("session failed: %s", text)
         logger.debug("", exc_info=error)
         if self._session is not None:
-            failure = Failure(
-                self._session.stage,
-                type(error).__name__,
-                text,
-                traceback.format_exc(),
-                isinstance(error, UsageError),
-            )
+            failure = Failure(text, traceback.format_exc(), isinstance(error, UsageError))
             self._listener.reply(self._session.driver, failure)
 
     def _end_session(self) -> None:
