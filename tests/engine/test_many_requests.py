@@ -188,14 +188,6 @@ def test_rows_that_cost_too_much_wait_for_a_forward_of_their_own(checkpoint_dir:
     assert shared == {0: 6, 1: 6, 2: 13, 3: 6}, "13 more rows would cost more than half of what they cost alone"
 
 
-def test_a_worker_without_a_hint_head_keeps_nothing_to_hint_at(checkpoint_dir: Callable[[str], Path]) -> None:
-    """It kept every segment that it had passed on."""
-    pump = Pump(checkpoint_dir("llama"), 2, "ngram", hints=False)
-    pump.submit(PROMPTS[0], PARAMS)
-    pump.run()
-    assert not any(worker._passed_on for worker in pump.workers)
-
-
 # --- memory --------------------------------------------------------------------------------------------------------
 
 

@@ -20,7 +20,8 @@ from flowspec.errors import ProtocolError
 from flowspec.model.stage import Stage, forward
 from flowspec.wire.actor import Actor, Route, Send
 from flowspec.wire.messages import Emulation, Message, Segment, Stamped
-from flowspec.worker.actor import NUM_GUESSES, PATIENCE_S, Hinter, Worker
+from flowspec.worker.actor import PATIENCE_S, Worker
+from flowspec.worker.hints import NUM_GUESSES, Hinter
 
 _POLL_S = 0.0015  # waits below this are slept, since polling knows whole milliseconds only
 

@@ -18,7 +18,7 @@ from flowspec.model.stage import Stage
 from flowspec.model.synthetic import VOCAB_SIZE, Language, SyntheticHead, SyntheticHinter, SyntheticStage, quality
 from flowspec.model.target_head import LogitsHead, TargetHead
 from flowspec.model.torch_stage import TorchStage
-from flowspec.worker.actor import Hinter
+from flowspec.worker.hints import Hinter
 
 PROMPT_LEN = 64  # tokens of a synthetic prompt
 

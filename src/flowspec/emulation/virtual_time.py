@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field, replace
 from random import Random
-from typing import Any
 
 from torch import Tensor
 
@@ -21,6 +20,7 @@ from flowspec.request.records import Span
 from flowspec.wire.actor import Actor, Send
 from flowspec.wire.codec import Codec
 from flowspec.wire.messages import Message, Result, Segment
+from flowspec.worker.hints import Hinter
 
 PAUSES = 3  # of an emulated forward, to look for commits; real ones pause after every layer
 
@@ -129,7 +129,7 @@ class EmulatedStage:
 class EmulatedHinter:
     """A hint head that takes as long as the emulated one would."""
 
-    def __init__(self, hinter: Any, index: int, clock: Clock, seconds: float) -> None:
+    def __init__(self, hinter: Hinter, index: int, clock: Clock, seconds: float) -> None:
         self._hinter = hinter
         self._index = index
         self._clock = clock

@@ -1,4 +1,4 @@
-"""The worker: one stage and the caches of its requests. An actor without sockets, clock or threads of its own."""
+"""The worker: one stage and the segments on their way through it. An actor without sockets, clock or threads."""
 
 from __future__ import annotations
 
@@ -7,15 +7,13 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from flowspec.errors import ProtocolError, described
-from flowspec.model.stage import Part, Stage, StageCache
+from flowspec.model.stage import Stage
 from flowspec.wire.actor import Route, Send
 from flowspec.wire.messages import (
     Broken,
@@ -26,86 +24,40 @@ from flowspec.wire.messages import (
     End,
     Failed,
     Forget,
-    Hint,
     Message,
     Open,
     Reserve,
-    Result,
     Segment,
     Step,
     Timing,
 )
+from flowspec.worker.hints import HINT_SHARE, Hinter, Hints
+from flowspec.worker.placed import Ints, Placed, place
+from flowspec.worker.requests import RequestMessage, Requests
 
-NUM_GUESSES = 16  # tokens that a hint names for each row
 PATIENCE_S = 0.002  # a forward is interrupted no more often, to look for commits
-HINT_SHARE = 0.25  # of a forward's time; dearer hints keep the segments that follow waiting
-_MAX_ENDED = 64  # requests and epochs
-_NUM_TRIALS = 3  # hints until it is known what one takes
-
-Ints: TypeAlias = NDArray[np.int64]
-
-
-@dataclass
-class _OpenRequest:
-    epoch: int
-    cache: StageCache
-    want_features: bool
-    want_hints: bool
-    step: int = 0  # the newest step of a lock-step schedule
-    is_over: bool = False  # all of its rows are dead, whatever the cache says
-
-
-@dataclass
-class _Placed:
-    """A segment whose living rows have slots."""
-
-    segment: Segment
-    rows: Ints  # of the segment, that are run
-    slots: Ints
-    request: _OpenRequest
-
-    def part(self) -> Part:
-        segment = self.segment
-        inputs = torch.tensor(segment.token_ids) if segment.hidden is None else segment.hidden
-        if len(self.rows) < len(segment.node_ids):
-            inputs = inputs[torch.from_numpy(self.rows)]
-        return Part(inputs, self.slots, self.request.cache)
-
-    def living(self) -> Ints:
-        """Which of the rows are alive; prefix rows live as long as the request."""
-        if self.request.is_over:
-            return np.zeros(0, dtype=np.int64)
-        ids, num_prefix, slots = self.segment.node_ids, self.segment.num_prefix, self.request.cache.slots
-        is_alive = [row < num_prefix or slots.slot_of(ids[row]) is not None for row in self.rows.tolist()]
-        return np.flatnonzero(is_alive)
 
 
 @dataclass
 class _Forward:
     """A forward of one segment, or of several requests' at once, as far as it has come."""
 
-    segments: list[_Placed]
+    segments: list[Placed]
     steps: Generator[Tensor | None]
     start_s: float
-
-
-class Hinter(Protocol):
-    """Guesses next tokens from what a worker passes on: ``model.hint_head.HintHead``, or what stands in for it."""
-
-    def guess(self, hidden: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Hidden states [n, H] -> the ``k`` best tokens, best first, and their log-probabilities, both [n, k]."""
-        ...
 
 
 class Worker:
     """Runs one stage.
 
-    Segments of several requests that wait run as one forward, as far as that is cheaper than one after the other.
-
     ``on_message`` takes a message without working on it: a commit is applied at once, the data path queues. ``on_idle``
     works off one queued message, in pieces of ``PATIENCE_S``. So every commit that has arrived is applied before the
     next segment starts, a forward whose rows have all died stops between two layers, and nothing ever waits for a
-    commit. A worker with a ``hinter`` tells the driver what it guesses of a segment, once that has been passed on.
+    commit.
+
+    The way of a segment: ``_next_message`` takes it from the queue, ``_begin`` gives its living rows slots and looks
+    who else may share the forward, ``_go_on`` runs some layers at a time, ``_finish`` and ``_pass_on`` send what is
+    still alive to the next worker or the driver. A worker with a ``hinter`` then tells the driver what it guesses.
 
     What goes wrong with one request (no memory for its cache, a message that contradicts what came before) is told to
     the driver and ends that request alone.
@@ -133,18 +85,13 @@ class Worker:
         self._layers = layers
         self._clock = clock
         self._patience_s = math.inf if patience_s is None else patience_s
-        self._requests: dict[int, _OpenRequest] = {}
-        self._ended: deque[tuple[int, int]] = deque(maxlen=_MAX_ENDED)  # whose ``End`` overtook their ``Open``, maybe
-        self._queue: deque[DataMessage] = deque()
-        self._hinter = hinter
-        self._hint_share = hint_share
-        self._hint_s: list[float] = []  # what the first ones took
         self._forward_s = forward_s
-        self._kept: dict[int, StageCache] = {}  # of requests that have ended, for their heirs
+        self._requests = Requests(stage)
+        self._hints = None if hinter is None else Hints(hinter, hint_share, clock)
+        self._queue: deque[DataMessage] = deque()
         self._running: _Forward | None = None
-        self._again: deque[_Placed] = deque()  # of a shared forward that failed: each runs alone
+        self._again: deque[Placed] = deque()  # of a shared forward that failed: each runs alone
         self._failures: list[Send] = []
-        self._passed_on: deque[Segment] = deque()  # to be hinted at
 
     wake_s = math.inf  # a worker has work when a message has come, and only then
 
@@ -152,31 +99,15 @@ class Worker:
         """Raises ``ProtocolError`` for a message that no worker takes."""
         match message:
             case Commit() | End() | Step():
-                request = self._requests.get(message.request_id)
-                # A finished request, or an older epoch of it: what the message speaks of is gone.
-                if request is not None and request.epoch == message.epoch:
-                    self._control(request, message)
-                elif isinstance(message, End):
-                    self._ended.append((message.request_id, message.epoch))
+                try:
+                    self._requests.control(message)
+                except ProtocolError as error:
+                    self._fail(message, error)
             case Open() | Segment() | Reserve() | Close() | Forget():
                 self._queue.append(message)
             case _:
                 raise ProtocolError(f"a worker takes no {type(message).__name__} during a session")
         return self._take_failures()
-
-    def _control(self, request: _OpenRequest, message: Commit | End | Step) -> None:
-        match message:
-            case Commit() if not request.is_over:
-                try:
-                    request.cache.slots.commit(message.prefix_ids, message.root_id)
-                except ProtocolError as error:
-                    self._fail(message.request_id, message.epoch, error)
-            case Commit():
-                pass
-            case End():
-                request.is_over = True
-            case Step():
-                request.step = max(request.step, message.number)
 
     def on_idle(self) -> list[Send] | None:
         """Go on with the forward under way, else work off the oldest queued message that may run; ``None``: no work."""
@@ -184,76 +115,20 @@ class Worker:
             sends = self._go_on(self._running)
         elif self._again:
             sends = self._start([self._again.popleft()])
-        elif self._passed_on and self._hinter is not None:
-            sends = self._try_hint(self._passed_on.popleft(), self._hinter)
+        elif self._hints is not None and (passed_on := self._hints.take()) is not None:
+            sends = self._hint(self._hints, passed_on)
         elif (message := self._next_message()) is not None:
             sends = self._work_off(message)
         else:
             return None
         return [*sends, *self._take_failures()]
 
-    def _work_off(self, message: DataMessage) -> list[Send]:
-        match message:
-            case Segment():
-                return self._begin(message)
-            case Open():
-                try:
-                    self._open(message)
-                except Exception as error:
-                    self._fail(message.request_id, message.epoch, error)
-            case Reserve():
-                request = self._requests.get(message.request_id)
-                if request is not None and request.epoch == message.epoch:
-                    request.cache.slots.limit = message.num_slots
-            case Close():
-                self._close(message)
-                if self._stage.is_last:
-                    return [Send(Route.DRIVER, Closed(message.request_id, message.epoch))]
-            case Forget():
-                self._kept.pop(message.request_id, None)
-        return [] if self._stage.is_last else [Send(Route.NEXT, message)]
-
-    def _fail(self, request_id: int, epoch: int, error: Exception) -> None:
-        """The request ends here, and by the driver's word everywhere. Raises an ``error`` that nothing survives."""
-        if isinstance(error, torch.AcceleratorError):  # whatever the device is asked for next fails too
-            raise error
-        if (request := self._requests.get(request_id)) is not None and request.epoch == epoch:
-            request.is_over = True
-        told = "".join(traceback.format_exception(error))
-        self._failures.append(Send(Route.DRIVER, Failed(request_id, epoch, self._index, described(error), told)))
-
-    def _take_failures(self) -> list[Send]:
-        failures, self._failures = self._failures, []
-        return failures
-
-    def _open(self, message: Open) -> None:
-        if message.heir_of is None:
-            cache = self._stage.open_cache(message.root_id)
-        elif message.heir_of in self._kept:
-            cache = self._kept.pop(message.heir_of)
-            cache.slots.inherit(message.num_kept, message.root_id)
-        else:
-            raise ProtocolError(f"request {message.request_id} inherits from {message.heir_of}, which left nothing")
-        cache.slots.limit = message.num_slots
-        self._requests[message.request_id] = _OpenRequest(
-            message.epoch, cache, message.want_features, message.want_hints
-        )
-        self._requests[message.request_id].is_over = (message.request_id, message.epoch) in self._ended
-
-    def _close(self, message: Close) -> None:
-        request = self._requests.pop(message.request_id, None)
-        if request is not None and message.kept_ids is not None:
-            request.cache.slots.settle(message.kept_ids)
-            self._kept[message.request_id] = request.cache
-        if not self._requests:
-            self.check_integrity()  # now that nobody waits for anything
-
     def _next_message(self) -> DataMessage | None:
         """Take the oldest; a request whose oldest segment waits for a step lets the others' messages pass."""
         waiting: set[int] = set()
-        for place, message in enumerate(self._queue):
+        for index, message in enumerate(self._queue):
             if message.request_id not in waiting and not self._is_gated(message):
-                del self._queue[place]
+                del self._queue[index]
                 return message
             waiting.add(message.request_id)
         return None
@@ -261,51 +136,46 @@ class Worker:
     def _is_gated(self, message: DataMessage) -> bool:
         if not isinstance(message, Segment) or message.gate is None:
             return False
-        request = self._requests.get(message.request_id)
-        return request is not None and request.epoch == message.epoch and message.gate > request.step
+        request = self._requests.find(message)
+        return request is not None and message.gate > request.step
+
+    def _work_off(self, message: DataMessage) -> list[Send]:
+        """Segments are run; all else takes effect here, and goes on to the next worker."""
+        match message:
+            case Segment():
+                return self._begin(message)
+            case Open():
+                try:
+                    self._requests.open(message)
+                except Exception as error:
+                    self._fail(message, error)
+            case Reserve():
+                self._requests.reserve(message)
+            case Close():
+                self._requests.close(message)
+                if self._stage.is_last:
+                    return [Send(Route.DRIVER, Closed(message.request_id, message.epoch))]
+            case Forget():
+                self._requests.forget(message)
+        return [] if self._stage.is_last else [Send(Route.NEXT, message)]
 
     def _begin(self, segment: Segment) -> list[Send]:
         """Run the rows that are alive; a free segment with none is dropped without a word."""
-        if (first := self._try_place(segment)) is None:
+        if (first := self._place(segment)) is None:
             return []
         return self._start([first] if segment.gate is not None else [first, *self._take_companions(first)])
 
-    def _start(self, segments: list[_Placed]) -> list[Send]:
-        self._running = _Forward(segments, self._steps(segments), self._clock())
-        return self._go_on(self._running)
-
-    def _steps(self, segments: list[_Placed]) -> Generator[Tensor | None]:
-        yield from self._stage.steps([placed.part() for placed in segments])
-
-    def _try_place(self, segment: Segment) -> _Placed | None:
+    def _place(self, segment: Segment) -> Placed | None:
         try:
-            return self._place(segment)
+            request = self._requests.find(segment)
+            return None if request is None else place(segment, request, self._stage.is_first)
         except Exception as error:
-            self._fail(segment.request_id, segment.epoch, error)
+            self._fail(segment, error)
             return None
 
-    def _place(self, segment: Segment) -> _Placed | None:
-        request = self._requests.get(segment.request_id)
-        if request is None or request.epoch != segment.epoch:
-            return None
-        if request.is_over:
-            none = np.zeros(0, dtype=np.int64)
-            return None if segment.gate is None else _Placed(segment, none, none, request)
-        if self._stage.is_first != (segment.token_ids is not None):
-            raise ProtocolError("token ids belong on the first stage, hidden states on the others")
-        table, num_prefix = request.cache.slots, segment.num_prefix
-        prefix_slots = table.append_prefix(segment.positions[:num_prefix])
-        kept, slots = table.place(
-            segment.node_ids[num_prefix:], segment.parent_ids[num_prefix:], segment.positions[num_prefix:]
-        )
-        rows = np.concatenate([np.arange(num_prefix), kept + num_prefix])
-        if not len(rows) and segment.gate is None:
-            return None
-        return _Placed(segment, rows, np.concatenate([prefix_slots, slots]), request)
-
-    def _take_companions(self, first: _Placed) -> list[_Placed]:
+    def _take_companions(self, first: Placed) -> list[Placed]:
         """The oldest waiting segments of other requests, as long as each costs at most half of what it would alone."""
-        companions: list[_Placed] = []
+        companions: list[Placed] = []
         forward_s = self._forward_s
         if forward_s is None or not self._queue:
             return companions
@@ -320,10 +190,18 @@ class Worker:
             if forward_s(num_rows + num_more) > forward_s(num_rows) + forward_s(num_more) / 2:
                 continue
             self._queue.remove(message)
-            if (placed := self._try_place(message)) is not None:
+            if (placed := self._place(message)) is not None:
                 companions.append(placed)
                 num_rows += len(placed.rows)
         return companions
+
+    def _start(self, segments: list[Placed]) -> list[Send]:
+        self._running = _Forward(segments, self._steps(segments), self._clock())
+        return self._go_on(self._running)
+
+    def _steps(self, segments: list[Placed]) -> Generator[Tensor | None]:
+        """A generator of our own, so that inputs that cannot be joined are found where a forward's faults are."""
+        yield from self._stage.steps([placed.part() for placed in segments])
 
     def _go_on(self, forward: _Forward) -> list[Send]:
         """Run some layers, unless all rows have died meanwhile; pass the living rows on when it was the last one."""
@@ -345,8 +223,7 @@ class Worker:
             if len(forward.segments) > 1:  # whose fault it is shows when each runs alone
                 self._again.extend(forward.segments)
             else:
-                segment = forward.segments[0].segment
-                self._fail(segment.request_id, segment.epoch, error)
+                self._fail(forward.segments[0].segment, error)
             return []
 
     def _finish(self, forward: _Forward, hidden: Tensor) -> list[Send]:
@@ -359,82 +236,61 @@ class Worker:
             sends += self._pass_on(placed, rows, timing)
         return sends
 
-    def _pass_on(self, placed: _Placed, hidden: Tensor, timing: Timing) -> list[Send]:
+    def _pass_on(self, placed: Placed, hidden: Tensor, timing: Timing) -> list[Send]:
         """Nothing, when a free segment's rows have all died meanwhile."""
-        segment, request = placed.segment, placed.request
         living = placed.living()
-        if not len(living) and segment.gate is None:
+        if not len(living) and placed.segment.gate is None:
             return []
-        timings = [*segment.timings, timing]
         rows = placed.rows[living]
         if len(rows) < len(placed.rows):
             hidden = hidden[torch.from_numpy(living)]
-        node_ids = [segment.node_ids[row] for row in rows]
-        sends = self._find_broken(segment, node_ids, hidden)
-        if not self._stage.is_last:
-            passed_on = Segment(
-                segment.request_id,
-                segment.epoch,
-                segment.segment_id,
-                node_ids,
-                [segment.parent_ids[row] for row in rows],
-                [segment.positions[row] for row in rows],
-                segment.num_prefix,
-                token_ids=None,
-                hidden=hidden,
-                timings=timings,
-                gate=None if segment.gate is None else segment.gate + 1,
-            )
-            wants_hint = request.want_hints and self._hinter is not None
-            may_hint = wants_hint and self._is_hint_cheap(timing.end_s - timing.start_s)
-            if may_hint and passed_on.num_prefix < len(node_ids):
-                self._passed_on.append(passed_on)
-            return [*sends, Send(Route.NEXT, passed_on)]
-        if not request.want_features:
-            node_ids, hidden = node_ids[segment.num_prefix :], hidden[segment.num_prefix :]
-        result = Result(
-            segment.request_id, segment.epoch, segment.segment_id, node_ids, segment.num_prefix, hidden, timings
-        )
-        return [*sends, Send(Route.DRIVER, result)]
+        sends = self._find_broken(placed.segment, rows, hidden)
+        if self._stage.is_last:
+            return [*sends, Send(Route.DRIVER, placed.result(rows, hidden, timing))]
+        passed_on = placed.passed_on(rows, hidden, timing)
+        if self._hints is not None and placed.request.want_hints:
+            self._hints.offer(passed_on, timing.end_s - timing.start_s)
+        return [*sends, Send(Route.NEXT, passed_on)]
 
-    def _find_broken(self, segment: Segment, node_ids: list[int], hidden: Tensor) -> list[Send]:
+    def _find_broken(self, segment: Segment, rows: Ints, hidden: Tensor) -> list[Send]:
         is_finite = torch.isfinite(hidden)
         if bool(is_finite.all()):
             return []
-        broken = [node_ids[row] for row in np.flatnonzero(~is_finite.all(dim=-1).cpu().numpy())]
-        return [Send(Route.DRIVER, Broken(segment.request_id, segment.epoch, self._index, self._layers, broken))]
+        broken = rows[np.flatnonzero(~is_finite.all(dim=-1).cpu().numpy())]
+        node_ids = [segment.node_ids[row] for row in broken]
+        return [Send(Route.DRIVER, Broken(segment.request_id, segment.epoch, self._index, self._layers, node_ids))]
 
-    def _try_hint(self, segment: Segment, hinter: Hinter) -> list[Send]:
+    def _hint(self, hints: Hints, passed_on: Segment) -> list[Send]:
         try:
-            return self._hint(segment, hinter)
+            return [Send(Route.DRIVER, hints.hint_at(passed_on))]
         except Exception as error:
-            self._fail(segment.request_id, segment.epoch, error)
+            self._fail(passed_on, error)
             return []
 
-    def _hint(self, segment: Segment, hinter: Hinter) -> list[Send]:
-        assert segment.hidden is not None
-        start_s, num_prefix = self._clock(), segment.num_prefix
-        token_ids, logprobs = hinter.guess(segment.hidden[num_prefix:], NUM_GUESSES)
-        if len(self._hint_s) < _NUM_TRIALS:
-            self._hint_s.append(self._clock() - start_s)
-        node_ids = segment.node_ids[num_prefix:]
-        hint = Hint(segment.request_id, segment.epoch, node_ids, token_ids.tolist(), logprobs.tolist())
-        return [Send(Route.DRIVER, hint)]
+    def _fail(self, message: RequestMessage, error: Exception) -> None:
+        """The request ends here, and by the driver's word everywhere. Raises an ``error`` that nothing survives."""
+        if isinstance(error, torch.AcceleratorError):  # whatever the device is asked for next fails too
+            raise error
+        if (request := self._requests.find(message)) is not None:
+            request.is_over = True
+        told = "".join(traceback.format_exception(error))
+        failed = Failed(message.request_id, message.epoch, self._index, described(error), told)
+        self._failures.append(Send(Route.DRIVER, failed))
 
-    def _is_hint_cheap(self, forward_s: float) -> bool:
-        return len(self._hint_s) < _NUM_TRIALS or min(self._hint_s) <= self._hint_share * forward_s
+    def _take_failures(self) -> list[Send]:
+        failures, self._failures = self._failures, []
+        return failures
 
     def check_integrity(self) -> None:
         """Assert the invariants of all caches."""
-        for cache in (*self._kept.values(), *(request.cache for request in self._requests.values())):
-            cache.slots.check_integrity()
+        self._requests.check_integrity()
 
     @property
     def num_open(self) -> int:
         """Requests that hold a cache here."""
-        return len(self._requests)
+        return self._requests.num_open
 
     @property
     def num_kept(self) -> int:
         """Requests that have ended and left their cache for an heir."""
-        return len(self._kept)
+        return self._requests.num_kept

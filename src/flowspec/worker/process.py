@@ -41,7 +41,8 @@ from flowspec.wire.messages import (
     Stop,
 )
 from flowspec.wire.transport import Connection, Listener, session_of
-from flowspec.worker.actor import Hinter, Worker
+from flowspec.worker.actor import Worker
+from flowspec.worker.hints import Hinter
 from flowspec.worker.measure import LinkMeter, free_bytes, measure_forward
 
 logger = logging.getLogger("flowspec.worker")

@@ -1,0 +1,102 @@
+"""The requests that are open on a worker, with their caches, and the caches that ended ones have left for heirs."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from flowspec.errors import ProtocolError
+from flowspec.model.stage import Stage, StageCache
+from flowspec.wire.messages import Close, Commit, End, Forget, Open, Reserve, Segment, Step
+
+_MAX_ENDED = 64  # requests and epochs
+
+RequestMessage: TypeAlias = Open | Segment | Reserve | Close | Commit | End | Step  # of one epoch of a request
+
+
+@dataclass
+class OpenRequest:
+    """One epoch of a request on this worker."""
+
+    epoch: int
+    cache: StageCache
+    want_features: bool
+    want_hints: bool
+    step: int = 0  # the newest step of a lock-step schedule
+    is_over: bool = False  # all of its rows are dead, whatever the cache says
+
+
+class Requests:
+    """Who holds a cache of the stage."""
+
+    def __init__(self, stage: Stage) -> None:
+        self._stage = stage
+        self._open: dict[int, OpenRequest] = {}
+        self._kept: dict[int, StageCache] = {}  # of requests that have ended, for their heirs
+        self._ended: deque[tuple[int, int]] = deque(maxlen=_MAX_ENDED)  # whose ``End`` overtook their ``Open``, maybe
+
+    @property
+    def num_open(self) -> int:
+        return len(self._open)
+
+    @property
+    def num_kept(self) -> int:
+        return len(self._kept)
+
+    def find(self, message: RequestMessage) -> OpenRequest | None:
+        """Whom a message speaks of; ``None`` for a finished request, or another epoch of it."""
+        request = self._open.get(message.request_id)
+        return request if request is not None and request.epoch == message.epoch else None
+
+    def control(self, message: Commit | End | Step) -> None:
+        """Apply it at once. Raises ``ProtocolError`` for a commit that contradicts what came before."""
+        request = self.find(message)
+        if request is None:  # what the message speaks of is gone, or its ``Open`` is on its way
+            if isinstance(message, End):
+                self._ended.append((message.request_id, message.epoch))
+            return
+        match message:
+            case End():
+                request.is_over = True
+            case Step():
+                request.step = max(request.step, message.number)
+            case Commit() if not request.is_over:
+                request.cache.slots.commit(message.prefix_ids, message.root_id)
+            case Commit():
+                pass
+
+    def open(self, message: Open) -> None:
+        """Raises ``ProtocolError`` for the heir of a request that has left nothing."""
+        if message.heir_of is None:
+            cache = self._stage.open_cache(message.root_id)
+        elif message.heir_of in self._kept:
+            cache = self._kept.pop(message.heir_of)
+            cache.slots.inherit(message.num_kept, message.root_id)
+        else:
+            raise ProtocolError(f"request {message.request_id} inherits from {message.heir_of}, which left nothing")
+        cache.slots.limit = message.num_slots
+        is_over = (message.request_id, message.epoch) in self._ended
+        self._open[message.request_id] = OpenRequest(
+            message.epoch, cache, message.want_features, message.want_hints, is_over=is_over
+        )
+
+    def reserve(self, message: Reserve) -> None:
+        if (request := self.find(message)) is not None:
+            request.cache.slots.limit = message.num_slots
+
+    def close(self, message: Close) -> None:
+        request = self._open.pop(message.request_id, None)
+        if request is not None and message.kept_ids is not None:
+            request.cache.slots.settle(message.kept_ids)
+            self._kept[message.request_id] = request.cache
+        if not self._open:
+            self.check_integrity()  # now that nobody waits for anything
+
+    def forget(self, message: Forget) -> None:
+        self._kept.pop(message.request_id, None)
+
+    def check_integrity(self) -> None:
+        """Assert the invariants of all caches."""
+        for cache in (*self._kept.values(), *(request.cache for request in self._open.values())):
+            cache.slots.check_integrity()
