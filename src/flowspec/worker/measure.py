@@ -1,10 +1,12 @@
-"""What a worker measures of itself at start-up: its stage's forward by rows, and its link to the next worker.
+"""What a worker measures of itself at start-up: memory, its stage's forward by rows, its link to the next worker.
 
 Knows no sockets; ``schedule.pace.MeasuredCosts`` makes the costs of segments from what is found here.
 """
 
 from __future__ import annotations
 
+import resource
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -64,6 +66,12 @@ def measure_forward(
                 least_s[num_rows] = min(seconds, run_s(num_rows))
     least = np.minimum.accumulate(list(least_s.values())[::-1])[::-1]  # fewer rows take no longer
     return list(zip(least_s, least.tolist(), strict=True))
+
+
+def peak_memory_bytes() -> int:
+    """The most that this process has ever held."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 def free_bytes(device: torch.device) -> int:

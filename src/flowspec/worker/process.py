@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import logging
 import math
-import resource
-import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -43,7 +41,7 @@ from flowspec.wire.messages import (
 from flowspec.wire.transport import Connection, Listener, session_of
 from flowspec.worker.actor import Worker
 from flowspec.worker.hints import Hinter
-from flowspec.worker.measure import LinkMeter, free_bytes, measure_forward
+from flowspec.worker.measure import LinkMeter, free_bytes, measure_forward, peak_memory_bytes
 
 logger = logging.getLogger("flowspec.worker")
 
@@ -168,40 +166,19 @@ class WorkerProcess:
                 "install the same flowspec version on both"
             )
         if configure.next_address is not None:
-            session.link = Connection(
-                self._context, configure.next_address, name, "data", configure.heartbeat_s, configure.int8_wire
-            )
-            for socket in session.link.sockets:
-                self._poller.register(socket, zmq.POLLIN)
-        checkpoint = Checkpoint.open(configure.model)
+            session.link = self._connect(name, configure.next_address, configure)
         layers = LayerRange(configure.start_layer, configure.end_layer)
-        progress = _Throttled(_LOADING_INTERVAL_S, lambda done: self._tell_driver(Loading(done)))
-        stage = TorchStage.load(checkpoint, layers, configure.dtype, self._device, progress)
-        hinter = None
-        if configure.hints is not None:
-            hinter = load_hinter(configure.hints, checkpoint, layers.end, configure.dtype, self._device)
-        peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        stage, hinter = self._load(configure, layers)
         ready = Ready(
             configure.stage,
             stage.weights_bytes,
-            peak_bytes,
+            peak_memory_bytes(),
             slot_bytes=stage.slot_bytes,
             free_bytes=free_bytes(torch.device(self._device)),
         )
         if configure.emulation is None:
-            ready = replace(ready, forward_s=(table := measure_forward(stage)))
-            session.worker = Worker(
-                stage,
-                configure.stage,
-                time.perf_counter,
-                hinter=hinter,
-                forward_s=lambda num_rows: interpolate(table, num_rows),
-                layers=str(layers),
-            )
-        elif self._emulate is not None:
-            session.worker = self._emulate(stage, configure.stage, configure.emulation, hinter)
-        else:
-            raise UsageError(f"worker {configure.stage} plays no device; flowspec emulate starts workers of its own")
+            ready = replace(ready, forward_s=measure_forward(stage))
+        session.worker = self._make_worker(configure, layers, stage, hinter, ready.forward_s)
         if session.link is not None:
             self._await_link(session.link)
         logger.info("layers %s of %s are ready", layers, configure.model)
@@ -209,6 +186,43 @@ class WorkerProcess:
             self._tell_ready(ready)
         else:
             session.measuring = LinkMeter(), ready
+
+    def _connect(self, name: str, address: str, configure: Configure) -> Connection:
+        link = Connection(self._context, address, name, "data", configure.heartbeat_s, configure.int8_wire)
+        for socket in link.sockets:
+            self._poller.register(socket, zmq.POLLIN)
+        return link
+
+    def _load(self, configure: Configure, layers: LayerRange) -> tuple[Stage, Hinter | None]:
+        source, dtype = Checkpoint.open(configure.model), configure.dtype
+        progress = _Throttled(_LOADING_INTERVAL_S, lambda done: self._tell_driver(Loading(done)))
+        stage = TorchStage.load(source, layers, dtype, self._device, progress)
+        if configure.hints is None:
+            return stage, None
+        return stage, load_hinter(configure.hints, source, layers.end, dtype, self._device)
+
+    def _make_worker(
+        self,
+        configure: Configure,
+        layers: LayerRange,
+        stage: Stage,
+        hinter: Hinter | None,
+        forward_s: list[tuple[int, float]],
+    ) -> WorkerActor:
+        """``forward_s``: as in ``Ready``."""
+        index = configure.stage
+        if configure.emulation is None:
+            return Worker(
+                stage,
+                index,
+                time.perf_counter,
+                hinter=hinter,
+                forward_s=lambda num_rows: interpolate(forward_s, num_rows),
+                layers=str(layers),
+            )
+        if self._emulate is None:
+            raise UsageError(f"worker {index} plays no device; flowspec emulate starts workers of its own")
+        return self._emulate(stage, index, configure.emulation, hinter)
 
     def _await_link(self, link: Connection) -> None:
         deadline = time.monotonic() + _LINK_TIMEOUT_S
