@@ -24,8 +24,8 @@ import pytest
 from command_line import Run
 from flowspec.cluster.device_list import DeviceList
 from flowspec.train.hints import HintRecipe
+from house import LEVELS, diagram
 from server_process import free_ports
-from test_imports import read_levels
 from tiny_models import make_checkpoint, make_draft_head, write_target_and_text
 
 if sys.version_info >= (3, 11):
@@ -244,6 +244,11 @@ def check_script(house: House, run: Run, words: list[str]) -> None:
     assert end.value.code == 0 and "usage:" in printed.getvalue()
 
 
+def run_module(house: House, run: Run, words: list[str]) -> None:
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, timeout=TIMEOUT_S)
+    assert done.returncode == 0 and done.stdout, done.stderr
+
+
 def check_target(house: House, run: Run, words: list[str]) -> None:
     """make knows it; nothing is made."""
     assert subprocess.run(["make", "-n", *words], cwd=ROOT, capture_output=True, timeout=TIMEOUT_S).returncode == 0
@@ -266,6 +271,7 @@ RULES: dict[str, Rule] = {
     r"flowspec [\w-]+$|flowspec .*--help$": run_help,  # a mention of a command
     r"flowspec ": run_flowspec,
     r"python benchmarks/": check_script,
+    r"python -m tests\.": run_module,
     r"make [\w-]+$": check_target,
     r"(pip|pipx|uv tool) install ": check_install,
     r"\. ": check_activation,
@@ -300,7 +306,9 @@ def test_a_block_of_code_works_as_it_is_written(
         case "toml":
             assert DeviceList.of(tomllib.loads(block.text), str(block)).addresses
         case "rooms":
-            assert read_levels(), "it is tests/test_imports.py that reads it"
+            assert LEVELS, "it is tests/house.py that reads it"
+        case "mermaid":
+            assert block.text in diagram(), "it is tests/house.py that draws it"
         case "":
             assert "--->" in block.text, "a picture; commands are in blocks of sh"
         case language:

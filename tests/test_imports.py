@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -10,18 +9,7 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parent.parent / "src" / "flowspec"
-
-
-def read_levels() -> dict[str, tuple[int, int]]:
-    """Each room's level, and its place in it, from the table of docs/DESIGN.md."""
-    text = (Path(__file__).parent.parent / "docs" / "DESIGN.md").read_text(encoding="utf-8")
-    table = text.partition("```rooms\n")[2].partition("```")[0]
-    rows = [line.split() for line in table.splitlines()]
-    return {room: (int(row[0]), place) for row in rows for place, room in enumerate(row[1:])}
-
-
-LEVELS = read_levels()
+from house import LEVELS, imports, inner_imports, modules, room
 
 FORBIDDEN = {
     "worker": {"driver", "draft", "schedule", "request"},
@@ -48,33 +36,6 @@ CONFINED = {
 }
 
 
-def modules() -> list[tuple[str, Path]]:
-    names = [
-        (".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"), path)
-        for path in sorted(PACKAGE.rglob("*.py"))
-    ]
-    return [(name, path) for name, path in names if name != "__init__"]
-
-
-def imports(path: Path) -> set[str]:
-    """Full names of all that a file imports, inside functions and type-checking blocks too."""
-    found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import"
-            found.add(node.module or "")
-    return found
-
-
-def room(name: str) -> str:
-    """The folder, or the module of the root."""
-    found = name.partition(".")[0]
-    assert found in LEVELS, f"{found} has no level; add it to the table in docs/DESIGN.md"
-    return found
-
-
 def level(name: str) -> int:
     return LEVELS[room(name)][0]
 
@@ -88,33 +49,28 @@ def is_within(name: str, owners: set[str]) -> bool:
     return any(name == owner or name.startswith(owner + ".") for owner in owners)
 
 
-@pytest.mark.parametrize(("name", "path"), modules(), ids=[name for name, _ in modules()])
+@pytest.mark.parametrize(("name", "path"), modules().items(), ids=list(modules()))
 def test_modules_import_only_what_they_may(name: str, path: Path) -> None:
-    for imported in imports(path):
-        top = imported.partition(".")[0]
-        if top == "flowspec":
-            inner = imported.removeprefix("flowspec").lstrip(".")
-            if not inner:
-                continue  # the version
-            assert may_import(name, inner), f"{name} (level {level(name)}) imports {inner} (level {level(inner)})"
-            for owner, forbidden in FORBIDDEN.items():
-                if is_within(name, {owner}):
-                    assert not is_within(inner, forbidden), f"{name} must not import {inner}"
-        elif top in CONFINED:
-            assert is_within(name, CONFINED[top]), f"{name} imports {top}, which belongs in {CONFINED[top]}"
+    for inner in inner_imports(path):
+        assert may_import(name, inner), f"{name} (level {level(name)}) imports {inner} (level {level(inner)})"
+        for owner, forbidden in FORBIDDEN.items():
+            if is_within(name, {owner}):
+                assert not is_within(inner, forbidden), f"{name} must not import {inner}"
+    for top in {imported.partition(".")[0] for imported in imports(path)} & CONFINED.keys():
+        assert is_within(name, CONFINED[top]), f"{name} imports {top}, which belongs in {CONFINED[top]}"
 
 
 def test_no_room_has_a_circle() -> None:
-    paths = dict(modules())
-    graph: dict[str, set[str]] = {}
-    for name, path in paths.items():
-        inner = {imported.removeprefix("flowspec.") for imported in imports(path)} & paths.keys()
-        graph[name] = {other for other in inner if other != name and room(other) == room(name)}
+    paths = modules()
+    graph = {
+        name: {other for other in inner_imports(path) & paths.keys() - {name} if room(other) == room(name)}
+        for name, path in paths.items()
+    }
     TopologicalSorter(graph).prepare()  # raises CycleError
 
 
 def test_plain_types_need_no_torch() -> None:
-    for name, path in modules():
+    for name, path in modules().items():
         if level(name) == 0:
             assert not any(i.partition(".")[0] in ("torch", "numpy", "transformers") for i in imports(path)), name
 
