@@ -234,13 +234,13 @@ def check_script(house: House, run: Run, words: list[str]) -> None:
     if arguments[1:] == ["NAME"]:  # stands for one that the same page names
         arguments[1] = "ablation"
     printed = io.StringIO()
-    argv = sys.argv
+    argv, path = sys.argv, sys.path
     try:
-        sys.argv = [script, *arguments, "--help"]
+        sys.argv, sys.path = [script, *arguments, "--help"], [str((ROOT / script).parent), *path]
         with contextlib.redirect_stdout(printed), pytest.raises(SystemExit) as end:
             runpy.run_path(str(ROOT / script), run_name="__main__")
     finally:
-        sys.argv = argv
+        sys.argv, sys.path = argv, path
     assert end.value.code == 0 and "usage:" in printed.getvalue()
 
 

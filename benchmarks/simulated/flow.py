@@ -1,0 +1,130 @@
+"""Sections that look into ``flow``: what its parts are worth, what its time is spent on."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from flowspec.bench import plots
+from flowspec.bench.report import markdown_table
+from flowspec.bench.study import draw_timeline
+from flowspec.core import SamplingParams
+from flowspec.emulation.description import DriverCosts
+from flowspec.emulation.experiment import Experiment
+from flowspec.schedule.catalogue import ABLATIONS
+from simulated.lab import NANO_7B, NANO_13B, SEED, Case, Lab, Piece, all_clusters, cluster, run_piece
+from simulated.text import code, command, image, interval, speed
+
+
+def parts(lab: Lab) -> str:
+    """What each part of ``flow`` is worth."""
+    # The synthetic language hardly ever repeats itself: what n-grams are worth is shown with the demo pair.
+    schedules = ("flow", *(n for n in ABLATIONS if n.startswith("flow") and n != "flow-no-ngrams"))
+    names = (NANO_7B, NANO_13B, "7b-agx-8", "7b-weak-compute", "7b-agx-wan-20ms")
+    cases = [
+        Case(cluster(name), schedules, quality=quality, num_prompts=lab.options.few)
+        for quality in ("eagle1", "eagle3") for name in names
+    ]  # fmt: skip
+    rows = [
+        [
+            case.cluster.name,
+            case.quality,
+            f"{speed(runs['flow']):.2f}",
+            *(interval(runs, n, "flow") for n in schedules[1:]),
+        ]
+        for case, runs in zip(cases, lab.run(cases), strict=True)
+    ]
+    return "\n\n".join(
+        [
+            f"`flow` without one of its parts at a time, against the whole; same engine, greedy, {lab.options.few} "
+            "prompts.",
+            markdown_table(["cluster", "draft", "flow, tokens/s", *schedules[1:]], rows),
+            code(f"{command(cases[0], lab.options)}  # the first row"),
+        ]
+    )
+
+
+def bound(lab: Lab) -> str:
+    """How far ``flow`` is from what its pipeline could give."""
+    few = lab.options.few
+    rows: list[list[str]] = []
+    bars: dict[str, dict[str, float]] = {}
+    for quality in ("eagle1", "eagle3"):
+        for spec in all_clusters():
+            free = replace(spec, ours=DriverCosts(0.0, 0.0, 0.0, hop_ms=spec.ours.hop_ms))
+            actual = Case(spec, ("flow",), quality=quality, num_prompts=few)
+            no_driver = replace(actual, cluster=free, flags="free driver")
+            oracle = replace(no_driver, quality=f"{quality}-oracle", flags="free driver, oracle")
+            all_ms = [1e3 / speeds["flow"] for speeds in lab.speeds([actual, no_driver, oracle])]
+            useful, wasted = busy_shares(lab, oracle)
+            losses = {
+                "useful forwards": all_ms[2] * useful,
+                "wasted forwards": all_ms[2] * wasted,
+                "waiting": all_ms[2] * (1 - useful - wasted),
+                "misses": all_ms[1] - all_ms[2],
+                "driver": all_ms[0] - all_ms[1],
+            }
+            bars[f"{spec.name}\n{quality}"] = losses
+            share = f"{100 * all_ms[2] / all_ms[0]:.0f} %"
+            rows.append([spec.name, quality, f"{1e3 / all_ms[0]:.2f}", f"{1e3 / all_ms[2]:.2f}", share])
+            rows[-1] += [f"{ms:.1f}" for ms in losses.values()]
+    title = "Time per token of flow, by what it is spent on; greedy, same engine"
+    plots.stacked(lab.plot_path("bound"), bars, "ms per token, as a share of the whole", title)
+    headers = [
+        "cluster",
+        "draft",
+        "flow, tokens/s",
+        "bound",
+        "share",
+        "useful",
+        "wasted",
+        "waiting",
+        "misses",
+        "driver",
+    ]
+    return "\n\n".join(
+        [
+            "The bound is `flow` with a driver whose work takes no time, and a draft whose list of children always "
+            "contains the target's token, though not always first. What `flow` takes more than that is parted into "
+            "the driver's work (what is gained when it is free) and misses (what is gained by the oracle's draft); the "
+            "bound's own time into forwards of the busiest stage with and without an accepted row, and the rest of its "
+            f"time, in which it waits. Milliseconds per token; greedy, {few} prompts.",
+            markdown_table(headers, rows),
+            code("python benchmarks/results.py --only bound"),
+            image("bound", "time per token by what it is spent on"),
+        ]
+    )
+
+
+def busy_shares(lab: Lab, case: Case) -> tuple[float, float]:
+    """Of the busiest stage's time on the first prompt: forwards with an accepted row, and all its other work."""
+    params = SamplingParams(lab.options.max_new_tokens, seed=SEED)
+    experiment = Experiment(case.cluster, case.config, params, with_spans=True)
+    record = run_piece(Piece(experiment, case.pair, "flow", range(1)))[0]
+    accepted = {segment.segment_id for segment in record.segment_records if segment.num_accepted}
+    busiest, start_s = 1 + int(np.argmax(record.busy_s[1:])), record.emissions.decode_start_s
+    useful = sum(
+        min(span.end_s, record.end_s) - span.start_s
+        for span in record.spans
+        if span.place == busiest and span.segment_id in accepted and start_s <= span.start_s < record.end_s
+    )
+    return useful / record.decode_s, record.busy_s[busiest] / record.decode_s - useful / record.decode_s
+
+
+def timeline(lab: Lab) -> str:
+    """A few seconds of the first prompt."""
+    case = Case(cluster(NANO_7B), ("chunked", "lockstep", "flow"), as_published=True, num_prompts=1)
+    params = SamplingParams(lab.options.max_new_tokens, seed=SEED)
+    experiment = Experiment(case.cluster, case.config, params, case.as_published, with_spans=True)
+    records = {name: run_piece(Piece(experiment, case.pair, name, range(1))) for name in case.schedules}
+    title = f"{NANO_7B}, draft eagle1, chunked and lockstep as published, first prompt"
+    draw_timeline(lab.plot_path("timeline"), records, title)
+    return "\n\n".join(
+        [
+            f"What every place does in the first seconds after the prefill: {NANO_7B}, draft `eagle1`, greedy; "
+            "`chunked` and `lockstep` as published, `flow` with its own costs.",
+            image("timeline", "what the driver and the workers do"),
+            code(f"{command(case, lab.options)} --timeline timeline.png"),
+        ]
+    )
