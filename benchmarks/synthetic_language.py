@@ -19,7 +19,8 @@ from flowspec.bench.report import markdown_table
 from flowspec.bench.runner import PairSpec, run_simulated
 from flowspec.config import PUBLISHED_TREE, LockstepConfig, ScheduleConfig
 from flowspec.core import Partition, SamplingParams
-from flowspec.emulation.description import ClusterSpec, Device, DriverCosts, EmulatedModel, LinkModel, TensorParallel
+from flowspec.emulation.costs import Device, DriverCosts, EmulatedModel, LinkModel, TensorParallel
+from flowspec.emulation.description import ClusterSpec
 from flowspec.emulation.experiment import Experiment
 from flowspec.model.synthetic import QUALITIES, Language, quality
 

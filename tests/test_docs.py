@@ -23,6 +23,7 @@ import pytest
 
 from command_line import Run
 from flowspec.cluster.device_list import DeviceList
+from flowspec.toml_table import Table
 from flowspec.train.hints import HintRecipe
 from house import LEVELS, diagram
 from server_process import free_ports
@@ -304,7 +305,7 @@ def test_a_block_of_code_works_as_it_is_written(
             exec(compile(block.text, str(block), "exec"), {"__name__": "__main__"})
             assert capsys.readouterr().out
         case "toml":
-            assert DeviceList.of(tomllib.loads(block.text), str(block)).addresses
+            assert DeviceList.of(Table.parse(block.text, str(block))).addresses
         case "rooms":
             assert LEVELS, "it is tests/house.py that reads it"
         case "mermaid":

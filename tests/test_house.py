@@ -11,7 +11,6 @@ EXCEPTIONS = {
     "src/flowspec/cli/emulate.py emulate": "runs and prints in one; the run is a function of its own",
     "src/flowspec/engine/engine.py Engine.__init__": "loads, launches and measures; these are steps of a pipeline",
     "src/flowspec/request/generation.py Generation.__init__": "says what each of its fields is; some belong together",
-    "src/flowspec/emulation/description.py": "costs, the form of a file, and reading TOML; three modules",
     "src/flowspec/emulation/simulator.py": "places and the run of an experiment; two modules",
     "src/flowspec/engine/engine.py": "bring-up and the loop; two modules",
     "src/flowspec/request/generation.py": "a request's state and the verbs of schedules; two modules",

@@ -54,14 +54,6 @@ def test_every_change_keeps_the_invariants(data: st.DataObject) -> None:
 
 
 @given(st.data())
-def test_the_mask_is_the_ancestor_relation(data: st.DataObject) -> None:
-    tree = grown_tree(data)
-    mask = tree.ancestor_mask()
-    for row in range(len(tree)):
-        assert set(np.flatnonzero(mask[row]).tolist()) == set(tree.path(row))
-
-
-@given(st.data())
 def test_every_prefix_of_the_score_order_is_a_connected_tree(data: st.DataObject) -> None:
     tree = grown_tree(data)
     best = tree.best().tolist()

@@ -10,7 +10,7 @@ from flowspec.bench import plots
 from flowspec.bench.report import markdown_table
 from flowspec.bench.study import draw_timeline
 from flowspec.core import SamplingParams
-from flowspec.emulation.description import DriverCosts
+from flowspec.emulation.costs import DriverCosts
 from flowspec.emulation.experiment import Experiment
 from flowspec.schedule.catalogue import ABLATIONS
 from simulated.lab import NANO_7B, NANO_13B, SEED, Case, Lab, Piece, all_clusters, cluster, run_piece

@@ -1,4 +1,5 @@
 """Arguments of the public interface, checked against their type hints: a wrong name or type is a ``UsageError``.
+And fields of dataclasses, checked against their range.
 
 Knows plain types, literals, tuples, sets, sequences, unions, and classes by ``isinstance``. What it does not know it
 lets pass.
@@ -10,12 +11,13 @@ import collections.abc
 import difflib
 import functools
 import inspect
+import math
 import numbers
 import types
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from flowspec.errors import UsageError
+from flowspec.errors import FieldError, UsageError
 
 _Class = TypeVar("_Class", bound=type)
 _Parameters = ParamSpec("_Parameters")
@@ -28,6 +30,20 @@ _NAMES: dict[Any, str] = {
     bool: "True or False",
     type(None): "None",
 }
+
+
+def check_positive(owner: object, *names: str) -> None:
+    for name in names:
+        value = getattr(owner, name)
+        if not 0 < value < math.inf:
+            raise FieldError(name, f"is {value:.12g}; it must be positive")
+
+
+def check_not_negative(owner: object, *names: str) -> None:
+    for name in names:
+        value = getattr(owner, name)
+        if not 0 <= value < math.inf:
+            raise FieldError(name, f"is {value:.12g}; it must be 0 or positive")
 
 
 def checked_class(cls: _Class) -> _Class:

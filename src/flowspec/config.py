@@ -6,17 +6,10 @@ import math
 import re
 from dataclasses import dataclass
 
-from flowspec.checked import checked_class
+from flowspec.checked import check_positive, checked_class
 from flowspec.errors import UsageError
 
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s]+")
-
-
-def _check_positive(owner: object, *names: str) -> None:
-    for name in names:
-        value = getattr(owner, name)
-        if value <= 0:
-            raise UsageError(f"{name} is {value}; it must be positive")
 
 
 @checked_class
@@ -34,7 +27,7 @@ class TreeConfig:
     min_probability: float = 0.02  # nodes that are reached less often, by the draft's own score, are not worth a row
 
     def __post_init__(self) -> None:
-        _check_positive(self, "top_k", "width", "depth", "size")
+        check_positive(self, "top_k", "width", "depth", "size")
         if not 0 <= self.min_probability < 1:
             raise UsageError(f"min_probability is {self.min_probability}; it must lie in [0, 1)")
         if self.max_depth < self.depth:
@@ -63,7 +56,7 @@ class LockstepConfig:
     expand: bool = True  # the tree grows while it is in flight; else only between rounds
 
     def __post_init__(self) -> None:
-        _check_positive(self, "expand_depth", "expand_size", "deepen_size")
+        check_positive(self, "expand_depth", "expand_size", "deepen_size")
 
     @property
     def name(self) -> str:
@@ -96,7 +89,7 @@ class PipelineConfig:
     prefill_in_flight: int = 0  # such segments of one prompt under way at most; 0: one more than stages
 
     def __post_init__(self) -> None:
-        _check_positive(self, "prefill_chunk")
+        check_positive(self, "prefill_chunk")
         if self.prefill_in_flight < 0:
             raise UsageError(f"prefill_in_flight is {self.prefill_in_flight}; it must be 0 (automatic) or positive")
         if self.segment_len < 0:
@@ -117,7 +110,7 @@ class ScheduleConfig:
     pipeline: PipelineConfig = PipelineConfig()
 
     def __post_init__(self) -> None:
-        _check_positive(self, "pipedec_width")
+        check_positive(self, "pipedec_width")
 
 
 @checked_class
@@ -132,7 +125,7 @@ class EngineConfig:
     keeps_caches: bool = True  # a prompt that begins like an earlier request's text is not computed again so far
 
     def __post_init__(self) -> None:
-        _check_positive(self, "max_running", "likely_tokens")
+        check_positive(self, "max_running", "likely_tokens")
         if self.kv_slots < 0:
             raise UsageError(f"kv_slots is {self.kv_slots}; it must be 0 (by the free memory) or positive")
         if not 0 < self.kv_memory_share <= 1:
@@ -154,7 +147,7 @@ class ServerConfig:
     cors_origins: tuple[str, ...] = ()  # of web pages that may use the server from a browser; "*": all pages
 
     def __post_init__(self) -> None:
-        _check_positive(self, "max_waiting", "max_body_bytes", "stuck_after_s")
+        check_positive(self, "max_waiting", "max_body_bytes", "stuck_after_s")
         if not 0 <= self.port < 65536:
             raise UsageError(f"port is {self.port}; it must lie in 0..65535")
         if self.api_key is not None and not (self.api_key and self.api_key.isascii() and self.api_key.isprintable()):
@@ -175,4 +168,4 @@ class LinkConfig:
     int8_wire: bool = False  # hidden states travel between workers in int8: fewer bytes, and not bit-exact
 
     def __post_init__(self) -> None:
-        _check_positive(self, "start_timeout_s", "stall_timeout_s", "heartbeat_s")
+        check_positive(self, "start_timeout_s", "stall_timeout_s", "heartbeat_s")

@@ -192,13 +192,18 @@ class TokenLogprobs:
 
 
 def interpolate(table: Sequence[tuple[int, float]], num_rows: int) -> float:
-    """A cost by rows: linear between the measured points, and beyond them as between the last two.
+    """A cost by rows, which ascend: linear between the entries, constant below the first.
 
-    Proportional to the rows if there is one point.
+    Beyond the last it goes on as between the last two, but never falls; beyond a single one it is proportional.
     """
+    rows = [entry[0] for entry in table]
+    if num_rows <= rows[0]:
+        return table[0][1]
     if len(table) == 1:
-        return table[0][1] * num_rows / table[0][0]
-    above = min(max(1, bisect_left([rows for rows, _ in table], num_rows)), len(table) - 1)
-    (rows_0, s_0), (rows_1, s_1) = table[above - 1 : above + 1]
-    slope = (s_1 - s_0) / (rows_1 - rows_0)
-    return s_1 + (slope if num_rows < rows_1 else max(0.0, slope)) * (num_rows - rows_1)
+        return table[0][1] * num_rows / rows[0]
+    above = min(bisect_left(rows, num_rows), len(table) - 1)
+    (left_rows, left), (right_rows, right) = table[above - 1 : above + 1]
+    slope = (right - left) / (right_rows - left_rows)
+    if num_rows > right_rows:
+        return right + max(0.0, slope) * (num_rows - right_rows)
+    return left + slope * (num_rows - left_rows)

@@ -28,6 +28,14 @@ class UsageError(FlowspecError, ValueError):
         self.field, self.code = field, code
 
 
+class FieldError(UsageError):
+    """A field out of its range. The message starts with the field; whoever read a file adds where it stands."""
+
+    def __init__(self, field: str, problem: str) -> None:
+        super().__init__(f"{field} {problem}")
+        self.field = field
+
+
 class ModelError(UsageError):
     """A model or draft directory cannot be used: missing, truncated, unsupported, or not fitting together."""
 

@@ -114,13 +114,6 @@ class DraftTree:
         gains = (parents_staleness != UNDRAFTED) & (staleness > parents_staleness + 1) & (staleness > steady_steps)
         return np.sort(best[gains][:limit])
 
-    def ancestor_mask(self) -> Bools:
-        """[nodes, nodes]: node i sees node j exactly when j is i or an ancestor of i."""
-        mask = np.eye(len(self), dtype=np.bool_)
-        for row in range(1, len(self)):
-            mask[row] |= mask[self.parents[row]]
-        return mask
-
     # --- growing ---
 
     def expand(self, rows: Ints, token_ids: Ints, logprobs: Floats, staleness: Ints) -> None:

@@ -45,15 +45,18 @@ def test_a_file_names_the_devices(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("", "lists no devices"),
-        ("device = 3", "lists no devices"),
-        ("[model]\nname = 'x'", "model is unknown"),
+        ("device = 3", r"line 1: device is 3; it must be a list of tables, \[\[device\]\]"),
+        ("[model]\nname = 'x'", "line 1: model is unknown; .* Known: device"),
         ("[pipeline]\nlinks = 'lan'", "a cluster to simulate"),
-        ("[[device]]\nname = 'x'", "wants address"),
-        ("[[device]]\naddress = 7070", "wants address"),
-        ("[[device]]\naddress = 'a:1'\nspeed = '1'", "speed is unknown"),
+        ("[[device]]\nname = 'x'", r'line 1: \[\[device\]\] address is missing; add it, "HOST:PORT"'),
+        ("[[device]]\naddress = 7070", 'line 2: .* address is 7070; it must be "HOST:PORT"'),
+        (
+            "[[device]]\naddress = 'a:1'\n[[device]]\nadress = 'b:1'",
+            "line 4: .* adress is unknown; did you mean address",
+        ),
         ("[[device]]\naddress = 'a:1'\nlayers = '0:2'\n[[device]]\naddress = 'b:1'", "for some devices only"),
         ("[[device]]\naddress = 'a:1'\nlayers = '1:2'", "must start at layer 0"),
-        ("[[device", "no TOML"),
+        ("[[device", "line 1: this is not TOML"),
     ],
 )
 def test_a_file_that_lists_no_devices_is_explained(tmp_path: Path, text: str, message: str) -> None:

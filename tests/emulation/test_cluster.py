@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flowspec.core import Partition
-from flowspec.emulation.description import ClusterSpec, Device, DriverCosts, EmulatedModel, LinkModel, TensorParallel
+from flowspec.emulation.costs import Device, DriverCosts, EmulatedModel, LinkModel, TensorParallel
+from flowspec.emulation.description import ClusterSpec
 from flowspec.errors import UsageError
 
 CLUSTERS = Path(__file__).parents[2] / "clusters"
@@ -145,8 +146,11 @@ def test_a_measured_table_is_interpolated_and_replaces_the_overheads(num_rows: i
 def test_a_table_never_falls_beyond_its_last_entry() -> None:
     falling = replace(DEVICE, forward_ms=((4, 2.0), (16, 1.0)))
     assert falling.forward_s(MODEL, 1, 100, 0) == pytest.approx(1e-3)
+
+
+def test_a_table_of_one_entry_costs_in_proportion_beyond_it() -> None:
     single = replace(DEVICE, forward_ms=((4, 2.0),))
-    assert single.forward_s(MODEL, 1, 100, 0) == pytest.approx(2e-3)
+    assert [single.forward_s(MODEL, 1, num_rows, 0) for num_rows in (1, 4, 6)] == pytest.approx([2e-3, 2e-3, 3e-3])
 
 
 TABLES = st.lists(

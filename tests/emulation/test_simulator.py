@@ -17,7 +17,8 @@ from flowspec.bench.prompts import BUILT_IN_PROMPTS
 from flowspec.config import FlowParts, ScheduleConfig
 from flowspec.core import SamplingParams
 from flowspec.draft.synthetic import SyntheticSource
-from flowspec.emulation.description import ClusterSpec, LinkModel
+from flowspec.emulation.costs import LinkModel
+from flowspec.emulation.description import ClusterSpec
 from flowspec.emulation.experiment import Experiment, Faults, Slowdown
 from flowspec.emulation.pairs import PROMPT_LEN, CheckpointPair, ModelPair, SyntheticPair
 from flowspec.emulation.simulator import simulate

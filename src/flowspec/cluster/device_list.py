@@ -8,18 +8,22 @@ layers = "0:8"                  # optional: for all devices, or for none
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
 from flowspec.core import Partition
 from flowspec.errors import UsageError
+from flowspec.toml_table import Table
 
-if sys.version_info >= (3, 11):
-    from tomllib import TOMLDecodeError, loads
-else:
-    from tomli import TOMLDecodeError, loads  # pyright: ignore[reportMissingImports, reportUnknownVariableType]
+
+@dataclass(frozen=True)
+class _Device:
+    """A table ``[[device]]`` as written."""
+
+    address: Annotated[str, '"HOST:PORT"']
+    name: str | None = None
+    layers: Annotated[str | None, 'a range of layers, as in "0:8"'] = None
 
 
 @dataclass(frozen=True)
@@ -31,38 +35,25 @@ class DeviceList:
     @classmethod
     def load(cls, path: str | Path) -> DeviceList:
         """Raises ``UsageError`` for a file that is missing or says something else."""
-        try:
-            values = loads(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise UsageError(f"{path}: {error.strerror}; give the path of a file that lists the devices") from None
-        except (TOMLDecodeError, UnicodeDecodeError) as error:
-            raise UsageError(f"{path}: no TOML: {error}") from None
-        return cls.of(values, str(path))
+        return cls.of(Table.load(path, "a file that lists the devices"))
 
     @classmethod
-    def of(cls, values: dict[str, Any], path: str) -> DeviceList:
-        devices: Any = values.get("device")
-        if "pipeline" in values:
-            raise UsageError(
-                f"{path}: describes a cluster to simulate; one to serve is a list of [[device]] with address"
+    def of(cls, root: Table) -> DeviceList:
+        if "pipeline" in root.values:
+            raise root.error(
+                "pipeline", "[pipeline] describes a cluster to simulate; one to serve is a list of [[device]]"
             )
-        if unknown := set(values) - {"device"}:
-            raise UsageError(f"{path}: {sorted(unknown)[0]} is unknown; a cluster to serve is a list of [[device]]")
-        if not isinstance(devices, list) or not devices or not all(isinstance(device, dict) for device in devices):
-            raise UsageError(f"{path}: lists no devices; write [[device]] with an address for each one")
-        names: list[str] = []
-        addresses: list[str] = []
-        layers: list[str] = []
-        for place, device in enumerate(devices, start=1):
-            if unknown := set(device) - {"name", "address", "layers"}:
-                raise UsageError(
-                    f"{path}: device {place}: {sorted(unknown)[0]} is unknown; known: name, address, layers"
-                )
-            if not all(isinstance(value, str) for value in device.values()) or "address" not in device:
-                raise UsageError(f'{path}: device {place}: wants address = "HOST:PORT", and texts everywhere')
-            names.append(device.get("name", f"worker {place}"))
-            addresses.append(device["address"])
-            layers += [device["layers"]] if "layers" in device else []
+        root.check_keys(["device"])
+        tables = root.array("device")
+        if not tables:
+            raise root.error("device", "lists no devices; write [[device]] with an address for each one")
+        devices = [table.read(_Device) for table in tables]
+        names = tuple(device.name or f"worker {place}" for place, device in enumerate(devices, start=1))
+        layers = [device.layers for device in devices if device.layers is not None]
         if layers and len(layers) < len(devices):
-            raise UsageError(f"{path}: layers for some devices only; give them for all, or for none")
-        return cls(tuple(names), tuple(addresses), Partition.parse(",".join(layers)) if layers else None)
+            raise root.error("device", "layers for some devices only; give them for all, or for none")
+        try:
+            partition = Partition.parse(",".join(layers)) if layers else None
+        except UsageError as error:
+            raise root.error("device", str(error)) from None
+        return cls(names, tuple(device.address for device in devices), partition)

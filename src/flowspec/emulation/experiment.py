@@ -9,7 +9,8 @@ from flowspec.config import ScheduleConfig
 from flowspec.core import MAX_SEED, SamplingParams
 from flowspec.draft.base import DraftSource
 from flowspec.driver import Driver
-from flowspec.emulation.description import ClusterSpec, DriverCosts
+from flowspec.emulation.costs import DriverCosts
+from flowspec.emulation.description import ClusterSpec
 from flowspec.emulation.pairs import PROMPT_LEN, ModelPair
 from flowspec.emulation.virtual_time import Clock
 from flowspec.errors import UsageError

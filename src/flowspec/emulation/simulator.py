@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from random import Random
 
-from flowspec.emulation.description import DriverCosts
+from flowspec.emulation.costs import DriverCosts
 from flowspec.emulation.experiment import TENSOR_PARALLEL, Experiment, make_driver
 from flowspec.emulation.pairs import ModelPair
 from flowspec.emulation.virtual_time import Clock, EmulatedHinter, EmulatedStage, Place, Sizes, VirtualLink

@@ -14,7 +14,7 @@ from random import Random
 
 from torch import Tensor
 
-from flowspec.emulation.description import EmulatedModel, LinkModel
+from flowspec.emulation.costs import EmulatedModel, LinkModel
 from flowspec.model.stage import Part, Stage, StageCache
 from flowspec.request.records import Span
 from flowspec.wire.actor import Actor, Send
