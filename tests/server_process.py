@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -25,14 +24,6 @@ def add_chat_template(directory: Path) -> Path:
     """Let a tiny model of ``tiny_models`` chat."""
     (directory / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     return directory
-
-
-def free_ports(count: int) -> list[int]:
-    probes = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [probe.getsockname()[1] for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports
 
 
 def forked_workers(process: psutil.Process) -> list[psutil.Process]:

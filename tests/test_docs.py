@@ -26,7 +26,6 @@ from flowspec.cluster.device_list import DeviceList
 from flowspec.toml_table import Table
 from flowspec.train.hints import HintRecipe
 from house import LEVELS, diagram
-from server_process import free_ports
 from tiny_models import make_checkpoint, make_draft_head, write_target_and_text
 
 if sys.version_info >= (3, 11):
@@ -41,10 +40,8 @@ TIMEOUT_S = 120
 # What stands for what the text says.
 REPLACED = {
     "/models/llama": "Llama-3.2-3B",
-    "192.168.1.21:7070": "127.0.0.1:{first}",
-    "192.168.1.22:7070": "127.0.0.1:{second}",
-    ":8000": ":{server}",
 }
+WORKERS, SERVER = ("192.168.1.21:7070", "192.168.1.22:7070"), "127.0.0.1:8000"  # on any free port
 SMALL = {"--max-new-tokens": "8", "--num-prompts": "1", "--tokens": "512", "--repeats": "1", "--time-scale": "4"}
 ADDED = {
     "generate": {"--max-new-tokens": "8"},
@@ -54,7 +51,7 @@ ADDED = {
     "emulate": {"--max-new-tokens": "4", "--num-prompts": "1", "--schedule": "flow", "--time-scale": "4"},
     "chat": {"--max-new-tokens": "8"},
     "demo": {"--max-new-tokens": "8"},
-    "serve": {"--port": "{server}"},
+    "serve": {"--port": "0"},
 }
 
 
@@ -115,11 +112,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-@pytest.fixture(scope="module")
-def ports() -> dict[str, int]:
-    return dict(zip(("first", "second", "server"), free_ports(3), strict=True))
-
-
 class Running:
     """A command that goes on until it is told to end, and then has done its work."""
 
@@ -139,8 +131,12 @@ class Running:
             if "end it with Ctrl-C" in line:
                 self._is_up.set()
 
-    def await_up(self) -> None:
+    def await_up(self) -> str:
+        """The address that it listens on."""
         assert self._is_up.wait(TIMEOUT_S) and self._process.poll() is None, self.log
+        found = re.search(r"//(127\.0\.0\.1:\d+)", self.log)
+        assert found is not None, self.log
+        return found[1]
 
     def end(self) -> None:
         self._process.send_signal(signal.SIGTERM)
@@ -153,14 +149,14 @@ class Running:
 class House:
     """Runs the commands of the text, one after the other, and keeps what goes on in the background."""
 
-    def __init__(self, place: Path, ports: dict[str, int]) -> None:
+    def __init__(self, place: Path) -> None:
         self.place = place
-        self._ports = ports
         self.background: dict[str, Running] = {}
+        self._addresses: dict[str, str] = {}  # of those, by what the text calls them
 
     def small(self, words: list[str]) -> list[str]:
         """The same command, with what stands for what it names, in a small size."""
-        for old, new in REPLACED.items():
+        for old, new in {**REPLACED, **self._addresses}.items():
             words = [word.replace(old, new) for word in words]
         name = "bench clusters" if " ".join(words).startswith("bench clusters/") else words[0]
         added = ADDED.get(name, {})
@@ -169,16 +165,16 @@ class House:
                 words[words.index(option) + 1] = value
             elif option in added:
                 words = [*words, option, value]
-        return [word.format(**self._ports) for word in words]
+        return words
 
-    def start(self, words: list[str]) -> Running:
+    def start(self, words: list[str]) -> None:
         """Once: the same command goes on."""
-        words = self.small(words)
-        key = shlex.join(words)
-        if key not in self.background:
-            self.background[key] = Running(self.place, words)
-        self.background[key].await_up()
-        return self.background[key]
+        command = shlex.join(words)
+        if command not in self.background:
+            address = words[words.index("--listen") + 1] if "--listen" in words else SERVER
+            any_port = [word.replace(address, "127.0.0.1:0") for word in self.small(words)]
+            self.background[command] = Running(self.place, any_port)
+            self._addresses[address] = self.background[command].await_up()
 
     def end(self) -> None:
         for running in self.background.values():
@@ -186,8 +182,8 @@ class House:
 
 
 @pytest.fixture(scope="module")
-def house(place: Path, ports: dict[str, int]) -> Iterator[House]:
-    house = House(place, ports)
+def house(place: Path) -> Iterator[House]:
+    house = House(place)
     yield house
     house.end()
 
@@ -203,8 +199,8 @@ def run_flowspec(house: House, run: Run, words: list[str]) -> None:
     if "<" in words:
         stdin = (house.place / words.pop(words.index("<") + 1)).read_text()
         words.remove("<")
-    if "192.168.1.21:7070" in " ".join(words):  # "install flowspec on each, and start a worker"
-        for address in ("192.168.1.21:7070", "192.168.1.22:7070"):
+    if WORKERS[0] in " ".join(words):  # "install flowspec on each, and start a worker"
+        for address in WORKERS:
             house.start(["worker", "--listen", address])
     if "--url" in words:
         house.start(documented("flowspec serve"))

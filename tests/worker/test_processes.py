@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -24,6 +24,7 @@ from flowspec.wire.codec import Codec
 from flowspec.wire.messages import PROTOCOL_VERSION, Alive, Configure, Ready, Stop
 from pump import Pump
 from server_process import forked_workers
+from worker_process import WorkerProcess
 
 PROMPT_IDS = [1, 4, 2, 1, 4, 2, 3]
 LINK = LinkConfig(start_timeout_s=60, stall_timeout_s=60, heartbeat_s=0.5)
@@ -52,28 +53,20 @@ def no_process_is_left() -> Iterator[None]:
 
 
 @pytest.fixture
-def remote_workers(tmp_path: Path) -> Iterator[list[str]]:
+def remote_workers() -> Iterator[list[str]]:
     """Three workers as on three machines, on loopback addresses of their own."""
-    addresses = [f"127.0.0.{host}:{_free_port(f'127.0.0.{host}')}" for host in (2, 3, 4)]
-    command = [sys.executable, "-m", "flowspec", "worker", "--threads", "1", "--listen"]
-    logs = [(tmp_path / f"worker{i}.log").open("w") for i in range(3)]
-    workers = [subprocess.Popen([*command, address], stderr=log) for address, log in zip(addresses, logs, strict=True)]
-    yield addresses
+    workers = [WorkerProcess(f"127.0.0.{host}") for host in (2, 3, 4)]
+    yield [worker.address for worker in workers]
     for worker in workers:
-        worker.send_signal(signal.SIGTERM)
-    for worker, log in zip(workers, logs, strict=True):
-        worker.wait(timeout=20)
-        log.close()
-        text = Path(log.name).read_text()
-        assert "Traceback" not in text, text
+        worker.end()
 
 
-def _free_port(host: str) -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return probe.getsockname()[1]
+@contextmanager
+def closed_port() -> Iterator[str]:
+    """An address where nobody listens, held meanwhile so that nobody else does either."""
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        yield f"127.0.0.1:{held.getsockname()[1]}"
 
 
 def test_local_processes_give_the_text_of_plain_decoding(checkpoint_dir: Callable[[str], Path]) -> None:
@@ -99,16 +92,13 @@ def test_a_stream_that_is_closed_cancels_its_request(checkpoint_dir: Callable[[s
 
 
 def test_a_killed_worker_ends_the_run_with_an_error(checkpoint_dir: Callable[[str], Path]) -> None:
-    started = time.monotonic()
+    """It is seen to end; nobody waits until it has said nothing for too long."""
     with LLM(checkpoint_dir("llama"), stages=3, schedule="ar", link=LINK) as llm:
         chunks = llm.stream(PROMPT_IDS, SamplingParams(max_tokens=240))
         next(iter(chunks))
         forked_workers(psutil.Process())[-1].kill()
-        killed = time.monotonic()
-        with pytest.raises(WorkerError, match="worker 3"):
+        with pytest.raises(WorkerError, match=r"lost (the connection to )?worker 3|worker 3 ended"):
             list(chunks)
-        assert time.monotonic() - killed < 5
-    assert time.monotonic() - started < 100
 
 
 def test_workers_end_when_their_driver_is_killed(checkpoint_dir: Callable[[str], Path]) -> None:
@@ -200,44 +190,41 @@ def _connect_patiently(directory: Path, workers: list[str]) -> LLM:
 
 def _send_garbage(address: str) -> None:
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    socket = context.socket(zmq.DEALER)
-    socket.linger = 1000
-    socket.connect(f"tcp://{address}")
+    dealer = context.socket(zmq.DEALER)
+    dealer.linger = 1000
+    dealer.connect(f"tcp://{address}")
     for frames in ([b"garbage"], [b""], [b"\xc1", b"x" * 1000], [bytes(f) for f in Codec().encode(Stop())]):
-        socket.send_multipart(frames)
-    socket.close()
+        dealer.send_multipart(frames)
+    dealer.close()
     context.term()
 
 
 def test_a_worker_that_never_comes_up_is_an_error_in_time(checkpoint_dir: Callable[[str], Path]) -> None:
-    address = f"127.0.0.1:{_free_port('127.0.0.1')}"
-    started = time.monotonic()
-    with pytest.raises(WorkerError, match=f"no sign of worker 1 .{address}"):
+    with closed_port() as address, pytest.raises(WorkerError, match=f"no sign of worker 1 .{address}. for 1 s"):
         LLM(checkpoint_dir("llama"), workers=[address], link=LinkConfig(start_timeout_s=1.0))
-    assert time.monotonic() - started < 30
 
 
 @contextmanager
 def ready_worker() -> Iterator[str]:
     """What is ready at once and says so again and again, as a worker does that waits for the others."""
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    socket, codec, is_over = context.socket(zmq.ROUTER), Codec(), threading.Event()
-    port = socket.bind_to_random_port("tcp://127.0.0.1")
+    router, codec, is_over = context.socket(zmq.ROUTER), Codec(), threading.Event()
+    port = router.bind_to_random_port("tcp://127.0.0.1")
 
     def serve() -> None:
         driver: bytes | None = None
         while not is_over.is_set():
-            if socket.poll(20):
-                identity, *frames = socket.recv_multipart()
+            if router.poll(20):
+                identity, *frames = router.recv_multipart()
                 match codec.decode_to_worker(frames):
                     case Configure(stage=stage):
                         driver = identity
-                        socket.send_multipart([driver, *codec.encode(Ready(stage, 0, 0))])
+                        router.send_multipart([driver, *codec.encode(Ready(stage, 0, 0))])
                     case _:
                         pass
             if driver is not None:
-                socket.send_multipart([driver, *codec.encode(Alive())])
-        socket.close(linger=0)
+                router.send_multipart([driver, *codec.encode(Alive())])
+        router.close(linger=0)
 
     thread = threading.Thread(target=serve)
     thread.start()
@@ -252,8 +239,8 @@ def ready_worker() -> Iterator[str]:
 def test_a_worker_that_is_missing_is_an_error_in_time_though_another_is_ready(
     checkpoint_dir: Callable[[str], Path],
 ) -> None:
-    missing = f"127.0.0.1:{_free_port('127.0.0.1')}"
     with (
+        closed_port() as missing,
         ready_worker() as ready,
         pytest.raises(WorkerError, match=f"no sign of worker 1 .{missing}. for 1 s; is 'flowspec worker' r"),
     ):
@@ -276,16 +263,16 @@ def test_a_workers_own_mistake_reaches_the_driver_as_one_line(checkpoint_dir: Ca
     """The model is readable at the driver, but not at the worker."""
     processes = LocalProcesses(1, threads=1, device="cpu")
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    socket = context.socket(zmq.DEALER)
+    dealer = context.socket(zmq.DEALER)
     try:
-        socket.setsockopt(zmq.IDENTITY, b"me:control")
-        socket.connect(processes.addresses[0])
+        dealer.setsockopt(zmq.IDENTITY, b"me:control")
+        dealer.connect(processes.addresses[0])
         configure = Configure(PROTOCOL_VERSION, 1, "/no/such/model", 0, 2, "float32", None, 1.0)
-        socket.send_multipart([bytes(frame) for frame in Codec().encode(configure)])
-        assert socket.poll(60_000)
-        failure = Codec().decode_to_driver([bytearray(frame) for frame in socket.recv_multipart()])
+        dealer.send_multipart([bytes(frame) for frame in Codec().encode(configure)])
+        assert dealer.poll(60_000)
+        failure = Codec().decode_to_driver([bytearray(frame) for frame in dealer.recv_multipart()])
         assert "/no/such/model is not a directory" in failure.text and failure.user_error  # type: ignore[union-attr]
     finally:
-        socket.close(linger=0)
+        dealer.close(linger=0)
         context.term()
         processes.close()
