@@ -11,7 +11,6 @@ from typing import Protocol
 
 import pytest
 
-from flowspec.cli import terminal
 from flowspec.cli.main import main
 
 
@@ -35,9 +34,6 @@ def run_here(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], arguments: tuple[str, ...], stdin: str
 ) -> Done:
     """As ``python -m flowspec`` with these arguments, in a pipe; its worker processes are heard too."""
-    for console in (terminal.stdout, terminal.stderr):
-        # Processes of xdist are born with COLUMNS set, which rich then goes by for ever.
-        monkeypatch.setattr(console, "_width", None)
     monkeypatch.setattr(sys, "argv", ["flowspec", *arguments])
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode())))
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from hypothesis import settings
 
-from command_line import Done, Run, run_here
 from tiny_models import make_checkpoint, make_draft_head
 
+if TYPE_CHECKING:
+    from command_line import Done, Run
+
+os.environ.pop("COLUMNS", None)  # set in processes of xdist; rich's consoles go for ever by what they are born with
 torch.set_num_threads(1)
 settings.register_profile("flowspec", deadline=None)  # machines are shared: no test measures time
 settings.load_profile("flowspec")
@@ -34,6 +39,7 @@ def checkpoint_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
     """``flowspec`` in this process."""
+    from command_line import run_here
 
     def run(*arguments: str, stdin: str = "") -> Done:
         return run_here(monkeypatch, capfd, arguments, stdin)

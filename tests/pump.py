@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,6 +20,7 @@ from flowspec.driver import Driver
 from flowspec.model.eagle_head import EagleHead
 from flowspec.model.hint_head import HintHead
 from flowspec.model.loader import Checkpoint
+from flowspec.model.stage import Stage
 from flowspec.model.target_head import TargetHead
 from flowspec.model.torch_stage import TorchStage
 from flowspec.request.generation import Generation
@@ -55,6 +57,7 @@ class Pump:
         hints: bool = True,  # of untrained heads: they lead the draft astray, and the tokens must not care
         shares_forwards: bool = True,  # whatever waits runs together
         keeps_caches: bool = False,
+        wrap_stage: Callable[[Stage], Any] = lambda stage: stage,
     ) -> None:
         # Random models guess so badly that nothing would be worth a row: here everything is.
         tree, pipeline = tree or TreeConfig(min_probability=0.0), pipeline or PipelineConfig()
@@ -62,23 +65,26 @@ class Pump:
         partition = Partition.even(checkpoint.num_layers, num_stages)
         lm_head = checkpoint.load_lm_head("float32", "cpu")
         self.workers: list[Worker] = []
+        self.stages: list[Any] = []
         for index, layers in enumerate(partition.stages, start=1):
             stage = TorchStage.load(checkpoint, layers, "float32", "cpu")
+            self.stages.append(wrap_stage(stage))
             lens = HintHead.logit_lens(layers.end, torch.ones(stage.hidden_size), lm_head, 1, 1e-6).eval()
             hinter, forward_s = lens if hints else None, (lambda num_rows: 1.0) if shares_forwards else None
-            self.workers.append(Worker(stage, index, time.perf_counter, patience_s, hinter, math.inf, forward_s))
-        self.head = head = TargetHead(lm_head)
+            worker = Worker(self.stages[-1], index, time.perf_counter, patience_s, hinter, math.inf, forward_s)
+            self.workers.append(worker)
+        head = TargetHead(lm_head)
         source = draft if not isinstance(draft, str) else _source(draft, directory, checkpoint, head, tree)
         config = ScheduleConfig(tree, lockstep=LockstepConfig(replace(tree, size=tree.size + 1)), pipeline=pipeline)
         positions = checkpoint.max_positions
         self.driver = Driver(Common(head, pipeline, positions, time.perf_counter, keeps_caches=keeps_caches), source)
-        self._make_schedule = lambda: make_schedule(schedule, config, num_stages)
+        self.make_schedule = lambda: make_schedule(schedule, config, num_stages)
         self.network = InprocNetwork(num_stages)
         self.generations: list[Generation] = []
 
     def submit(self, prompt_ids: Sequence[int], params: SamplingParams) -> Generation:
         request = Request(len(self.generations), tuple(prompt_ids), params)
-        generation, sends = self.driver.submit(request, self._make_schedule())
+        generation, sends = self.driver.submit(request, self.make_schedule())
         self.generations.append(generation)
         self.network.post(DRIVER, sends)
         return generation
@@ -101,7 +107,7 @@ class Pump:
                 assert not any(worker.num_open for worker in self.workers), "a cache has leaked"
                 return
             events: list[Callable[[], int | None]] = [
-                *(lambda link=link: self._deliver(link) for link in self.network.waiting()),
+                *(lambda link=link: self.deliver(link) for link in self.network.waiting()),
                 *(lambda place=place: self._work(place) for place in range(len(self.workers) + 1) if place not in idle),
             ]
             assert events, "the pipeline has stalled"
@@ -114,7 +120,7 @@ class Pump:
                 idle.discard(changed)
         assert not is_final, f"not finished after {max_events} events"
 
-    def _deliver(self, link: object) -> int:
+    def deliver(self, link: object) -> int:
         message = self.network.take(link)  # type: ignore[arg-type]
         target = link.target  # type: ignore[attr-defined]
         sends = self.driver.on_message(message) if target == DRIVER else self.workers[target - 1].on_message(message)

@@ -91,7 +91,7 @@ def run(
     eos_ids: frozenset[int] = frozenset(),
 ) -> Generation:
     pump = Pump(directory, num_stages, draft, schedule, pipeline=SMALL)
-    generation, sends = pump.driver.submit(Request(0, tuple(PROMPT), params, eos_ids), pump._make_schedule())
+    generation, sends = pump.driver.submit(Request(0, tuple(PROMPT), params, eos_ids), pump.make_schedule())
     pump.network.post(DRIVER, sends)
     pump.run()
     return generation

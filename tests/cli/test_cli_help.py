@@ -127,11 +127,10 @@ def test_figures_fit_the_terminal_and_none_is_lost(
 
 
 def test_plots_name_what_was_overridden(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from flowspec.bench import plots
+    from matplotlib.figure import Figure
 
     titles: list[str] = []
-    original = plots._title  # pyright: ignore[reportPrivateUsage]
-    monkeypatch.setattr(plots, "_title", lambda figure, title: (titles.append(title), original(figure, title)))
+    monkeypatch.setattr(Figure, "suptitle", lambda figure, title, **style: titles.append(" ".join(title.split())))
     small = ("--num-prompts", "1", "--max-new-tokens", "8", "--jobs", "1", "--schedule", "ar,flow")
     overrides = ("--latency", "20", "--bandwidth", "300", "--stages", "2", "--tree-depth", "3", "--tree-size", "20")
     faults = ("--delay", "3", "--slow", "2:0.5:3", "--segment-len", "4")
@@ -190,7 +189,7 @@ def test_long_work_says_a_line_now_and_then_in_a_pipe_and_short_work_nothing(
 def test_every_long_command_reports_its_progress(
     run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, command: tuple[str, ...]
 ) -> None:
-    monkeypatch.setattr(TerminalProgress, "_LINE_INTERVAL_S", 0.0)
+    monkeypatch.setattr(terminal, "LINE_INTERVAL_S", 0.0)
     out = ("--out", str(tmp_path)) if command[0] == "bench" else ()
     done = run(*command, *out)
     assert done.code == 0, done.err

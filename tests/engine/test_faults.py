@@ -174,25 +174,17 @@ class FaultyStage:
         yield from self._stage.steps(parts)
 
 
-def make_faulty(pump: Pump) -> list[FaultyStage]:
-    stages = [FaultyStage(worker._stage) for worker in pump.workers]
-    for worker, stage in zip(pump.workers, stages, strict=True):
-        worker._stage = stage
-    return stages
-
-
 def test_in_a_forward_that_requests_share_only_the_faulty_one_fails(checkpoint_dir: Callable[[str], Path]) -> None:
     directory = checkpoint_dir("llama")
     params = [SamplingParams(12), SamplingParams(12, 0.8, seed=4)]
     expected = solo(directory, [((i, *PROMPT), each) for i, each in enumerate(params)])
-    pump = Pump(directory, 2, "ngram", patience_s=None)
-    stages = make_faulty(pump)
+    pump = Pump(directory, 2, "ngram", patience_s=None, wrap_stage=FaultyStage)
     good = [pump.submit((i, *PROMPT), each) for i, each in enumerate(params)]
     bad = pump.submit((SENDS, *PROMPT), SamplingParams(12))
     with pytest.raises(RequestError, match="worker 1 cannot go on with this request: MemoryError"):
         pump.run()
     assert bad.error is not None and [generation.output_ids for generation in good] == expected
-    assert max(stages[0].num_rows) > len(PROMPT) + 1, "no forward was shared"
+    assert max(pump.stages[0].num_rows) > len(PROMPT) + 1, "no forward was shared"
 
 
 def test_a_worker_survives_what_contradicts_what_came_before(checkpoint_dir: Callable[[str], Path]) -> None:
@@ -232,31 +224,29 @@ def test_numbers_that_are_not_finite_end_a_request_with_the_layers_that_made_the
 def test_cancelling_reaches_a_prompt_within_one_chunk(checkpoint_dir: Callable[[str], Path]) -> None:
     num_stages, chunk = 3, 8
     pipeline = PipelineConfig(prefill_chunk=chunk)
-    pump = Pump(checkpoint_dir("llama"), num_stages, pipeline=pipeline, patience_s=None)
-    stages = make_faulty(pump)
+    pump = Pump(checkpoint_dir("llama"), num_stages, pipeline=pipeline, patience_s=None, wrap_stage=FaultyStage)
     choose = Random(0).randrange
     generation = pump.submit([i % 90 for i in range(240)], SamplingParams(8))
     while generation.num_prompt_verified < 5 * chunk:
         pump.run(choose, max_events=1, is_final=False)
-    before = [sum(stage.num_rows) for stage in stages]
+    before = [sum(stage.num_rows) for stage in pump.stages]
     in_flight = sum(len(ids) for ids in generation.in_flight.values())
     assert in_flight <= (num_stages + 1) * chunk, "more chunks are under way than fill the pipeline"
     pump.cancel(generation)
     pump.run()
-    after = [sum(stage.num_rows) for stage in stages]
+    after = [sum(stage.num_rows) for stage in pump.stages]
     assert all(b - a <= chunk for a, b in zip(before, after, strict=True))
 
 
 def test_a_prompt_that_is_cancelled_before_it_is_opened_is_not_computed(checkpoint_dir: Callable[[str], Path]) -> None:
     """The end overtakes the beginning, on a connection of its own."""
-    pump = Pump(checkpoint_dir("llama"), 2, pipeline=PipelineConfig(prefill_chunk=8))
-    stages = make_faulty(pump)
+    pump = Pump(checkpoint_dir("llama"), 2, pipeline=PipelineConfig(prefill_chunk=8), wrap_stage=FaultyStage)
     pump.cancel(pump.submit([i % 90 for i in range(240)], SamplingParams(8)))
     for link in pump.network.waiting():
         if link.kind == "control":
-            pump._deliver(link)
+            pump.deliver(link)
     pump.run()
-    assert not any(stage.num_rows for stage in stages)
+    assert not any(stage.num_rows for stage in pump.stages)
 
 
 @pytest.mark.parametrize("schedule", ["ar", "flow", "lockstep", "pipedec", "serial", "auto"])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import random
+import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -192,10 +194,11 @@ def test_rotary_scalings_equal_transformers(rope_parameters: dict[str, Any], tmp
     assert worst_mismatch(pipeline, seed=0, num_rounds=1) < TOLERANCE
 
 
-def test_a_missing_window_would_be_noticed(windowed: Reference) -> None:
-    pipeline = Pipeline(windowed, "0:2,2:6", random_tokens(20, seed=3))
-    for stage in pipeline.stages:
-        stage._window = 10**6
+def test_a_missing_window_would_be_noticed(windowed: Reference, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(windowed.checkpoint.name, tmp_path / "copy"))
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "sliding_window": 10**6}))
+    pipeline = Pipeline(replace(windowed, checkpoint=Checkpoint.open(copy)), "0:2,2:6", random_tokens(20, seed=3))
     assert pipeline.run([(1000, -1, 5)]) > 1000 * TOLERANCE
 
 

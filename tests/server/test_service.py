@@ -96,7 +96,7 @@ def test_a_bug_in_the_engine_ends_all_requests_with_an_error(
         def fail(*args: object) -> None:
             raise RuntimeError("a bug")
 
-        monkeypatch.setattr(engine, "_step", fail)
+        monkeypatch.setattr(engine, "step", fail)
         with pytest.raises(WorkerError, match="a bug"):
             await text_of(ticket)
         assert service.failure == "a bug"

@@ -194,7 +194,7 @@ def test_a_resumed_head_run_ends_in_the_same_weights(tmp_path: Path) -> None:
 def test_a_step_taken_in_parts_gives_the_same_gradient(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe, target, stream = tiny_draft_recipe(), Target(tiny_target()), random_stream()
     train_head(target, stream, recipe, tmp_path / "whole", tmp_path / "head", stop_after=1)
-    monkeypatch.setattr("flowspec.train.eagle._MAX_LOGITS", 2 * 300 * recipe.context_len)
+    monkeypatch.setattr("flowspec.train.eagle.MAX_LOGITS", 2 * 300 * recipe.context_len)
     train_head(target, stream, recipe, tmp_path / "parts", tmp_path / "head", stop_after=1)
     whole, parts = (
         torch.load(tmp_path / name / "draft.pt", weights_only=True)["optimizer"]["state"] for name in ("whole", "parts")

@@ -138,14 +138,13 @@ def test_free_rows_are_those_that_cost_nothing_or_are_worth_their_time() -> None
     assert free_rows(costs([(1, 1.0), (128, 128.0)])) == 1
 
 
-def test_free_memory_is_what_machine_and_container_leave(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_free_memory_is_what_machine_and_container_leave(tmp_path: Path) -> None:
     cpu = torch.device("cpu")
-    monkeypatch.setattr("flowspec.worker.measure._CGROUP", tmp_path)
-    whole = free_bytes(cpu)
+    whole = free_bytes(cpu, tmp_path)
     assert 2**20 < whole < psutil.virtual_memory().total
     (tmp_path / "memory.current").write_text("1000\n")
     for limit, expected in (("1048576\n", 1048576 - 1000), ("500\n", 1)):
         (tmp_path / "memory.max").write_text(limit)
-        assert free_bytes(cpu) == expected
+        assert free_bytes(cpu, tmp_path) == expected
     (tmp_path / "memory.max").write_text("max\n")
-    assert free_bytes(cpu) > 2**20
+    assert free_bytes(cpu, tmp_path) > 2**20

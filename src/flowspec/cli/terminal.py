@@ -23,6 +23,7 @@ stdout = Console(highlight=False)
 
 Cells = Sequence[Sequence[str]]  # of a table: headings, then rows
 
+LINE_INTERVAL_S = 10.0  # of progress where there is no terminal
 _COLUMN_GAP = 3  # between two columns of a table
 
 
@@ -62,8 +63,6 @@ def errors_in_one_line(verbose: bool, is_service: bool = False) -> Iterator[None
 class TerminalProgress:
     """Long work: a bar on a terminal, elsewhere a line on standard error now and then."""
 
-    _LINE_INTERVAL_S = 10.0
-
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._bar = Progress(
             TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
@@ -85,7 +84,7 @@ class TerminalProgress:
     def _write_line(self, what: str, done: float) -> None:
         """What takes less than the interval is silent."""
         now = self._clock()
-        if now - self._last_line_s >= self._LINE_INTERVAL_S:
+        if now - self._last_line_s >= LINE_INTERVAL_S:
             self._last_line_s = now
             print(f"flowspec: {what}: {done:.0%}", file=sys.stderr, flush=True)
 

@@ -27,7 +27,7 @@ from flowspec.train.corpus import Tokens, shuffled_rows, windows
 from flowspec.train.loop import TrainingProgress, run_steps, write_atomically
 
 REFERENCE_WIDTH = 256  # hidden size that a recipe's learning rate is for
-_MAX_LOGITS = 2**25  # elements of one matrix of logits; a step that needs more is taken in parts
+MAX_LOGITS = 2**25  # elements of one matrix of logits; a step that needs more is taken in parts
 
 
 @dataclass(frozen=True)
@@ -226,7 +226,7 @@ def data_identity(target: Target, tokens: Tokens) -> dict[str, str]:
 
 def rows_per_part(target: Target, recipe: DraftRecipe) -> int:
     """Windows whose logits are in memory at a time."""
-    return max(1, _MAX_LOGITS // (target.config.vocab_size * recipe.context_len))
+    return max(1, MAX_LOGITS // (target.config.vocab_size * recipe.context_len))
 
 
 def head_losses(

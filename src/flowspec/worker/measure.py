@@ -18,7 +18,7 @@ import torch
 from flowspec.model.stage import Stage, forward
 from flowspec.wire.messages import Echo, Probe
 
-_CGROUP = Path("/sys/fs/cgroup")
+CGROUP = Path("/sys/fs/cgroup")  # of this process, in a container (version 2)
 
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
 _PREFIX_LEN = 64
@@ -74,7 +74,7 @@ def peak_memory_bytes() -> int:
     return peak if sys.platform == "darwin" else 1024 * peak
 
 
-def free_bytes(device: torch.device) -> int:
+def free_bytes(device: torch.device, cgroup: Path = CGROUP) -> int:
     """Memory that may still be used there; 0 where nobody can tell."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
@@ -83,8 +83,8 @@ def free_bytes(device: torch.device) -> int:
     except OSError:
         return 0
     available = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), 0)
-    try:  # a container may have less (cgroup v2; "max" where it has no limit)
-        limit, used = (int((_CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+    try:  # a container may have less ("max" where it has no limit)
+        limit, used = (int((cgroup / name).read_text()) for name in ("memory.max", "memory.current"))
     except (OSError, ValueError):
         return available
     return max(1, min(available, limit - used))
