@@ -8,7 +8,6 @@ LONG = [*long_functions(*OURS), *long_files(*OURS)]
 
 # What is longer all the same, and what is to become of it.
 EXCEPTIONS = {
-    "src/flowspec/cli/emulate.py emulate": "runs and prints in one; the run is a function of its own",
     "src/flowspec/engine/engine.py Engine.__init__": "loads, launches and measures; these are steps of a pipeline",
     "src/flowspec/request/generation.py Generation.__init__": "says what each of its fields is; some belong together",
     "src/flowspec/emulation/simulator.py": "places and the run of an experiment; two modules",

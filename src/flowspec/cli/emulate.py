@@ -58,14 +58,12 @@ def emulate(
         indexed = list(enumerate(wanted_prompts(model, prompts, num_prompts, seed or 0)))
         import torch
 
+        from flowspec.bench.emulated import run_emulated
         from flowspec.bench.report import results_cells, results_json
-        from flowspec.bench.study import check_same_tokens, check_schedules
+        from flowspec.bench.study import check_schedules
         from flowspec.emulation.description import ClusterSpec
-        from flowspec.emulation.emulator import Emulator
         from flowspec.emulation.experiment import Experiment
         from flowspec.emulation.pairs import CheckpointPair
-        from flowspec.emulation.simulator import simulate
-        from flowspec.request.records import ScheduleResult
 
         check_schedules(names, is_simulated=False)
         cluster = ClusterSpec.load(cluster_file)
@@ -77,22 +75,11 @@ def emulate(
             model, draft or "auto", ScheduleConfig().flow.top_k, is_coupled=not as_published,
             draft_dtype=draft_dtype.value,
         )  # fmt: skip
-        results: list[ScheduleResult] = []
-        remarks: dict[str, dict[str, float]] = {}
-        for place, name in enumerate(names):
-            simulated = simulate(experiment, pair, name, indexed)
-            with Emulator(experiment, text, name, pair, time_scale) as emulator:
-                emulated = emulator.run(
-                    indexed, lambda done, place=place: progress("emulating", (place + done) / len(names))
-                )
-            check_same_tokens({f"{name} simulated": simulated, f"{name} emulated": emulated.records})
-            results.append(ScheduleResult.of(name, emulated.records))
-            expected = ScheduleResult.of(name, simulated).tokens_per_s
-            remarks[name] = {
-                "simulated_tokens_per_s": float(f"{expected:.6g}"),
-                "emulated_to_simulated": float(f"{results[-1].tokens_per_s / expected:.6g}"),
-                "max_lag_ms": float(f"{emulated.max_lag_s * 1000:.6g}"),
-            }
+        emulated = run_emulated(
+            experiment, text, pair, names, indexed, time_scale, lambda done: progress("emulating", done)
+        )
+        results = [one.result for one in emulated]
+        remarks = {one.result.schedule: one.remark() for one in emulated}
         progress.stop()
         settings: dict[str, Any] = {
             "max_new_tokens": max_new_tokens, "temperature": temperature, "num_prompts": len(indexed),
