@@ -54,7 +54,7 @@ class Driver:
         self._likely_tokens = likely_tokens
         self._max_chunks = common.pipeline.prefill_in_flight or num_stages + 1
         self.budget = SlotBudget(num_slots)
-        self._unwanted: list[int] = []  # leavings of which the workers have not been told that they go
+        self._unwanted: list[int] = []  # cache entries of which the workers have not been told that they go
 
     @property
     def num_open(self) -> int:
@@ -96,15 +96,15 @@ class Driver:
             source = LookupSource(source)
         num_slots = self._charge(request, schedule, num_emitted)
         needs_features = source is not None and source.needs_features
-        heritage, gone = self.budget.take(request_id, num_slots, text_ids, needs_features)
+        cached, gone = self.budget.take(request_id, num_slots, text_ids, needs_features)
         try:
             generation = Generation(
-                request, self._common, source, schedule.tree, schedule.wants_hints, heritage, num_slots, previous
+                request, self._common, source, schedule.tree, schedule.wants_hints, cached, num_slots, previous
             )
             generation.prefill(self._max_chunks)
         except BaseException:
             self.budget.end(request_id, None)
-            self._unwanted += [*gone, *([] if heritage.request_id is None else [heritage.request_id])]
+            self._unwanted += [*gone, *([] if cached.request_id is None else [cached.request_id])]
             raise
         self._running[request_id] = _Running(generation, schedule)
         self._count_sharing()
@@ -185,8 +185,8 @@ class Driver:
         return sends
 
     def _release(self, generation: Generation) -> list[Send]:
-        left = generation.leave() if generation.keeps_cache else None
-        gone = self.budget.end(generation.request.request_id, left)
+        entry = generation.cache_entry() if generation.keeps_cache else None
+        gone = self.budget.end(generation.request.request_id, entry)
         self._count_sharing()
         return self._forget(gone)
 
@@ -213,7 +213,7 @@ class Driver:
         return [*sends, *generation.take_outbox()]
 
     def _forget(self, request_ids: list[int]) -> list[Send]:
-        """Drop what these requests have left at the workers."""
+        """Drop these requests' caches at the workers."""
         unwanted, self._unwanted = [*self._unwanted, *request_ids], []
         return [Send(Route.NEXT, Forget(request_id)) for request_id in unwanted]
 

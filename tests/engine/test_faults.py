@@ -144,13 +144,13 @@ def test_a_request_that_fails_before_it_begins_leaves_no_cache_behind(checkpoint
         while not first.is_finished or engine._driver.num_open:
             engine.step()
         workers = workers_of(engine)
-        assert all(worker.num_kept == 1 for worker in workers)
+        assert all(worker.num_cached == 1 for worker in workers)
         failing = engine.submit(prompt, SamplingParams(8))
         other = engine.submit(PROMPT, SamplingParams(8), schedule="ar")
         while not (failing.is_finished and other.is_finished) or engine._driver.num_open:
             engine.step()
         assert isinstance(failing.error, RequestError)
-        assert all(list(worker._requests._kept) == [other.request.request_id] for worker in workers)
+        assert all(list(worker._requests._cached) == [other.request.request_id] for worker in workers)
 
 
 class FaultyStage:
@@ -302,7 +302,7 @@ def test_who_has_to_give_way_goes_on_later_with_the_same_text(
             assert engine.status().num_slots_held <= 420
             for worker in workers_of(engine):
                 requests = worker._requests
-                caches = [*requests._kept.values(), *(request.cache for request in requests._open.values())]
+                caches = [*requests._cached.values(), *(request.cache for request in requests._open.values())]
                 # A segment of a lock-step schedule may keep its request's end waiting for a moment.
                 assert schedule == "lockstep" or sum(cache.slots.limit for cache in caches) <= 420
                 assert all(cache.slots.capacity <= max(256, cache.slots.limit) for cache in caches)

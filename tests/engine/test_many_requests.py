@@ -28,7 +28,8 @@ from flowspec.model.loader import Checkpoint
 from flowspec.model.stage import Part, forward
 from flowspec.model.torch_stage import TorchStage
 from flowspec.request.generation import Generation
-from flowspec.request.slot_budget import MIN_KEPT, Left, SlotBudget
+from flowspec.request.prefix_cache import CacheEntry
+from flowspec.request.slot_budget import MIN_CACHED, SlotBudget
 from flowspec.wire.messages import Failed, Open, Result, Segment
 from flowspec.wire.transport import DRIVER
 from flowspec.worker.actor import Worker
@@ -72,12 +73,12 @@ def test_requests_at_once_give_the_tokens_that_they_give_alone(
 
 @settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 @given(seed=st.integers(0, 2**32), num_stages=st.integers(1, 3))
-def test_any_order_with_requests_coming_going_and_inheriting_gives_the_same_tokens(
+def test_any_order_with_requests_coming_going_and_reusing_caches_gives_the_same_tokens(
     checkpoint_dir: Callable[[str], Path], alone: Callable[..., list[int]], seed: int, num_stages: int
 ) -> None:
     random = Random(seed)
     pump = Pump(checkpoint_dir("qwen2"), num_stages, "eagle", "flow", TREE, PIPELINE, keeps_caches=True)
-    texts: list[list[int]] = [[1 + i % 7 for i in range(2 * MIN_KEPT)]]
+    texts: list[list[int]] = [[1 + i % 7 for i in range(2 * MIN_CACHED)]]
     for _ in range(3):
         running: list[tuple[Generation, list[int], SamplingParams]] = []
         for _ in range(random.randint(1, 3)):
@@ -119,26 +120,30 @@ def test_the_next_turn_of_a_chat_computes_only_what_is_new(
             pump.workers[0].on_message(message)
         pump.run()
         assert generation.output_ids == alone("llama", prompt, PARAMS)
-        if opened.heir_of is not None:
-            assert opened.num_kept >= len(prompt) - 6 and num_rows == len(prompt) - opened.num_kept
-        assert (opened.heir_of is not None) == (len(prompt) > 40), "only the first turn has nobody to inherit from"
-        assert all(worker.num_kept == 1 for worker in pump.workers)
+        if opened.cached_by is not None:
+            assert opened.num_cached >= len(prompt) - 6 and num_rows == len(prompt) - opened.num_cached
+        assert (opened.cached_by is not None) == (len(prompt) > 40), (
+            "only the first turn has nobody whose cache it could reuse"
+        )
+        assert all(worker.num_cached == 1 for worker in pump.workers)
         prompt = [*prompt, *generation.output_ids, 3, 5, 2]
 
 
-def test_a_request_without_a_draft_inherits_from_one_with_a_draft_but_not_the_other_way_round(
+def test_a_request_without_a_draft_reuses_one_with_a_draft_but_not_the_other_way_round(
     checkpoint_dir: Callable[[str], Path],
 ) -> None:
-    left = Left(1, tuple(range(30)), None)
-    assert left.heritage(range(40), needs_features=False).num_kept == 29
-    assert left.heritage(range(40), needs_features=True).num_kept == 0
-    assert left.heritage(range(20), needs_features=False).num_kept == 18, "the root and the token before it run again"
-    assert left.heritage([5], needs_features=False).num_kept == 0
+    left = CacheEntry(1, tuple(range(30)), None)
+    assert left.prefix_for(range(40), needs_features=False).num_cached == 29
+    assert left.prefix_for(range(40), needs_features=True).num_cached == 0
+    assert left.prefix_for(range(20), needs_features=False).num_cached == 18, (
+        "the root and the token before it run again"
+    )
+    assert left.prefix_for([5], needs_features=False).num_cached == 0
 
 
-def test_an_heir_of_nobody_is_refused(checkpoint_dir: Callable[[str], Path]) -> None:
+def test_a_cache_that_is_not_kept_cannot_be_taken_over(checkpoint_dir: Callable[[str], Path]) -> None:
     worker = Pump(checkpoint_dir("llama"), 1).workers[0]
-    worker.on_message(Open(1, 0, 5, False, heir_of=0, num_kept=3))
+    worker.on_message(Open(1, 0, 5, False, cached_by=0, num_cached=3))
     ((_, failed),) = [(send.route, send.message) for send in worker.on_idle() or []]
     assert isinstance(failed, Failed) and failed.request_id == 1 and "left nothing" in failed.text
 
@@ -204,14 +209,14 @@ def test_a_budget_is_never_overdrawn_and_nothing_is_forgotten_twice(
             kept |= {ended} if left is not None else set()
             assert set(gone) <= kept
             kept -= set(gone)
-        heritage, gone = budget.take(request_id, num_slots, prompt, False)
-        assert set(gone) <= kept and heritage.request_id not in gone
-        if heritage.request_id is not None:
-            assert heritage.request_id in kept
-            kept.remove(heritage.request_id)
+        cached, gone = budget.take(request_id, num_slots, prompt, False)
+        assert set(gone) <= kept and cached.request_id not in gone
+        if cached.request_id is not None:
+            assert cached.request_id in kept
+            kept.remove(cached.request_id)
         kept -= set(gone)
-        running[request_id] = Left(request_id, tuple(prompt), None) if keeps else None
-        assert budget.num_held + budget.num_left <= total
+        running[request_id] = CacheEntry(request_id, tuple(prompt), None) if keeps else None
+        assert budget.num_held + budget.num_cached <= total
 
 
 def test_a_request_that_can_never_fit_is_refused_and_one_that_does_not_fit_yet_waits(

@@ -43,18 +43,18 @@ class Draft(Protocol):
 
 
 @runtime_checkable
-class HeritableDraft(Draft, Protocol):
+class ReusableDraft(Draft, Protocol):
     """A draft that can take over what one of an earlier request knows of the same first tokens.
 
     Without it a source that needs features computes every prompt anew.
     """
 
     @property
-    def num_settled(self) -> int:
+    def num_certain(self) -> int:
         """Tokens from the first on of which nothing that the draft holds is a guess."""
         ...
 
-    def inherit(self, other: HeritableDraft, num_kept: int) -> None:
+    def reuse(self, other: ReusableDraft, num_cached: int) -> None:
         """Before anything else: ``read_prompt`` begins behind these tokens. ``other`` is of no use then."""
         ...
 

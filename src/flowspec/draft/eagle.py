@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from flowspec.core import SamplingParams
-from flowspec.draft.base import Accepted, HeritableDraft, steady_steps
+from flowspec.draft.base import Accepted, ReusableDraft, steady_steps
 from flowspec.model.attention import ATTENTION
 from flowspec.model.eagle_head import EagleHead
 from flowspec.model.kv_cache import KVCache
@@ -75,15 +75,15 @@ class EagleDraft:
         self._root_position = len(prompt_ids) - 2  # the rotary position of the root's row
 
     @property
-    def num_settled(self) -> int:
+    def num_certain(self) -> int:
         """The row at a rotary position holds the feature of the token there."""
         return self._true_rows[0].position if self._true_rows else self._root_position + 1
 
-    def inherit(self, other: HeritableDraft, num_kept: int) -> None:
-        assert isinstance(other, EagleDraft) and num_kept <= other.num_settled, "guesses are no heritage"
+    def reuse(self, other: ReusableDraft, num_cached: int) -> None:
+        assert isinstance(other, EagleDraft) and num_cached <= other.num_certain, "guesses are not to be reused"
         self._cache, self._features = other._cache, other._features
-        self._cache.slots.settle([])
-        self._cache.slots.inherit(num_kept, len(self._prompt_ids) - 1)
+        self._cache.slots.finish([])
+        self._cache.slots.reuse(num_cached, len(self._prompt_ids) - 1)
 
     def read_prompt(self, node_ids: Sequence[int], features: Tensor) -> None:
         """Run the rows of the tokens behind these; the root's own waits for the first pass."""

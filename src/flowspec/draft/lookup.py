@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from flowspec.draft.base import Accepted, Draft, DraftSource, HeritableDraft
+from flowspec.draft.base import Accepted, Draft, DraftSource, ReusableDraft
 from flowspec.draft.ngram import NgramConfig, NgramDraft
 from flowspec.sampling import Sampler
 from flowspec.tree import DraftTree, Ints
@@ -44,13 +44,13 @@ class LookupDraft:
         self._chain: list[int] | None = None  # what may follow the root; ``None``: not looked up yet
 
     @property
-    def num_settled(self) -> int:
-        return self._inner.num_settled if isinstance(self._inner, HeritableDraft) else 0
+    def num_certain(self) -> int:
+        return self._inner.num_certain if isinstance(self._inner, ReusableDraft) else 0
 
-    def inherit(self, other: HeritableDraft, num_kept: int) -> None:
-        assert isinstance(other, LookupDraft) and isinstance(self._inner, HeritableDraft)
-        assert isinstance(other._inner, HeritableDraft)
-        self._inner.inherit(other._inner, num_kept)
+    def reuse(self, other: ReusableDraft, num_cached: int) -> None:
+        assert isinstance(other, LookupDraft) and isinstance(self._inner, ReusableDraft)
+        assert isinstance(other._inner, ReusableDraft)
+        self._inner.reuse(other._inner, num_cached)
 
     def read_prompt(self, node_ids: Sequence[int], features: Tensor) -> None:
         self._inner.read_prompt(node_ids, features)

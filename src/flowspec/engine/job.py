@@ -48,7 +48,7 @@ class Job:
     @property
     def num_cached(self) -> int:
         """Prompt tokens that an earlier request had computed."""
-        return self.generation.num_inherited if self.generation is not None else 0
+        return self.generation.num_cached if self.generation is not None else 0
 
     @property
     def is_finished(self) -> bool:

@@ -96,14 +96,14 @@ class SlotTable:
         self._paths = {slot: above[len(path) :] for slot, above in self._paths.items()}
         return np.array(freed, dtype=np.int64)
 
-    def settle(self, node_ids: Ints) -> None:
+    def finish(self, node_ids: Ints) -> None:
         """The request has ended and these nodes were accepted: commit those that are not yet, drop all others."""
         self.commit([i for i in _as_list(node_ids) if i in self._tree], NO_NODE)
 
-    def inherit(self, num_kept: int, root_id: int) -> None:
-        """After ``settle``, for another request: keep the prefix tokens at positions below ``num_kept``."""
+    def reuse(self, num_cached: int, root_id: int) -> None:
+        """After ``finish``, for another request: keep the prefix tokens at positions below ``num_cached``."""
         assert not self._tree, "the table's request has not ended"
-        dropped = np.flatnonzero(self._in_prefix & (self.positions >= num_kept)).tolist()
+        dropped = np.flatnonzero(self._in_prefix & (self.positions >= num_cached)).tolist()
         self._in_prefix[dropped] = False
         for slot in dropped:
             heapq.heappush(self._free, slot)

@@ -13,10 +13,11 @@ import torch
 
 from flowspec.config import TreeConfig
 from flowspec.core import Ending, FinishReason, TokenLogprobs
-from flowspec.draft.base import Accepted, Draft, DraftSource, HeritableDraft
+from flowspec.draft.base import Accepted, Draft, DraftSource, ReusableDraft
 from flowspec.request.outbox import Outbox
+from flowspec.request.prefix_cache import CachedPrefix, CacheEntry
 from flowspec.request.request import Common, Request
-from flowspec.request.slot_budget import Heritage, Left, slots_needed
+from flowspec.request.slot_budget import slots_needed
 from flowspec.request.stats import SegmentStats, Stats
 from flowspec.request.verifier import Verdict, Verifier
 from flowspec.request.work import Work
@@ -39,11 +40,11 @@ class Generation:
         source: DraftSource | None,
         tree_config: TreeConfig,
         want_hints: bool = False,
-        heritage: Heritage | None = None,
+        cached: CachedPrefix | None = None,
         num_slots: int = 0,
         previous: Generation | None = None,
     ) -> None:
-        """``heritage``: of an earlier request with the same beginning. ``num_slots``: see ``messages.Open``.
+        """``cached``: of an earlier request with the same beginning. ``num_slots``: see ``messages.Open``.
 
         ``previous``: the same request, as far as it had come when it was preempted. It goes on behind its output, in an
         epoch of its own.
@@ -68,9 +69,9 @@ class Generation:
         self.error: Exception | None = None  # what ended a request that failed
         text_ids = (*request.prompt_ids, *self.output_ids)
         self._text_ids = text_ids  # that prefill goes over; the last one is the first root
-        self._heritage = heritage or Heritage()
+        self._cached = cached or CachedPrefix()
         self._num_slots = num_slots
-        self.num_prompt_verified = self._heritage.num_kept  # prompt tokens whose prefill has come back, or is kept
+        self.num_prompt_verified = self._cached.num_cached  # prompt tokens whose prefill has come back, or is kept
         self.in_flight: dict[int, Ints] = {}  # segment id -> the node ids that were alive at the last commit
         self._on_work = common.on_work
         self._sampler = Sampler(request.params, request.prompt_ids)
@@ -80,11 +81,11 @@ class Generation:
         self._want_features = source is not None and source.needs_features
         self._want_hints = want_hints and source is not None
         self._draft: Draft | None = source.open(text_ids, self._sampler) if source else None
-        if self._heritage.draft is not None and self._want_features:
-            assert isinstance(self._draft, HeritableDraft)
-            self._draft.inherit(self._heritage.draft, self._heritage.num_kept)
+        if self._cached.draft is not None and self._want_features:
+            assert isinstance(self._draft, ReusableDraft)
+            self._draft.reuse(self._cached.draft, self._cached.num_cached)
         self.num_passes = 0  # draft passes since the last commit
-        self._num_prompt_sent = self._heritage.num_kept
+        self._num_prompt_sent = self._cached.num_cached
         self._root_parent_id = NO_PARENT
         self._unannounced: list[int] = []  # accepted nodes that the workers have not been told of
         self.accepted_ids: list[int] = []  # all accepted nodes, from the prompt's last one on
@@ -107,9 +108,9 @@ class Generation:
         return slots_needed(self.prefix_len + 1, self.tree.size)
 
     @property
-    def num_inherited(self) -> int:
+    def num_cached(self) -> int:
         """Prompt tokens that an earlier request had computed."""
-        return self._heritage.num_kept
+        return self._cached.num_cached
 
     @property
     def next_segment_id(self) -> int:
@@ -140,7 +141,7 @@ class Generation:
     def prefill(self, max_chunks: int) -> None:
         """Open the request at every worker and begin to send the prompt, ``max_chunks`` segments of it at once."""
         root_id, want_hints = self.tree.root_id, self._want_hints
-        self.outbox.open(root_id, self._want_features, want_hints, self._heritage, self._num_slots)
+        self.outbox.open(root_id, self._want_features, want_hints, self._cached, self._num_slots)
         self.tree.mark_sent(np.zeros(1, dtype=np.int64))  # it goes with the prompt's last segment
         for _ in range(max_chunks):
             self._send_chunk()
@@ -371,12 +372,12 @@ class Generation:
         self.ending, self.in_flight = ending, {}
         self.outbox.end(self.accepted_ids if self.keeps_cache else None)
 
-    def leave(self) -> Left:
-        """What an ended request that keeps its cache leaves to its heirs."""
+    def cache_entry(self) -> CacheEntry:
+        """What an ended request that keeps its cache leaves in the prefix cache."""
         assert self.is_finished and self.keeps_cache
         tokens = (*self.request.prompt_ids, *self.output_ids)[: self.prefix_len]
-        draft = self._draft if self._want_features and isinstance(self._draft, HeritableDraft) else None
-        return Left(self.request.request_id, tokens, draft)
+        draft = self._draft if self._want_features and isinstance(self._draft, ReusableDraft) else None
+        return CacheEntry(self.request.request_id, tokens, draft)
 
     def take_outbox(self) -> list[Send]:
         return self.outbox.take()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from flowspec.request.slot_budget import Heritage
+from flowspec.request.prefix_cache import CachedPrefix
 from flowspec.wire.actor import Route, Send
 from flowspec.wire.messages import LAST_STEP, Close, Commit, End, Open, Reserve, Segment, Step
 
@@ -30,7 +30,7 @@ class Outbox:
     def _post(self, route: Route, message: Open | Segment | Reserve | Commit | End | Step | Close) -> None:
         self._sends.append(Send(route, message))
 
-    def open(self, root_id: int, want_features: bool, want_hints: bool, heritage: Heritage, num_slots: int) -> None:
+    def open(self, root_id: int, want_features: bool, want_hints: bool, cached: CachedPrefix, num_slots: int) -> None:
         """Begin at every worker."""
         message = Open(
             self._request_id,
@@ -38,8 +38,8 @@ class Outbox:
             root_id,
             want_features,
             want_hints,
-            heritage.request_id,
-            heritage.num_kept,
+            cached.request_id,
+            cached.num_cached,
             num_slots,
         )
         self._post(Route.NEXT, message)
@@ -82,9 +82,9 @@ class Outbox:
     def commit(self, prefix_ids: list[int], root_id: int) -> None:
         self._post(Route.WORKERS, Commit(self._request_id, self._epoch, prefix_ids, root_id))
 
-    def end(self, kept_ids: list[int] | None) -> None:
+    def end(self, cached_ids: list[int] | None) -> None:
         """All that is in flight is dead, and ``Close`` follows it through the pipeline."""
         self._post(Route.WORKERS, End(self._request_id, self._epoch))
         if self._has_gates:
             self.step(LAST_STEP)
-        self._post(Route.NEXT, Close(self._request_id, self._epoch, kept_ids))
+        self._post(Route.NEXT, Close(self._request_id, self._epoch, cached_ids))

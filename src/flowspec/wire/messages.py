@@ -102,7 +102,7 @@ class Open(Message, frozen=True):
     """Begins a request, or a new epoch of it.
 
     ``want_features``: return hidden states of prefix rows too. ``want_hints``: workers that can send ``Hint``s.
-    ``heir_of``: a request whose cache was kept; its first ``num_kept`` tokens are this one's too.
+    ``cached_by``: an ended request whose cache this one takes over; its first ``num_cached`` tokens are this one's too.
     ``num_slots``: that the cache may grow to, until ``Reserve`` allows more; 0: unknown.
     """
 
@@ -111,8 +111,8 @@ class Open(Message, frozen=True):
     root_id: int
     want_features: bool
     want_hints: bool = False
-    heir_of: int | None = None
-    num_kept: int = 0
+    cached_by: int | None = None
+    num_cached: int = 0
     num_slots: int = 0
 
 
@@ -164,17 +164,17 @@ class Reserve(Message, frozen=True):
 class Close(Message, frozen=True):
     """Frees what a request holds on every worker it passes.
 
-    ``kept_ids``: the nodes that were accepted, in path order, if the cache is to stay for an heir. Commits of them may
+    ``cached_ids``: the nodes that were accepted, in path order, if the cache is to stay for others. Commits of them may
     still be on their way, and will find nobody.
     """
 
     request_id: int
     epoch: int
-    kept_ids: list[int] | None = None
+    cached_ids: list[int] | None = None
 
 
 class Forget(Message, frozen=True):
-    """Drops the cache that an ended request has left."""
+    """Drops the cache of an ended request."""
 
     request_id: int
 

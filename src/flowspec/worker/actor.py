@@ -291,6 +291,6 @@ class Worker:
         return self._requests.num_open
 
     @property
-    def num_kept(self) -> int:
-        """Requests that have ended and left their cache for an heir."""
-        return self._requests.num_kept
+    def num_cached(self) -> int:
+        """Requests that have ended, and whose caches are kept."""
+        return self._requests.num_cached

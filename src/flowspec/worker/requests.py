@@ -1,4 +1,4 @@
-"""The requests that are open on a worker, with their caches, and the caches that ended ones have left for heirs."""
+"""The requests that are open on a worker, with their caches, and the prefix cache: caches that ended ones have left."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Requests:
     def __init__(self, stage: Stage) -> None:
         self._stage = stage
         self._open: dict[int, OpenRequest] = {}
-        self._kept: dict[int, StageCache] = {}  # of requests that have ended, for their heirs
+        self._cached: dict[int, StageCache] = {}  # of requests that have ended
         self._ended: deque[tuple[int, int]] = deque(maxlen=_MAX_ENDED)  # whose ``End`` overtook their ``Open``, maybe
 
     @property
@@ -41,8 +41,8 @@ class Requests:
         return len(self._open)
 
     @property
-    def num_kept(self) -> int:
-        return len(self._kept)
+    def num_cached(self) -> int:
+        return len(self._cached)
 
     def find(self, message: RequestMessage) -> OpenRequest | None:
         """Whom a message speaks of; ``None`` for a finished request, or another epoch of it."""
@@ -67,14 +67,16 @@ class Requests:
                 pass
 
     def open(self, message: Open) -> None:
-        """Raises ``ProtocolError`` for the heir of a request that has left nothing."""
-        if message.heir_of is None:
+        """Raises ``ProtocolError`` where the cache that it wants to take over is not there."""
+        if message.cached_by is None:
             cache = self._stage.open_cache(message.root_id)
-        elif message.heir_of in self._kept:
-            cache = self._kept.pop(message.heir_of)
-            cache.slots.inherit(message.num_kept, message.root_id)
+        elif message.cached_by in self._cached:
+            cache = self._cached.pop(message.cached_by)
+            cache.slots.reuse(message.num_cached, message.root_id)
         else:
-            raise ProtocolError(f"request {message.request_id} inherits from {message.heir_of}, which left nothing")
+            raise ProtocolError(
+                f"request {message.request_id} wants the cache of {message.cached_by}, which is not kept"
+            )
         cache.slots.limit = message.num_slots
         is_over = (message.request_id, message.epoch) in self._ended
         self._open[message.request_id] = OpenRequest(
@@ -87,16 +89,16 @@ class Requests:
 
     def close(self, message: Close) -> None:
         request = self._open.pop(message.request_id, None)
-        if request is not None and message.kept_ids is not None:
-            request.cache.slots.settle(message.kept_ids)
-            self._kept[message.request_id] = request.cache
+        if request is not None and message.cached_ids is not None:
+            request.cache.slots.finish(message.cached_ids)
+            self._cached[message.request_id] = request.cache
         if not self._open:
             self.check_integrity()  # now that nobody waits for anything
 
     def forget(self, message: Forget) -> None:
-        self._kept.pop(message.request_id, None)
+        self._cached.pop(message.request_id, None)
 
     def check_integrity(self) -> None:
         """Assert the invariants of all caches."""
-        for cache in (*self._kept.values(), *(request.cache for request in self._open.values())):
+        for cache in (*self._cached.values(), *(request.cache for request in self._open.values())):
             cache.slots.check_integrity()
