@@ -55,7 +55,7 @@ class TableSource:
 
     name = "table"
     steady_steps = 1
-    needs_features = False
+    feature_layers: tuple[int, ...] = ()
 
     def __init__(self) -> None:
         rng = np.random.default_rng(0)

@@ -90,7 +90,7 @@ class FixedSource:
 
     name = "fixed"
     steady_steps = 1
-    needs_features = False
+    feature_layers: tuple[int, ...] = ()
 
     def open(self, prompt_ids: Sequence[int], sampler: Sampler) -> FixedDraft:
         return FixedDraft()

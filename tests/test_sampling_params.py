@@ -56,7 +56,7 @@ class KnownSource:
 
     name = "known"
     steady_steps = 1
-    needs_features = False
+    feature_layers: tuple[int, ...] = ()
 
     def __init__(self, text: Sequence[int]) -> None:
         self._text = text

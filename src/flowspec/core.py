@@ -27,6 +27,7 @@ class Ending(Enum):
     PREEMPTED = "preempted"  # its caches went to others; it is started again behind what it has emitted
 
 
+FINAL = -1  # in place of a layer's index: the hidden states behind the last layer and the final norm
 MAX_SEED = 2**64 - 1
 MAX_LOGPROBS = 20
 MAX_STOPS = 16

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from flowspec.config import EngineConfig
+from flowspec.core import FINAL
 from flowspec.draft.base import DraftSource
 from flowspec.draft.lookup import LookupSource
-from flowspec.errors import ProtocolError, RequestError
+from flowspec.errors import ProtocolError, RequestError, UsageError
 from flowspec.request.generation import Generation
 from flowspec.request.request import Common, Request
 from flowspec.request.slot_budget import SlotBudget, slots_needed
@@ -48,6 +49,11 @@ class Driver:
 
         ``likely_tokens``: of an answer, that a request has room for when it starts.
         """
+        if source is not None and not {FINAL}.issuperset(source.feature_layers):
+            raise UsageError(
+                f"draft {source.name} reads the outputs of layers {list(source.feature_layers)}; workers return those "
+                "of the final norm alone, so use another draft"
+            )
         self._common = common
         self._source = source
         self._running: dict[int, _Running] = {}  # until the pipeline has confirmed their end
@@ -95,7 +101,7 @@ class Driver:
         if source is not None and schedule.wants_ngrams:
             source = LookupSource(source)
         num_slots = self._charge(request, schedule, num_emitted)
-        needs_features = source is not None and source.needs_features
+        needs_features = source is not None and bool(source.feature_layers)
         cached, gone = self.budget.take(request_id, num_slots, text_ids, needs_features)
         try:
             generation = Generation(

@@ -27,7 +27,7 @@ class TargetSource:
 
     name = "target"
     steady_steps = 1
-    needs_features = False
+    feature_layers: tuple[int, ...] = ()
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model

@@ -38,7 +38,7 @@ class FaultySource:
 
     name = "faulty"
     steady_steps = 1
-    needs_features = False
+    feature_layers: tuple[int, ...] = ()
 
     def open(self, prompt_ids: Sequence[int], sampler: Sampler) -> Draft:
         if prompt_ids[0] == OPENS:

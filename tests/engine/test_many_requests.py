@@ -18,7 +18,8 @@ from flowspec.bench.load import run_load
 from flowspec.bench.runner import PairSpec
 from flowspec.bench.study import Study
 from flowspec.config import EngineConfig, PipelineConfig, ScheduleConfig, TreeConfig
-from flowspec.core import LayerRange, SamplingParams
+from flowspec.core import FINAL, LayerRange, SamplingParams
+from flowspec.draft.ngram import NgramSource
 from flowspec.emulation.description import ClusterSpec
 from flowspec.emulation.experiment import Experiment
 from flowspec.emulation.pairs import SyntheticPair
@@ -143,9 +144,22 @@ def test_a_request_without_a_draft_reuses_one_with_a_draft_but_not_the_other_way
 
 def test_a_cache_that_is_not_kept_cannot_be_taken_over(checkpoint_dir: Callable[[str], Path]) -> None:
     worker = Pump(checkpoint_dir("llama"), 1).workers[0]
-    worker.on_message(Open(1, 0, 5, False, cached_by=0, num_cached=3))
+    worker.on_message(Open(1, 0, 5, [], cached_by=0, num_cached=3))
     ((_, failed),) = [(send.route, send.message) for send in worker.on_idle() or []]
-    assert isinstance(failed, Failed) and failed.request_id == 1 and "left nothing" in failed.text
+    assert isinstance(failed, Failed) and failed.request_id == 1 and "is not kept" in failed.text
+
+
+def test_outputs_of_layers_that_a_worker_does_not_return_are_refused_at_both_ends(
+    checkpoint_dir: Callable[[str], Path],
+) -> None:
+    worker = Pump(checkpoint_dir("llama"), 1).workers[0]
+    worker.on_message(Open(1, 0, 5, [2, FINAL]))
+    ((_, failed),) = [(send.route, send.message) for send in worker.on_idle() or []]
+    assert isinstance(failed, Failed) and failed.request_id == 1 and "layers [2, -1]" in failed.text
+    source = NgramSource()
+    source.feature_layers = (2, 3)
+    with pytest.raises(UsageError, match=r"draft ngram reads the outputs of layers \[2, 3\]"):
+        Pump(checkpoint_dir("llama"), 1, source)
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen3"])

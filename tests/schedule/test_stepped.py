@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from flowspec.config import ScheduleConfig
-from flowspec.core import SamplingParams
+from flowspec.core import FINAL, SamplingParams
 from flowspec.emulation import experiment as page
 from flowspec.emulation.description import ClusterSpec
 from flowspec.emulation.experiment import Experiment, Faults
@@ -42,7 +42,7 @@ def open_worker(is_first: bool = True, is_last: bool = False, request_ids: Seque
     """With the root 0 of each request, whose segment has no gate, computed already."""
     worker = Worker(SyntheticStage(is_first, is_last), 1, lambda: 0.0)
     for request_id in request_ids:
-        worker.on_message(Open(request_id, 0, 0, want_features=True))
+        worker.on_message(Open(request_id, 0, 0, [FINAL]))
         worker.on_message(segment(0, [0], gate=None, request_id=request_id, is_first=is_first))
         assert worker.on_idle() is not None and worker.on_idle() is not None
     return worker

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flowspec.core import FINAL
 from flowspec.errors import ProtocolError
 from flowspec.wire.codec import Codec
 from flowspec.wire.messages import (
@@ -105,7 +106,7 @@ def test_hidden_states_in_int8_are_at_most_half_a_scale_off(
         Reserve(5, 0, 4096),
         Stamped(3.5, 0.25, Step(5, 0, 2)),
         Stop(),
-        Open(5, 0, 3, True),
+        Open(5, 0, 3, [FINAL]),
         Close(5, 0),
         Probe(3, bytes(1000)),
     ],

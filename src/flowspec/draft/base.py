@@ -80,7 +80,7 @@ class DraftSource(Protocol):
 
     name: str
     steady_steps: int  # steps of extrapolation over which its guesses hardly get worse
-    needs_features: bool  # whether the hidden states of the prompt must come back from the last worker
+    feature_layers: tuple[int, ...]  # of the target, whose outputs it reads for every token; ``core.FINAL``, or none
 
     def open(self, prompt_ids: Sequence[int], sampler: Sampler) -> Draft:
         """``sampler`` is the request's: what it knows of the noise to come may guide the guesses."""

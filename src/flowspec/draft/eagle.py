@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowspec.core import SamplingParams
+from flowspec.core import FINAL, SamplingParams
 from flowspec.draft.base import Accepted, ReusableDraft, steady_steps
 from flowspec.model.attention import ATTENTION
 from flowspec.model.eagle_head import EagleHead
@@ -31,7 +31,7 @@ class EagleSource:
     """A loaded head, shared by all requests."""
 
     name = "eagle"
-    needs_features = True
+    feature_layers: tuple[int, ...] = (FINAL,)
 
     def __init__(self, head: EagleHead, lm_head: LogitsHead, top_k: int, is_coupled: bool = True) -> None:
         """``lm_head``: the target's, or a cheaper copy. ``top_k``: children that a node gets in one pass.

@@ -28,7 +28,7 @@ class LookupSource:
         self._inner = inner
         self.name = inner.name
         self.steady_steps = inner.steady_steps
-        self.needs_features = inner.needs_features
+        self.feature_layers = inner.feature_layers
 
     def open(self, prompt_ids: Sequence[int], sampler: Sampler) -> LookupDraft:
         return LookupDraft(self._inner.open(prompt_ids, sampler), prompt_ids)

@@ -31,7 +31,7 @@ class NgramSource:
 
     name = "ngram"
     steady_steps = 1
-    needs_features = False
+    feature_layers: tuple[int, ...] = ()
 
     def __init__(self, config: NgramConfig | None = None) -> None:
         self.config = config or NgramConfig()

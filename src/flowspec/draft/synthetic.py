@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from flowspec.core import FINAL
 from flowspec.draft.base import Accepted, steady_steps
 from flowspec.model.synthetic import Language, increments
 from flowspec.sampling import Sampler
@@ -16,7 +17,7 @@ from flowspec.tree import DraftTree, Ints
 
 class SyntheticSource:
     name = "synthetic"
-    needs_features = True  # as an EAGLE head does: the prompt's features travel
+    feature_layers: tuple[int, ...] = (FINAL,)  # as an EAGLE head does: the prompt's features travel
 
     def __init__(self, language: Language, top_k: int) -> None:
         self.language = language

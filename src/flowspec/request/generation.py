@@ -78,10 +78,10 @@ class Generation:
         self._sampler.extend(self.output_ids)
         self._verifier = Verifier(common.head, self._sampler, request.params, request.eos_ids)
         self._num_tokens = min(request.params.max_tokens, common.max_positions - len(request.prompt_ids))
-        self._want_features = source is not None and source.needs_features
+        self._feature_layers = () if source is None else source.feature_layers
         self._want_hints = want_hints and source is not None
         self._draft: Draft | None = source.open(text_ids, self._sampler) if source else None
-        if self._cached.draft is not None and self._want_features:
+        if self._cached.draft is not None and self._feature_layers:
             assert isinstance(self._draft, ReusableDraft)
             self._draft.reuse(self._cached.draft, self._cached.num_cached)
         self.num_passes = 0  # draft passes since the last commit
@@ -141,7 +141,7 @@ class Generation:
     def prefill(self, max_chunks: int) -> None:
         """Open the request at every worker and begin to send the prompt, ``max_chunks`` segments of it at once."""
         root_id, want_hints = self.tree.root_id, self._want_hints
-        self.outbox.open(root_id, self._want_features, want_hints, self._cached, self._num_slots)
+        self.outbox.open(root_id, self._feature_layers, want_hints, self._cached, self._num_slots)
         self.tree.mark_sent(np.zeros(1, dtype=np.int64))  # it goes with the prompt's last segment
         for _ in range(max_chunks):
             self._send_chunk()
@@ -227,7 +227,7 @@ class Generation:
 
     def _receive_prompt(self, result: Result) -> None:
         self.num_prompt_verified += result.num_prefix
-        if self._draft is not None and self._want_features:
+        if self._draft is not None and self._feature_layers:
             self._draft.read_prompt(result.node_ids[: result.num_prefix], result.hidden[: result.num_prefix])
 
     def verify(self) -> Verdict | None:
@@ -376,7 +376,7 @@ class Generation:
         """What an ended request that keeps its cache leaves in the prefix cache."""
         assert self.is_finished and self.keeps_cache
         tokens = (*self.request.prompt_ids, *self.output_ids)[: self.prefix_len]
-        draft = self._draft if self._want_features and isinstance(self._draft, ReusableDraft) else None
+        draft = self._draft if self._feature_layers and isinstance(self._draft, ReusableDraft) else None
         return CacheEntry(self.request.request_id, tokens, draft)
 
     def take_outbox(self) -> list[Send]:

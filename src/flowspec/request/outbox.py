@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from flowspec.request.prefix_cache import CachedPrefix
 from flowspec.wire.actor import Route, Send
@@ -30,13 +30,15 @@ class Outbox:
     def _post(self, route: Route, message: Open | Segment | Reserve | Commit | End | Step | Close) -> None:
         self._sends.append(Send(route, message))
 
-    def open(self, root_id: int, want_features: bool, want_hints: bool, cached: CachedPrefix, num_slots: int) -> None:
+    def open(
+        self, root_id: int, feature_layers: Sequence[int], want_hints: bool, cached: CachedPrefix, num_slots: int
+    ) -> None:
         """Begin at every worker."""
         message = Open(
             self._request_id,
             self._epoch,
             root_id,
-            want_features,
+            list(feature_layers),
             want_hints,
             cached.request_id,
             cached.num_cached,

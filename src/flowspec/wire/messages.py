@@ -101,7 +101,8 @@ class Stop(Message, frozen=True):
 class Open(Message, frozen=True):
     """Begins a request, or a new epoch of it.
 
-    ``want_features``: return hidden states of prefix rows too. ``want_hints``: workers that can send ``Hint``s.
+    ``feature_layers``: of the target, whose outputs the draft reads, of prefix rows too; ``FINAL`` alone, or none.
+    ``want_hints``: of workers that can send ``Hint``s.
     ``cached_by``: an ended request whose cache this one takes over; its first ``num_cached`` tokens are this one's too.
     ``num_slots``: that the cache may grow to, until ``Reserve`` allows more; 0: unknown.
     """
@@ -109,7 +110,7 @@ class Open(Message, frozen=True):
     request_id: int
     epoch: int
     root_id: int
-    want_features: bool
+    feature_layers: list[int]
     want_hints: bool = False
     cached_by: int | None = None
     num_cached: int = 0

@@ -6,6 +6,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from flowspec.core import FINAL
 from flowspec.errors import ProtocolError
 from flowspec.model.stage import Stage, StageCache
 from flowspec.wire.messages import Close, Commit, End, Forget, Open, Reserve, Segment, Step
@@ -21,7 +22,7 @@ class OpenRequest:
 
     epoch: int
     cache: StageCache
-    want_features: bool
+    want_features: bool  # of prefix rows too
     want_hints: bool
     step: int = 0  # the newest step of a lock-step schedule
     is_over: bool = False  # all of its rows are dead, whatever the cache says
@@ -77,10 +78,12 @@ class Requests:
             raise ProtocolError(
                 f"request {message.request_id} wants the cache of {message.cached_by}, which is not kept"
             )
+        if not {FINAL}.issuperset(message.feature_layers):
+            raise ProtocolError(f"request {message.request_id} wants outputs of layers {message.feature_layers}")
         cache.slots.limit = message.num_slots
         is_over = (message.request_id, message.epoch) in self._ended
         self._open[message.request_id] = OpenRequest(
-            message.epoch, cache, message.want_features, message.want_hints, is_over=is_over
+            message.epoch, cache, bool(message.feature_layers), message.want_hints, is_over=is_over
         )
 
     def reserve(self, message: Reserve) -> None:
