@@ -20,7 +20,7 @@ from flowspec.bench.runner import PairSpec, run_simulated
 from flowspec.config import PUBLISHED_TREE, LockstepConfig, ScheduleConfig
 from flowspec.core import Partition, SamplingParams
 from flowspec.emulation.costs import Device, DriverCosts, EmulatedModel, LinkModel, TensorParallel
-from flowspec.emulation.description import ClusterSpec
+from flowspec.emulation.description import ClusterDescription
 from flowspec.emulation.experiment import Experiment
 from flowspec.model.synthetic import QUALITIES, Language, quality
 
@@ -56,10 +56,10 @@ def measure_hits(language: Language, num_contexts: int) -> list[Hits]:
     ]
 
 
-def single_stage() -> ClusterSpec:
+def single_stage() -> ClusterDescription:
     """One stage; what it costs does not change how many tokens a pass yields."""
     link, costs = LinkModel("link", 0.0, 1000.0), DriverCosts(1.0, 1.0, 1.0)
-    return ClusterSpec(
+    return ClusterDescription(
         "single", EmulatedModel("model", 1, 1, 1, 1, 1), (Device("device", 1.0, 1.0),), (link, link), link,
         Partition.even(1, 1), costs, costs, TensorParallel(),
     )  # fmt: skip

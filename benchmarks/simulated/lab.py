@@ -16,7 +16,7 @@ from flowspec.bench.prompts import BUILT_IN_PROMPTS
 from flowspec.bench.runner import SYNTHETIC, PairSpec, simulate_piece
 from flowspec.config import ScheduleConfig
 from flowspec.core import SamplingParams
-from flowspec.emulation.description import ClusterSpec
+from flowspec.emulation.description import ClusterDescription
 from flowspec.emulation.experiment import Experiment
 from flowspec.request.records import RequestRecord, ScheduleResult
 
@@ -34,7 +34,7 @@ Runs = dict[str, list[RequestRecord]]  # by schedule, in the order of the prompt
 class Case:
     """Some schedules under the same conditions."""
 
-    cluster: ClusterSpec
+    cluster: ClusterDescription
     schedules: tuple[str, ...]
     as_published: bool = False
     quality: str = "eagle1"
@@ -143,9 +143,9 @@ def processes(jobs: int) -> Iterator[ProcessPoolExecutor | None]:
         yield pool
 
 
-def cluster(name: str) -> ClusterSpec:
-    return ClusterSpec.load(ROOT / "clusters" / f"{name}.toml")
+def cluster(name: str) -> ClusterDescription:
+    return ClusterDescription.load(ROOT / "clusters" / f"{name}.toml")
 
 
-def all_clusters() -> list[ClusterSpec]:
-    return [ClusterSpec.load(path) for path in sorted((ROOT / "clusters").glob("*.toml"))]
+def all_clusters() -> list[ClusterDescription]:
+    return [ClusterDescription.load(path) for path in sorted((ROOT / "clusters").glob("*.toml"))]

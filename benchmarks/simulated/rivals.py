@@ -8,7 +8,7 @@ from dataclasses import replace
 from flowspec.bench import plots
 from flowspec.bench.report import markdown_table
 from flowspec.config import LockstepConfig, ScheduleConfig
-from flowspec.emulation.description import ClusterSpec
+from flowspec.emulation.description import ClusterDescription
 from flowspec.request.records import ScheduleResult
 from flowspec.schedule.catalogue import SCHEDULES
 from simulated.lab import AGX_7B, NANO_7B, NANO_13B, Case, Lab, all_clusters, cluster
@@ -174,7 +174,7 @@ def latency(lab: Lab) -> str:
 
 
 def sweep(
-    lab: Lab, section: str, label: str, values: Sequence[float], clusters: Sequence[ClusterSpec], flag: str
+    lab: Lab, section: str, label: str, values: Sequence[float], clusters: Sequence[ClusterDescription], flag: str
 ) -> str:
     schedules, few = ("serial", "lockstep", "flow"), lab.options.few
     cases = [

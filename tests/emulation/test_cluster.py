@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from flowspec.core import Partition
 from flowspec.emulation.costs import Device, DriverCosts, EmulatedModel, LinkModel, TensorParallel
-from flowspec.emulation.description import ClusterSpec
+from flowspec.emulation.description import ClusterDescription
 from flowspec.errors import UsageError
 
 CLUSTERS = Path(__file__).parents[2] / "clusters"
@@ -60,8 +60,8 @@ verify_ms = 1
 """
 
 
-def spec(num_stages: int = 4) -> ClusterSpec:
-    return ClusterSpec(
+def spec(num_stages: int = 4) -> ClusterDescription:
+    return ClusterDescription(
         name="small",
         model=MODEL,
         devices=(DEVICE,) * num_stages,
@@ -74,13 +74,13 @@ def spec(num_stages: int = 4) -> ClusterSpec:
     )
 
 
-def shipped(name: str) -> ClusterSpec:
-    return ClusterSpec.load(CLUSTERS / f"{name}.toml")
+def shipped(name: str) -> ClusterDescription:
+    return ClusterDescription.load(CLUSTERS / f"{name}.toml")
 
 
 @pytest.mark.parametrize("path", FILES, ids=[path.stem for path in FILES])
 def test_a_shipped_file_loads_and_its_partition_tiles_the_model(path: Path) -> None:
-    cluster = ClusterSpec.load(path)
+    cluster = ClusterDescription.load(path)
     assert cluster.name == path.stem
     assert cluster.partition.num_layers == cluster.model.num_layers
     assert len(cluster.partition) == cluster.num_stages == len(cluster.links) - 1
@@ -89,7 +89,7 @@ def test_a_shipped_file_loads_and_its_partition_tiles_the_model(path: Path) -> N
 
 @pytest.mark.parametrize("path", FILES, ids=[path.stem for path in FILES])
 def test_an_int8_draft_pass_saves_half_of_the_reading_and_no_python(path: Path) -> None:
-    ours, devices = ClusterSpec.load(path).ours, ClusterSpec.load(path).devices
+    ours, devices = ClusterDescription.load(path).ours, ClusterDescription.load(path).devices
     python_ms = 0.6 if devices[0].memory_gb_s == 49 else 0.3
     assert ours.int8_draft_pass_ms - python_ms == pytest.approx((ours.draft_pass_ms - python_ms) / 2, abs=0.051)
 
@@ -263,7 +263,7 @@ def test_tensor_parallel_over_one_device_sends_nothing() -> None:
 
 
 def test_optional_parts_of_a_file_have_their_defaults() -> None:
-    cluster = ClusterSpec.parse(GOOD, "some/where/mine.toml")
+    cluster = ClusterDescription.parse(GOOD, "some/where/mine.toml")
     assert cluster.name == "mine"
     assert cluster.partition == Partition.even(8, 2)
     assert cluster.links == (LinkModel("lan", 0.3, 150.0),) * 3
@@ -276,7 +276,7 @@ def test_links_control_name_and_partition_can_be_given() -> None:
     text = 'name = "other"\n' + GOOD.replace(
         'links = "lan"', 'links = ["lan", "far", "lan"]\ncontrol = "far"\npartition = "0:3,3:8"'
     ).replace("[pipeline]", '[link."far"]\nlatency_ms = 20\nbandwidth_mbps = 50\nloss = 0.01\n[pipeline]')
-    cluster = ClusterSpec.parse(text, "mine.toml")
+    cluster = ClusterDescription.parse(text, "mine.toml")
     assert cluster.name == "other"
     assert [link.name for link in cluster.links] == ["lan", "far", "lan"]
     assert cluster.control.latency_ms == 20
@@ -358,13 +358,13 @@ def test_a_mistake_in_a_file_is_named_with_its_line_and_key(old: str, new: str, 
     assert old in GOOD
     text = GOOD.replace(old, new, 1)
     with pytest.raises(UsageError, match=rf"^bad\.toml, line {line}: .*{problem}"):
-        ClusterSpec.parse(text, "bad.toml")
+        ClusterDescription.parse(text, "bad.toml")
 
 
 @pytest.mark.parametrize("key", ["model", "device", "link", "pipeline", "driver"])
 def test_a_missing_table_is_named(key: str) -> None:
     with pytest.raises(UsageError, match=rf"^bad\.toml: {key} is missing; add the table \[{key}\]"):
-        ClusterSpec.parse("\n\n".join(part for part in GOOD.split("\n\n") if f"[{key}" not in part), "bad.toml")
+        ClusterDescription.parse("\n\n".join(part for part in GOOD.split("\n\n") if f"[{key}" not in part), "bad.toml")
 
 
 @pytest.mark.parametrize(
@@ -381,20 +381,20 @@ def test_a_missing_table_is_named(key: str) -> None:
 def test_the_line_is_found_however_the_key_is_written(written: str, line: int) -> None:
     text = GOOD.replace("[link.lan]\nlatency_ms = 0.3\nbandwidth_mbps = 150", written)
     with pytest.raises(UsageError, match=rf"^bad\.toml, line {line}: \[link\.lan\] bandwidth_mbps is -5"):
-        ClusterSpec.parse(text, "bad.toml")
+        ClusterDescription.parse(text, "bad.toml")
     with pytest.raises(UsageError, match=rf"^bad\.toml, line {line}: "):
-        ClusterSpec.parse(text.replace("\n", "\r\n"), "bad.toml")
+        ClusterDescription.parse(text.replace("\n", "\r\n"), "bad.toml")
 
 
 def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"nowhere\.toml: No such file"):
-        ClusterSpec.load(tmp_path / "nowhere.toml")
+        ClusterDescription.load(tmp_path / "nowhere.toml")
     with pytest.raises(UsageError, match="directory"):
-        ClusterSpec.load(tmp_path)
+        ClusterDescription.load(tmp_path)
     binary = tmp_path / "binary.toml"
     binary.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UsageError, match="not UTF-8"):
-        ClusterSpec.load(binary)
+        ClusterDescription.load(binary)
 
 
 def test_a_cluster_made_in_code_is_checked_too() -> None:

@@ -18,7 +18,7 @@ from flowspec.config import FlowParts, ScheduleConfig
 from flowspec.core import SamplingParams
 from flowspec.draft.synthetic import SyntheticSource
 from flowspec.emulation.costs import LinkModel
-from flowspec.emulation.description import ClusterSpec
+from flowspec.emulation.description import ClusterDescription
 from flowspec.emulation.experiment import Experiment, Faults, Slowdown
 from flowspec.emulation.pairs import PROMPT_LEN, CheckpointPair, ModelPair, SyntheticPair
 from flowspec.emulation.simulator import simulate
@@ -28,7 +28,7 @@ from flowspec.model.synthetic import VOCAB_SIZE, Language, quality
 from flowspec.request.records import RequestRecord, Span
 from flowspec.schedule.catalogue import ABLATIONS, AUTO, SCHEDULES
 
-NANO = ClusterSpec.load(Path(__file__).parents[2] / "clusters" / "7b-nano-150m.toml")
+NANO = ClusterDescription.load(Path(__file__).parents[2] / "clusters" / "7b-nano-150m.toml")
 PAIR = SyntheticPair("eagle1", 10)
 ALL = (AUTO, *SCHEDULES, *ABLATIONS, "tp-megatron")
 PROMPT = "a prompt"
@@ -73,13 +73,13 @@ lm_head_ms = 2.0
 verify_ms = 1.0
 send_ms = 0.5
 """
-FLAT_CLUSTER = ClusterSpec.parse(FLAT, "flat.toml")
+FLAT_CLUSTER = ClusterDescription.parse(FLAT, "flat.toml")
 AR_DRIVER_S = 3.5e-3  # lm_head, verify, send: what the driver spends on a token of ``ar`` there
 
 
 def run(
     schedule: str,
-    cluster: ClusterSpec = NANO,
+    cluster: ClusterDescription = NANO,
     params: SamplingParams = GREEDY,
     faults: Faults = NO_FAULTS,
     pair: ModelPair = PAIR,
@@ -93,7 +93,7 @@ def params_of(temperature: float, num_tokens: int = 20) -> SamplingParams:
     return SamplingParams(max_tokens=num_tokens, temperature=temperature, seed=11 if temperature else None)
 
 
-def with_links(cluster: ClusterSpec, **changes: float) -> ClusterSpec:
+def with_links(cluster: ClusterDescription, **changes: float) -> ClusterDescription:
     links = tuple(replace(link, **changes) for link in cluster.links)
     return replace(cluster, links=links, control=replace(cluster.control, **changes))
 
@@ -178,7 +178,7 @@ def forwards(record: RequestRecord, place: int) -> list[Span]:
     return [span for span in record.spans if span.place == place]
 
 
-def ar_token_s(cluster: ClusterSpec) -> float:
+def ar_token_s(cluster: ClusterDescription) -> float:
     """What a token of ``ar`` takes, measured."""
     record = run("ar", cluster)
     assert record.emissions.num_first == 1 and record.num_decoded == GREEDY.max_tokens - 1
@@ -387,7 +387,7 @@ def test_ngrams_save_time_where_text_repeats_itself_and_change_no_token() -> Non
 
 @pytest.mark.parametrize(("name", "is_cheap"), [("7b-nano-150m", True), ("7b-int4-nano-150m", False)])
 def test_workers_stop_hinting_where_a_hint_takes_long(name: str, is_cheap: bool) -> None:
-    cluster = ClusterSpec.load(Path(__file__).parents[2] / "clusters" / f"{name}.toml")
+    cluster = ClusterDescription.load(Path(__file__).parents[2] / "clusters" / f"{name}.toml")
     experiment = Experiment(cluster, ScheduleConfig(), SamplingParams(max_tokens=40), with_spans=True)
     (record,) = simulate(experiment, PAIR, "flow", [(0, PROMPT)])
     num_hints = sum(span.work == "hint" for span in record.spans if span.place == 3)

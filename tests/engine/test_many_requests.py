@@ -20,7 +20,7 @@ from flowspec.bench.study import Study
 from flowspec.config import EngineConfig, PipelineConfig, ScheduleConfig, TreeConfig
 from flowspec.core import FINAL, LayerRange, SamplingParams
 from flowspec.draft.ngram import NgramSource
-from flowspec.emulation.description import ClusterSpec
+from flowspec.emulation.description import ClusterDescription
 from flowspec.emulation.experiment import Experiment
 from flowspec.emulation.pairs import SyntheticPair
 from flowspec.emulation.simulator import simulate, simulate_load
@@ -267,7 +267,7 @@ def test_the_number_of_requests_at_once_is_bounded(checkpoint_dir: Callable[[str
 
 
 def test_eight_clients_of_a_simulated_cluster_get_two_and_a_half_times_the_tokens_of_one() -> None:
-    cluster = ClusterSpec.load(Path(__file__).parents[2] / "clusters" / "7b-nano-150m.toml")
+    cluster = ClusterDescription.load(Path(__file__).parents[2] / "clusters" / "7b-nano-150m.toml")
     experiment = Experiment(cluster, ScheduleConfig(), SamplingParams(48))
     prompts = [f"prompt {i}" for i in range(8)]
     study = Study(experiment, PairSpec(), ["flow", "auto"], prompts, jobs=1)
@@ -278,7 +278,7 @@ def test_eight_clients_of_a_simulated_cluster_get_two_and_a_half_times_the_token
 
 
 def test_simulated_clients_with_a_seed_get_what_they_get_alone() -> None:
-    cluster = ClusterSpec.load(Path(__file__).parents[2] / "clusters" / "7b-agx-1g.toml")
+    cluster = ClusterDescription.load(Path(__file__).parents[2] / "clusters" / "7b-agx-1g.toml")
     experiment = Experiment(cluster, ScheduleConfig(), SamplingParams(24, 0.9, seed=3))
     pair = SyntheticPair("eagle1", 10)
     prompts = [(index, f"prompt {index}") for index in range(5)]

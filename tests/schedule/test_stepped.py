@@ -15,7 +15,7 @@ import torch
 from flowspec.config import ScheduleConfig
 from flowspec.core import FINAL, SamplingParams
 from flowspec.emulation import experiment as page
-from flowspec.emulation.description import ClusterSpec
+from flowspec.emulation.description import ClusterDescription
 from flowspec.emulation.experiment import Experiment, Faults
 from flowspec.emulation.pairs import SyntheticPair
 from flowspec.emulation.simulator import simulate
@@ -28,7 +28,7 @@ from flowspec.wire.actor import Send
 from flowspec.wire.messages import LAST_STEP, Close, Commit, Message, Open, Result, Segment, Step
 from flowspec.worker.actor import Worker
 
-NANO = ClusterSpec.load(Path(__file__).parents[2] / "clusters" / "7b-nano-150m.toml")
+NANO = ClusterDescription.load(Path(__file__).parents[2] / "clusters" / "7b-nano-150m.toml")
 NUM_STAGES = NANO.num_stages
 PAIR = SyntheticPair("eagle1", 10)
 STEPPED = ("lockstep", "lockstep-no-score-order", "lockstep-no-prune", "lockstep-no-expand", "pipedec")

@@ -15,7 +15,7 @@ from flowspec.bench.plots import timeline
 from flowspec.bench.report import BASELINES, ratio_interval
 from flowspec.bench.runner import SYNTHETIC, PairSpec, run_simulated
 from flowspec.bench.trace import TraceRun
-from flowspec.emulation.description import ClusterSpec
+from flowspec.emulation.description import ClusterDescription
 from flowspec.emulation.experiment import TENSOR_PARALLEL, Experiment
 from flowspec.errors import FlowspecError, UsageError
 from flowspec.model.loader import Checkpoint
@@ -80,7 +80,7 @@ class Study:
         params = replace(self.experiment.params, temperature=temperature)
         return replace(self, experiment=replace(self.experiment, params=params))
 
-    def with_cluster(self, cluster: ClusterSpec) -> Study:
+    def with_cluster(self, cluster: ClusterDescription) -> Study:
         return replace(self, experiment=replace(self.experiment, cluster=cluster))
 
     def settings(self) -> dict[str, Any]:
@@ -194,7 +194,7 @@ def _max_stages(study: Study) -> int:
     return min(num_layers, Checkpoint.open(study.pair.model).num_layers) if is_real else num_layers
 
 
-def _vary(cluster: ClusterSpec, name: str, x: float) -> ClusterSpec:
+def _vary(cluster: ClusterDescription, name: str, x: float) -> ClusterDescription:
     match name:
         case "bandwidth":
             return cluster.with_bandwidth(x)

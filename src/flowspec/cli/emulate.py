@@ -61,12 +61,12 @@ def emulate(
         from flowspec.bench.emulated import run_emulated
         from flowspec.bench.report import results_cells, results_json
         from flowspec.bench.study import check_schedules
-        from flowspec.emulation.description import ClusterSpec
+        from flowspec.emulation.description import ClusterDescription
         from flowspec.emulation.experiment import Experiment
         from flowspec.emulation.pairs import CheckpointPair
 
         check_schedules(names, is_simulated=False)
-        cluster = ClusterSpec.load(cluster_file)
+        cluster = ClusterDescription.load(cluster_file)
         text = Path(cluster_file).read_text(encoding="utf-8")
         params = SamplingParams(max_new_tokens, temperature, seed=seed)
         experiment = Experiment(cluster, ScheduleConfig(), params, as_published, int8_draft=is_int8)

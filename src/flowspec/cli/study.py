@@ -29,7 +29,7 @@ from flowspec.errors import UsageError
 
 if TYPE_CHECKING:
     from flowspec.bench.study import Study
-    from flowspec.emulation.description import ClusterSpec
+    from flowspec.emulation.description import ClusterDescription
     from flowspec.emulation.experiment import Slowdown
 
 SYNTHETIC = "synthetic"
@@ -175,10 +175,10 @@ class StudyOptions:
         }
         return ", ".join(part for name, part in parts.items() if part and name != varied)
 
-    def _cluster(self, file: str, stages: int | None) -> ClusterSpec:
-        from flowspec.emulation.description import ClusterSpec
+    def _cluster(self, file: str, stages: int | None) -> ClusterDescription:
+        from flowspec.emulation.description import ClusterDescription
 
-        cluster = ClusterSpec.load(file)
+        cluster = ClusterDescription.load(file)
         if stages is not None:
             cluster = cluster.with_stages(stages)
         if self.bandwidth is not None:

@@ -20,7 +20,7 @@ _Names = Annotated[tuple[str, ...], "a list of names"]
 
 
 @dataclass(frozen=True)
-class ClusterSpec:
+class ClusterDescription:
     """A whole emulated cluster. The driver sends to worker 1, worker i to worker i + 1, the last one to the driver."""
 
     name: str
@@ -56,17 +56,17 @@ class ClusterSpec:
         return len(self.devices)
 
     @classmethod
-    def load(cls, path: str | Path) -> ClusterSpec:
+    def load(cls, path: str | Path) -> ClusterDescription:
         """Read a cluster file (TOML); see ``clusters/`` for the form."""
         return cls.of(Table.load(path, "a cluster file (TOML)"))
 
     @classmethod
-    def parse(cls, text: str, source_name: str) -> ClusterSpec:
+    def parse(cls, text: str, source_name: str) -> ClusterDescription:
         """Read the text of a cluster file; ``source_name`` stands in errors, and its stem is the default name."""
         return cls.of(Table.parse(text, source_name))
 
     @classmethod
-    def of(cls, root: Table) -> ClusterSpec:
+    def of(cls, root: Table) -> ClusterDescription:
         """Read the root of a cluster file."""
         root.check_keys(["name", "model", "device", "link", "pipeline", "driver", "tensor_parallel"])
         model = root.table("model").read(EmulatedModel)
@@ -103,17 +103,17 @@ class ClusterSpec:
         num_layers = len(self.partition.stages[stage_index])
         return self.devices[stage_index].forward_s(self.model, num_layers, num_rows, context_len)
 
-    def with_bandwidth(self, mbps: float) -> ClusterSpec:
+    def with_bandwidth(self, mbps: float) -> ClusterDescription:
         """The same cluster with this bandwidth on every link."""
         links = tuple(replace(link, bandwidth_mbps=mbps) for link in self.links)
         return replace(self, links=links, control=replace(self.control, bandwidth_mbps=mbps))
 
-    def with_latency(self, latency_ms: float) -> ClusterSpec:
+    def with_latency(self, latency_ms: float) -> ClusterDescription:
         """The same cluster with this latency on every link."""
         links = tuple(replace(link, latency_ms=latency_ms) for link in self.links)
         return replace(self, links=links, control=replace(self.control, latency_ms=latency_ms))
 
-    def with_stages(self, num_stages: int) -> ClusterSpec:
+    def with_stages(self, num_stages: int) -> ClusterDescription:
         """An even partition over the devices, repeated in order; unless their number stays, all links are the first."""
         partition = Partition.even(self.model.num_layers, num_stages)
         devices = tuple(self.devices[i % len(self.devices)] for i in range(num_stages))

@@ -10,7 +10,7 @@ from flowspec.core import MAX_SEED, SamplingParams
 from flowspec.draft.base import DraftSource
 from flowspec.driver import Driver
 from flowspec.emulation.costs import DriverCosts
-from flowspec.emulation.description import ClusterSpec
+from flowspec.emulation.description import ClusterDescription
 from flowspec.emulation.pairs import PROMPT_LEN, ModelPair
 from flowspec.emulation.virtual_time import Clock
 from flowspec.errors import UsageError
@@ -48,7 +48,7 @@ class Faults:
 class Experiment:
     """What is simulated, apart from schedule and prompts."""
 
-    cluster: ClusterSpec
+    cluster: ClusterDescription
     config: ScheduleConfig
     params: SamplingParams
     as_published: bool = False  # the driver's costs of the paper's code for all schedules but ``flow``

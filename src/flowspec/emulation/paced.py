@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from flowspec.emulation.description import ClusterSpec
+from flowspec.emulation.description import ClusterDescription
 from flowspec.emulation.virtual_time import Clock, EmulatedHinter, EmulatedStage, Place, Sizes, VirtualLink
 from flowspec.errors import ProtocolError
 from flowspec.model.stage import Stage, forward
@@ -96,7 +96,7 @@ class PacedActor:
 def paced_worker(stage: Stage, index: int, emulation: Emulation, hinter: Hinter | None = None) -> PacedActor:
     """A worker that plays the cluster's device ``index`` (from 1)."""
     _warm_up(stage)
-    cluster = ClusterSpec.parse(emulation.cluster, "the emulated cluster")
+    cluster = ClusterDescription.parse(emulation.cluster, "the emulated cluster")
     clock = Clock()
     sizes = Sizes(cluster.model)
     out = cluster.links[index]
