@@ -67,7 +67,7 @@ class Driver:
         """Requests of which something may still be in the pipeline."""
         return len(self._running)
 
-    def num_slots(self, num_prompt: int, max_tokens: int, tree_size: int) -> int:
+    def most_slots(self, num_prompt: int, max_tokens: int, tree_size: int) -> int:
         """How many a request may ever need."""
         return slots_needed(min(num_prompt + max_tokens, self._common.max_positions), tree_size)
 
@@ -76,10 +76,14 @@ class Driver:
 
         Nobody is charged for more than there is: segments that have got cheap make larger trees.
         """
-        num_prompt, max_tokens, tree_size = len(request.prompt_ids), request.params.max_tokens, schedule.tree.size
+        num_prompt, max_tokens, tree_size = (
+            len(request.prompt_ids),
+            request.params.max_tokens,
+            schedule.tree_config.size,
+        )
         if self.budget.num_slots is None:
-            return self.num_slots(num_prompt, max_tokens, tree_size)
-        likely = self.num_slots(num_prompt, min(max_tokens, num_emitted + self._likely_tokens), tree_size)
+            return self.most_slots(num_prompt, max_tokens, tree_size)
+        likely = self.most_slots(num_prompt, min(max_tokens, num_emitted + self._likely_tokens), tree_size)
         return min(likely, self.budget.num_slots)
 
     def has_room(self, request: Request, schedule: Schedule, num_emitted: int = 0) -> bool:
@@ -105,7 +109,7 @@ class Driver:
         cached, gone = self.budget.take(request_id, num_slots, text_ids, needs_features)
         try:
             generation = Generation(
-                request, self._common, source, schedule.tree, schedule.wants_hints, cached, num_slots, previous
+                request, self._common, source, schedule.tree_config, schedule.wants_hints, cached, num_slots, previous
             )
             generation.prefill(self._max_chunks)
         except BaseException:
@@ -186,7 +190,7 @@ class Driver:
         num_held = self.budget.held_by(generation.request.request_id)
         if generation.is_finished and num_held:
             sends += self._release(generation)
-        elif self.budget.num_slots is not None and generation.num_slots > num_held and not generation.is_finished:
+        elif self.budget.num_slots is not None and generation.slots_needed > num_held and not generation.is_finished:
             sends += self._grow(generation)
         return sends
 
@@ -201,7 +205,7 @@ class Driver:
         budget, request_id = self.budget, generation.request.request_id
         assert budget.num_slots is not None, "nobody counts"
         num_held = budget.held_by(request_id)
-        needed = min(generation.num_slots, budget.num_slots)
+        needed = min(generation.slots_needed, budget.num_slots)
         if needed <= num_held:
             return []
         sends: list[Send] = []
@@ -211,7 +215,7 @@ class Driver:
             sends += [*victim.take_outbox(), *self._release(victim)]
             if victim is generation:
                 return sends
-        most = min(generation.num_slots + generation.num_left, budget.num_slots)
+        most = min(generation.slots_needed + generation.num_left, budget.num_slots)
         wanted = min(most, num_held + max(MIN_GROWTH, round(GROWTH_SHARE * num_held)))
         num_slots = wanted if wanted > needed and budget.can_grow(request_id, wanted) else needed
         sends += self._forget(budget.grow(request_id, num_slots))

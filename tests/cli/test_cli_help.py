@@ -12,7 +12,7 @@ import pytest
 
 from command_line import Run
 from flowspec.cli import terminal
-from flowspec.cli.options import DEFAULT_MODEL, DEFAULT_PLACES, DEFAULT_SAMPLING, SamplingOptions, flag
+from flowspec.cli.options import DEFAULT_MODEL, DEFAULT_SAMPLING, DEFAULT_STAGE_OPTIONS, SamplingOptions, flag
 from flowspec.cli.terminal import TerminalProgress, fitted
 from flowspec.core import SamplingParams
 
@@ -43,7 +43,7 @@ def names(group: object) -> set[str]:
 @pytest.mark.parametrize("command", ["generate", "chat", "serve"])
 def test_every_command_that_runs_a_model_has_the_same_options(run: Run, command: str) -> None:
     shown = options_of(run(command, "--help").out)
-    everything = names(DEFAULT_MODEL) | names(DEFAULT_PLACES)
+    everything = names(DEFAULT_MODEL) | names(DEFAULT_STAGE_OPTIONS)
     everything |= names(DEFAULT_SAMPLING) if command != "serve" else set()
     assert everything <= shown.keys()
     generate = options_of(run("generate", "--help").out)
@@ -56,7 +56,7 @@ def test_an_option_has_one_name_wherever_it_is(run: Run) -> None:
     for command in ("simulate", "bench", "emulate"):
         assert {"--draft", "--draft-dtype", "--seed", "--num-prompts"} <= by_command[command].keys()
     assert {"--partition", "--dtype", "--device", "--int8-wire", "--timeout"} <= by_command["bench"].keys()
-    assert names(DEFAULT_PLACES) | names(DEFAULT_SAMPLING) <= by_command["demo"].keys()
+    assert names(DEFAULT_STAGE_OPTIONS) | names(DEFAULT_SAMPLING) <= by_command["demo"].keys()
 
 
 def test_completion_is_offered(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -212,7 +212,9 @@ def watch(
 
     def make_watched(*args: Any, **options: Any) -> Watched:
         inner = make_schedule(*args, **options)
-        made.append(Watched(inner, inner.name, inner.uses_draft, inner.wants_hints, inner.wants_ngrams, inner.tree))
+        made.append(
+            Watched(inner, inner.name, inner.uses_draft, inner.wants_hints, inner.wants_ngrams, inner.tree_config)
+        )
         return made[-1]
 
     monkeypatch.setattr(page, "make_schedule", make_watched)

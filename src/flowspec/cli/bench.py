@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from flowspec.cli.options import (
-    DEFAULT_PLACES,
+    DEFAULT_STAGE_OPTIONS,
     Device,
     DraftDtype,
     Dtype,
     DtypeOption,
     Int8Wire,
     PartitionOption,
-    PlaceOptions,
+    StageOptions,
     Stages,
     Timeout,
     Verbose,
@@ -66,7 +66,7 @@ def bench(
     dtype: DtypeOption = Dtype.float32,
     device: Device = "cpu",
     int8_wire: Int8Wire = False,
-    timeout: Timeout = DEFAULT_PLACES.timeout,
+    timeout: Timeout = DEFAULT_STAGE_OPTIONS.timeout,
     repeats: Annotated[int, typer.Option(help="Runs of each prompt on this machine; the median one is kept.")] = 1,
     out: Annotated[Path, typer.Option(help="Where the files go.", metavar="DIR")] = Path("bench-results"),
     sweep: Annotated[
@@ -81,11 +81,13 @@ def bench(
     """Measure schedules, simulated or on this machine."""
     with errors_in_one_line(verbose), progress_bar() as progress:
         all_temperatures = _temperatures(temperatures)
-        places = PlaceOptions(
+        stage_options = StageOptions(
             stages=stages, partition=partition, dtype=dtype, device=device, int8_wire=int8_wire, timeout=timeout
         )
         if cluster_file is not None:
-            here_only = ["--repeats"] * (repeats != 1) + changed(replace(places, stages=None), DEFAULT_PLACES)
+            here_only = ["--repeats"] * (repeats != 1) + changed(
+                replace(stage_options, stages=None), DEFAULT_STAGE_OPTIONS
+            )
             if here_only:
                 raise UsageError(f"{here_only[0]} is for this machine, in real time; leave it or the cluster file out")
             study = options.study(cluster_file, stages)
@@ -98,7 +100,7 @@ def bench(
             raise UsageError(f"{simulated[0]} is for the simulator; name a cluster file too")
         if repeats < 1:
             raise UsageError(f"--repeats is {repeats}; it must be at least 1")
-        here = _Here.of(options, places, repeats)
+        here = _Here.of(options, stage_options, repeats)
         _bench_here(_Output(out, trace, here.title, None, here.model), here, all_temperatures, progress)
 
 
@@ -136,14 +138,14 @@ class _Here:
     model: str
     draft: str
     draft_dtype: DraftDtype
-    places: PlaceOptions
+    stage_options: StageOptions
     schedules: list[str]
     prompts: list[str]
     params: SamplingParams
     repeats: int
 
     @classmethod
-    def of(cls, options: StudyOptions, places: PlaceOptions, repeats: int) -> _Here:
+    def of(cls, options: StudyOptions, stage_options: StageOptions, repeats: int) -> _Here:
         """Raises ``UsageError``."""
         model = "demo" if options.model is None else options.model
         if model == SYNTHETIC:
@@ -153,7 +155,7 @@ class _Here:
             model,
             "auto" if options.draft is None else options.draft,
             options.draft_dtype,
-            places,
+            stage_options,
             schedule_names(options.schedule, is_simulated=False),
             wanted_prompts(model, options.prompts, options.num_prompts, params.seed or 0),
             params,
@@ -163,11 +165,11 @@ class _Here:
     @property
     def title(self) -> str:
         parts = [self.model, "this machine", counts(len(self.prompts), self.params)]
-        parts += [self.places.dtype.value] * (self.places.dtype != Dtype.float32)
+        parts += [self.stage_options.dtype.value] * (self.stage_options.dtype != Dtype.float32)
         parts += ["draft in int8"] * (self.draft_dtype == DraftDtype.int8)
-        parts += ["int8 between the workers"] * self.places.int8_wire
-        parts += [f"{self.places.stages} stages"] * (self.places.stages is not None)
-        parts += [f"layers {self.places.partition}"] * (self.places.partition is not None)
+        parts += ["int8 between the workers"] * self.stage_options.int8_wire
+        parts += [f"{self.stage_options.stages} stages"] * (self.stage_options.stages is not None)
+        parts += [f"layers {self.stage_options.partition}"] * (self.stage_options.partition is not None)
         return ", ".join(parts)
 
 
@@ -183,7 +185,7 @@ def _bench_here(output: _Output, here: _Here, temperatures: Sequence[float], pro
         draft_dtype=here.draft_dtype.value,
         config=config,
         progress=progress,
-        **here.places.arguments(),
+        **here.stage_options.arguments(),
     ) as llm:
         progress.stop()
         settings = {
@@ -193,9 +195,9 @@ def _bench_here(output: _Output, here: _Here, temperatures: Sequence[float], pro
             "draft": here.draft,
             "int8_draft": here.draft_dtype == DraftDtype.int8,
             "partition": str(llm.partition),
-            "dtype": here.places.dtype.value,
-            "device": here.places.device,
-            "int8_wire": here.places.int8_wire,
+            "dtype": here.stage_options.dtype.value,
+            "device": here.stage_options.device,
+            "int8_wire": here.stage_options.int8_wire,
         }
         warm_up(llm, here.schedules, here.prompts[0])
         for temperature in temperatures:

@@ -15,12 +15,12 @@ import typer
 from flowspec.cli.keyboard import Source, keyboard
 from flowspec.cli.options import (
     DEFAULT_MODEL,
-    DEFAULT_PLACES,
     DEFAULT_SAMPLING,
+    DEFAULT_STAGE_OPTIONS,
     ApiKey,
     ModelOptions,
-    PlaceOptions,
     SamplingOptions,
+    StageOptions,
     Verbose,
     changed,
 )
@@ -51,7 +51,7 @@ def chat(
     ] = None,
     api_key: ApiKey = None,
     model: ModelOptions = DEFAULT_MODEL,
-    places: PlaceOptions = DEFAULT_PLACES,
+    stage_options: StageOptions = DEFAULT_STAGE_OPTIONS,
     system: Annotated[str, typer.Option(help="How the model should behave.")] = "",
     sampling: SamplingOptions = DEFAULT_SAMPLING,
     verbose: Verbose = False,
@@ -61,17 +61,17 @@ def chat(
         settings = Settings(sampling.given())
         talker: Talker
         if url is not None:
-            for option in [*changed(model, DEFAULT_MODEL), *changed(places, DEFAULT_PLACES)]:
+            for option in [*changed(model, DEFAULT_MODEL), *changed(stage_options, DEFAULT_STAGE_OPTIONS)]:
                 if option not in _FOR_A_SERVER_TOO:
                     raise UsageError(f"{option} is the server's matter; leave it or --url out")
             from flowspec.talk.remote import RemoteTalker
 
-            server = RemoteTalker(url, api_key, model.model, places.timeout, _tell)
+            server = RemoteTalker(url, api_key, model.model, stage_options.timeout, _tell)
             talker = stack.enter_context(contextlib.closing(server))
         else:
             progress = TerminalProgress()
             stack.callback(progress.stop)
-            arguments = model.arguments() | places.arguments()
+            arguments = model.arguments() | stage_options.arguments()
             from flowspec.llm import LLM
             from flowspec.talk.local import LocalTalker
 

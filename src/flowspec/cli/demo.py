@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 
 from flowspec.cli.generate import completion_cells, print_stream
-from flowspec.cli.options import DEFAULT_PLACES, PlaceOptions, SamplingOptions, Verbose
+from flowspec.cli.options import DEFAULT_STAGE_OPTIONS, SamplingOptions, StageOptions, Verbose
 from flowspec.cli.terminal import TerminalProgress, errors_in_one_line, print_table, stdout
 from flowspec.config import EngineConfig
 from flowspec.core import SamplingParams
@@ -20,7 +20,7 @@ _DEFAULTS = SamplingOptions.of(SamplingParams(200, 0.8, seed=3))  # greedy, smal
 
 
 def demo(
-    places: PlaceOptions = DEFAULT_PLACES,
+    stage_options: StageOptions = DEFAULT_STAGE_OPTIONS,
     sampling: SamplingOptions = _DEFAULTS,
     verbose: Verbose = False,
 ) -> None:
@@ -28,7 +28,7 @@ def demo(
     with errors_in_one_line(verbose), contextlib.ExitStack() as stack:
         progress = TerminalProgress()
         params = SamplingParams(**sampling.given())
-        arguments = places.arguments()
+        arguments = stage_options.arguments()
         from flowspec.llm import LLM
 
         stack.callback(progress.stop)

@@ -13,12 +13,12 @@ import typer
 
 from flowspec.cli.options import (
     DEFAULT_MODEL,
-    DEFAULT_PLACES,
     DEFAULT_SAMPLING,
+    DEFAULT_STAGE_OPTIONS,
     AsJson,
     ModelOptions,
-    PlaceOptions,
     SamplingOptions,
+    StageOptions,
     Verbose,
 )
 from flowspec.cli.terminal import TerminalProgress, errors_in_one_line, print_table, stderr, write_json
@@ -37,7 +37,7 @@ def generate(
         str | None, typer.Option(metavar="FILE", help="Read the prompt from a file instead; - reads standard input.")
     ] = None,
     model: ModelOptions = DEFAULT_MODEL,
-    places: PlaceOptions = DEFAULT_PLACES,
+    stage_options: StageOptions = DEFAULT_STAGE_OPTIONS,
     sampling: SamplingOptions = _DEFAULTS,
     as_json: AsJson = False,
     verbose: Verbose = False,
@@ -46,7 +46,7 @@ def generate(
     with errors_in_one_line(verbose), contextlib.ExitStack() as stack:
         text = _read_prompt(prompt, prompt_file)
         SamplingParams(**sampling.given())  # what is wrong is said before anything is loaded
-        arguments = model.arguments() | places.arguments()
+        arguments = model.arguments() | stage_options.arguments()
         progress = TerminalProgress()
         from flowspec.llm import LLM
 

@@ -167,7 +167,7 @@ class ModelOptions:
 
 
 @dataclass(frozen=True)
-class PlaceOptions:
+class StageOptions:
     """Where a model's stages run."""
 
     stages: Stages = None
@@ -277,7 +277,7 @@ class SamplingOptions:
         return {name: value for name, value in values.items() if value is not None}
 
 
-DEFAULT_MODEL, DEFAULT_PLACES, DEFAULT_SAMPLING = ModelOptions(), PlaceOptions(), SamplingOptions()
+DEFAULT_MODEL, DEFAULT_STAGE_OPTIONS, DEFAULT_SAMPLING = ModelOptions(), StageOptions(), SamplingOptions()
 
 
 def _logit_bias(text: str) -> tuple[int, float]:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from flowspec.cli.options import DEFAULT_MODEL, DEFAULT_PLACES, ApiKey, ModelOptions, PlaceOptions, Verbose
+from flowspec.cli.options import DEFAULT_MODEL, DEFAULT_STAGE_OPTIONS, ApiKey, ModelOptions, StageOptions, Verbose
 from flowspec.cli.terminal import TerminalProgress, errors_in_one_line, stderr
 from flowspec.config import EngineConfig, ServerConfig
 from flowspec.errors import WorkerError
@@ -21,7 +21,7 @@ def serve(
     served_model_name: Annotated[
         str | None, typer.Option(help="What clients call the model.", show_default="its directory, or name at the hub")
     ] = None,
-    places: PlaceOptions = DEFAULT_PLACES,
+    stage_options: StageOptions = DEFAULT_STAGE_OPTIONS,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is the whole network.")] = ServerConfig.host,
     port: Annotated[int, typer.Option(help="0 lets the system choose.")] = ServerConfig.port,
     api_key: ApiKey = None,
@@ -48,7 +48,7 @@ def serve(
         config = ServerConfig(host, port, api_key, max_waiting=max_waiting, spec_stats=spec_stats)
         config = replace(config, cors_origins=tuple(cors_origin or ()))
         engine_config = EngineConfig(max_running, kv_slots)
-        arguments = model.arguments() | places.arguments()
+        arguments = model.arguments() | stage_options.arguments()
         if host not in ("127.0.0.1", "localhost", "::1") and api_key is None:
             logger.warning("warning: %s is open to the network and wants no key; set --api-key", host)
         if "*" in config.cors_origins and api_key is None:
@@ -60,7 +60,7 @@ def serve(
 
         listening = Listening.open(config.host, config.port)
         progress = TerminalProgress()
-        feed = Feed(None if places.devices is None else places.devices.names)
+        feed = Feed(None if stage_options.devices is None else stage_options.devices.names)
         try:
             with open_engine(EngineSpec(**arguments, config=engine_config), progress) as engine:
                 progress.stop()

@@ -22,7 +22,7 @@ from flowspec.emulation.paced import PacedActor, WallClock
 from flowspec.emulation.pairs import CheckpointPair
 from flowspec.emulation.virtual_time import Clock, Sizes, VirtualLink
 from flowspec.errors import UsageError, WorkerError
-from flowspec.model.loader import draft_place
+from flowspec.model.loader import draft_for_workers
 from flowspec.request.emissions import Emissions
 from flowspec.request.records import RequestRecord, forward_spans
 from flowspec.request.request import Request
@@ -67,7 +67,7 @@ class Emulator:
         self._link = LinkConfig()
         parts = flow_parts(schedule, experiment.config)
         emulation = Emulation(cluster_text, costs.hop_ms, time.monotonic(), time_scale, parts.cancel)
-        hints = draft_place(pair.draft_directory) if pair.draft_directory is not None and parts.hints else None
+        hints = draft_for_workers(pair.draft_directory) if pair.draft_directory is not None and parts.hints else None
         wall = WallClock(emulation.start_s, time_scale)
         self._clock = clock = Clock()
         self._driver = make_driver(experiment, pair, costs, clock)

@@ -21,8 +21,8 @@ from flowspec.request.records import RequestRecord
 from flowspec.request.request import Request
 from flowspec.schedule.catalogue import flow_parts
 from flowspec.schedule.pace import Pace
-from flowspec.wire.actor import Route, Send
-from flowspec.wire.transport import DRIVER, Link
+from flowspec.wire.actor import Send
+from flowspec.wire.transport import DRIVER, Link, links_of
 from flowspec.worker.actor import PATIENCE_S, Worker
 
 
@@ -168,16 +168,8 @@ class _Simulation:
 
     def _post(self, source: int, now: float, sends: list[Send]) -> None:
         """Everything an actor sends at once leaves at once; each connection then has its own pace."""
-        num_stages = len(self._workers)
         for send in sends:
-            match send.route:
-                case Route.NEXT:
-                    links = [Link(source, source + 1, "data")]
-                case Route.WORKERS:
-                    links = [Link(DRIVER, target, "control") for target in range(1, num_stages + 1)]
-                case Route.DRIVER:
-                    links = [Link(source, DRIVER, "control")]
             num_bytes = self._sizes.num_bytes(send.message)
-            for link in links:
+            for link in links_of(send.route, source, len(self._workers)):
                 arrival_s = self._links[link].arrival_s(now, num_bytes)
                 self._places[link.target].deliver(arrival_s, send.message)

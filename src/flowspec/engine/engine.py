@@ -98,7 +98,7 @@ class Engine:
     def _tree_size(self, name: str) -> int:
         """As it was when the first such request came."""
         if name not in self._tree_sizes:
-            self._tree_sizes[name] = self._make_schedule(name).tree.size
+            self._tree_sizes[name] = self._make_schedule(name).tree_config.size
         return self._tree_sizes[name]
 
     # --- requests ---
@@ -121,11 +121,11 @@ class Engine:
                 code=TOO_LONG,
             )
         tree_size = self._tree_size(schedule or self.schedule_name)
-        num_needed = self._driver.num_slots(len(prompt_ids), params.max_tokens, tree_size)
+        num_needed = self._driver.most_slots(len(prompt_ids), params.max_tokens, tree_size)
         num_slots = self.num_slots
         if num_slots is not None and num_needed > num_slots:
             raise UsageError(
-                f"the prompt's {len(prompt_ids)} tokens and {params.max_tokens} more need {num_needed} places in the "
+                f"the prompt's {len(prompt_ids)} tokens and {params.max_tokens} more need {num_needed} slots in the "
                 f"workers' KV caches, with those of the draft tree, and there are {num_slots}; ask for fewer tokens",
                 code=TOO_LONG,
             )
@@ -135,7 +135,7 @@ class Engine:
         room = self.model.checkpoint.max_positions - num_prompt
         if self.num_slots is None:
             return room
-        return min(room, self.num_slots - self._driver.num_slots(num_prompt, 0, self._tree_size(self.schedule_name)))
+        return min(room, self.num_slots - self._driver.most_slots(num_prompt, 0, self._tree_size(self.schedule_name)))
 
     def make_job(
         self,

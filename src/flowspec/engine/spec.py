@@ -13,7 +13,7 @@ from flowspec.draft.catalogue import choose_draft
 from flowspec.engine.driver_model import DriverModel
 from flowspec.engine.engine import Engine
 from flowspec.engine.pipeline import PipelineSpec, choose_partition, open_pipeline
-from flowspec.model.loader import DEMO, Checkpoint, check_device, draft_place
+from flowspec.model.loader import DEMO, Checkpoint, check_device, draft_for_workers
 from flowspec.schedule.catalogue import AUTO, check_schedule
 
 Progress = Callable[[str, float], None]  # what is being done, and the share that is done
@@ -55,10 +55,10 @@ def open_engine(spec: EngineSpec, progress: Progress = untold) -> Engine:
     _ = checkpoint.sampling_defaults  # bad ones are an error before anything starts
     num_workers = None if spec.workers is None else len(spec.workers)
     partition = choose_partition(checkpoint, spec.stages, spec.partition, num_workers)
-    place = PipelineSpec(checkpoint, partition, spec.workers, spec.in_process, spec.dtype, spec.device, spec.link)
+    where = PipelineSpec(checkpoint, partition, spec.workers, spec.in_process, spec.dtype, spec.device, spec.link)
     draft = choose_draft(checkpoint, spec.draft, spec.draft_dtype)
-    hints = place.num_parallel == len(partition) if spec.hints is None else spec.hints
-    pipeline = open_pipeline(place, draft_place(draft) if hints and isinstance(draft, Path) else None)
+    hints = where.num_parallel == len(partition) if spec.hints is None else spec.hints
+    pipeline = open_pipeline(where, draft_for_workers(draft) if hints and isinstance(draft, Path) else None)
     try:
         model = DriverModel.load(checkpoint, draft, spec.tree.top_k, spec.dtype, spec.device, spec.draft_dtype)
         pipeline.await_ready(lambda done: progress("loading", done))

@@ -57,7 +57,7 @@ def demo_draft_directory() -> Path:
     return Path(str(files("flowspec"))) / "demo" / "draft"
 
 
-def draft_place(directory: Path) -> str:
+def draft_for_workers(directory: Path) -> str:
     """The directory as workers find it: they run in folders of their own, and have a demo pair of their own."""
     return DEMO if directory == demo_draft_directory() else str(directory.resolve())
 

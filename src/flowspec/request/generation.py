@@ -41,10 +41,10 @@ class Generation:
         tree_config: TreeConfig,
         want_hints: bool = False,
         cached: CachedPrefix | None = None,
-        num_slots: int = 0,
+        slot_limit: int = 0,
         previous: Generation | None = None,
     ) -> None:
-        """``cached``: of an earlier request with the same beginning. ``num_slots``: see ``messages.Open``.
+        """``cached``: of an earlier request with the same beginning. ``slot_limit``: see ``messages.Open``.
 
         ``previous``: the same request, as far as it had come when it was preempted. It goes on behind its output, in an
         epoch of its own.
@@ -70,7 +70,7 @@ class Generation:
         text_ids = (*request.prompt_ids, *self.output_ids)
         self._text_ids = text_ids  # that prefill goes over; the last one is the first root
         self._cached = cached or CachedPrefix()
-        self._num_slots = num_slots
+        self._slot_limit = slot_limit
         self.num_prompt_verified = self._cached.num_cached  # prompt tokens whose prefill has come back, or is kept
         self.in_flight: dict[int, Ints] = {}  # segment id -> the node ids that were alive at the last commit
         self._on_work = common.on_work
@@ -103,7 +103,7 @@ class Generation:
         return self._num_prompt_sent == len(self._text_ids)
 
     @property
-    def num_slots(self) -> int:
+    def slots_needed(self) -> int:
         """That it needs now in each worker's cache."""
         return slots_needed(self.prefix_len + 1, self.tree.size)
 
@@ -141,7 +141,7 @@ class Generation:
     def prefill(self, max_chunks: int) -> None:
         """Open the request at every worker and begin to send the prompt, ``max_chunks`` segments of it at once."""
         root_id, want_hints = self.tree.root_id, self._want_hints
-        self.outbox.open(root_id, self._feature_layers, want_hints, self._cached, self._num_slots)
+        self.outbox.open(root_id, self._feature_layers, want_hints, self._cached, self._slot_limit)
         self.tree.mark_sent(np.zeros(1, dtype=np.int64))  # it goes with the prompt's last segment
         for _ in range(max_chunks):
             self._send_chunk()
@@ -159,10 +159,10 @@ class Generation:
         holds_root = ids[-1] == self.tree.root_id
         self._send_rows(ids, [i - 1 for i in ids], ids, [text[i] for i in ids], len(ids) - holds_root, None)
 
-    def reserve(self, num_slots: int) -> None:
+    def reserve(self, slot_limit: int) -> None:
         """Let the workers' caches of this request grow to so many slots."""
-        self._num_slots = num_slots
-        self.outbox.reserve(num_slots)
+        self._slot_limit = slot_limit
+        self.outbox.reserve(slot_limit)
 
     def send(self, rows: Ints, gate: int | None = None) -> None:
         """Send these unsent rows of the tree as one segment; each one's parent was sent or goes with it.

@@ -31,7 +31,7 @@ class Outbox:
         self._sends.append(Send(route, message))
 
     def open(
-        self, root_id: int, feature_layers: Sequence[int], want_hints: bool, cached: CachedPrefix, num_slots: int
+        self, root_id: int, feature_layers: Sequence[int], want_hints: bool, cached: CachedPrefix, slot_limit: int
     ) -> None:
         """Begin at every worker."""
         message = Open(
@@ -42,7 +42,7 @@ class Outbox:
             want_hints,
             cached.request_id,
             cached.num_cached,
-            num_slots,
+            slot_limit,
         )
         self._post(Route.NEXT, message)
 
@@ -78,8 +78,8 @@ class Outbox:
     def step(self, number: int) -> None:
         self._post(Route.WORKERS, Step(self._request_id, self._epoch, number))
 
-    def reserve(self, num_slots: int) -> None:
-        self._post(Route.NEXT, Reserve(self._request_id, self._epoch, num_slots))
+    def reserve(self, slot_limit: int) -> None:
+        self._post(Route.NEXT, Reserve(self._request_id, self._epoch, slot_limit))
 
     def commit(self, prefix_ids: list[int], root_id: int) -> None:
         self._post(Route.WORKERS, Commit(self._request_id, self._epoch, prefix_ids, root_id))

@@ -61,7 +61,7 @@ class Auto:
         )
         full, small = (Flow(t, parts, pipeline, num_parallel, pace, steady_steps) for t in (tree, small_tree))
         self._rungs = (full, small, Autoregressive(tree))
-        self.tree = full.tree
+        self.tree_config = full.tree_config
         self.wants_hints, self.wants_ngrams = full.wants_hints, full.wants_ngrams
         self._experience = experience
         self._rung = experience.rung
@@ -77,7 +77,7 @@ class Auto:
         self._measure(generation)
 
     def on_idle(self, generation: Generation) -> float:
-        if generation.tree.size != self._rungs[self._rung].tree.size:
+        if generation.tree.size != self._rungs[self._rung].tree_config.size:
             self._step_to(self._rung, generation)
         return self._rungs[self._rung].on_idle(generation)
 
@@ -110,4 +110,4 @@ class Auto:
 
     def _step_to(self, rung: int, generation: Generation) -> None:
         self._rung = rung
-        generation.resize_tree(self._rungs[rung].tree)
+        generation.resize_tree(self._rungs[rung].tree_config)

@@ -15,7 +15,7 @@ class Autoregressive:
     wants_ngrams = False
 
     def __init__(self, tree: TreeConfig) -> None:
-        self.tree = tree
+        self.tree_config = tree
 
     def on_result(self, generation: Generation, result: Result) -> None:
         generation.receive(result)

@@ -20,7 +20,7 @@ class Schedule(Protocol):
     uses_draft: bool
     wants_hints: bool  # of workers, see ``messages.Hint``
     wants_ngrams: bool  # beside the draft, see ``draft.lookup``
-    tree: TreeConfig  # what the request's tree may look like
+    tree_config: TreeConfig  # what the request's tree may look like
 
     def on_result(self, generation: Generation, result: Result) -> None:
         """A segment came back from the last worker."""

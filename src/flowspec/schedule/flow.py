@@ -48,7 +48,7 @@ class Flow:
         self._segment_len = pipeline.segment_len or by_costs
         self.wants_hints, self.wants_ngrams = parts.hints, parts.ngrams
         self._steady_steps = steady_steps if parts.steady else 1
-        self.tree = self._size_tree(tree, knows_costs)
+        self.tree_config = self._size_tree(tree, knows_costs)
         self._max_in_flight = pipeline.segments_in_flight or (2 if knows_costs else 1) * (num_parallel + 1)
         self._max_shared = pipeline.segments_in_flight or num_parallel + 1  # of all requests, where there are several
         self._pace = pace if parts.late_binding else FixedPace()
@@ -108,11 +108,11 @@ class Flow:
         A root that the draft missed takes its first guesses along; else the refreshed scores are worth one pass.
         """
         root_is_sent = bool(generation.tree.sent[0])
-        wanted = self.tree.refresh_passes if root_is_sent else self.tree.root_passes
+        wanted = self.tree_config.refresh_passes if root_is_sent else self.tree_config.root_passes
         if self._pace.slot_s and self._pass_s:
             patience = PASSES_SHARE * (SHARED_PATIENCE if generation.num_sharing > 1 else 1)
             affordable = round(patience * self._pace.slot_s / self._pass_s)
-            wanted = max(1, min(affordable - root_is_sent, self.tree.depth))
+            wanted = max(1, min(affordable - root_is_sent, self.tree_config.depth))
         return generation.num_passes >= wanted
 
     # --- 1. score-based step-wise verification: the best unsent nodes, of any depth ---
@@ -129,15 +129,15 @@ class Flow:
 
     def _refresh(self, generation: Generation) -> bool:
         """Over what the newest verified features have changed."""
-        return self._propose(generation, self.tree.depth)
+        return self._propose(generation, self.tree_config.depth)
 
     def _deepen(self, generation: Generation) -> bool:
         """Beyond that: nothing was verified meanwhile, and there is time."""
-        return self._propose(generation, self.tree.max_depth)
+        return self._propose(generation, self.tree_config.max_depth)
 
     def _propose(self, generation: Generation, depth: int) -> bool:
         start_s = generation.clock()
-        if not generation.propose(depth, self.tree.width, self._steady_steps):
+        if not generation.propose(depth, self.tree_config.width, self._steady_steps):
             return False
         self._pass_s = generation.clock() - start_s
         return True

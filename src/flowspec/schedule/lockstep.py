@@ -28,7 +28,7 @@ class Lockstep(Stepped):
         self._config = config
 
     def first_segments(self, generation: Generation) -> Iterator[Ints]:
-        self._draft(generation, self.tree.depth)
+        self._draft(generation, self.tree_config.depth)
         tree = generation.tree
         rows = tree.best()
         if not self._config.score_order:
@@ -44,12 +44,12 @@ class Lockstep(Stepped):
             self._draft(generation, config.expand_depth)
             best = tree.best(config.expand_size + 1)
         else:
-            generation.propose(self.tree.max_depth, self.tree.width)
+            generation.propose(self.tree_config.max_depth, self.tree_config.width)
             best = tree.best(int(tree.sent.sum()) + config.deepen_size)
         return np.sort(best[~tree.sent[best]])
 
     def _draft(self, generation: Generation, depth: int) -> None:
         """A whole EAGLE-2 tree from the root, merged into what there is: a pass for each level."""
         for level in range(depth):
-            if not generation.propose_level(level, self.tree.width):
+            if not generation.propose_level(level, self.tree_config.width):
                 return

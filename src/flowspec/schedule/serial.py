@@ -21,7 +21,7 @@ class Serial:
     wants_ngrams = False
 
     def __init__(self, tree: TreeConfig, num_chunks: int = 1) -> None:
-        self.tree = tree
+        self.tree_config = tree
         self._num_chunks = num_chunks
 
     def on_result(self, generation: Generation, result: Result) -> None:
@@ -34,7 +34,7 @@ class Serial:
         if generation.tree.sent[0]:
             return NEVER
         level = generation.num_passes
-        if level < self.tree.depth and generation.propose_level(level, self.tree.width):
+        if level < self.tree_config.depth and generation.propose_level(level, self.tree_config.width):
             return AT_ONCE
         for rows in np.array_split(generation.tree.best(), self._num_chunks):
             if len(rows):

@@ -31,7 +31,7 @@ class Stepped(ABC):
 
     def __init__(self, tree: TreeConfig, num_stages: int, prunes: bool = True) -> None:
         """``prunes``: tell the workers of each commit at once, and not only at the end of the round."""
-        self.tree = tree
+        self.tree_config = tree
         self._num_stages = num_stages
         self._prunes = prunes
         self._results: deque[Result] = deque()  # the driver reads one a step, when its own part of the last is done

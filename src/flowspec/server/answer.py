@@ -9,7 +9,7 @@ from flowspec.core import SamplingParams, TokenLogprobs
 from flowspec.errors import FlowspecError, UsageError
 from flowspec.llm import TextChunk
 from flowspec.server import replies
-from flowspec.server.replies import Completions, Json, Place
+from flowspec.server.replies import Completions, Json, TextOffset
 from flowspec.server.schemas import GenerateBody
 from flowspec.server.service import Service, Ticket
 
@@ -32,15 +32,15 @@ class Answer:
         self._shape = shape
         self._echoes = echoes  # what goes before the text, by choice
         self._tells_stats = spec_stats if body.return_spec_stats is None else body.return_spec_stats
-        self._places = [Place(len(echo)) for echo in echoes]
+        self._offsets = [TextOffset(len(echo)) for echo in echoes]
         self._tickets: list[Ticket] = []
         self._num_streamed = 0  # tokens of all choices
 
     def submit(self, jobs: Sequence[tuple[tuple[int, ...], SamplingParams]]) -> None:
         """All of them, or none. Raises as ``Service.submit``."""
         try:
-            for place, (prompt_ids, params) in enumerate(jobs):
-                name = self._name if len(jobs) == 1 else f"{self._name}-{place}"
+            for offset, (prompt_ids, params) in enumerate(jobs):
+                name = self._name if len(jobs) == 1 else f"{self._name}-{offset}"
                 self._tickets.append(self._service.submit(name, prompt_ids, params, self._shape.is_chat))
         except BaseException:
             self.cancel()
@@ -59,7 +59,7 @@ class Answer:
                 text += chunk.text
                 logprobs += chunk.logprobs
             told = None if ticket.job.request.params.num_logprobs is None else logprobs
-            choice = self._shape.choice(index, text, told, ticket.job.finish_reason, self._places[index])
+            choice = self._shape.choice(index, text, told, ticket.job.finish_reason, self._offsets[index])
             choices.append(choice | self._stats(ticket))
         return self._shape.body(self._name, choices, is_chunk=False) | {"usage": replies.usage(self._tickets)}
 
@@ -70,7 +70,7 @@ class Answer:
                 if (first := self._shape.first_delta(index)) is not None:
                     yield self._event([first])
                 if echo:
-                    yield self._event([self._shape.delta(index, echo, None, self._places[index])])
+                    yield self._event([self._shape.delta(index, echo, None, self._offsets[index])])
             async for index, chunk in _merged(self._tickets):
                 ticket = self._tickets[index]
                 if isinstance(chunk, TextChunk):
@@ -78,7 +78,7 @@ class Answer:
                     has_logprobs = ticket.job.request.params.num_logprobs is not None
                     if chunk.text or (has_logprobs and chunk.logprobs):
                         logprobs = chunk.logprobs if has_logprobs else None
-                        yield self._event([self._shape.delta(index, chunk.text, logprobs, self._places[index])])
+                        yield self._event([self._shape.delta(index, chunk.text, logprobs, self._offsets[index])])
                 else:
                     yield self._event([self._shape.last_delta(index, ticket.job.finish_reason) | self._stats(ticket)])
             if self._body.wants_usage:

@@ -121,7 +121,7 @@ class Metrics(Observer, Collector):
             "num_requests_running": ("Requests that are being generated.", status.num_running),
             "num_requests_waiting": ("Requests that wait to be started.", service.num_waiting),
             "kv_cache_usage_perc": (
-                "Share of the places in the KV caches that running requests hold; 1 is all.",
+                "Share of the slots in the KV caches that running requests hold; 1 is all.",
                 status.kv_usage or 0.0,
             ),
         }

@@ -63,7 +63,7 @@ def spec_stats(job: Job) -> Json:
     }
 
 
-class Place:
+class TextOffset:
     """How far one choice's text has come, for the offsets of its tokens."""
 
     def __init__(self, offset: int) -> None:
@@ -99,24 +99,24 @@ class Completions:
         """Sent before any text."""
         return None
 
-    def delta(self, index: int, text: str, logprobs: list[TokenLogprobs] | None, place: Place) -> Json:
-        return self.choice(index, text, logprobs, None, place)
+    def delta(self, index: int, text: str, logprobs: list[TokenLogprobs] | None, offset: TextOffset) -> Json:
+        return self.choice(index, text, logprobs, None, offset)
 
     def last_delta(self, index: int, finish_reason: str | None) -> Json:
-        return self.choice(index, "", None, finish_reason, Place(0))
+        return self.choice(index, "", None, finish_reason, TextOffset(0))
 
     def choice(
-        self, index: int, text: str, logprobs: list[TokenLogprobs] | None, finish_reason: str | None, place: Place
+        self, index: int, text: str, logprobs: list[TokenLogprobs] | None, finish_reason: str | None, offset: TextOffset
     ) -> Json:
-        told = None if logprobs is None else self.logprobs(logprobs, place)
+        told = None if logprobs is None else self.logprobs(logprobs, offset)
         return {"index": index, "text": text, "logprobs": told, "finish_reason": finish_reason}
 
-    def logprobs(self, logprobs: list[TokenLogprobs], place: Place) -> Json:
+    def logprobs(self, logprobs: list[TokenLogprobs], offset: TextOffset) -> Json:
         return {
             "tokens": [self._name(token.token_id) for token in logprobs],
             "token_logprobs": [token.logprob for token in logprobs],
             "top_logprobs": [self._by_name(token) for token in logprobs],
-            "text_offset": [place.next_offset(self._vocabulary.token_bytes(token.token_id)) for token in logprobs],
+            "text_offset": [offset.next_offset(self._vocabulary.token_bytes(token.token_id)) for token in logprobs],
         }
 
     def _by_name(self, token: TokenLogprobs) -> dict[str, float]:
@@ -146,8 +146,8 @@ class Chats(Completions):
     def first_delta(self, index: int) -> Json | None:
         return self._delta(index, {"role": "assistant", "content": ""}, None, None)
 
-    def delta(self, index: int, text: str, logprobs: list[TokenLogprobs] | None, place: Place) -> Json:
-        told = None if logprobs is None else self.logprobs(logprobs, place)
+    def delta(self, index: int, text: str, logprobs: list[TokenLogprobs] | None, offset: TextOffset) -> Json:
+        told = None if logprobs is None else self.logprobs(logprobs, offset)
         return self._delta(index, {"content": text}, told, None)
 
     def last_delta(self, index: int, finish_reason: str | None) -> Json:
@@ -157,19 +157,19 @@ class Chats(Completions):
         return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
 
     def choice(
-        self, index: int, text: str, logprobs: list[TokenLogprobs] | None, finish_reason: str | None, place: Place
+        self, index: int, text: str, logprobs: list[TokenLogprobs] | None, finish_reason: str | None, offset: TextOffset
     ) -> Json:
-        told = None if logprobs is None else self.logprobs(logprobs, place)
+        told = None if logprobs is None else self.logprobs(logprobs, offset)
         message = {"role": "assistant", "content": text, "refusal": None}
         return {"index": index, "message": message, "logprobs": told, "finish_reason": finish_reason}
 
-    def logprobs(self, logprobs: list[TokenLogprobs], place: Place) -> Json:
-        return {"content": [self._told(token, place) for token in logprobs]}
+    def logprobs(self, logprobs: list[TokenLogprobs], offset: TextOffset) -> Json:
+        return {"content": [self._told(token, offset) for token in logprobs]}
 
-    def _told(self, token: TokenLogprobs, place: Place) -> Json:
+    def _told(self, token: TokenLogprobs, offset: TextOffset) -> Json:
         """``bytes`` are the tokens' own, so that those of half a character can be joined."""
-        bytes_of = self._vocabulary.first_bytes if place.is_first else self._vocabulary.token_bytes
-        place.next_offset(bytes_of(token.token_id))
+        bytes_of = self._vocabulary.first_bytes if offset.is_first else self._vocabulary.token_bytes
+        offset.next_offset(bytes_of(token.token_id))
 
         def named(token_id: int, logprob: float) -> Json:
             own = bytes_of(token_id)

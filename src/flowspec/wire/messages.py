@@ -104,7 +104,7 @@ class Open(Message, frozen=True):
     ``feature_layers``: of the target, whose outputs the draft reads, of prefix rows too; ``FINAL`` alone, or none.
     ``want_hints``: of workers that can send ``Hint``s.
     ``cached_by``: an ended request whose cache this one takes over; its first ``num_cached`` tokens are this one's too.
-    ``num_slots``: that the cache may grow to, until ``Reserve`` allows more; 0: unknown.
+    ``slot_limit``: that the cache may grow to, until ``Reserve`` allows more; 0: unknown.
     """
 
     request_id: int
@@ -114,7 +114,7 @@ class Open(Message, frozen=True):
     want_hints: bool = False
     cached_by: int | None = None
     num_cached: int = 0
-    num_slots: int = 0
+    slot_limit: int = 0
 
 
 class Segment(Message, frozen=True):
@@ -155,11 +155,11 @@ class Segment(Message, frozen=True):
 
 
 class Reserve(Message, frozen=True):
-    """The request's cache may grow to ``num_slots`` in all; see ``Open``."""
+    """The request's cache may grow to ``slot_limit`` in all; see ``Open``."""
 
     request_id: int
     epoch: int
-    num_slots: int
+    slot_limit: int
 
 
 class Close(Message, frozen=True):

@@ -37,6 +37,17 @@ class Link:
     kind: Literal["control", "data"]
 
 
+def links_of(route: Route, source: int, num_workers: int) -> list[Link]:
+    """That a message of place ``source`` takes: 0 is the driver, workers are 1, 2, ..."""
+    match route:
+        case Route.NEXT:
+            return [Link(source, source + 1, "data")]
+        case Route.WORKERS:
+            return [Link(source, target, "control") for target in range(1, num_workers + 1)]
+        case Route.DRIVER:
+            return [Link(source, DRIVER, "control")]
+
+
 class InprocNetwork:
     """Queues between a driver and its workers. Whoever takes messages decides in which order the links deliver.
 
@@ -52,17 +63,8 @@ class InprocNetwork:
     def post(self, source: int, sends: Iterable[Send]) -> None:
         for send in sends:
             frames = [bytearray(frame) for frame in self._codec.encode(send.message)]
-            for link in self._links(source, send.route):
+            for link in links_of(send.route, source, self.num_workers):
                 self._queues.setdefault(link, deque()).append(frames)
-
-    def _links(self, source: int, route: Route) -> list[Link]:
-        match route:
-            case Route.NEXT:
-                return [Link(source, source + 1, "data")]
-            case Route.WORKERS:
-                return [Link(source, target, "control") for target in range(1, self.num_workers + 1)]
-            case Route.DRIVER:
-                return [Link(source, DRIVER, "control")]
 
     def waiting(self) -> list[Link]:
         """The links with a message on them, in a fixed order."""

@@ -80,7 +80,7 @@ class Requests:
             )
         if not {FINAL}.issuperset(message.feature_layers):
             raise ProtocolError(f"request {message.request_id} wants outputs of layers {message.feature_layers}")
-        cache.slots.limit = message.num_slots
+        cache.slots.limit = message.slot_limit
         is_over = (message.request_id, message.epoch) in self._ended
         self._open[message.request_id] = OpenRequest(
             message.epoch, cache, bool(message.feature_layers), message.want_hints, is_over=is_over
@@ -88,7 +88,7 @@ class Requests:
 
     def reserve(self, message: Reserve) -> None:
         if (request := self.find(message)) is not None:
-            request.cache.slots.limit = message.num_slots
+            request.cache.slots.limit = message.slot_limit
 
     def close(self, message: Close) -> None:
         request = self._open.pop(message.request_id, None)
