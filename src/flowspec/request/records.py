@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from flowspec.request.emissions import Emissions
-from flowspec.request.stats import Stats
+
+if TYPE_CHECKING:
+    from flowspec.request.stats import Stats  # which needs torch, by the messages
 
 
 @dataclass(frozen=True)
