@@ -5,9 +5,6 @@ A generation decides nothing about timing; a schedule does. It does no I/O: what
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import numpy as np
 import torch
 
@@ -20,7 +17,7 @@ from flowspec.request.request import Common, Request
 from flowspec.request.slot_budget import slots_needed
 from flowspec.request.stats import SegmentStats, Stats
 from flowspec.request.verifier import Verdict, Verifier
-from flowspec.request.work import Work
+from flowspec.request.work import Work, Working
 from flowspec.sampling import Sampler
 from flowspec.tree import DraftTree, Ints
 from flowspec.wire.actor import Send
@@ -130,11 +127,8 @@ class Generation:
         segment = self.stats.by_segment.get(segment_id)
         return None if segment is None else segment.sent_s
 
-    @contextmanager
-    def _work(self, kind: Work, num_rows: int) -> Iterator[None]:
-        start_s = self.clock()
-        yield
-        self._on_work(kind, num_rows, start_s, self.clock())
+    def _work(self, kind: Work, num_rows: int) -> Working:
+        return Working(kind, num_rows, self._on_work, self.clock)
 
     # --- sending ---
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,8 +27,7 @@ class Verdict:
     logprobs: list[TokenLogprobs]  # of the tokens, where the request asks for them
 
 
-@dataclass(frozen=True)
-class _Verified:
+class _Verified(NamedTuple):
     """A node whose hidden state has come back."""
 
     feature: Tensor  # [hidden size]
