@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from flowspec.config import ScheduleConfig
+from flowspec.config import ScheduleConfig, TreeConfig
 from flowspec.core import FINAL, SamplingParams
 from flowspec.emulation import experiment as page
 from flowspec.emulation.description import ClusterDescription
@@ -175,7 +175,7 @@ class Watched:
     uses_draft: bool
     wants_hints: bool
     wants_ngrams: bool
-    tree: Any
+    tree_config: TreeConfig
     events: list[Sent | Result | Message] = field(default_factory=list)
     num_tokens: list[int] = field(default_factory=list)  # emitted so far, at each step
 

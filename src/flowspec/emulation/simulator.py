@@ -135,7 +135,7 @@ class _Simulation:
 
     def run_load(self, prompts: Sequence[tuple[int, tuple[int, ...]]], num_clients: int) -> list[LoadRecord]:
         waiting = deque(prompts)
-        running = [self._submit(*waiting.popleft()) for _ in range(min(num_clients, len(waiting)))]
+        running = [self._submit_next(waiting) for _ in range(min(num_clients, len(waiting)))]
         records: list[LoadRecord] = []
         for _ in self._driver_turns():
             for run in list(running):
@@ -144,11 +144,15 @@ class _Simulation:
                     records.append(LoadRecord(run.index, tuple(run.generation.output_ids), run.emissions))
                     running.remove(run)
             while waiting and len(running) < num_clients:
-                running.append(self._submit(*waiting.popleft()))
+                running.append(self._submit_next(waiting))
         return records
 
-    def _submit(self, index: int, prompt_ids: tuple[int, ...]) -> _Run:
-        request = Request(index, prompt_ids, self._experiment.params_of(index), self._pair.eos_ids)
+    def _submit_next(self, waiting: deque[tuple[int, tuple[int, ...]]]) -> _Run:
+        index, prompt_ids = waiting.popleft()
+        return self._submit(index, prompt_ids, request_id=index)
+
+    def _submit(self, index: int, prompt_ids: tuple[int, ...], request_id: int = 0) -> _Run:
+        request = Request(request_id, prompt_ids, self._experiment.params_of(index), self._pair.eos_ids)
         now = self._clock.now
         generation, sends = self._driver.submit(request, self._make_schedule())
         self._places[DRIVER].wake()
