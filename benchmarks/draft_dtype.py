@@ -26,7 +26,7 @@ from flowspec.model.loader import demo_directory, demo_draft_directory
 from flowspec.train.corpus import encode_documents, read_stdlib, split_documents
 from flowspec.train.demo import HELD_OUT_SHARE
 from flowspec.train.eagle import embedding_of, load_model
-from flowspec.train.evaluate import EvaluationConfig, evaluate
+from flowspec.train.evaluate import EvaluationConfig, measure_texts
 from flowspec.train.target import END_OF_TEXT_ID
 
 Pass = tuple[EagleHead, nn.Module]  # the head, and the lm_head it guesses with
@@ -42,10 +42,10 @@ def measure_guesses(num_prompts: int) -> dict[str, Any]:
     config = EvaluationConfig(num_prompts=num_prompts)
     figures: dict[str, Any] = {}
     for name, (draft, lm_head) in variants(head, target.get_output_embeddings()).items():
-        result = evaluate(target, draft, held_out, config, draft_lm_head=lm_head)
+        greedy, sampled = measure_texts(target, draft, held_out, config, draft_lm_head=lm_head)
         figures[name] = {
             kind: {"hit_rates": text.hit_rates, "tokens_per_pass": text.tokens_per_pass}
-            for kind, text in (("greedy", result.greedy), ("sampled", result.sampled))
+            for kind, text in (("greedy", greedy), ("sampled", sampled))
         }
     return figures
 

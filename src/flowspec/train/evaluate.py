@@ -152,6 +152,21 @@ def evaluate(
     ``draft_lm_head``: the copy of the target's lm_head that the draft guesses with, if it has one.
     """
     config = config or EvaluationConfig()
+    greedy, sampled = measure_texts(target, head, held_out, config, hints, draft_lm_head)
+    loss = held_out_loss(target, held_out, config.loss_window_len)
+    return Evaluation(config, loss, len(held_out), greedy, sampled)
+
+
+@torch.inference_mode()
+def measure_texts(
+    target: PreTrainedModel,
+    head: EagleHead,
+    held_out: Tokens,
+    config: EvaluationConfig,
+    hints: Sequence[HintHead] = (),
+    draft_lm_head: nn.Module | None = None,
+) -> tuple[TextResult, TextResult]:
+    """The draft alone, where the target continues held-out prompts: greedy, and sampled. Arguments as there."""
     if len(held_out) < config.num_prompts * config.prompt_len:
         raise UsageError(f"{len(held_out)} held-out tokens are too few for {config.num_prompts} prompts; add text")
     prompts = _spaced_prompts(held_out, config)
@@ -162,13 +177,8 @@ def evaluate(
         temperatures = torch.full((len(prompts),), temperature)
         token_ids = continue_rows(target, prompts, length, temperatures, generator)
         texts.append(_measure(target, head, hints, token_ids, config, draft_lm_head or target.get_output_embeddings()))
-    return Evaluation(
-        config=config,
-        held_out_loss=held_out_loss(target, held_out, config.loss_window_len),
-        num_held_out_tokens=len(held_out),
-        greedy=texts[0],
-        sampled=texts[1],
-    )
+    greedy, sampled = texts
+    return greedy, sampled
 
 
 def _spaced_prompts(held_out: Tokens, config: EvaluationConfig) -> Tensor:
