@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import re
 import signal
-import subprocess
-import sys
-import threading
 from pathlib import Path
 from types import TracebackType
 
 import psutil
+
+from logged_process import LoggedProcess
 
 START_TIMEOUT_S = 120.0
 
@@ -37,24 +36,12 @@ class ServerProcess:
     """A context manager; ``url`` is where it listens. At its end nothing of it may be left."""
 
     def __init__(self, *arguments: str) -> None:
-        command = [sys.executable, "-m", "flowspec", "serve", "--port", "0", *arguments]
-        self._process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-        self.log: list[str] = []
-        self._is_up = threading.Event()
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-
-    def _read(self) -> None:
-        assert self._process.stderr is not None
-        for line in self._process.stderr:
-            self.log.append(line)
-            if "Ctrl-C" in "".join(self.log):
-                self._is_up.set()
-        self._is_up.set()
+        self._running = LoggedProcess(["serve", "--port", "0", *arguments], "Ctrl-C")
+        self._process = self._running.process
 
     @property
     def text(self) -> str:
-        return "".join(self.log)
+        return self._running.log
 
     @property
     def url(self) -> str:
@@ -74,12 +61,9 @@ class ServerProcess:
         return [p for p in self.process.children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE]
 
     def __enter__(self) -> ServerProcess:
-        if not self._is_up.wait(START_TIMEOUT_S) or self._process.poll() is not None:
+        if not self._running.comes_up(START_TIMEOUT_S):
             self._process.kill()
-            self._process.wait(timeout=30)
-            self._reader.join(timeout=10)
-            assert self._process.stderr is not None
-            self._process.stderr.close()
+            self._running.wait(30)
             raise AssertionError(f"the server did not come up: {self.text}")
         return self
 
@@ -88,10 +72,7 @@ class ServerProcess:
     ) -> None:
         family = [self.process, *self.workers()] if self._process.poll() is None else []
         self._process.send_signal(signal.SIGTERM)
-        self._process.wait(timeout=30)
-        self._reader.join(timeout=10)
-        assert self._process.stderr is not None
-        self._process.stderr.close()
+        self._running.wait(30)
         _, alive = psutil.wait_procs(family, timeout=10)
         assert not alive, f"processes are left: {alive}"
         assert "Traceback" not in self.text, self.text

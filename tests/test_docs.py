@@ -14,7 +14,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from flowspec.cluster.device_list import DeviceList
 from flowspec.toml_table import Table
 from flowspec.train.hints import HintRecipe
 from house import LEVELS, diagram
+from logged_process import LoggedProcess
 from tiny_models import make_checkpoint, make_draft_head, write_target_and_text
 
 if sys.version_info >= (3, 11):
@@ -116,34 +116,19 @@ class Running:
     """A command that goes on until it is told to end, and then has done its work."""
 
     def __init__(self, place: Path, arguments: list[str]) -> None:
-        command = [sys.executable, "-m", "flowspec", *arguments]
         environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
-        self._process = subprocess.Popen(command, cwd=place, stderr=subprocess.PIPE, text=True, env=environment)
-        self.log = ""
-        self._is_up = threading.Event()
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-
-    def _read(self) -> None:
-        assert self._process.stderr is not None
-        for line in self._process.stderr:
-            self.log += line
-            if "end it with Ctrl-C" in line:
-                self._is_up.set()
+        self._running = LoggedProcess(arguments, "end it with Ctrl-C", cwd=place, env=environment)
 
     def await_up(self) -> str:
         """The address that it listens on."""
-        assert self._is_up.wait(TIMEOUT_S) and self._process.poll() is None, self.log
-        found = re.search(r"//(127\.0\.0\.1:\d+)", self.log)
-        assert found is not None, self.log
+        assert self._running.comes_up(TIMEOUT_S), self._running.log
+        found = re.search(r"//(127\.0\.0\.1:\d+)", self._running.log)
+        assert found is not None, self._running.log
         return found[1]
 
     def end(self) -> None:
-        self._process.send_signal(signal.SIGTERM)
-        assert self._process.wait(timeout=30) == 0, self.log
-        self._reader.join(timeout=10)
-        assert self._process.stderr is not None
-        self._process.stderr.close()
+        self._running.process.send_signal(signal.SIGTERM)
+        assert self._running.wait(30) == 0, self._running.log
 
 
 class House:
