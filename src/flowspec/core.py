@@ -11,7 +11,7 @@ from itertools import pairwise
 from typing import Literal
 
 from flowspec.checked import checked_class
-from flowspec.errors import UsageError
+from flowspec.errors import FieldError, UsageError
 
 DType = Literal["float32", "bfloat16", "float16"]
 DraftDType = Literal["auto", "int8"]  # auto: the model's
@@ -104,10 +104,6 @@ class Partition:
             raise UsageError(f"partition {self} covers {self.num_layers} layers, but the model has {num_layers}")
 
 
-def _wrong(field: str, what: str) -> UsageError:
-    return UsageError(f"{field} {what}", field=field)
-
-
 @checked_class
 @dataclass(frozen=True)
 class SamplingParams:
@@ -149,34 +145,36 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
-            raise _wrong("max_tokens", f"is {self.max_tokens}; it must be at least 1")
+            raise FieldError("max_tokens", f"is {self.max_tokens}; it must be at least 1")
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise _wrong("temperature", f"is {self.temperature}; it must be 0 (greedy) or a positive number")
+            raise FieldError("temperature", f"is {self.temperature}; it must be 0 (greedy) or a positive number")
         if not 0 < self.top_p <= 1:
-            raise _wrong("top_p", f"is {self.top_p}; it must lie in (0, 1]")
+            raise FieldError("top_p", f"is {self.top_p}; it must lie in (0, 1]")
         if self.top_k < 0:
-            raise _wrong("top_k", f"is {self.top_k}; it must be 0 (off) or a positive count")
+            raise FieldError("top_k", f"is {self.top_k}; it must be 0 (off) or a positive count")
         if self.seed is not None and not 0 <= self.seed <= MAX_SEED:
-            raise _wrong("seed", f"is {self.seed}; it must lie in [0, 2**64)")
+            raise FieldError("seed", f"is {self.seed}; it must lie in [0, 2**64)")
         if not 0 <= self.min_p <= 1:
-            raise _wrong("min_p", f"is {self.min_p}; it must lie in [0, 1]")
+            raise FieldError("min_p", f"is {self.min_p}; it must lie in [0, 1]")
         if not -2 <= self.presence_penalty <= 2:
-            raise _wrong("presence_penalty", f"is {self.presence_penalty}; it must lie in [-2, 2]")
+            raise FieldError("presence_penalty", f"is {self.presence_penalty}; it must lie in [-2, 2]")
         if not -2 <= self.frequency_penalty <= 2:
-            raise _wrong("frequency_penalty", f"is {self.frequency_penalty}; it must lie in [-2, 2]")
+            raise FieldError("frequency_penalty", f"is {self.frequency_penalty}; it must lie in [-2, 2]")
         if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
-            raise _wrong("repetition_penalty", f"is {self.repetition_penalty}; it must be a positive number")
+            raise FieldError("repetition_penalty", f"is {self.repetition_penalty}; it must be a positive number")
         for token_id, bias in self.logit_bias:
             if token_id < 0 or not -100 <= bias <= 100:
-                raise _wrong("logit_bias", f"gives token {token_id} {bias}; ids start at 0, biases lie in [-100, 100]")
+                raise FieldError(
+                    "logit_bias", f"gives token {token_id} {bias}; ids start at 0, biases lie in [-100, 100]"
+                )
         if len({token_id for token_id, _ in self.logit_bias}) < len(self.logit_bias):
-            raise _wrong("logit_bias", "names a token twice; add its biases up")
+            raise FieldError("logit_bias", "names a token twice; add its biases up")
         if any(token_id < 0 for token_id in self.stop_token_ids):
-            raise _wrong("stop_token_ids", f"holds {min(self.stop_token_ids)}; ids start at 0")
+            raise FieldError("stop_token_ids", f"holds {min(self.stop_token_ids)}; ids start at 0")
         if self.num_logprobs is not None and not 0 <= self.num_logprobs <= MAX_LOGPROBS:
-            raise _wrong("num_logprobs", f"is {self.num_logprobs}; it must lie in 0..{MAX_LOGPROBS}")
+            raise FieldError("num_logprobs", f"is {self.num_logprobs}; it must lie in 0..{MAX_LOGPROBS}")
         if "" in self.stop or len(self.stop) > MAX_STOPS:
-            raise _wrong("stop", f"is {self.stop!r}; it must be at most {MAX_STOPS} texts, none of them empty")
+            raise FieldError("stop", f"is {self.stop!r}; it must be at most {MAX_STOPS} texts, none of them empty")
 
     @property
     def has_penalties(self) -> bool:

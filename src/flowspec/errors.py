@@ -33,7 +33,11 @@ class FieldError(UsageError):
 
     def __init__(self, field: str, problem: str) -> None:
         super().__init__(f"{field} {problem}")
-        self.field = field
+        self.field, self._problem = field, problem
+
+    def __reduce__(self) -> tuple[type["FieldError"], tuple[str, str]]:
+        """For other processes, where exceptions are made again of their text alone."""
+        return type(self), (self.field, self._problem)
 
 
 class ModelError(UsageError):

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 import flowspec
+from flowspec.cluster.local import num_cores
 from flowspec.request.records import RequestRecord, ScheduleResult
 
 BASELINES = ("chunked", "ar")  # ratios are given to these, where they ran
@@ -137,7 +138,7 @@ def environment() -> dict[str, Any]:
         **{name: _version(name) for name in ("torch", "transformers", "flowspec")},
         "machine": platform.machine(),
         "processor": _processor(),
-        "num_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "num_cores": num_cores(),
         "memory_bytes": _memory_bytes(),
     }
 

@@ -202,7 +202,7 @@ class Answer:
         self.text = ""
         self._accepted_per_draft: float | None = None
         self._start_s = time.perf_counter()
-        self._first: tuple[float, int] | None = None  # time and number of tokens, as in ``engine.Stopwatch``
+        self._first: tuple[float, int] | None = None  # time and number of tokens, as in ``request.emissions``
         self._last = (self._start_s, 0)
 
     def show(self, pieces: Iterator[Piece]) -> None:

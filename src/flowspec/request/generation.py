@@ -151,7 +151,9 @@ class Generation:
         self._num_prompt_sent = min(start + self.pipeline_config.prefill_chunk, len(text))
         ids = list(range(start, self._num_prompt_sent))
         holds_root = ids[-1] == self.tree.root_id
-        self._send_rows(ids, [i - 1 for i in ids], ids, [text[i] for i in ids], len(ids) - holds_root, None)
+        num_prefix, token_ids = len(ids) - holds_root, [text[i] for i in ids]
+        segment_id = self.outbox.segment(ids, [i - 1 for i in ids], ids, token_ids, num_prefix, gate=None)
+        self.in_flight[segment_id] = np.array(ids, dtype=np.int64)
 
     def reserve(self, slot_limit: int) -> None:
         """Let the workers' caches of this request grow to so many slots."""
@@ -173,27 +175,13 @@ class Generation:
                 self.stats.rows += len(rows)
                 self.stats.drafted += len(rows) - bool(rows[0] == 0 and not self._root_is_draft)
                 self.stats.by_segment[self.outbox.next_segment_id] = SegmentStats(len(rows), self.clock())
-            self._send_rows(
-                tree.node_ids[rows].tolist(),
-                parent_ids.tolist(),
-                (tree.depths[rows] + self.prefix_len).tolist(),
-                tree.token_ids[rows].tolist(),
-                num_prefix=0,
-                gate=gate,
+            node_ids = tree.node_ids[rows]
+            positions, token_ids = tree.depths[rows] + self.prefix_len, tree.token_ids[rows]
+            segment_id = self.outbox.segment(
+                node_ids.tolist(), parent_ids.tolist(), positions.tolist(), token_ids.tolist(), num_prefix=0, gate=gate
             )
-
-    def _send_rows(
-        self,
-        node_ids: list[int],
-        parent_ids: list[int],
-        positions: list[int],
-        token_ids: list[int],
-        num_prefix: int,
-        gate: int | None,
-    ) -> None:
-        segment_id = self.outbox.segment(node_ids, parent_ids, positions, token_ids, num_prefix, gate)
-        if node_ids:
-            self.in_flight[segment_id] = np.array(node_ids, dtype=np.int64)
+            if len(rows):
+                self.in_flight[segment_id] = node_ids
 
     def step(self, number: int) -> None:
         """Let the segments run that wait for this step; what was committed before counts for them."""
