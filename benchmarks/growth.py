@@ -66,7 +66,7 @@ class TableSource:
         others = np.stack([1 + rng.permutation(num_rest + 3)[:num_rest] for _ in range(num_rows)])
         self.token_ids = np.concatenate([np.zeros((num_rows, 1), dtype=np.int64), others], axis=1)
 
-    def open(self, prompt_ids: Sequence[int], sampler: Sampler) -> TableDraft:
+    def open(self, prompt_ids: Sequence[int], sampler: Sampler, top_k: int) -> TableDraft:
         return TableDraft(self)
 
 

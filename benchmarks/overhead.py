@@ -92,7 +92,7 @@ class FixedSource:
     steady_steps = 1
     feature_layers: tuple[int, ...] = ()
 
-    def open(self, prompt_ids: Sequence[int], sampler: Sampler) -> FixedDraft:
+    def open(self, prompt_ids: Sequence[int], sampler: Sampler, top_k: int) -> FixedDraft:
         return FixedDraft()
 
 

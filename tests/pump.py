@@ -74,7 +74,7 @@ class Pump:
             worker = Worker(self.stages[-1], index, time.perf_counter, patience_s, hinter, math.inf, forward_s)
             self.workers.append(worker)
         head = TargetHead(lm_head)
-        source = draft if not isinstance(draft, str) else _source(draft, directory, checkpoint, head, tree)
+        source = draft if not isinstance(draft, str) else _source(draft, directory, checkpoint, head)
         config = ScheduleConfig(tree, lockstep=LockstepConfig(replace(tree, size=tree.size + 1)), pipeline=pipeline)
         positions = checkpoint.max_positions
         self.driver = Driver(Common(head, pipeline, positions, time.perf_counter, keeps_caches=keeps_caches), source)
@@ -139,9 +139,7 @@ class Pump:
             worker.check_integrity()
 
 
-def _source(
-    name: str, directory: Path, checkpoint: Checkpoint, head: TargetHead, tree: TreeConfig
-) -> DraftSource | None:
+def _source(name: str, directory: Path, checkpoint: Checkpoint, head: TargetHead) -> DraftSource | None:
     match name:
         case "none":
             return None
@@ -149,4 +147,4 @@ def _source(
             return NgramSource()
         case _:
             embedding = checkpoint.load_embedding("float32", "cpu")
-            return EagleSource(EagleHead.load(directory / "draft", embedding, "float32", "cpu"), head, tree.top_k)
+            return EagleSource(EagleHead.load(directory / "draft", embedding, "float32", "cpu"), head)

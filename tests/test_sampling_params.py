@@ -61,7 +61,7 @@ class KnownSource:
     def __init__(self, text: Sequence[int]) -> None:
         self._text = text
 
-    def open(self, prompt_ids: Sequence[int], sampler: Sampler) -> KnownDraft:
+    def open(self, prompt_ids: Sequence[int], sampler: Sampler, top_k: int) -> KnownDraft:
         return KnownDraft(self._text, len(prompt_ids) - 1)
 
 

@@ -63,6 +63,29 @@ def test_every_prefix_of_the_score_order_is_a_connected_tree(data: st.DataObject
 
 
 @given(st.data())
+def test_a_tree_that_is_drafted_again_is_what_it_would_be_without_the_old_nodes(data: st.DataObject) -> None:
+    """And old nodes keep their ids, and their places in flight."""
+    old, fresh = grown_tree(data, size=100), DraftTree(0, 0, size=100)
+    before = paths(old)
+    old.forget_scores()
+    assert old.best().tolist() == [0] and not len(old.best_at(1, 10))
+    all_shares = ([0.53, 0.29, 0.13], [0.47, 0.31, 0.17], [0.59, 0.23, 0.11])  # primes: no two paths score alike
+    for level, level_shares in enumerate(all_shares):
+        tokens = data.draw(st.lists(st.integers(0, 9), min_size=3, max_size=3, unique=True))
+        shares = np.array(data.draw(st.permutations(level_shares)))
+        for tree in (old, fresh):
+            rows = tree.best_at(level, 2)
+            tree.expand(rows, np.array([tokens] * len(rows)), np.log([shares] * len(rows)), np.ones_like(rows))
+            tree.check_integrity()
+    scores = [
+        {tuple(tree.token_ids[tree.path(row)].tolist()): tree.scores[row] for row in tree.best().tolist()}
+        for tree in (old, fresh)
+    ]
+    assert scores[0] == scores[1]
+    assert {path: node for path, node in paths(old).items() if path in before} == before
+
+
+@given(st.data())
 def test_rerooting_keeps_exactly_the_descendants_and_their_order(data: st.DataObject) -> None:
     tree = grown_tree(data)
     row = data.draw(st.integers(0, len(tree) - 1))

@@ -100,7 +100,7 @@ def tuned(lab: Lab) -> str:
 
 def with_tree(size: int, depth: int, expand_size: int) -> ScheduleConfig:
     tree = replace(LockstepConfig().tree, size=size + 1, depth=depth)
-    return ScheduleConfig(lockstep=LockstepConfig(tree, depth, expand_size, min(48, expand_size)))
+    return ScheduleConfig(lockstep=LockstepConfig(tree, depth, expand_size))
 
 
 def demo(lab: Lab) -> str:

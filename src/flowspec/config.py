@@ -50,7 +50,8 @@ class LockstepConfig:
     tree: TreeConfig = PUBLISHED_TREE
     expand_depth: int = 6  # levels of the tree that is drafted after an acceptance
     expand_size: int = 64  # its nodes, the root excluded
-    deepen_size: int = 48  # nodes added when a step has verified nothing
+    deepen: bool = False  # the tree grows deeper when a step has verified nothing; the paper was measured without
+    deepen_size: int = 48  # nodes that this adds
     score_order: bool = True  # nodes enter by score; else level by level
     prune: bool = True  # dead nodes are dropped at every stage; else they stay until the round ends
     expand: bool = True  # the tree grows while it is in flight; else only between rounds
@@ -106,7 +107,7 @@ class ScheduleConfig:
     flow: TreeConfig = TreeConfig()  # of the schedule ``flow``
     flow_parts: FlowParts = FlowParts()
     lockstep: LockstepConfig = LockstepConfig()  # its tree is that of ``serial`` and ``chunked`` too
-    pipedec_width: int = 16  # nodes of one tree level
+    pipedec_width: int = 16  # nodes of one tree level, and children drafted for each of them
     pipeline: PipelineConfig = PipelineConfig()
 
     def __post_init__(self) -> None:

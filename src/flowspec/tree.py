@@ -34,7 +34,7 @@ class DraftTree:
     ``depths``     distance from the root
     ``staleness``  how many steps the node's children were extrapolated from a verified feature; ``UNDRAFTED``
     ``logprobs``   log-probability of the token after its parent, by draft and hint; 0 for the root
-    ``scores``     sum of ``logprobs`` over the path from the root
+    ``scores``     sum of ``logprobs`` over the path from the root; -inf: not drafted since ``forget_scores``
     ``drafted``    the token's log-probability by the draft; NaN where only a hint names it
     ``hinted``     by a hint; NaN where none names it
     ``rests``      log of what a hint leaves to children that it does not name; 0 without a hint
@@ -87,7 +87,7 @@ class DraftTree:
     def best(self, limit: int | None = None) -> Ints:
         """The rows that are good enough, best first, ``limit`` (``size``) at most; ties go to the older node."""
         rows = np.argsort(-self.scores, kind="stable")[: self.size if limit is None else limit]
-        return rows[self.scores[rows] >= self.min_score]
+        return rows[(self.scores[rows] >= self.min_score) & (self.scores[rows] > -np.inf)]
 
     def best_unsent(self, limit: int) -> Ints:
         """The best ``limit`` rows that may be sent and were not, in id order: the next segment."""
@@ -96,7 +96,7 @@ class DraftTree:
 
     def best_at(self, depth: int, limit: int) -> Ints:
         """The best ``limit`` rows at a depth, in id order: what EAGLE-2 expands in one pass."""
-        rows = np.flatnonzero(self.depths == depth)
+        rows = np.flatnonzero((self.depths == depth) & (self.scores > -np.inf))
         return np.sort(rows[np.argsort(-self.scores[rows], kind="stable")[:limit]])
 
     def worth_expanding(self, max_depth: int, limit: int, steady_steps: int = 1) -> Ints:
@@ -216,6 +216,11 @@ class DraftTree:
         for depth in range(1, int(self.depths.max()) + 1):
             rows = np.flatnonzero(self.depths == depth)
             self.scores[rows] = self.scores[self.parents[rows]] + self.logprobs[rows]
+
+    def forget_scores(self) -> None:
+        """No node is worth anything until it is drafted again: a new tree grows from the root, among the old nodes."""
+        self.drafted[1:], self.hinted[1:], self.rests[:] = -np.inf, np.nan, 0.0
+        self._rate()
 
     # --- dropping ---
 

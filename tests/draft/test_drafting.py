@@ -32,7 +32,7 @@ class TargetSource:
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
 
-    def open(self, prompt_ids: Sequence[int], sampler: Sampler) -> TargetDraft:
+    def open(self, prompt_ids: Sequence[int], sampler: Sampler, top_k: int) -> TargetDraft:
         return TargetDraft(self._model, prompt_ids)
 
 
@@ -83,7 +83,7 @@ def test_a_draft_that_is_the_target_accepts_full_depth(checkpoint_dir: Callable[
 
 def test_the_ngram_draft_continues_the_longest_match() -> None:
     draft = NgramSource(NgramConfig(min_match=2, max_match=4, num_tokens=3)).open(
-        [1, 2, 3, 4, 5, 9, 2, 3, 7, 8, 1, 2, 3], GREEDY
+        [1, 2, 3, 4, 5, 9, 2, 3, 7, 8, 1, 2, 3], GREEDY, 10
     )
     tree = DraftTree(12, 3, 80)
     assert draft.expand(tree, np.zeros(1, dtype=np.int64))
@@ -92,7 +92,7 @@ def test_the_ngram_draft_continues_the_longest_match() -> None:
 
 
 def test_the_ngram_draft_adds_nothing_when_it_knows_nothing() -> None:
-    draft = NgramSource().open([1, 2, 3, 4, 5], GREEDY)
+    draft = NgramSource().open([1, 2, 3, 4, 5], GREEDY, 10)
     tree = DraftTree(4, 5, 80)
     draft.expand(tree, np.zeros(1, dtype=np.int64))
     assert len(tree) == 1

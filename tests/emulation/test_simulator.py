@@ -29,7 +29,7 @@ from flowspec.request.records import RequestRecord, Span
 from flowspec.schedule.catalogue import ABLATIONS, AUTO, SCHEDULES
 
 NANO = ClusterDescription.load(Path(__file__).parents[2] / "clusters" / "7b-nano-150m.toml")
-PAIR = SyntheticPair("eagle1", 10)
+PAIR = SyntheticPair("eagle1")
 ALL = (AUTO, *SCHEDULES, *ABLATIONS, "tp-megatron")
 PROMPT = "a prompt"
 NO_FAULTS = Faults()
@@ -146,7 +146,7 @@ def test_any_number_of_stages_gives_the_same_tokens(schedule: str, temperature: 
 
 @pytest.mark.parametrize("schedule", ["flow", "lockstep"])
 def test_a_real_model_gives_the_same_tokens_under_faults(schedule: str) -> None:
-    pair, params, cluster = CheckpointPair("demo", "auto", 10), SamplingParams(max_tokens=12), NANO.with_stages(2)
+    pair, params, cluster = CheckpointPair("demo", "auto"), SamplingParams(max_tokens=12), NANO.with_stages(2)
     faults = Faults(2000.0, Slowdown(2, 0.5, 2.0), seed=3)
     plain = run("ar", cluster, params, pair=pair, prompt="Once upon a time")
     late = run(schedule, cluster, params, faults, pair, "Once upon a time")
@@ -369,7 +369,7 @@ def test_a_draft_that_knows_the_noise_is_accepted_more_often_and_changes_no_toke
     experiment = Experiment(NANO, ScheduleConfig(), params)
     prompts = list(enumerate(BUILT_IN_PROMPTS[:2]))
     coupled, plain = (
-        simulate(experiment, CheckpointPair("demo", "auto", 10, is_coupled), "serial", prompts)
+        simulate(experiment, CheckpointPair("demo", "auto", is_coupled), "serial", prompts)
         for is_coupled in (True, False)
     )
     assert [r.token_ids for r in coupled] == [r.token_ids for r in plain]
@@ -379,7 +379,7 @@ def test_a_draft_that_knows_the_noise_is_accepted_more_often_and_changes_no_toke
 
 def test_ngrams_save_time_where_text_repeats_itself_and_change_no_token() -> None:
     experiment = Experiment(NANO, ScheduleConfig(), SamplingParams(max_tokens=100))
-    pair, prompts = CheckpointPair("demo", "auto", 10), list(enumerate(BUILT_IN_PROMPTS[:1]))
+    pair, prompts = CheckpointPair("demo", "auto"), list(enumerate(BUILT_IN_PROMPTS[:1]))
     (without,), (with_ngrams,) = (simulate(experiment, pair, name, prompts) for name in ("flow-no-ngrams", "flow"))
     assert with_ngrams.token_ids == without.token_ids
     assert with_ngrams.segments < without.segments and with_ngrams.decode_s < without.decode_s
@@ -415,8 +415,8 @@ def test_auto_is_flow_where_that_is_faster() -> None:
 
 
 def test_auto_gives_a_useless_draft_up() -> None:
-    pair = SyntheticPair("eagle1", 10)
-    pair.source = SyntheticSource(Misled(quality("eagle1")), 10)
+    pair = SyntheticPair("eagle1")
+    pair.source = SyntheticSource(Misled(quality("eagle1")))
     experiment = Experiment(NANO, ScheduleConfig(flow_parts=FlowParts(hints=False)), SamplingParams(400, seed=0))
     plain, flow, auto = (simulate(experiment, pair, name, [(0, "x")])[0] for name in ("ar", "flow", "auto"))
     assert plain.token_ids == flow.token_ids == auto.token_ids

@@ -40,10 +40,10 @@ class FaultySource:
     steady_steps = 1
     feature_layers: tuple[int, ...] = ()
 
-    def open(self, prompt_ids: Sequence[int], sampler: Sampler) -> Draft:
+    def open(self, prompt_ids: Sequence[int], sampler: Sampler, top_k: int) -> Draft:
         if prompt_ids[0] == OPENS:
             raise RuntimeError("a bug in open")
-        return FaultyDraft(prompt_ids[0], NgramSource().open(prompt_ids, sampler))
+        return FaultyDraft(prompt_ids[0], NgramSource().open(prompt_ids, sampler, top_k))
 
 
 class FaultyDraft:

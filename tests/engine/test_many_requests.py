@@ -280,7 +280,7 @@ def test_eight_clients_of_a_simulated_cluster_get_two_and_a_half_times_the_token
 def test_simulated_clients_with_a_seed_get_what_they_get_alone() -> None:
     cluster = ClusterDescription.load(Path(__file__).parents[2] / "clusters" / "7b-agx-1g.toml")
     experiment = Experiment(cluster, ScheduleConfig(), SamplingParams(24, 0.9, seed=3))
-    pair = SyntheticPair("eagle1", 10)
+    pair = SyntheticPair("eagle1")
     prompts = [(index, f"prompt {index}") for index in range(5)]
     together = {record.index: record.token_ids for record in simulate_load(experiment, pair, "flow", prompts, 5)}
     assert together == {record.index: record.token_ids for record in simulate(experiment, pair, "ar", prompts)}

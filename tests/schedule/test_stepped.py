@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from flowspec.config import ScheduleConfig, TreeConfig
+from flowspec.config import LockstepConfig, ScheduleConfig, TreeConfig
 from flowspec.core import FINAL, SamplingParams
 from flowspec.emulation import experiment as page
 from flowspec.emulation.description import ClusterDescription
@@ -30,7 +30,7 @@ from flowspec.worker.actor import Worker
 
 NANO = ClusterDescription.load(Path(__file__).parents[2] / "clusters" / "7b-nano-150m.toml")
 NUM_STAGES = NANO.num_stages
-PAIR = SyntheticPair("eagle1", 10)
+PAIR = SyntheticPair("eagle1")
 STEPPED = ("lockstep", "lockstep-no-score-order", "lockstep-no-prune", "lockstep-no-expand", "pipedec")
 PROMPTS = ("a", "b", "c")
 
@@ -206,7 +206,12 @@ class Watched:
 
 
 def watch(
-    monkeypatch: pytest.MonkeyPatch, name: str, prompt: str, num_tokens: int = 60, faults: Faults | None = None
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    prompt: str,
+    num_tokens: int = 60,
+    faults: Faults | None = None,
+    config: ScheduleConfig | None = None,
 ) -> tuple[Watched, RequestRecord]:
     made: list[Watched] = []
 
@@ -219,7 +224,7 @@ def watch(
 
     monkeypatch.setattr(page, "make_schedule", make_watched)
     params = SamplingParams(max_tokens=num_tokens)
-    experiment = Experiment(NANO, ScheduleConfig(), params, faults=faults or Faults(), with_spans=True)
+    experiment = Experiment(NANO, config or ScheduleConfig(), params, faults=faults or Faults(), with_spans=True)
     record = simulate(experiment, PAIR, name, [(0, prompt)])[0]
     return made[-1], record  # the simulator makes one before, to ask whether it wants hints
 
@@ -296,6 +301,32 @@ def test_without_expansion_a_round_has_its_first_segments_only(monkeypatch: pyte
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
+def test_a_step_that_has_verified_nothing_sends_nothing_unless_the_tree_is_to_be_deepened(
+    monkeypatch: pytest.MonkeyPatch, prompt: str
+) -> None:
+    deepening = LockstepConfig(deepen=True)
+    plain, deepened = (
+        watch(monkeypatch, "lockstep", prompt, config=ScheduleConfig(lockstep=config))
+        for config in (LockstepConfig(), deepening)
+    )
+    assert deepened[1].token_ids == plain[1].token_ids
+    num_empty = [sum(not sent.segment.node_ids for sent in watched.sent) for watched, _ in (plain, deepened)]
+    assert num_empty[0] > 2 * num_empty[1]
+    # An appended segment is a whole new tree at most; what deepening adds is smaller still.
+    num_rows = {len(sent.segment.node_ids) for watched, _ in (plain, deepened) for sent in watched.sent}
+    assert max(num_rows) <= LockstepConfig().expand_size
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_a_level_of_pipedec_is_full_even_below_a_single_node(monkeypatch: pytest.MonkeyPatch, prompt: str) -> None:
+    width = ScheduleConfig().pipedec_width
+    for segments in by_round(watch(monkeypatch, "pipedec", prompt)[0]):
+        root, first = segments[0].segment, segments[1].segment
+        assert set(first.parent_ids) <= set(root.node_ids)
+        assert len(first.node_ids) in (0, width), "none where the text ends with the root"
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
 def test_pipedec_sends_one_level_and_commits_one_token_in_each_step(
     monkeypatch: pytest.MonkeyPatch, prompt: str
 ) -> None:
@@ -321,7 +352,7 @@ def test_chunked_cuts_each_tree_into_equal_chunks(monkeypatch: pytest.MonkeyPatc
         is_new = not isinstance(event, Sent)
     assert len(trees) > 3
     for sizes in trees:
-        assert max(sizes) - min(sizes) <= 1
+        assert max(sizes) - min(sizes) <= 1 and sizes == sorted(sizes), "the longer ones last"
         assert len(sizes) == NUM_STAGES + 1 or sum(sizes) < NUM_STAGES + 1, "unless there are fewer nodes"
 
 

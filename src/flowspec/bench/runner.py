@@ -29,7 +29,6 @@ class PairSpec:
     model: str = SYNTHETIC  # or demo, a directory, a hub name
     draft_quality: str = "eagle1"  # of the synthetic language
     draft: str = "auto"  # of a real model
-    top_k: int = 10  # children that a node gets in one draft pass
     is_coupled: bool = True  # a real draft guesses with the noise of sampling; no published one does
     draft_dtype: DraftDType = "auto"  # of a real model's draft head
 
@@ -40,8 +39,8 @@ class PairSpec:
     def load(self) -> ModelPair:
         """Raises ``UsageError``."""
         if self.model == SYNTHETIC:
-            return SyntheticPair(self.draft_quality, self.top_k)
-        return CheckpointPair(self.model, self.draft, self.top_k, self.is_coupled, self.draft_dtype)
+            return SyntheticPair(self.draft_quality)
+        return CheckpointPair(self.model, self.draft, self.is_coupled, self.draft_dtype)
 
 
 _load = lru_cache(maxsize=2)(PairSpec.load)

@@ -71,10 +71,7 @@ def emulate(
         params = SamplingParams(max_new_tokens, temperature, seed=seed)
         experiment = Experiment(cluster, ScheduleConfig(), params, as_published, int8_draft=is_int8)
         torch.set_num_threads(1)
-        pair = CheckpointPair(
-            model, draft or "auto", ScheduleConfig().flow.top_k, is_coupled=not as_published,
-            draft_dtype=draft_dtype.value,
-        )  # fmt: skip
+        pair = CheckpointPair(model, draft or "auto", is_coupled=not as_published, draft_dtype=draft_dtype.value)
         emulated = run_emulated(
             experiment, text, pair, names, indexed, time_scale, lambda done: progress("emulating", done)
         )

@@ -82,6 +82,9 @@ class DraftSource(Protocol):
     steady_steps: int  # steps of extrapolation over which its guesses hardly get worse
     feature_layers: tuple[int, ...]  # of the target, whose outputs it reads for every token; ``core.FINAL``, or none
 
-    def open(self, prompt_ids: Sequence[int], sampler: Sampler) -> Draft:
-        """``sampler`` is the request's: what it knows of the noise to come may guide the guesses."""
+    def open(self, prompt_ids: Sequence[int], sampler: Sampler, top_k: int) -> Draft:
+        """``sampler`` is the request's: what it knows of the noise to come may guide the guesses.
+
+        ``top_k``: children that the request's schedule wants for each node of a draft pass, where there are so many.
+        """
         ...

@@ -59,7 +59,6 @@ def load_draft(
     chosen: ChosenDraft,
     checkpoint: Checkpoint,
     head: TargetHead,
-    top_k: int,
     dtype: DType,
     device: str,
     is_coupled: bool = True,
@@ -79,8 +78,8 @@ def load_draft(
             embedding = checkpoint.load_embedding(dtype, device)
             eagle_head = EagleHead.load(chosen, embedding, dtype, device)
             if draft_dtype == "auto":
-                return EagleSource(eagle_head, head, top_k, is_coupled)
+                return EagleSource(eagle_head, head, is_coupled)
             quantize_head(eagle_head)
-            return EagleSource(eagle_head, Int8TargetHead(head.weight), top_k, is_coupled)
+            return EagleSource(eagle_head, Int8TargetHead(head.weight), is_coupled)
         case _:
             return chosen

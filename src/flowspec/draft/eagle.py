@@ -33,20 +33,19 @@ class EagleSource:
     name = "eagle"
     feature_layers: tuple[int, ...] = (FINAL,)
 
-    def __init__(self, head: EagleHead, lm_head: LogitsHead, top_k: int, is_coupled: bool = True) -> None:
-        """``lm_head``: the target's, or a cheaper copy. ``top_k``: children that a node gets in one pass.
+    def __init__(self, head: EagleHead, lm_head: LogitsHead, is_coupled: bool = True) -> None:
+        """``lm_head``: the target's, or a cheaper copy.
 
         ``is_coupled``: guess with the noise of the draws to come; off for comparison with systems that do not.
         """
         head.config._attn_implementation = ATTENTION
         self.head = head
         self.lm_head = lm_head
-        self.top_k = top_k
         self.is_coupled = is_coupled
         self.steady_steps = steady_steps(getattr(head.config, "hit_rates", ()))
 
-    def open(self, prompt_ids: Sequence[int], sampler: Sampler) -> EagleDraft:
-        return EagleDraft(self, prompt_ids, sampler if self.is_coupled else GREEDY)
+    def open(self, prompt_ids: Sequence[int], sampler: Sampler, top_k: int) -> EagleDraft:
+        return EagleDraft(self, prompt_ids, sampler if self.is_coupled else GREEDY, top_k)
 
 
 @dataclass
@@ -63,10 +62,10 @@ class _TrueRow:
 class EagleDraft:
     """One request's drafting: the head's own cache, and the newest feature of every node in it, by slot."""
 
-    def __init__(self, source: EagleSource, prompt_ids: Sequence[int], sampler: Sampler) -> None:
+    def __init__(self, source: EagleSource, prompt_ids: Sequence[int], sampler: Sampler, top_k: int) -> None:
         self._head = source.head
         self._lm_head = source.lm_head
-        self._top_k = source.top_k
+        self._top_k = top_k
         self._sampler = sampler
         self._prompt_ids = prompt_ids
         self._cache = KVCache(0, 1, root_id=len(prompt_ids) - 1)

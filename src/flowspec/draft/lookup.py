@@ -30,8 +30,8 @@ class LookupSource:
         self.steady_steps = inner.steady_steps
         self.feature_layers = inner.feature_layers
 
-    def open(self, prompt_ids: Sequence[int], sampler: Sampler) -> LookupDraft:
-        return LookupDraft(self._inner.open(prompt_ids, sampler), prompt_ids)
+    def open(self, prompt_ids: Sequence[int], sampler: Sampler, top_k: int) -> LookupDraft:
+        return LookupDraft(self._inner.open(prompt_ids, sampler, top_k), prompt_ids)
 
 
 class LookupDraft:

@@ -36,7 +36,8 @@ class NgramSource:
     def __init__(self, config: NgramConfig | None = None) -> None:
         self.config = config or NgramConfig()
 
-    def open(self, prompt_ids: Sequence[int], sampler: Sampler) -> NgramDraft:
+    def open(self, prompt_ids: Sequence[int], sampler: Sampler, top_k: int) -> NgramDraft:
+        """A match has one continuation, however many children are wanted."""
         return NgramDraft(self.config, prompt_ids)
 
 

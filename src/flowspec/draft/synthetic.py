@@ -19,21 +19,21 @@ class SyntheticSource:
     name = "synthetic"
     feature_layers: tuple[int, ...] = (FINAL,)  # as an EAGLE head does: the prompt's features travel
 
-    def __init__(self, language: Language, top_k: int) -> None:
+    def __init__(self, language: Language) -> None:
         self.language = language
-        self.top_k = top_k
         self.steady_steps = steady_steps(language.hit_rates())
 
-    def open(self, prompt_ids: Sequence[int], sampler: Sampler) -> SyntheticDraft:
+    def open(self, prompt_ids: Sequence[int], sampler: Sampler, top_k: int) -> SyntheticDraft:
         """The calibrated rates are those of drafts that know nothing of the noise."""
-        return SyntheticDraft(self, prompt_ids)
+        return SyntheticDraft(self, prompt_ids, top_k)
 
 
 class SyntheticDraft:
     """One request: the context of the prefix, and of every node that was expanded."""
 
-    def __init__(self, source: SyntheticSource, prompt_ids: Sequence[int]) -> None:
+    def __init__(self, source: SyntheticSource, prompt_ids: Sequence[int], top_k: int) -> None:
         self._source = source
+        self._top_k = top_k
         self._prefix = np.zeros(2, dtype=np.int64)
         self._prefix_len = 0
         self._contexts: dict[int, NDArray[np.int64]] = {}  # by node id
@@ -53,7 +53,7 @@ class SyntheticDraft:
         contexts = np.stack(above) + increments(tree.token_ids[rows], tree.depths[rows] + self._prefix_len)
         self._contexts.update(zip(tree.node_ids[rows].tolist(), contexts, strict=True))
         staleness = np.where(parents < 0, 0, tree.staleness[parents]) + 1
-        tree.expand(rows, *self._source.language.draft(contexts, staleness, self._source.top_k), staleness)
+        tree.expand(rows, *self._source.language.draft(contexts, staleness, self._top_k), staleness)
         return True
 
     def _append(self, token_ids: Sequence[int]) -> None:

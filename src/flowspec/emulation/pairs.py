@@ -52,11 +52,11 @@ class ModelPair(Protocol):
 class SyntheticPair:
     """``model.synthetic``: no weights, thousands of tokens in seconds."""
 
-    def __init__(self, draft_quality: str, top_k: int) -> None:
+    def __init__(self, draft_quality: str) -> None:
         """Raises ``UsageError`` for an unknown quality."""
         language = Language(quality(draft_quality))
         self.head = SyntheticHead(language)
-        self.source = SyntheticSource(language, top_k)
+        self.source = SyntheticSource(language)
         self.max_positions = 1 << 20
         self.eos_ids: frozenset[int] = frozenset()
 
@@ -76,15 +76,13 @@ class SyntheticPair:
 class CheckpointPair:
     """A real model and draft, as the demo pair, cut as evenly as its layers allow."""
 
-    def __init__(
-        self, model: str, draft: str, top_k: int, is_coupled: bool = True, draft_dtype: DraftDType = "auto"
-    ) -> None:
+    def __init__(self, model: str, draft: str, is_coupled: bool = True, draft_dtype: DraftDType = "auto") -> None:
         """``is_coupled``: see ``draft.eagle.EagleSource``. Raises ``UsageError`` for what cannot be loaded."""
         self.checkpoint = Checkpoint.open(model)
         head = TargetHead(self.checkpoint.load_lm_head("float32", "cpu"))
         chosen = choose_draft(self.checkpoint, draft, draft_dtype)
         self.head = head
-        self.source = load_draft(chosen, self.checkpoint, head, top_k, "float32", "cpu", is_coupled, draft_dtype)
+        self.source = load_draft(chosen, self.checkpoint, head, "float32", "cpu", is_coupled, draft_dtype)
         self.max_positions = self.checkpoint.max_positions
         self.eos_ids = self.checkpoint.eos_token_ids
         self._tokenizer = self.checkpoint.load_tokenizer()

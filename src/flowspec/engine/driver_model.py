@@ -34,7 +34,6 @@ class DriverModel:
         cls,
         checkpoint: Checkpoint,
         draft: ChosenDraft,
-        top_k: int,
         dtype: DType = "float32",
         device: str = "cpu",
         draft_dtype: DraftDType = "auto",
@@ -43,7 +42,7 @@ class DriverModel:
         tokenizer = checkpoint.load_tokenizer()
         template = ChatTemplate(tokenizer, checkpoint.title)
         head = TargetHead(checkpoint.load_lm_head(dtype, device))
-        source = load_draft(draft, checkpoint, head, top_k, dtype, device, draft_dtype=draft_dtype)
+        source = load_draft(draft, checkpoint, head, dtype, device, draft_dtype=draft_dtype)
         # Configs, tokenizer and template of a fine-tune often say different ones.
         own = tokenizer.eos_token_id
         ends = checkpoint.all_eos_token_ids | template.end_ids | ({own} if isinstance(own, int) else frozenset())

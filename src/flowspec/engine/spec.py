@@ -60,7 +60,7 @@ def open_engine(spec: EngineSpec, progress: Progress = untold) -> Engine:
     hints = where.num_parallel == len(partition) if spec.hints is None else spec.hints
     pipeline = open_pipeline(where, draft_for_workers(draft) if hints and isinstance(draft, Path) else None)
     try:
-        model = DriverModel.load(checkpoint, draft, spec.tree.top_k, spec.dtype, spec.device, spec.draft_dtype)
+        model = DriverModel.load(checkpoint, draft, spec.dtype, spec.device, spec.draft_dtype)
         pipeline.await_ready(lambda done: progress("loading", done))
         schedules = ScheduleConfig(flow=spec.tree, pipeline=spec.pipeline)
         return Engine(pipeline, model, spec.schedule, schedules, spec.config)

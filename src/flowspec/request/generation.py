@@ -77,7 +77,7 @@ class Generation:
         self._num_tokens = min(request.params.max_tokens, common.max_positions - len(request.prompt_ids))
         self._feature_layers = () if source is None else source.feature_layers
         self._want_hints = want_hints and source is not None
-        self._draft: Draft | None = source.open(text_ids, self._sampler) if source else None
+        self._draft: Draft | None = source.open(text_ids, self._sampler, tree_config.top_k) if source else None
         if self._cached.draft is not None and self._feature_layers:
             assert isinstance(self._draft, ReusableDraft)
             self._draft.reuse(self._cached.draft, self._cached.num_cached)

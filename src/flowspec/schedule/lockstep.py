@@ -3,8 +3,9 @@
 1. Score-based step-wise verification: the tree's nodes enter in the order of their cumulative score, cut into equal
    segments; each step verifies one.
 2. Draft management: what a verification rules out is pruned at every stage before the stage's next forward.
-3. Dynamic expansion: after an acceptance the draft makes a new tree from the new root, with true features; what it has
-   beyond the tree in flight follows as one segment, however long. When nothing was verified the old tree is deepened.
+3. Dynamic expansion: after a verification the draft makes a new tree from the new root, with true features, as if
+   nothing were under way; those of its best nodes that are not in flight follow as one segment, however long. When
+   nothing was verified an empty segment follows, or, with ``deepen``, the tree grows by one level.
 
 Each mechanism has a switch, for ablations.
 """
@@ -17,6 +18,7 @@ import numpy as np
 
 from flowspec.config import LockstepConfig
 from flowspec.request.generation import Generation
+from flowspec.schedule.serial import cut
 from flowspec.schedule.stepped import Stepped
 from flowspec.tree import Ints
 
@@ -33,23 +35,25 @@ class Lockstep(Stepped):
         rows = tree.best()
         if not self._config.score_order:
             rows = rows[np.lexsort((rows, tree.depths[rows]))]  # level by level, as other systems send it
-        for part in np.array_split(rows, self._num_stages + 1):
+        for part in cut(rows, self._num_stages + 1):
             yield np.sort(part)
 
     def next_segment(self, generation: Generation, has_verified: bool) -> Ints:
         tree, config = generation.tree, self._config
-        if not config.expand:
-            return tree.best(0)
-        if has_verified:
+        num_best = 0
+        if config.expand and has_verified:
+            tree.forget_scores()
             self._draft(generation, config.expand_depth)
-            best = tree.best(config.expand_size + 1)
-        else:
+            num_best = config.expand_size + 1
+        elif config.expand and config.deepen:
+            num_known = int(tree.sent[tree.best(len(tree))].sum())
             generation.propose(self.tree_config.max_depth, self.tree_config.width)
-            best = tree.best(int(tree.sent.sum()) + config.deepen_size)
+            num_best = num_known + config.deepen_size
+        best = tree.best(num_best)
         return np.sort(best[~tree.sent[best]])
 
     def _draft(self, generation: Generation, depth: int) -> None:
-        """A whole EAGLE-2 tree from the root, merged into what there is: a pass for each level."""
+        """A whole EAGLE-2 tree from the root: a pass for each level."""
         for level in range(depth):
             if not generation.propose_level(level, self.tree_config.width):
                 return

@@ -1,8 +1,9 @@
 """PipeDec (arXiv 2504.04104): one level of the tree enters the pipeline in each step, one token at most leaves it.
 
-The levels follow each other through the stages, the best ``width`` nodes of each; when a level comes back its token is
-verified and what does not descend from it is pruned. The draft goes on from the deepest level and never looks back:
-within a round its features are never refreshed from verified ones (so the baseline in FlowSpec's public code).
+The levels follow each other through the stages: ``width`` children of every node, the best ``width`` of them all.
+When a level comes back its token is verified and what does not descend from it is pruned. The draft goes on from the
+deepest level and never looks back: within a round its features are never refreshed from verified ones (so the baseline
+in FlowSpec's public code).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ class PipeDec(Stepped):
     name = "pipedec"
 
     def __init__(self, tree: TreeConfig, num_stages: int, width: int) -> None:
-        super().__init__(replace(tree, size=tree.top_k * width), num_stages)
+        super().__init__(replace(tree, top_k=width, size=width * width), num_stages)
         self._width = width
 
     def first_segments(self, generation: Generation) -> Iterator[Ints]:

@@ -11,7 +11,17 @@ import numpy as np
 from flowspec.config import TreeConfig
 from flowspec.request.generation import Generation
 from flowspec.schedule.base import AT_ONCE, NEVER
+from flowspec.tree import Ints
 from flowspec.wire.messages import Result
+
+
+def cut(rows: Ints, num_parts: int) -> list[Ints]:
+    """Parts of equal length, or one row longer; FlowSpec's code has the longer ones last."""
+    length, num_longer = divmod(len(rows), num_parts)
+    if not length:
+        return np.array_split(rows, num_parts)  # the empty ones last
+    lengths = [length] * (num_parts - num_longer) + [length + 1] * num_longer
+    return np.split(rows, np.cumsum(lengths[:-1]))
 
 
 class Serial:
@@ -36,7 +46,7 @@ class Serial:
         level = generation.num_passes
         if level < self.tree_config.depth and generation.propose_level(level, self.tree_config.width):
             return AT_ONCE
-        for rows in np.array_split(generation.tree.best(), self._num_chunks):
+        for rows in cut(generation.tree.best(), self._num_chunks):
             if len(rows):
                 generation.send(np.sort(rows))
         generation.tree.drop_unsent()
