@@ -96,9 +96,7 @@ class NotedExperiment(Experiment):
 
     sequences: Sequences = field(default_factory=Sequences)
 
-    def make_schedule(
-        self, name: str, num_stages: int, source: DraftSource | None, pace: Pace | None = None
-    ) -> Schedule:
+    def make_schedule(self, name: str, num_stages: int, source: DraftSource | None, pace: Pace) -> Schedule:
         return Noting(super().make_schedule(name, num_stages, source, pace), self.sequences)
 
 

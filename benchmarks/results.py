@@ -16,6 +16,7 @@ from pathlib import Path
 
 from simulated.lab import ROOT, Lab, Options, processes
 from simulated.page import SECTIONS, write_json, write_sections
+from simulated.store import Store
 
 
 def main() -> None:
@@ -25,6 +26,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes; the results stay the same")
     parser.add_argument("--quick", action="store_true", help="2 prompts of 24 tokens, to see that it works")
     parser.add_argument("--out", type=Path, default=ROOT / "docs", help="folder of RESULTS.md and results/")
+    parser.add_argument("--keep", type=Path, help="folder for what was simulated, to go on from after a break")
     parser.add_argument("--only", action="append", choices=list(SECTIONS), help="run this section; may be repeated")
     arguments = parser.parse_args()
     if arguments.quick and arguments.out == ROOT / "docs":
@@ -32,10 +34,10 @@ def main() -> None:
     if min(arguments.num_prompts, arguments.jobs, arguments.max_new_tokens - 1) < 1:
         parser.error("--num-prompts and --jobs must be at least 1, --max-new-tokens 2")
     num_prompts, max_new_tokens = (2, 24) if arguments.quick else (arguments.num_prompts, arguments.max_new_tokens)
-    options = Options(num_prompts, max_new_tokens, arguments.out)
+    options = Options(num_prompts, max_new_tokens, arguments.out, arguments.quick)
     (options.out / "results").mkdir(parents=True, exist_ok=True)
     with processes(arguments.jobs) as pool:
-        lab = Lab(options, pool)
+        lab = Lab(options, pool, Store(arguments.keep) if arguments.keep else None)
         for name in arguments.only or SECTIONS:
             start = time.perf_counter()
             print(f"{name}: {SECTIONS[name][0]}", file=sys.stderr)

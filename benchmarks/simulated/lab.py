@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import multiprocessing
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -17,16 +18,21 @@ from flowspec.bench.runner import SYNTHETIC, PairSpec, simulate_piece
 from flowspec.config import ScheduleConfig
 from flowspec.core import SamplingParams
 from flowspec.emulation.description import ClusterDescription
-from flowspec.emulation.experiment import Experiment
+from flowspec.emulation.experiment import Experiment, Faults
+from flowspec.emulation.start_up import AS_USUAL, StartUp
 from flowspec.request.records import RequestRecord, ScheduleResult
+from flowspec.schedule.catalogue import is_flow
+from simulated.store import Store
 
 ROOT = Path(__file__).parents[2]
 SEED = 0
-DEFAULTS = ScheduleConfig()
+DEFAULTS, NO_FAULTS = ScheduleConfig(), Faults()
 PIECE = 5  # prompts that a process simulates at once
 
 NANO_7B, NANO_13B, AGX_7B = "7b-nano-150m", "13b-4bit-nano-150m", "7b-agx-1g"
 
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 Runs = dict[str, list[RequestRecord]]  # by schedule, in the order of the prompts
 
 
@@ -43,6 +49,8 @@ class Case:
     num_prompts: int = 0  # 0: all
     model: str = SYNTHETIC
     int8_draft: bool = False  # the driver's draft head
+    start_up: StartUp = AS_USUAL
+    faults: Faults = NO_FAULTS
     flags: str = ""  # how the cluster or the configuration differs, as flags of ``flowspec simulate``
 
     @property
@@ -55,6 +63,7 @@ class Options:
     num_prompts: int
     max_new_tokens: int
     out: Path
+    is_quick: bool = False  # to see that it works
 
     @property
     def half(self) -> int:
@@ -88,25 +97,47 @@ def run_piece(piece: Piece) -> list[RequestRecord]:
 class Lab:
     """Simulates what was not simulated yet, on all processes, and notes what a section has used."""
 
-    def __init__(self, options: Options, pool: ProcessPoolExecutor | None) -> None:
+    def __init__(self, options: Options, pool: ProcessPoolExecutor | None, store: Store | None = None) -> None:
+        """``store``: of earlier runs."""
         self.options = options
         self.used: list[tuple[Case, Runs]] = []  # by the section at work
-        self._map = pool.map if pool else map
+        self._pool = pool
+        self._store = store
         self._records: dict[tuple[Experiment, PairSpec, str], list[RequestRecord]] = {}
 
     def run(self, cases: Sequence[Case]) -> list[Runs]:
         """The records of every case."""
         cases = [replace(case, num_prompts=case.num_prompts or self.options.num_prompts) for case in cases]
         pieces = list(dict.fromkeys(piece for case in cases for piece in self._missing(case)))
-        for done, (piece, records) in enumerate(zip(pieces, self._map(run_piece, pieces), strict=True), 1):
+        for piece, records in zip(pieces, self.map(run_piece, pieces, lambda piece: piece.schedule), strict=True):
             self._records.setdefault((piece.experiment, piece.pair, piece.schedule), []).extend(records)
-            print(f"  {done}/{len(pieces)} {piece.experiment.cluster.name} {piece.schedule}", file=sys.stderr)
         runs = [
             {name: self._records[self._key(case, name)][: case.num_prompts] for name in case.schedules}
             for case in cases
         ]
         self.used += zip(cases, runs, strict=True)
         return runs
+
+    def map(
+        self, function: Callable[[Item], Result], items: Sequence[Item], schedule_of: Callable[[Item], str]
+    ) -> list[Result]:
+        """The function of every item, in their order; what the store has is taken from there."""
+        results: dict[int, Result] = {}
+        asked = [(function.__name__, item) for item in items]
+        is_flow_ = [is_flow(schedule_of(item)) for item in items]
+        if self._store is not None:
+            found = [self._store.find(*pair) for pair in zip(asked, is_flow_, strict=True)]
+            results = {index: result for index, result in enumerate(found) if result is not None}
+        missing = [index for index in range(len(items)) if index not in results]
+        todo = [items[index] for index in missing]
+        done = self._pool.map(function, todo) if self._pool else map(function, todo)
+        for number, (index, result) in enumerate(zip(missing, done, strict=True), 1):
+            results[index] = result
+            if self._store is not None:
+                self._store.keep(asked[index], is_flow_[index], result)
+            if sys.stderr.isatty() or number % 20 == 0 or number == len(missing):
+                print(f"  {number}/{len(missing)} {schedule_of(items[index])}", file=sys.stderr)
+        return [results[index] for index in range(len(items))]
 
     def speeds(self, cases: Sequence[Case]) -> list[dict[str, float]]:
         """Tokens per second of every case, by schedule."""
@@ -118,7 +149,9 @@ class Lab:
     def _key(self, case: Case, schedule: str) -> tuple[Experiment, PairSpec, str]:
         params = SamplingParams(self.options.max_new_tokens, case.temperature, seed=SEED)
         as_published = case.as_published and not schedule.startswith("flow")  # which has its own costs in any case
-        experiment = Experiment(case.cluster, case.config, params, as_published, int8_draft=case.int8_draft)
+        experiment = Experiment(
+            case.cluster, case.config, params, as_published, case.faults, case.start_up, int8_draft=case.int8_draft
+        )
         return experiment, case.pair, schedule
 
     def _missing(self, case: Case) -> Iterator[Piece]:

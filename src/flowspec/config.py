@@ -6,7 +6,7 @@ import math
 import re
 from dataclasses import dataclass
 
-from flowspec.checked import check_positive, checked_class
+from flowspec.checked import check_not_negative, check_positive, checked_class
 from flowspec.errors import UsageError
 
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s]+")
@@ -55,9 +55,11 @@ class LockstepConfig:
     score_order: bool = True  # nodes enter by score; else level by level
     prune: bool = True  # dead nodes are dropped at every stage; else they stay until the round ends
     expand: bool = True  # the tree grows while it is in flight; else only between rounds
+    segments: int = 0  # that the first tree is cut into; 0, and at most: one more than stages
 
     def __post_init__(self) -> None:
         check_positive(self, "expand_depth", "expand_size", "deepen_size")
+        check_not_negative(self, "segments")
 
     @property
     def name(self) -> str:
@@ -108,10 +110,12 @@ class ScheduleConfig:
     flow_parts: FlowParts = FlowParts()
     lockstep: LockstepConfig = LockstepConfig()  # its tree is that of ``serial`` and ``chunked`` too
     pipedec_width: int = 16  # nodes of one tree level, and children drafted for each of them
+    chunks: int = 0  # that ``chunked`` cuts its tree into; 0: one more than stages
     pipeline: PipelineConfig = PipelineConfig()
 
     def __post_init__(self) -> None:
         check_positive(self, "pipedec_width")
+        check_not_negative(self, "chunks")
 
 
 @checked_class

@@ -48,7 +48,10 @@ def guesses(language: Language, staleness: int) -> tuple[float, float]:
     ("name", "staleness", "rate"),
     [
         *(("eagle1", step, rate) for step, rate in ((1, 0.744), (3, 0.703), (5, 0.647), (8, 0.562), (12, 0.468))),
-        *(("eagle3", step, 0.83) for step in (1, 3, 12)),
+        *(("eagle3", step, rate) for step, rate in ((1, 0.83), (7, 0.82), (9, 0.72), (12, 0.60))),
+        *(("weak", step, rate) for step, rate in ((1, 0.49), (3, 0.485), (5, 0.39))),
+        *(("demo", step, rate) for step, rate in ((1, 0.905), (8, 0.895), (16, 0.88))),
+        *(("ideal", step, 0.83) for step in (1, 3, 12)),
     ],
 )
 def test_a_draft_hits_as_often_as_it_was_calibrated_to(name: str, staleness: int, rate: float) -> None:

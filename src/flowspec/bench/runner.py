@@ -36,10 +36,10 @@ class PairSpec:
     def name(self) -> str:
         return f"{SYNTHETIC}:{self.draft_quality}" if self.model == SYNTHETIC else self.model
 
-    def load(self) -> ModelPair:
+    def load(self, is_sampled: bool) -> ModelPair:
         """Raises ``UsageError``."""
         if self.model == SYNTHETIC:
-            return SyntheticPair(self.draft_quality)
+            return SyntheticPair(self.draft_quality, is_sampled)
         return CheckpointPair(self.model, self.draft, self.is_coupled, self.draft_dtype)
 
 
@@ -102,4 +102,4 @@ def simulate_piece(
     experiment: Experiment, pair: PairSpec, schedule: str, prompts: Sequence[tuple[int, str]]
 ) -> list[RequestRecord]:
     """In this process, which keeps the models for the next piece."""
-    return simulate(experiment, _load(pair), schedule, prompts)
+    return simulate(experiment, _load(pair, experiment.params.temperature > 0), schedule, prompts)

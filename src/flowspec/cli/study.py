@@ -51,7 +51,9 @@ class StudyOptions:
     ] = None
     draft_quality: Annotated[
         str | None,
-        typer.Option(help="Of the synthetic model: eagle1 or eagle3.", show_default=_DEFAULT_QUALITY),
+        typer.Option(
+            help="Of the synthetic model: eagle1, eagle3, weak, demo or ideal.", show_default=_DEFAULT_QUALITY
+        ),
     ] = None
     draft: RealDraft = None
     draft_dtype: DraftDtypeOption = DraftDtype.auto

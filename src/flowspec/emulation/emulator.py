@@ -20,6 +20,7 @@ from flowspec.config import LinkConfig
 from flowspec.emulation.experiment import TENSOR_PARALLEL, Experiment, make_driver
 from flowspec.emulation.paced import PacedActor, WallClock
 from flowspec.emulation.pairs import CheckpointPair
+from flowspec.emulation.start_up import Informed
 from flowspec.emulation.virtual_time import Clock, Sizes, VirtualLink
 from flowspec.errors import UsageError, WorkerError
 from flowspec.model.loader import draft_for_workers
@@ -27,6 +28,7 @@ from flowspec.request.emissions import Emissions
 from flowspec.request.records import RequestRecord, forward_spans
 from flowspec.request.request import Request
 from flowspec.schedule.catalogue import flow_parts
+from flowspec.schedule.pace import Pace
 from flowspec.wire.actor import Route
 from flowspec.wire.messages import Emulation, Hint, Result, Stamped
 
@@ -78,7 +80,8 @@ class Emulator:
             Route.WORKERS: VirtualLink(control, commit_s, Random(1)),
         }
         self._sizes = Sizes(cluster.model)
-        self._actor = PacedActor(self._driver, clock, wall, self._links, self._sizes)
+        self._informed = Informed(self._driver, experiment.measured_costs(0))
+        self._actor = PacedActor(self._informed, clock, wall, self._links, self._sizes)
         self._wall = wall
         self._next_id = 0
         self._result_bytes = 0
@@ -105,7 +108,9 @@ class Emulator:
 
     def _run(self, index: int, prompt_ids: tuple[int, ...]) -> RequestRecord:
         experiment, num_stages = self._experiment, self._experiment.cluster.num_stages
-        schedule = experiment.make_schedule(self._schedule, num_stages, self._pair.source)
+        self._informed.costs = experiment.measured_costs(index)
+        pace = Pace(self._informed.costs)
+        schedule = experiment.make_schedule(self._schedule, num_stages, self._pair.source, pace)
         start_s = self._clock.now = max(self._clock.now, self._wall.now())
         self._clock.spans.clear()
         bytes_before = self._num_bytes()
@@ -157,7 +162,8 @@ class Emulator:
         return self._links[Route.NEXT].num_bytes + commits + between + self._result_bytes
 
     def _check_lag(self) -> None:
-        stage_s = self._experiment.stage_s(1)
+        cluster = self._experiment.cluster
+        stage_s = max(cluster.stage_s(stage, 1, 0) for stage in range(cluster.num_stages))
         if self._actor.lag_s > stage_s:
             raise WorkerError(
                 f"this machine cannot keep up: the wall clock fell {self._actor.lag_s * 1000:.0f} ms of virtual time "

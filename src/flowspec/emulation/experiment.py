@@ -11,14 +11,15 @@ from flowspec.draft.base import DraftSource
 from flowspec.driver import Driver
 from flowspec.emulation.costs import DriverCosts
 from flowspec.emulation.description import ClusterDescription
-from flowspec.emulation.pairs import PROMPT_LEN, ModelPair
+from flowspec.emulation.pairs import ModelPair
+from flowspec.emulation.start_up import AS_USUAL, StartUp, measure
 from flowspec.emulation.virtual_time import Clock
 from flowspec.errors import UsageError
 from flowspec.request.request import Common
 from flowspec.request.work import Work
 from flowspec.schedule.base import Schedule
 from flowspec.schedule.catalogue import is_flow, make_schedule
-from flowspec.schedule.pace import Pace
+from flowspec.schedule.pace import MeasuredCosts, Pace
 
 TENSOR_PARALLEL = ("tp-megatron", "tp-galaxy")
 
@@ -53,6 +54,7 @@ class Experiment:
     params: SamplingParams
     as_published: bool = False  # the driver's costs of the paper's code for all schedules but ``flow``
     faults: Faults = Faults()
+    start_up: StartUp = AS_USUAL  # what the driver believes of the costs
     with_spans: bool = False  # keep every piece of work, for traces
     int8_draft: bool = False  # a draft pass of our driver costs what int8 weights cost
 
@@ -75,21 +77,14 @@ class Experiment:
         ours = self.cluster.ours
         return replace(ours, draft_pass_ms=ours.int8_draft_pass_ms) if self.int8_draft else ours
 
-    def stage_s(self, num_rows: int) -> float:
-        """As ``schedule.pace.Costs``: what a start-up measurement would tell."""
-        return max(self.cluster.stage_s(stage, num_rows, PROMPT_LEN) for stage in range(self.cluster.num_stages))
+    def measured_costs(self, index: int) -> MeasuredCosts:
+        """What the driver believes of the cluster's costs when it has just been started for that prompt."""
+        return measure(self.cluster, self.start_up, self.faults.seed + index)
 
-    def wire_s(self, num_rows: int) -> float:
-        model = self.cluster.model
-        num_bytes = num_rows * model.hidden_size * model.bytes_per_activation
-        return max(link.transfer_s(num_bytes) for link in self.cluster.links[1:])
-
-    def make_schedule(
-        self, name: str, num_stages: int, source: DraftSource | None, pace: Pace | None = None
-    ) -> Schedule:
-        """For one request, with the costs that a start-up measurement would tell; ``pace``: of requests at once."""
+    def make_schedule(self, name: str, num_stages: int, source: DraftSource | None, pace: Pace) -> Schedule:
+        """For one request; ``pace``: of all that run at once."""
         steady_steps = 1 if source is None else source.steady_steps
-        return make_schedule(name, self.config, num_stages, pace=pace or Pace(self), steady_steps=steady_steps)
+        return make_schedule(name, self.config, num_stages, pace=pace, steady_steps=steady_steps)
 
     def forward_cost(self, schedule: str, worker: int) -> Callable[[int, int, float], float]:
         """What a forward costs that worker: (rows, rows in the cache, time) -> seconds."""

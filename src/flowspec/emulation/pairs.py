@@ -52,9 +52,9 @@ class ModelPair(Protocol):
 class SyntheticPair:
     """``model.synthetic``: no weights, thousands of tokens in seconds."""
 
-    def __init__(self, draft_quality: str) -> None:
-        """Raises ``UsageError`` for an unknown quality."""
-        language = Language(quality(draft_quality))
+    def __init__(self, draft_quality: str, is_sampled: bool = False) -> None:
+        """``is_sampled``: for temperatures above 0. Raises ``UsageError`` for an unknown quality."""
+        language = Language(quality(draft_quality, is_sampled), is_sampled)
         self.head = SyntheticHead(language)
         self.source = SyntheticSource(language)
         self.max_positions = 1 << 20

@@ -14,6 +14,7 @@ from random import Random
 from flowspec.emulation.costs import DriverCosts
 from flowspec.emulation.experiment import TENSOR_PARALLEL, Experiment, make_driver
 from flowspec.emulation.pairs import ModelPair
+from flowspec.emulation.start_up import Informed
 from flowspec.emulation.virtual_time import Clock, EmulatedHinter, EmulatedStage, Place, Sizes, VirtualLink
 from flowspec.request.emissions import Emissions
 from flowspec.request.generation import Generation
@@ -30,7 +31,7 @@ def simulate(
     experiment: Experiment, pair: ModelPair, schedule: str, prompts: Sequence[tuple[int, str]]
 ) -> list[RequestRecord]:
     """Run each (index, prompt) alone by one schedule. Raises ``UsageError`` for what cannot be simulated."""
-    return [_Simulation(experiment, pair, schedule).run(index, pair.encode(prompt)) for index, prompt in prompts]
+    return [_Simulation(experiment, pair, schedule, index).run(index, pair.encode(prompt)) for index, prompt in prompts]
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def simulate_load(
 ) -> list[LoadRecord]:
     """Clients that each submit the next (index, prompt) as soon as their last one has ended, all on one cluster."""
     encoded = [(index, pair.encode(prompt)) for index, prompt in prompts]
-    return _Simulation(experiment, pair, schedule).run_load(encoded, num_clients)
+    return _Simulation(experiment, pair, schedule, prompts[0][0]).run_load(encoded, num_clients)
 
 
 @dataclass
@@ -69,7 +70,8 @@ class _Run:
 class _Simulation:
     """One cluster for one request."""
 
-    def __init__(self, experiment: Experiment, pair: ModelPair, schedule: str) -> None:
+    def __init__(self, experiment: Experiment, pair: ModelPair, schedule: str, first_index: int) -> None:
+        """``first_index``: of the prompts for which the cluster was started."""
         self._experiment = experiment
         self._pair = pair
         cluster = experiment.cluster
@@ -78,14 +80,15 @@ class _Simulation:
         is_pipeline = schedule not in TENSOR_PARALLEL
         num_stages, page = (cluster.num_stages, schedule) if is_pipeline else (1, "serial")
         clock = Clock()
-        self._pace = Pace(experiment)
-        self._make_schedule = lambda: experiment.make_schedule(page, num_stages, pair.source, self._pace)
+        measured = experiment.measured_costs(first_index)
+        pace = Pace(measured)
+        self._make_schedule = lambda: experiment.make_schedule(page, num_stages, pair.source, pace)
         self._driver = make_driver(experiment, pair, costs, clock)
         wants_hints = self._make_schedule().wants_hints
         patience_s = PATIENCE_S if flow_parts(page, experiment.config).cancel else None
         self._workers: list[Worker] = []
         self._clock = clock
-        self._places = [Place(self._driver, clock)]
+        self._places = [Place(Informed(self._driver, measured), clock)]
         for index, stage in enumerate(pair.make_stages(num_stages), start=1):
             clock = Clock()
             forward_s = experiment.forward_cost(schedule, index)

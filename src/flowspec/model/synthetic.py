@@ -8,7 +8,8 @@ a real model, while a forward costs microseconds.
 differ in how sure the draft can be: its probability of the best token follows a mixture of two Beta distributions, one
 of sure and one of unsure contexts, the other candidates share the rest by Zipf's law, and a part of it lies outside
 what any draft proposes. The next token is drawn from the draft's own distribution, so its scores are calibrated. With
-every step of extrapolation the draft's logits get noise of their own for each (context, token), and temper with it.
+every step of extrapolation the draft's logits get noise of their own for each (context, token), and temper with it:
+little within the steps that the draft was trained for, where it reads features of its own making, and much beyond.
 """
 
 from __future__ import annotations
@@ -31,15 +32,20 @@ NUM_CANDIDATES = 24  # tokens of a context that a draft may propose
 STYLE_LEN = 8  # the first tokens of a text decide how predictable all of it is
 
 # How often a hint head's first guess is right after a share of the layers, where the right token is the draft's first
-# guess, another of its first NUM_LISTED, or none of them: measured on the demo pair, greedy text (the model card of its
-# draft has the figures).
+# guess, another of its first NUM_LISTED, or none of them: of greedy and of sampled text, which repeats itself less.
+# Measured on the demo pair (benchmarks/demo_draft.py).
 NUM_LISTED = 10
 HINT_STRAY = 0.15  # of wrong guesses lie outside the draft's list
 HINT_DEPTHS = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
-HINT_RATES = (
-    (0.0, 0.24, 0.26, 0.36, 0.44, 0.82, 0.95, 0.97, 1.0),
-    (0.0, 0.05, 0.14, 0.13, 0.19, 0.36, 0.59, 0.68, 1.0),
-    (0.0, 0.00, 0.00, 0.00, 0.00, 0.00, 0.00, 0.25, 1.0),
+GREEDY_HINT_RATES = (
+    (0.0, 0.24, 0.30, 0.37, 0.45, 0.80, 0.95, 0.97, 1.0),
+    (0.0, 0.07, 0.13, 0.17, 0.22, 0.40, 0.58, 0.69, 1.0),
+    (0.0, 0.00, 0.00, 0.00, 0.00, 0.06, 0.06, 0.17, 1.0),
+)
+SAMPLED_HINT_RATES = (
+    (0.0, 0.27, 0.32, 0.44, 0.52, 0.80, 0.91, 0.94, 1.0),
+    (0.0, 0.10, 0.11, 0.16, 0.20, 0.25, 0.30, 0.33, 1.0),
+    (0.0, 0.01, 0.01, 0.01, 0.02, 0.04, 0.04, 0.06, 1.0),
 )
 
 Hashes = NDArray[np.uint64]
@@ -55,28 +61,43 @@ class DraftQuality:
     sure: tuple[float, float]  # Beta distribution of the best token's probability in sure contexts
     unsure: tuple[float, float]  # in the others
     outside_share: float  # of the probability beyond the best token: lies outside all candidates
-    noise: float  # standard deviation of the logits' noise after one step of extrapolation
-    noise_power: float  # it grows with this power of the steps
-    temper: float  # logits are divided by the root of 1 + temper * variance of their noise
+    noise: float  # standard deviation of the logits' noise one step of extrapolation beyond the trained ones
+    noise_power: float = 0.55  # it grows with this power of the steps
+    temper: float = 0.12  # logits are divided by the root of 1 + temper * variance of their noise
+    trained_steps: int = 1  # of extrapolation that the draft was trained for
+    own_noise: float = 0.0  # as ``noise``, of each trained step: the features are of the draft's own making
     style_deviation: float = 0.3  # of texts: a shift of the best token's logit
     sharpness: float = 0.6  # of the target's probability lies on its greedy token
     flatness: float = 0.05  # of it is spread over all tokens, which no draft can foresee
     has_truth: bool = False  # an oracle's: its last guess is the greedy token, where that is none of the others
 
+    def deviation(self, staleness: NDArray[np.int64]) -> Floats:
+        """Of the logits' noise after so many steps of extrapolation; 1 is fresh."""
+        trained = np.minimum(staleness, self.trained_steps) - 1.0
+        beyond = np.maximum(staleness - self.trained_steps, 0).astype(np.float64)
+        return self.own_noise * trained**self.noise_power + self.noise * beyond**self.noise_power
 
-# Calibrated against the published rates; benchmarks/synthetic_language.py shows what each gives.
+
+# docs/METHODOLOGY.md says what each stands for, benchmarks/synthetic_language.py shows what each gives.
 QUALITIES = {
-    "eagle1": DraftQuality("eagle1", 0.5, (12.0, 0.55), (1.6, 1.5), 0.19, 0.75, 0.55, 0.12),
-    "eagle3": DraftQuality("eagle3", 0.6, (12.0, 0.5), (2.2, 1.3), 0.17, 0.0, 0.55, 0.0),
+    "eagle1": DraftQuality("eagle1", 0.5, (12.0, 0.55), (1.6, 1.5), 0.19, 0.75),
+    "eagle3": DraftQuality("eagle3", 0.6, (12.0, 0.5), (2.2, 1.3), 0.17, 0.75, trained_steps=7, own_noise=0.25),
+    "weak": DraftQuality("weak", 0.2, (9.0, 0.9), (0.9, 1.7), 0.25, 0.75, trained_steps=3, own_noise=0.25),
+    "demo": DraftQuality("demo", 0.75, (14.0, 0.35), (2.4, 1.1), 0.0, 0.3, trained_steps=16, own_noise=0.25),
+    "ideal": DraftQuality("ideal", 0.6, (12.0, 0.5), (2.2, 1.3), 0.17, 0.0),
 }
 QUALITIES |= {f"{name}-oracle": replace(own, name=f"{name}-oracle", has_truth=True) for name, own in QUALITIES.items()}
+# Of the demo pair's sampled text; the other calibrations stand for the same draft at every temperature.
+SAMPLED_QUALITIES = {
+    "demo": DraftQuality("demo", 0.3, (12.0, 0.7), (1.4, 1.8), 0.15, 0.3, trained_steps=16, own_noise=0.22),
+}
 
 
-def quality(name: str) -> DraftQuality:
-    """Raises ``UsageError`` for a name that is none."""
+def quality(name: str, is_sampled: bool = False) -> DraftQuality:
+    """Of greedy or of sampled text. Raises ``UsageError`` for a name that is none."""
     if name not in QUALITIES:
         raise UsageError(f"draft quality {name!r} is none of {', '.join(QUALITIES)}")
-    return QUALITIES[name]
+    return SAMPLED_QUALITIES.get(name, QUALITIES[name]) if is_sampled else QUALITIES[name]
 
 
 def mix(values: Hashes) -> Hashes:
@@ -114,8 +135,10 @@ def random_contexts(num: int) -> NDArray[np.int64]:
 class Language:
     """What follows a context. ``contexts`` [n, 2] are sums of ``increments`` over all tokens, as int64."""
 
-    def __init__(self, draft_quality: DraftQuality) -> None:
+    def __init__(self, draft_quality: DraftQuality, is_sampled: bool = False) -> None:
+        """``is_sampled``: of texts at temperatures above 0, where hints are less often right."""
         self.quality = draft_quality
+        self._hint_rates = SAMPLED_HINT_RATES if is_sampled else GREEDY_HINT_RATES
 
     @cached_property
     def _quantiles(self) -> tuple[Floats, Floats]:
@@ -176,9 +199,9 @@ class Language:
         """The draft's best tokens and their log-probabilities, both [n, top_k]; ``staleness`` [n], 1 is fresh."""
         token_ids, logprobs = self.candidates(contexts)
         token_ids = token_ids[:, :NUM_CANDIDATES]
-        if (staleness > 1).any() and self.quality.noise:
+        deviation = self.quality.deviation(staleness)[:, None]
+        if deviation.any():
             hashes = mix(contexts[:, 0].view(np.uint64))[:, None] + token_ids.astype(np.uint64) + np.uint64(1)
-            deviation = self.quality.noise * (staleness - 1.0)[:, None] ** self.quality.noise_power
             logits = (logprobs + deviation * normal(mix(hashes))) / (1 + self.quality.temper * deviation**2) ** 0.5
             shift = np.logaddexp.reduce(logprobs, axis=1) - np.logaddexp.reduce(logits, axis=1)
             logprobs = logits + shift[:, None]
@@ -196,13 +219,13 @@ class Language:
     def hints(self, contexts: NDArray[np.int64], depth: float) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         """The tokens [n] that a hint head names which has seen the share ``depth`` of the layers, and which are right.
 
-        They are right as often as ``HINT_RATES`` says; a wrong one is drawn from the draft's distribution, or lies
+        They are right as often as those of the demo pair; a wrong one is drawn from the draft's distribution, or lies
         outside of its list.
         """
         token_ids, logprobs = self.candidates(contexts)
         truths = self.target_logits(contexts).argmax(axis=1)
         ranks = (token_ids == truths[:, None]).argmax(axis=1)
-        rates = np.array([np.interp(depth, HINT_DEPTHS, rates) for rates in HINT_RATES])
+        rates = np.array([np.interp(depth, HINT_DEPTHS, rates) for rates in self._hint_rates])
         hashes = mix(contexts[:, 0].view(np.uint64))
         # A hint that is right at some depth is so at all later ones.
         is_right = uniform(hashes, 3) < rates[np.where(ranks == 0, 0, np.where(ranks < NUM_LISTED, 1, 2))]

@@ -73,7 +73,7 @@ def make_schedule(
         case "serial":
             return Serial(tree)
         case "chunked":
-            return Chunked(tree, num_stages)
+            return Chunked(tree, num_stages, config.chunks)
         case "pipedec":
             return PipeDec(tree, num_stages, config.pipedec_width)
         case "lockstep":

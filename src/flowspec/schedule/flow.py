@@ -23,6 +23,7 @@ from flowspec.schedule.pace import DEFAULT_SEGMENT_LEN, FixedPace, Pace
 from flowspec.wire.messages import Result
 
 PASSES_SHARE = 0.45  # of a segment's time that a new root may wait for draft passes, where both are known
+EARLY_PASSES_SHARE = 0.7  # the same where segments are sent as soon as there is room: nothing makes them better later
 SHARED_PATIENCE = 2  # times as long, while other requests keep the pipeline busy
 
 
@@ -49,7 +50,9 @@ class Flow:
         self.wants_hints, self.wants_ngrams = parts.hints, parts.ngrams
         self._steady_steps = steady_steps if parts.steady else 1
         self.tree_config = self._size_tree(tree, knows_costs)
-        self._max_in_flight = pipeline.segments_in_flight or (2 if knows_costs else 1) * (num_parallel + 1)
+        binds_late = knows_costs and parts.late_binding
+        self._passes_share = PASSES_SHARE if binds_late else EARLY_PASSES_SHARE
+        self._max_in_flight = pipeline.segments_in_flight or (2 if binds_late else 1) * (num_parallel + 1)
         self._max_shared = pipeline.segments_in_flight or num_parallel + 1  # of all requests, where there are several
         self._pace = pace if parts.late_binding else FixedPace()
         self._pass_s = 0.0  # what the last draft pass took
@@ -110,7 +113,7 @@ class Flow:
         root_is_sent = bool(generation.tree.sent[0])
         wanted = self.tree_config.refresh_passes if root_is_sent else self.tree_config.root_passes
         if self._pace.slot_s and self._pass_s:
-            patience = PASSES_SHARE * (SHARED_PATIENCE if generation.num_sharing > 1 else 1)
+            patience = self._passes_share * (SHARED_PATIENCE if generation.num_sharing > 1 else 1)
             affordable = round(patience * self._pace.slot_s / self._pass_s)
             wanted = max(1, min(affordable - root_is_sent, self.tree_config.depth))
         return generation.num_passes >= wanted

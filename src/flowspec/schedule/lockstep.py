@@ -35,8 +35,10 @@ class Lockstep(Stepped):
         rows = tree.best()
         if not self._config.score_order:
             rows = rows[np.lexsort((rows, tree.depths[rows]))]  # level by level, as other systems send it
-        for part in cut(rows, self._num_stages + 1):
-            yield np.sort(part)
+        num_segments = self._num_stages + 1
+        parts = cut(rows, min(self._config.segments or num_segments, num_segments))
+        yield from (np.sort(part) for part in parts)
+        yield from [rows[:0]] * (num_segments - len(parts))  # empty ones: a round fills the pipeline
 
     def next_segment(self, generation: Generation, has_verified: bool) -> Ints:
         tree, config = generation.tree, self._config

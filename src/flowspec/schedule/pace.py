@@ -34,7 +34,7 @@ class Costs(Protocol):
 class MeasuredCosts:
     """As the workers have measured them at start-up, and corrected by what their forwards take since."""
 
-    def __init__(self, ready: Sequence[Ready], row_bytes: int) -> None:
+    def __init__(self, ready: Sequence[Ready], row_bytes: float) -> None:
         """``row_bytes``: of one row's hidden states."""
         self._tables = [r.forward_s for r in ready]
         self._s_per_row = row_bytes / min((r.link_bytes_per_s for r in ready if r.link_bytes_per_s), default=math.inf)
@@ -79,11 +79,13 @@ def slot_s(costs: Costs, num_rows: int) -> float:
 
 
 class FixedPace:
-    """Where nothing is known of the devices: segments as published, sent whenever there is room for one."""
+    """Where nothing is known of the devices beforehand: segments as published, sent whenever there is room for one."""
 
     segment_len = DEFAULT_SEGMENT_LEN
-    slot_s = 0.0  # unknown
     due_s = -math.inf
+
+    def __init__(self) -> None:
+        self.slot_s = 0.0  # how long a segment keeps the slowest stage busy, as results tell; 0: none has come
 
     def note_sent(self, num_rows: int, now: float) -> None:
         """It makes no difference."""
@@ -92,7 +94,10 @@ class FixedPace:
         """It makes no difference."""
 
     def note_result(self, result: Result, sent_s: float | None, now: float) -> None:
-        """It makes no difference."""
+        """Only the time of its forwards does."""
+        slowest_s = max((timing.end_s - timing.start_s for timing in result.timings), default=0.0)
+        if slowest_s and sent_s is not None:
+            self.slot_s += (slowest_s - self.slot_s) * (_CORRECTION_SHARE if self.slot_s else 1.0)
 
 
 class Pace:

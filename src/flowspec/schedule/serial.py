@@ -56,5 +56,6 @@ class Serial:
 class Chunked(Serial):
     name = "chunked"
 
-    def __init__(self, tree: TreeConfig, num_stages: int) -> None:
-        super().__init__(tree, num_chunks=num_stages + 1)
+    def __init__(self, tree: TreeConfig, num_stages: int, num_chunks: int = 0) -> None:
+        """``num_chunks``: 0 for as many as are published, one more than stages."""
+        super().__init__(tree, num_chunks or num_stages + 1)

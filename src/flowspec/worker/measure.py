@@ -20,8 +20,8 @@ from flowspec.wire.messages import Echo, Probe
 
 CGROUP = Path("/sys/fs/cgroup")  # of this process, in a container (version 2)
 
-_ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
-_PREFIX_LEN = 64
+MEASURED_ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
+PREFIX_LEN = 64  # tokens before them
 _NUM_ROUNDS = 8
 _FORWARD_BUDGET_S = 1.0
 
@@ -42,8 +42,8 @@ def measure_forward(
     A count is left out when it might not end within the budget, at twice the time of the count before.
     """
     cache = stage.open_cache()
-    cache.slots.append_prefix(np.arange(_PREFIX_LEN))
-    slots = cache.slots.append_prefix(_PREFIX_LEN + np.arange(_ROWS[-1]))
+    cache.slots.append_prefix(np.arange(PREFIX_LEN))
+    slots = cache.slots.append_prefix(PREFIX_LEN + np.arange(MEASURED_ROWS[-1]))
     deadline_s = clock() + budget_s
 
     def run_s(num_rows: int) -> float:
@@ -54,7 +54,7 @@ def measure_forward(
         return clock() - start_s
 
     least_s: dict[int, float] = {}
-    for num_rows in _ROWS:
+    for num_rows in MEASURED_ROWS:
         if least_s and clock() + 2 * 2 * list(least_s.values())[-1] > deadline_s:
             break
         warm_up_s = run_s(num_rows)
