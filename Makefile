@@ -40,6 +40,7 @@ browser:
 	      $$asroot env DEBIAN_FRONTEND=noninteractive apt-get -qq install --no-install-recommends chromium >/dev/null; }; } || \
 	  echo "no chromium here, and none could be installed" >&2
 
+# Processes that the tests start are forked from one that has all imported; FLOWSPEC_FRESH_PROCESSES=1 starts each anew.
 test: lint types browser
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 
+from flowspec.model.demo_pair import demo_directory, demo_draft_directory
 from flowspec.model.eagle_head import EagleHead
-from flowspec.model.loader import demo_directory, demo_draft_directory
 from flowspec.train.corpus import encode_documents, read_stdlib, split_documents
 from flowspec.train.demo import HELD_OUT_SHARE, load_hints
 from flowspec.train.eagle import embedding_of, load_model

@@ -20,9 +20,9 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import LlamaConfig
 
+from flowspec.model.demo_pair import demo_directory, demo_draft_directory
 from flowspec.model.eagle_head import EagleHead
 from flowspec.model.int8 import Int8Linear, quantize_head
-from flowspec.model.loader import demo_directory, demo_draft_directory
 from flowspec.train.corpus import encode_documents, read_stdlib, split_documents
 from flowspec.train.demo import HELD_OUT_SHARE
 from flowspec.train.eagle import embedding_of, load_model

@@ -27,9 +27,9 @@ from flowspec.bench.report import markdown_table
 from flowspec.config import PUBLISHED_TREE, LockstepConfig, ScheduleConfig
 from flowspec.core import SamplingParams
 from flowspec.draft.base import DraftSource
+from flowspec.emulation.checkpoint_pair import CheckpointPair
 from flowspec.emulation.description import ClusterDescription
 from flowspec.emulation.experiment import Experiment
-from flowspec.emulation.pairs import CheckpointPair
 from flowspec.emulation.simulator import simulate
 from flowspec.request.generation import Generation
 from flowspec.schedule.base import Schedule

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import settings
 
+import fork_server
 from tiny_models import make_checkpoint, make_draft_head
 
 if TYPE_CHECKING:
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 os.environ.pop("COLUMNS", None)  # set in processes of xdist; rich's consoles go for ever by what they are born with
 torch.set_num_threads(1)
+if fork_server.is_possible:
+    fork_server.install(fork_server.server)
 settings.register_profile("flowspec", deadline=None)  # machines are shared: no test measures time
 settings.load_profile("flowspec")
 

@@ -9,6 +9,7 @@ from types import TracebackType
 
 import psutil
 
+from fork_server import is_running
 from logged_process import LoggedProcess
 
 START_TIMEOUT_S = 120.0
@@ -27,7 +28,7 @@ def add_chat_template(directory: Path) -> Path:
 
 def forked_workers(process: psutil.Process) -> list[psutil.Process]:
     """The local workers of a process that runs a model, worker 1 first: process ids start again at some time."""
-    launchers = [child for child in process.children() if "flowspec.worker.local" in child.cmdline()]
+    launchers = [child for child in process.children() if is_running(child, "worker.local")]
     workers = [worker for launcher in launchers for worker in launcher.children()]
     return sorted(workers, key=lambda worker: (worker.create_time(), worker.pid))
 

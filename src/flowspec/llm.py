@@ -16,7 +16,7 @@ from flowspec.engine.engine import Engine
 from flowspec.engine.job import Job
 from flowspec.engine.spec import EngineSpec, Progress, open_engine, untold
 from flowspec.errors import UsageError
-from flowspec.model.loader import DEMO
+from flowspec.model.demo_pair import DEMO
 from flowspec.request.stats import Stats
 from flowspec.schedule.catalogue import AUTO
 from flowspec.text import Detokenizer

@@ -196,8 +196,19 @@ def test_every_long_command_reports_its_progress(
     assert re.search(r"^flowspec: (simulating|generating|temperature [01]): \d+%$", done.err, re.MULTILINE)
 
 
+def loaded(code: str, *modules: str) -> str:
+    """Those of the modules that a new Python has after it has run the code."""
+    command = [sys.executable, "-c", f"import sys; {code}; print(*(m for m in sys.argv[1:] if m in sys.modules))"]
+    done = subprocess.run([*command, *modules], capture_output=True, text=True, check=True, timeout=60)
+    return done.stdout.strip()
+
+
 def test_help_loads_nothing_heavy() -> None:
     heavy = ("torch", "transformers", "numpy", "zmq", "httpx", "prompt_toolkit", "fastapi", "matplotlib")
-    code = "import sys; from flowspec.cli import main; print([m for m in sys.argv[1:] if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code, *heavy], capture_output=True, text=True, check=True, timeout=60)
-    assert done.stdout.strip() == "[]"
+    assert loaded("from flowspec.cli import main", *heavy) == ""
+
+
+def test_simulating_without_a_real_model_loads_neither_transformers_nor_matplotlib() -> None:
+    options = f"{CLUSTER!r}, '--max-new-tokens', '4', '--num-prompts', '1', '--schedule', 'ar,flow', '--jobs', '1'"
+    code = f"from flowspec.cli.main import app; app(['simulate', {options}, '--json'], standalone_mode=False)"
+    assert loaded(f"{code}; print()", "torch", "transformers", "matplotlib").splitlines()[-1] == "torch"

@@ -17,10 +17,11 @@ from flowspec.bench.prompts import BUILT_IN_PROMPTS
 from flowspec.config import FlowParts, ScheduleConfig
 from flowspec.core import SamplingParams
 from flowspec.draft.synthetic import SyntheticSource
+from flowspec.emulation.checkpoint_pair import CheckpointPair
 from flowspec.emulation.costs import LinkModel
 from flowspec.emulation.description import ClusterDescription
 from flowspec.emulation.experiment import Experiment, Faults, Slowdown
-from flowspec.emulation.pairs import PROMPT_LEN, CheckpointPair, ModelPair, SyntheticPair
+from flowspec.emulation.pairs import PROMPT_LEN, ModelPair, SyntheticPair
 from flowspec.emulation.simulator import simulate
 from flowspec.emulation.start_up import StartUp
 from flowspec.emulation.virtual_time import VirtualLink

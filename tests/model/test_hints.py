@@ -17,9 +17,10 @@ from typer.testing import CliRunner
 from flowspec.cli.main import app
 from flowspec.core import LayerRange
 from flowspec.errors import ModelError, UsageError
+from flowspec.model.demo_pair import demo_directory, demo_draft_directory
 from flowspec.model.eagle_head import EagleHead
 from flowspec.model.hint_head import HintHead, save_hints
-from flowspec.model.loader import Checkpoint, demo_directory, demo_draft_directory
+from flowspec.model.loader import Checkpoint
 from flowspec.model.stage import forward
 from flowspec.model.torch_stage import TorchStage
 from flowspec.train.demo import load_hints

@@ -19,8 +19,9 @@ from transformers import AutoModel, GPT2Config, PreTrainedConfig
 from flowspec import LLM, SamplingParams
 from flowspec.errors import ModelError
 from flowspec.model import hub, loader
+from flowspec.model.demo_pair import demo_directory, demo_draft_directory
 from flowspec.model.families import EMBEDDING, LM_HEAD
-from flowspec.model.loader import Checkpoint, demo_directory, demo_draft_directory
+from flowspec.model.loader import Checkpoint
 from tiny_models import VOCAB_SIZE, make_checkpoint, make_tokenizer_files
 
 

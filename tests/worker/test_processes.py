@@ -16,6 +16,7 @@ import psutil
 import pytest
 import zmq
 
+import fork_server
 from flowspec import LLM, SamplingParams
 from flowspec.cluster.local import LocalProcesses
 from flowspec.config import LinkConfig
@@ -44,6 +45,7 @@ def worker_pids() -> set[int]:
 
 @pytest.fixture(autouse=True)
 def no_process_is_left() -> Iterator[None]:
+    fork_server.server.start()
     before = worker_pids()
     yield
     deadline = time.monotonic() + 10

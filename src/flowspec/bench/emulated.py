@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from flowspec.bench.study import check_same_tokens
+from flowspec.emulation.checkpoint_pair import CheckpointPair
 from flowspec.emulation.emulator import Emulator
 from flowspec.emulation.experiment import Experiment
-from flowspec.emulation.pairs import CheckpointPair
 from flowspec.emulation.simulator import simulate
 from flowspec.request.records import ScheduleResult
 

@@ -14,7 +14,7 @@ import torch
 
 from flowspec.core import DraftDType
 from flowspec.emulation.experiment import Experiment
-from flowspec.emulation.pairs import CheckpointPair, ModelPair, SyntheticPair
+from flowspec.emulation.pairs import ModelPair, SyntheticPair
 from flowspec.emulation.simulator import simulate
 from flowspec.request.records import RequestRecord
 
@@ -40,6 +40,9 @@ class PairSpec:
         """Raises ``UsageError``."""
         if self.model == SYNTHETIC:
             return SyntheticPair(self.draft_quality, is_sampled)
+        # Imported here: it brings transformers, which takes longer than all the rest.
+        from flowspec.emulation.checkpoint_pair import CheckpointPair
+
         return CheckpointPair(self.model, self.draft, self.is_coupled, self.draft_dtype)
 
 

@@ -11,14 +11,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from flowspec.bench.plots import timeline
 from flowspec.bench.report import BASELINES, ratio_interval
 from flowspec.bench.runner import SYNTHETIC, PairSpec, run_simulated
 from flowspec.bench.trace import TraceRun
 from flowspec.emulation.description import ClusterDescription
 from flowspec.emulation.experiment import TENSOR_PARALLEL, Experiment
 from flowspec.errors import FlowspecError, UsageError
-from flowspec.model.loader import Checkpoint
 from flowspec.request.records import RequestRecord, ScheduleResult
 from flowspec.schedule.catalogue import ABLATIONS, AUTO, SCHEDULES, is_flow, make_schedule
 
@@ -146,6 +144,8 @@ def _places(schedule: str, record: RequestRecord) -> list[str]:
 
 def draw_timeline(path: Path, first_prompt: Records, title: str) -> None:
     """Some seconds of every schedule from the first emission on; forwards coloured by what became of their rows."""
+    from flowspec.bench.plots import timeline  # here: matplotlib is only for those who want plots
+
     records = [of_prompts[0] for of_prompts in first_prompt.values()]
     start_s = min(record.emissions.decode_start_s for record in records)
     end_s = min(start_s + _EXCERPT_S, max(record.end_s for record in records))
@@ -190,8 +190,11 @@ def run_sweep(study: Study, name: str, progress: Progress) -> Sweep:
 
 def _max_stages(study: Study) -> int:
     num_layers = study.experiment.cluster.model.num_layers
-    is_real = study.pair.model != SYNTHETIC
-    return min(num_layers, Checkpoint.open(study.pair.model).num_layers) if is_real else num_layers
+    if study.pair.model == SYNTHETIC:
+        return num_layers
+    from flowspec.model.loader import Checkpoint  # here: it brings transformers, as in ``PairSpec.load``
+
+    return min(num_layers, Checkpoint.open(study.pair.model).num_layers)
 
 
 def _vary(cluster: ClusterDescription, name: str, x: float) -> ClusterDescription:

@@ -61,9 +61,9 @@ def emulate(
         from flowspec.bench.emulated import run_emulated
         from flowspec.bench.report import results_cells, results_json
         from flowspec.bench.study import check_schedules
+        from flowspec.emulation.checkpoint_pair import CheckpointPair
         from flowspec.emulation.description import ClusterDescription
         from flowspec.emulation.experiment import Experiment
-        from flowspec.emulation.pairs import CheckpointPair
 
         check_schedules(names, is_simulated=False)
         cluster = ClusterDescription.load(cluster_file)

@@ -10,9 +10,10 @@ from flowspec.draft.base import DraftSource
 from flowspec.draft.eagle import EagleSource
 from flowspec.draft.ngram import NgramSource
 from flowspec.errors import UsageError
+from flowspec.model.demo_pair import DEMO, demo_draft_directory
 from flowspec.model.eagle_head import EagleHead
 from flowspec.model.int8 import Int8TargetHead, quantize_head
-from flowspec.model.loader import DEMO, Checkpoint, demo_draft_directory
+from flowspec.model.loader import Checkpoint
 from flowspec.model.target_head import TargetHead
 
 # A head's directory, or the caller's own source.

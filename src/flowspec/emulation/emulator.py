@@ -17,13 +17,13 @@ import torch
 from flowspec.cluster.connections import RemoteConnections
 from flowspec.cluster.local import LocalProcesses
 from flowspec.config import LinkConfig
+from flowspec.emulation.checkpoint_pair import CheckpointPair
 from flowspec.emulation.experiment import TENSOR_PARALLEL, Experiment, make_driver
 from flowspec.emulation.paced import PacedActor, WallClock
-from flowspec.emulation.pairs import CheckpointPair
 from flowspec.emulation.start_up import Informed
 from flowspec.emulation.virtual_time import Clock, Sizes, VirtualLink
 from flowspec.errors import UsageError, WorkerError
-from flowspec.model.loader import draft_for_workers
+from flowspec.model.demo_pair import draft_for_workers
 from flowspec.request.emissions import Emissions
 from flowspec.request.records import RequestRecord, forward_spans
 from flowspec.request.request import Request

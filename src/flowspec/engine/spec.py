@@ -13,7 +13,8 @@ from flowspec.draft.catalogue import choose_draft
 from flowspec.engine.driver_model import DriverModel
 from flowspec.engine.engine import Engine
 from flowspec.engine.pipeline import PipelineSpec, choose_partition, open_pipeline
-from flowspec.model.loader import DEMO, Checkpoint, check_device, draft_for_workers
+from flowspec.model.demo_pair import DEMO, draft_for_workers
+from flowspec.model.loader import Checkpoint, check_device
 from flowspec.schedule.catalogue import AUTO, check_schedule
 
 Progress = Callable[[str, float], None]  # what is being done, and the share that is done

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from flowspec.core import DType
 from flowspec.errors import ModelError
-from flowspec.model.loader import DEMO, demo_draft_directory
+from flowspec.model.demo_pair import DEMO, demo_draft_directory
 from flowspec.model.source import TensorSource
 from flowspec.model.tensor_files import open_tensors, read_tensor, save_tensors
 

@@ -11,7 +11,6 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from functools import cached_property
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +20,14 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 
 from flowspec.core import DType, SamplingParams
 from flowspec.errors import ModelError, UsageError, first_line
+from flowspec.model.demo_pair import DEMO, demo_directory
 from flowspec.model.families import EMBEDDING, LM_HEAD, PREFIX, family_of
 from flowspec.model.hub import fetch
 from flowspec.model.source import TensorSource
 from flowspec.model.tensor_files import open_tensors, read_tensor
 
-DEMO = "demo"
-
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _SNAPSHOT = re.compile(r"/models--(.+)/snapshots/[^/]+$")  # of the hub's cache
-
-
-def demo_directory() -> Path:
-    """The demo's target model in the installed package."""
-    return Path(str(files("flowspec"))) / "demo" / "target"
 
 
 def check_device(device: str) -> None:
@@ -50,16 +43,6 @@ def _devices() -> list[str]:
     """What torch can use here."""
     accelerators = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
     return ["cpu", *accelerators, *(["mps"] if torch.backends.mps.is_available() else [])]
-
-
-def demo_draft_directory() -> Path:
-    """The demo's draft head in the installed package."""
-    return Path(str(files("flowspec"))) / "demo" / "draft"
-
-
-def draft_for_workers(directory: Path) -> str:
-    """The directory as workers find it: they run in folders of their own, and have a demo pair of their own."""
-    return DEMO if directory == demo_draft_directory() else str(directory.resolve())
 
 
 class Checkpoint(TensorSource):

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
 
 from flowspec.core import DType
 from flowspec.errors import ModelError
 from flowspec.model.families import EMBEDDING, LM_HEAD, PREFIX
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 _LAYER_NAME = re.compile(re.escape(PREFIX) + r"layers\.(\d+)\.")
 

@@ -6,12 +6,11 @@ The first stage has the embedding, the last one the final norm; no stage has the
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
 
 from flowspec.core import DType, LayerRange
 from flowspec.model.families import FAMILIES, FULL, SLIDING
@@ -20,6 +19,9 @@ from flowspec.model.slots import SlotTable
 from flowspec.model.source import TensorSource
 from flowspec.model.stage import Part
 from flowspec.model.stage_weights import checked_config, load_modules
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 
 class TorchStage:

@@ -20,9 +20,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, PreTrainedModel, StaticCache
 
 from flowspec.errors import ModelError, UsageError
+from flowspec.model.demo_pair import DEMO, demo_directory
 from flowspec.model.eagle_head import EagleHead
 from flowspec.model.kv_cache import CACHE_ARGUMENT
-from flowspec.model.loader import DEMO, Checkpoint, demo_directory
+from flowspec.model.loader import Checkpoint
 from flowspec.train.corpus import Tokens, shuffled_rows, windows
 from flowspec.train.loop import TrainingProgress, run_steps, write_atomically
 
