@@ -99,6 +99,16 @@ def test_the_ngram_draft_adds_nothing_when_it_knows_nothing() -> None:
     assert not len(tree.worth_expanding(6, 10)), "it need not try again"
 
 
+def test_the_ngram_draft_passes_over_nodes_that_its_own_chains_have_displaced() -> None:
+    draft = NgramSource().open([1, 2, 3] * 6 + [1], GREEDY, top_k=10)
+    tree = DraftTree(0, 1, size=4)
+    weak = np.arange(10, 17)  # with the root as many unsent nodes as a tree of this size keeps
+    tree.expand(np.zeros(1, dtype=np.int64), weak[None], np.full((1, 7), -9.0), np.ones(1, dtype=np.int64))
+    assert draft.expand(tree, np.arange(8))
+    tree.check_integrity()
+    assert tree.find(0, 2) is not None and tree.find(0, 16) is None
+
+
 def test_repetitive_text_is_accepted_from_ngrams(checkpoint_dir: Callable[[str], Path]) -> None:
     pump = Pump(checkpoint_dir("qwen3"), 2, "ngram")
     generation = pump.submit([1, 2, 3] * 5, SamplingParams(max_tokens=60))

@@ -60,7 +60,10 @@ class NgramDraft:
         """Continue each node by one chain: what followed the longest match of its own path."""
         tree.staleness[rows] = 0  # there is nothing fresher to learn about them
         for node_id in tree.node_ids[rows].tolist():
-            row = int(tree.rows_of(np.array([node_id]))[0])  # a chain may have moved the rows
+            found = tree.rows_of(np.array([node_id]))  # a chain may have moved the rows
+            if not len(found):
+                continue  # or the tree has forgotten this one for better nodes
+            row = int(found[0])
             match_len, tokens = self.look_up(tree.token_ids[tree.path(row)].tolist())
             if tokens:
                 # Longer matches are surer; the share is a rule of thumb, and only the order of nodes hangs on it.
