@@ -13,25 +13,14 @@ import argparse
 import json
 from typing import Any
 
-import torch
-from tokenizers import Tokenizer
-
-from flowspec.model.demo_pair import demo_directory, demo_draft_directory
-from flowspec.model.eagle_head import EagleHead
-from flowspec.train.corpus import encode_documents, read_stdlib, split_documents
-from flowspec.train.demo import HELD_OUT_SHARE, load_hints
-from flowspec.train.eagle import embedding_of, load_model
+from flowspec.model.demo_pair import demo_draft_directory
+from flowspec.train.demo import load_hints, open_shipped
 from flowspec.train.evaluate import EvaluationConfig, HintResult, TextResult, measure_texts
-from flowspec.train.target import END_OF_TEXT_ID
 
 
 def measure(num_prompts: int, num_levels: int) -> dict[str, Any]:
     """By kind of text."""
-    target = load_model(demo_directory(), torch.float32)
-    head = EagleHead.load(demo_draft_directory(), embedding_of(target), "float32", "cpu")
-    tokenizer = Tokenizer.from_file(str(demo_directory() / "tokenizer.json"))
-    documents = split_documents(read_stdlib()[0], HELD_OUT_SHARE).held_out
-    held_out = encode_documents(documents, lambda text: tokenizer.encode(text).ids, END_OF_TEXT_ID)
+    target, head, held_out = open_shipped()
     config = EvaluationConfig(num_prompts=num_prompts, num_levels=num_levels)
     hints = load_hints(demo_draft_directory(), target)
     greedy, sampled = measure_texts(target, head, held_out, config, hints)

@@ -16,29 +16,20 @@ import time
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import LlamaConfig
 
-from flowspec.model.demo_pair import demo_directory, demo_draft_directory
 from flowspec.model.eagle_head import EagleHead
 from flowspec.model.int8 import Int8Linear, quantize_head
-from flowspec.train.corpus import encode_documents, read_stdlib, split_documents
-from flowspec.train.demo import HELD_OUT_SHARE
-from flowspec.train.eagle import embedding_of, load_model
+from flowspec.train.demo import open_shipped
 from flowspec.train.evaluate import EvaluationConfig, measure_texts
-from flowspec.train.target import END_OF_TEXT_ID
 
 Pass = tuple[EagleHead, nn.Module]  # the head, and the lm_head it guesses with
 
 
 def measure_guesses(num_prompts: int) -> dict[str, Any]:
     """Hit rates by level and tokens per target pass of the demo pair, by the draft's dtype."""
-    target = load_model(demo_directory(), torch.float32)
-    head = EagleHead.load(demo_draft_directory(), embedding_of(target), "float32", "cpu")
-    tokenizer = Tokenizer.from_file(str(demo_directory() / "tokenizer.json"))
-    documents = split_documents(read_stdlib()[0], HELD_OUT_SHARE).held_out
-    held_out = encode_documents(documents, lambda text: tokenizer.encode(text).ids, END_OF_TEXT_ID)
+    target, head, held_out = open_shipped()
     config = EvaluationConfig(num_prompts=num_prompts)
     figures: dict[str, Any] = {}
     for name, (draft, lm_head) in variants(head, target.get_output_embeddings()).items():

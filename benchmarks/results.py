@@ -14,14 +14,16 @@ import sys
 import time
 from pathlib import Path
 
-from simulated.lab import ROOT, Lab, Options, processes
+from simulated.lab import DEFAULT_NUM_PROMPTS, ROOT, Lab, Options, processes
 from simulated.page import SECTIONS, write_json, write_sections
 from simulated.store import Store
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--num-prompts", type=int, default=40, help="prompts; sections that vary much take fewer")
+    parser.add_argument(
+        "--num-prompts", type=int, default=DEFAULT_NUM_PROMPTS, help="prompts; sections that vary much take fewer"
+    )
     parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes; the results stay the same")
     parser.add_argument("--quick", action="store_true", help="2 prompts of 24 tokens, to see that it works")

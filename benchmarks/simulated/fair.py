@@ -5,14 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 from flowspec.bench.report import markdown_table
-from flowspec.request.records import RequestRecord
-from simulated.lab import Case, Lab, Runs, all_clusters
-from simulated.text import code, ratio_text, speed
+from simulated.lab import Case, Lab, all_clusters
+from simulated.text import code, ratio_text, section_command, speed
 from simulated.tuning import Tuned, tune
 
 CALIBRATIONS = ("eagle1", "eagle3", "weak", "demo")
 TEMPERATURES = (0.0, 1.0)
-NUM_MEASURED = 1  # rivals that the tuning found fastest, of which the fastest one counts
 
 
 def fair(lab: Lab) -> str:
@@ -22,13 +20,12 @@ def fair(lab: Lab) -> str:
         for quality in CALIBRATIONS for temperature in TEMPERATURES for spec in all_clusters()
     ]  # fmt: skip
     cases = cases[:1] if lab.options.is_quick else cases
-    tuned = [fastest(own) for own in tune_once(lab, cases)]
+    tuned = [max(own.values(), key=lambda rival: rival.tokens_per_s) for own in tune_once(lab, cases)]
     rivals = [
         replace(case, schedules=(own.schedule,), config=own.config, flags=own.text)
-        for case, of_case in zip(cases, tuned, strict=True)
-        for own in of_case
+        for case, own in zip(cases, tuned, strict=True)
     ]
-    flows, rival_runs = lab.run(cases), lab.run(rivals)
+    compared = list(zip(cases, tuned, lab.run(cases), lab.run(rivals), strict=True))
     parts = [
         "`flow`, which has no settings for clusters or drafts, against the best of its rivals with settings searched "
         f"for each cluster and draft, on other texts: {settings_text()} Same engine, "
@@ -39,11 +36,10 @@ def fair(lab: Lab) -> str:
         for temperature in TEMPERATURES:
             rows: list[list[str]] = []
             ratios: list[float] = []
-            for index, case in enumerate(cases):
+            for case, own, flow_runs, rival_runs in compared:
                 if (case.quality, case.temperature) != (quality, temperature):
                     continue
-                flow = flows[index]["flow"]
-                own, best = best_of(tuned[index], rival_runs[index * NUM_MEASURED : (index + 1) * NUM_MEASURED])
+                flow, best = flow_runs["flow"], rival_runs[own.schedule]
                 ratios.append(speed(flow) / speed(best))
                 row = [case.cluster.name, f"{speed(flow):.2f}", own.schedule, own.text, f"{speed(best):.2f}"]
                 rows.append([*row, ratio_text(flow, best)])
@@ -54,7 +50,7 @@ def fair(lab: Lab) -> str:
             least.append([quality, f"{temperature:g}", f"{min(ratios):.2f}", f"{max(ratios):.2f}"])
     summary = markdown_table(["draft", "temperature", "least of the clusters", "most"], least)
     parts.insert(1, f"`flow` / best tuned rival, in short:\n\n{summary}")
-    return "\n\n".join([*parts, code("python benchmarks/results.py --only fair")])
+    return "\n\n".join([*parts, code(section_command("fair", lab.options))])
 
 
 def tune_once(lab: Lab, cases: list[Case]) -> list[dict[str, Tuned]]:
@@ -63,15 +59,6 @@ def tune_once(lab: Lab, cases: list[Case]) -> list[dict[str, Tuned]]:
     distinct = list(dict.fromkeys(tunings))
     found = dict(zip(distinct, tune(lab, distinct), strict=True))
     return [found[tuning] for tuning in tunings]
-
-
-def fastest(tuned: dict[str, Tuned]) -> list[Tuned]:
-    return sorted(tuned.values(), key=lambda own: -own.tokens_per_s)[:NUM_MEASURED]
-
-
-def best_of(tuned: list[Tuned], runs: list[Runs]) -> tuple[Tuned, list[RequestRecord]]:
-    pairs = [(own, of_case[own.schedule]) for own, of_case in zip(tuned, runs, strict=True)]
-    return max(pairs, key=lambda pair: speed(pair[1]))
 
 
 def settings_text() -> str:

@@ -14,7 +14,7 @@ from flowspec.emulation.costs import DriverCosts
 from flowspec.emulation.experiment import Experiment
 from flowspec.schedule.catalogue import ABLATIONS
 from simulated.lab import NANO_7B, NANO_13B, SEED, Case, Lab, Piece, all_clusters, cluster, run_piece
-from simulated.text import code, command, image, interval, speed
+from simulated.text import code, command, image, interval, section_command, speed
 
 
 def parts(lab: Lab) -> str:
@@ -91,7 +91,7 @@ def bound(lab: Lab) -> str:
             "bound's own time into forwards of the busiest stage with and without an accepted row, and the rest of its "
             f"time, in which it waits. Milliseconds per token; greedy, {few} prompts.",
             markdown_table(headers, rows),
-            code("python benchmarks/results.py --only bound"),
+            code(section_command("bound", lab.options)),
             image("bound", "time per token by what it is spent on"),
         ]
     )

@@ -21,17 +21,17 @@ from flowspec.emulation.description import ClusterDescription
 from flowspec.emulation.experiment import Experiment, Faults
 from flowspec.emulation.start_up import AS_USUAL, StartUp
 from flowspec.request.records import RequestRecord, ScheduleResult
-from flowspec.schedule.catalogue import is_flow
-from simulated.store import Store
+from simulated.store import Asked, Store
 
 ROOT = Path(__file__).parents[2]
 SEED = 0
+DEFAULT_NUM_PROMPTS = 40
 DEFAULTS, NO_FAULTS = ScheduleConfig(), Faults()
 PIECE = 5  # prompts that a process simulates at once
 
 NANO_7B, NANO_13B, AGX_7B = "7b-nano-150m", "13b-4bit-nano-150m", "7b-agx-1g"
 
-Item = TypeVar("Item")
+Item = TypeVar("Item", bound=Asked)
 Result = TypeVar("Result")
 Runs = dict[str, list[RequestRecord]]  # by schedule, in the order of the prompts
 
@@ -51,7 +51,7 @@ class Case:
     int8_draft: bool = False  # the driver's draft head
     start_up: StartUp = AS_USUAL
     faults: Faults = NO_FAULTS
-    flags: str = ""  # how the cluster or the configuration differs, as flags of ``flowspec simulate``
+    flags: str = ""  # how cluster or configuration differ, as flags of ``flowspec simulate`` where it has them
 
     @property
     def pair(self) -> PairSpec:
@@ -109,7 +109,7 @@ class Lab:
         """The records of every case."""
         cases = [replace(case, num_prompts=case.num_prompts or self.options.num_prompts) for case in cases]
         pieces = list(dict.fromkeys(piece for case in cases for piece in self._missing(case)))
-        for piece, records in zip(pieces, self.map(run_piece, pieces, lambda piece: piece.schedule), strict=True):
+        for piece, records in zip(pieces, self.map(run_piece, pieces), strict=True):
             self._records.setdefault((piece.experiment, piece.pair, piece.schedule), []).extend(records)
         runs = [
             {name: self._records[self._key(case, name)][: case.num_prompts] for name in case.schedules}
@@ -118,25 +118,20 @@ class Lab:
         self.used += zip(cases, runs, strict=True)
         return runs
 
-    def map(
-        self, function: Callable[[Item], Result], items: Sequence[Item], schedule_of: Callable[[Item], str]
-    ) -> list[Result]:
+    def map(self, function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
         """The function of every item, in their order; what the store has is taken from there."""
-        results: dict[int, Result] = {}
-        asked = [(function.__name__, item) for item in items]
-        is_flow_ = [is_flow(schedule_of(item)) for item in items]
-        if self._store is not None:
-            found = [self._store.find(*pair) for pair in zip(asked, is_flow_, strict=True)]
-            results = {index: result for index, result in enumerate(found) if result is not None}
+        name, store = function.__name__, self._store
+        kept = [None if store is None else store.find(name, item) for item in items]
+        results: dict[int, Result] = {index: result for index, result in enumerate(kept) if result is not None}
         missing = [index for index in range(len(items)) if index not in results]
         todo = [items[index] for index in missing]
         done = self._pool.map(function, todo) if self._pool else map(function, todo)
         for number, (index, result) in enumerate(zip(missing, done, strict=True), 1):
             results[index] = result
-            if self._store is not None:
-                self._store.keep(asked[index], is_flow_[index], result)
+            if store is not None:
+                store.keep(name, items[index], result)
             if sys.stderr.isatty() or number % 20 == 0 or number == len(missing):
-                print(f"  {number}/{len(missing)} {schedule_of(items[index])}", file=sys.stderr)
+                print(f"  {number}/{len(missing)} {items[index].schedule}", file=sys.stderr)
         return [results[index] for index in range(len(items))]
 
     def speeds(self, cases: Sequence[Case]) -> list[dict[str, float]]:

@@ -11,7 +11,7 @@ from flowspec.emulation.experiment import TENSOR_PARALLEL
 from flowspec.request.records import ScheduleResult
 from flowspec.schedule.catalogue import ABLATIONS
 from simulated.lab import NANO_7B, NANO_13B, Case, Lab, cluster
-from simulated.text import code, command, image, interval, per_cent
+from simulated.text import code, command, image, interval, per_cent, section_command
 
 NANOS = (NANO_7B, NANO_13B)
 PUBLISHED = ("chunked", "pipedec", "lockstep", "serial", "ar")
@@ -134,7 +134,7 @@ def depth(lab: Lab) -> str:
             "best of them (paper: within 3 % of the best of all). First tree 8, expansions 3: "
             f"{per_cent(speeds[8, 3], speeds[5, 5])} against 5 and 5 (paper: {per_cent(8.79, 9.65)} with Llama-2, "
             f"{per_cent(9.48, 10.56)} with Vicuna).",
-            code("python benchmarks/results.py --only depth"),
+            code(section_command("depth", lab.options)),
             image("depth", "tokens per second by depth"),
         ]
     )

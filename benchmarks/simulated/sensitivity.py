@@ -10,7 +10,7 @@ from flowspec.emulation.description import ClusterDescription
 from flowspec.emulation.experiment import Faults
 from flowspec.emulation.start_up import StartUp
 from simulated.lab import AGX_7B, NANO_7B, Case, Lab, cluster
-from simulated.text import code, ratio_text, speed
+from simulated.text import code, ratio_text, section_command, speed
 
 CLUSTERS = (NANO_7B, AGX_7B, "7b-agx-8", "7b-agx-wan-20ms")
 BUSY = 2.0  # times as long, for everything that the driver does
@@ -51,7 +51,7 @@ def sensitivity(lab: Lab) -> str:
                 row.append(f"{share:.2f}; {ratio_text(flow, lockstep)}")
             rows.append(row)
         parts += [f"Draft `{quality}`:", markdown_table(["condition", *CLUSTERS], rows)]
-    return "\n\n".join([*parts, code("python benchmarks/results.py --only sensitivity")])
+    return "\n\n".join([*parts, code(section_command("sensitivity", lab.options))])
 
 
 def with_busy_driver(case: Case) -> ClusterDescription:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from flowspec.bench.report import ratio_interval
 from flowspec.bench.runner import SYNTHETIC
 from flowspec.request.records import RequestRecord, ScheduleResult
-from simulated.lab import Case, Options, Runs
+from simulated.lab import DEFAULT_NUM_PROMPTS, Case, Options, Runs
 
 RIVALS = ("ar", "serial", "chunked", "pipedec", "lockstep")
 
@@ -22,6 +22,12 @@ def command(case: Case, options: Options) -> str:
     parts += [case.flags] if case.flags else []
     parts += [f"--num-prompts {case.num_prompts or options.num_prompts} --max-new-tokens {options.max_new_tokens}"]
     return " ".join(parts)
+
+
+def section_command(name: str, options: Options) -> str:
+    """What writes a section anew with these figures."""
+    num_prompts = f" --num-prompts {options.num_prompts}" if options.num_prompts != DEFAULT_NUM_PROMPTS else ""
+    return f"python benchmarks/results.py --only {name}{num_prompts}"
 
 
 def code(*commands: str) -> str:

@@ -13,7 +13,7 @@ from flowspec.config import LockstepConfig, ScheduleConfig
 from flowspec.core import SamplingParams
 from flowspec.emulation.experiment import Experiment
 from flowspec.request.records import ScheduleResult
-from simulated.lab import SEED, Case, Lab, Piece, run_piece
+from simulated.lab import DEFAULTS, SEED, Case, Lab, Piece, run_piece
 
 Settings = dict[str, int]
 
@@ -54,22 +54,26 @@ class Tuned:
 
 def published(schedule: str, num_stages: int) -> Settings:
     """Of those settings that are tuned."""
-    match schedule:
-        case "serial":
-            return {"depth": 6, "nodes": 80}
-        case "chunked":
-            return {"chunks": num_stages + 1, "nodes": 80, "depth": 6}
-        case "pipedec":
-            return {"width": 16}
-        case _:
-            return {"nodes": 80, "expansion": 64, "depth": 6, "expansion depth": 6, "segments": 0, "deepening": 0}
+    own = DEFAULTS.lockstep
+    known = {
+        "nodes": own.tree.size - 1,
+        "depth": own.tree.depth,
+        "chunks": num_stages + 1,
+        "width": DEFAULTS.pipedec_width,
+        "expansion": own.expand_size,
+        "expansion depth": own.expand_depth,
+        "segments": own.segments,
+        "deepening": int(own.deepen),
+    }
+    return {name: known[name] for name in SPACES[schedule]}
 
 
 def config_of(schedule: str, settings: Settings) -> ScheduleConfig:
     if schedule == "pipedec":
         return ScheduleConfig(pipedec_width=settings["width"])
     depth = settings["depth"]
-    tree = replace(LockstepConfig().tree, size=settings["nodes"] + 1, depth=depth, max_depth=max(depth, 12))
+    own = DEFAULTS.lockstep
+    tree = replace(own.tree, size=settings["nodes"] + 1, depth=depth, max_depth=max(depth, own.tree.max_depth))
     if schedule != "lockstep":
         return ScheduleConfig(lockstep=LockstepConfig(tree), chunks=settings.get("chunks", 0))
     config = LockstepConfig(
@@ -77,7 +81,7 @@ def config_of(schedule: str, settings: Settings) -> ScheduleConfig:
         expand_depth=settings["expansion depth"],
         expand_size=settings["expansion"],
         deepen=bool(settings["deepening"]),
-        deepen_size=min(48, settings["expansion"]),
+        deepen_size=min(own.deepen_size, settings["expansion"]),
         segments=settings["segments"],
     )
     return ScheduleConfig(lockstep=config)
@@ -85,16 +89,20 @@ def config_of(schedule: str, settings: Settings) -> ScheduleConfig:
 
 def tune(lab: Lab, cases: Sequence[Case]) -> list[dict[str, Tuned]]:
     """For each case, its cluster, draft and temperature: every rival at its best."""
-    places = [(case, schedule) for case in cases for schedule in SPACES]
-    found = lab.map(_search, places, lambda place: place[1])
-    tuned: list[dict[str, Tuned]] = [{} for _ in cases]
-    for index, own in enumerate(found):
-        tuned[index // len(SPACES)][own.schedule] = own
-    return tuned
+    found = iter(lab.map(_search, [Search(case, schedule) for case in cases for schedule in SPACES]))
+    return [{schedule: next(found) for schedule in SPACES} for _ in cases]
 
 
-def _search(place: tuple[Case, str]) -> Tuned:
-    case, schedule = place
+@dataclass(frozen=True)
+class Search:
+    """What one process tunes at once."""
+
+    case: Case
+    schedule: str
+
+
+def _search(search: Search) -> Tuned:
+    case, schedule = search.case, search.schedule
     speeds: dict[tuple[tuple[str, int], ...], float] = {}
 
     def speed(settings: Settings) -> float:

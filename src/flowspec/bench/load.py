@@ -41,11 +41,8 @@ def run_load(study: Study, counts: Sequence[int], progress: Callable[[float], No
 
     Raises ``FlowspecError`` when a request's tokens depend on who else is there.
     """
-    pair, results, alone = (
-        study.pair.load(study.experiment.params.temperature > 0),
-        list[LoadResult](),
-        dict[int, tuple[int, ...]](),
-    )
+    pair = study.pair.load(study.experiment.is_sampled)
+    results, alone = list[LoadResult](), dict[int, tuple[int, ...]]()
     runs = [(schedule, count) for schedule in study.schedules for count in counts]
     for place, (schedule, count) in enumerate(runs):
         num_requests = max(len(study.prompts), ROUNDS * count)

@@ -105,4 +105,4 @@ def simulate_piece(
     experiment: Experiment, pair: PairSpec, schedule: str, prompts: Sequence[tuple[int, str]]
 ) -> list[RequestRecord]:
     """In this process, which keeps the models for the next piece."""
-    return simulate(experiment, _load(pair, experiment.params.temperature > 0), schedule, prompts)
+    return simulate(experiment, _load(pair, experiment.is_sampled), schedule, prompts)

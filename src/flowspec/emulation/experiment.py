@@ -65,9 +65,14 @@ class Experiment:
                 "or simulate without int8 drafts"
             )
 
+    @property
+    def is_sampled(self) -> bool:
+        """Whether the texts are drawn, and not greedy."""
+        return self.params.temperature > 0
+
     def params_of(self, index: int) -> SamplingParams:
         """Every prompt is sampled by a seed of its own."""
-        if self.params.temperature == 0:
+        if not self.is_sampled:
             return self.params
         return replace(self.params, seed=((self.params.seed or 0) + index) % (MAX_SEED + 1))
 

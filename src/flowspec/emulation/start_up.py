@@ -7,7 +7,6 @@ A real driver reads what every worker has measured (``worker.measure``) and corr
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import accumulate
 from random import Random
 
 from flowspec.checked import check_not_negative, check_positive
@@ -15,7 +14,7 @@ from flowspec.emulation.description import ClusterDescription
 from flowspec.schedule.pace import MeasuredCosts
 from flowspec.wire.actor import Actor, Send
 from flowspec.wire.messages import Message, Ready, Result
-from flowspec.worker.measure import MEASURED_ROWS, PREFIX_LEN
+from flowspec.worker.measure import MEASURED_ROWS, PREFIX_LEN, never_shrinking
 
 
 @dataclass(frozen=True)
@@ -43,11 +42,9 @@ def measure(cluster: ClusterDescription, start_up: StartUp, seed: int) -> Measur
     ready: list[Ready] = []
     for stage in range(cluster.num_stages):
         times = [measured(start_up.bias * cluster.stage_s(stage, rows, PREFIX_LEN)) for rows in MEASURED_ROWS]
-        # As workers do: fewer rows take no longer.
-        times = [*accumulate(reversed(times), min)][::-1]
         link = cluster.links[stage + 1]
         rate = measured(1 / link.transfer_s(1)) if stage + 1 < cluster.num_stages else None
-        ready.append(Ready(stage + 1, 0, 0, [*zip(MEASURED_ROWS, times, strict=True)], rate))
+        ready.append(Ready(stage + 1, 0, 0, [*zip(MEASURED_ROWS, never_shrinking(times), strict=True)], rate))
     model = cluster.model
     return MeasuredCosts(ready, model.hidden_size * model.bytes_per_activation)
 

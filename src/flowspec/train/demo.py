@@ -19,9 +19,10 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer as FastTokenizer
 
+from flowspec.model.demo_pair import demo_directory, demo_draft_directory
 from flowspec.model.eagle_head import EagleHead
 from flowspec.model.hint_head import HintHead
-from flowspec.train.corpus import Document, encode_documents, read_stdlib, split_documents
+from flowspec.train.corpus import Document, Tokens, encode_documents, read_stdlib, split_documents
 from flowspec.train.eagle import DraftRecipe, Target, embedding_of, load_model, train_head
 from flowspec.train.evaluate import Evaluation, EvaluationConfig, evaluate
 from flowspec.train.hints import HintRecipe, train_hints
@@ -122,6 +123,15 @@ def build(plan: DemoBuild, work_dir: Path, out_dir: Path) -> Evaluation:
     for directory, text in cards.items():
         write_atomically(directory / "MODEL_CARD.md", lambda path, text=text: path.write_text(text, encoding="utf-8"))
     return result
+
+
+def open_shipped() -> tuple[Any, EagleHead, Tokens]:
+    """The shipped target and its draft head, in float32, and the text [T] that they are measured on."""
+    target = load_model(demo_directory(), torch.float32)
+    head = EagleHead.load(demo_draft_directory(), embedding_of(target), "float32", "cpu")
+    tokenizer = FastTokenizer.from_file(str(demo_directory() / "tokenizer.json"))
+    documents = split_documents(read_stdlib()[0], HELD_OUT_SHARE).held_out
+    return target, head, encode_documents(documents, lambda text: tokenizer.encode(text).ids, END_OF_TEXT_ID)
 
 
 def load_hints(draft_dir: Path, target: Any) -> list[HintHead]:

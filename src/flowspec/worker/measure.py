@@ -9,7 +9,7 @@ import resource
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -64,8 +64,12 @@ def measure_forward(
         for num_rows, seconds in least_s.items():
             if clock() + seconds < deadline_s:
                 least_s[num_rows] = min(seconds, run_s(num_rows))
-    least = np.minimum.accumulate(list(least_s.values())[::-1])[::-1]  # fewer rows take no longer
-    return list(zip(least_s, least.tolist(), strict=True))
+    return list(zip(least_s, never_shrinking(list(least_s.values())), strict=True))
+
+
+def never_shrinking(seconds: Sequence[float]) -> list[float]:
+    """Times by growing rows, each at most the next one: fewer rows take no longer."""
+    return np.minimum.accumulate(seconds[::-1])[::-1].tolist()
 
 
 def peak_memory_bytes() -> int:
