@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -110,6 +111,135 @@ def test_heads_without_fc_bias_and_with_projection_biases_come_back(embedding: t
     assert torch.equal(load(tmp_path, embedding)(*inputs(5)), head(*inputs(5)))
 
 
+def change_config(directory: Path, **changes: object) -> None:
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+BIASED = tuple(f"layers.0.self_attn.{name}_proj" for name in "qkvo")
+
+
+@pytest.mark.parametrize("biased", [(), BIASED[:3], BIASED, BIASED[2:3]], ids=["none", "qkv", "qkvo", "v"])
+@pytest.mark.parametrize("flag", [True, False, None])
+def test_the_file_says_which_projections_have_a_bias(
+    embedding: torch.Tensor, tmp_path: Path, biased: tuple[str, ...], flag: bool | None
+) -> None:
+    """Configs that are copies of a Qwen2 target's said nothing of biases that were there, and the reverse."""
+    head = EagleHead(tiny_config(), embedding, {"fc", *biased}).eval()
+    head.save(tmp_path, torch.float32)
+    assert {f"{name}.bias" for name in biased} <= load_file(tmp_path / "model.safetensors").keys()
+    change_config(tmp_path, qkv_bias=flag, attention_bias=bool(flag))
+    assert torch.equal(load(tmp_path, embedding)(*inputs(5)), head(*inputs(5)))
+
+
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize("flag", [True, False])
+def test_the_file_says_whether_fc_has_a_bias(
+    embedding: torch.Tensor, tmp_path: Path, has_bias: bool, flag: bool
+) -> None:
+    head = EagleHead(tiny_config(bias=has_bias), embedding).eval()
+    head.save(tmp_path, torch.float32)
+    change_config(tmp_path, bias=flag)
+    loaded = load(tmp_path, embedding)
+    assert (loaded.fc.bias is not None) == has_bias
+    assert torch.equal(loaded(*inputs(5)), head(*inputs(5)))
+
+
+def test_a_saved_config_speaks_of_the_biases_that_the_file_has(embedding: torch.Tensor, tmp_path: Path) -> None:
+    """EAGLE's own code reads ``bias`` and ``qkv_bias`` from there."""
+    EagleHead(tiny_config(), embedding, set(BIASED[:3])).save(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert (config["bias"], config["qkv_bias"], config["attention_bias"]) == (False, True, False)
+
+
+@pytest.mark.parametrize("size", [4, 8])  # EAGLE's rule, and a target's whose heads are wider than that
+@pytest.mark.parametrize("said", [None, 2, 8, 128])
+def test_the_file_says_how_large_an_attention_head_is(
+    embedding: torch.Tensor, tmp_path: Path, size: int, said: int | None
+) -> None:
+    head = EagleHead(tiny_config(head_dim=size), embedding).eval()
+    head.save(tmp_path, torch.float32)
+    change_config(tmp_path, head_dim=said)
+    loaded = load(tmp_path, embedding)
+    assert loaded.config.head_dim == size
+    assert torch.equal(loaded(*inputs(5)), head(*inputs(5)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_key_value_heads": 4}, r"k_proj\.weight has shape \[8, 16\], but \[16, 16\] is needed"),
+        ({"num_attention_heads": 8}, r"k_proj\.weight has shape \[8, 16\], but \[4, 16\] is needed"),
+        ({"intermediate_size": 32}, r"gate_proj\.weight has shape \[24, 16\], but \[32, 16\] is needed"),
+    ],
+)
+def test_shapes_that_fit_nothing_are_named_with_the_file_and_what_to_do(
+    head: EagleHead, embedding: torch.Tensor, tmp_path: Path, changes: dict[str, object], message: str
+) -> None:
+    head.save(tmp_path)
+    change_config(tmp_path, **changes)
+    with pytest.raises(ModelError, match=rf"model\.safetensors: layers\.0\.\w+\.{message}; .* fetch the head again"):
+        load(tmp_path, embedding)
+
+
+@pytest.mark.parametrize("shape", [(18, 16), (12, 16), (16,), ()])
+def test_queries_that_are_no_whole_heads_are_named(
+    head: EagleHead, embedding: torch.Tensor, tmp_path: Path, shape: tuple[int, ...]
+) -> None:
+    head.save(tmp_path)
+    rewrite(tmp_path, layers__0__self_attn__q_proj__weight=torch.zeros(shape))
+    with pytest.raises(ModelError, match=rf"q_proj\.weight has shape {re.escape(str(list(shape)))}, but \[16, 16\]"):
+        load(tmp_path, embedding)
+
+
+def test_llama3_scaling_is_applied_as_transformers_does_for_the_target(embedding: torch.Tensor, tmp_path: Path) -> None:
+    rope: dict[str, object] = {
+        "rope_type": "llama3",
+        "rope_theta": 500000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    }
+    head = EagleHead(tiny_config(rope_parameters=rope), embedding).eval()
+    frequencies = head.rotary_emb.inv_freq
+    # As the target's: fast ones stay, those slower than once in the original length are slowed by the factor.
+    torch.testing.assert_close(frequencies, torch.tensor([1.0, 500000.0**-0.5 / 8]))
+    head.save(tmp_path, torch.float32)
+    assert torch.equal(load(tmp_path, embedding).rotary_emb.inv_freq, frequencies)
+    # In the words of configs before transformers 5, as published ones have it.
+    change_config(tmp_path, rope_parameters=None, rope_theta=rope.pop("rope_theta"), rope_scaling=rope)
+    loaded = load(tmp_path, embedding)
+    assert torch.equal(loaded.rotary_emb.inv_freq, frequencies)
+    assert torch.equal(loaded(*inputs(5)), head(*inputs(5)))
+    change_config(tmp_path, rope_scaling=None)  # as EAGLE's own heads for such targets have it
+    assert load(tmp_path, embedding).rotary_emb.inv_freq[1].item() == pytest.approx(500000.0**-0.5)
+
+
+def test_linear_scaling_is_over_the_configs_theta(head: EagleHead, embedding: torch.Tensor, tmp_path: Path) -> None:
+    head.save(tmp_path)
+    scaling = {"type": "linear", "factor": 2.0}
+    change_config(tmp_path, rope_parameters=None, rope_theta=500000.0, rope_scaling=scaling)
+    loaded = load(tmp_path, embedding).rotary_emb.inv_freq
+    torch.testing.assert_close(loaded, torch.tensor([0.5, 500000.0**-0.5 / 2]))
+
+
+@pytest.mark.parametrize(
+    ("scaling", "message"),
+    [
+        ({"type": "twisted", "factor": 2.0}, "'twisted' is unknown; known are linear, "),
+        ({"rope_type": "llama3", "factor": 8.0}, "no valid model config .*Missing required keys"),
+    ],
+)
+def test_rotary_scaling_that_nobody_knows_is_named(
+    head: EagleHead, embedding: torch.Tensor, tmp_path: Path, scaling: dict[str, object], message: str
+) -> None:
+    head.save(tmp_path)
+    change_config(tmp_path, rope_parameters=None, rope_scaling=scaling)
+    with pytest.raises(ModelError, match=message):
+        load(tmp_path, embedding)
+
+
 def test_an_old_config_keeps_its_rope_theta(head: EagleHead, embedding: torch.Tensor, tmp_path: Path) -> None:
     head.save(tmp_path, torch.float32)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -195,9 +325,8 @@ def test_missing_unknown_and_misshapen_ones_are_named(head: EagleHead, embedding
     rewrite(tmp_path, fc__bias=torch.zeros(HIDDEN), layers__0__input_layernorm__weight=torch.ones(HIDDEN))
     with pytest.raises(ModelError, match=r"unknown tensors layers\.0\.input_layernorm"):
         load(tmp_path, embedding)
-    rewrite(tmp_path, layers__0__input_layernorm__weight=None)
-    rewrite(tmp_path, fc__bias=None)
-    with pytest.raises(ModelError, match=r"lacks fc\.bias"):
+    rewrite(tmp_path, layers__0__input_layernorm__weight=None, fc__weight=None)
+    with pytest.raises(ModelError, match=r"lacks fc\.weight"):
         load(tmp_path, embedding)
 
 

@@ -1,10 +1,18 @@
 """The EAGLE-1/2 draft head and its published checkpoint format. Knows one layer; nothing of trees or slots.
 
-A checkpoint is ``config.json`` (a Llama config with one layer, and ``bias``: whether ``fc`` has one, absent means
-true; ``qkv_bias``: whether the projections have one, absent means false) and ``model.safetensors`` or
-``pytorch_model.bin`` with ``fc.*`` and ``layers.0.*``. Our own heads add ``hit_rates``, which no other reader minds.
-It has no input norm, no final norm, no head; the embedding is the target's unless the file brings
-``embed_tokens.weight``.
+A checkpoint is ``config.json`` (a Llama config with one layer) and ``model.safetensors`` or ``pytorch_model.bin`` with
+``fc.*`` and ``layers.0.*``. Our own heads add ``hit_rates``, which no other reader minds. It has no input norm, no
+final norm, no head; the embedding is the target's unless the file brings ``embed_tokens.weight``.
+
+Where config and tensors differ, the tensors are right, since configs are often copies of the target's: a linear layer
+has a bias where the file has one for it (whatever ``bias``, ``qkv_bias``, ``attention_bias`` and ``mlp_bias`` say), and
+an attention head is as large as the rows of ``q_proj`` by ``num_attention_heads`` (whatever ``head_dim`` says).
+
+Rotary scaling is what the config says, as transformers understands it and with the config's ``rope_theta``: ``llama3``
+and ``yarn`` as well as ``linear`` and ``dynamic``. EAGLE's own code knows the last two alone, over a theta of 10000,
+and refuses others: so its heads for Llama 3.1 are trained without, have none in their configs, and get none here. A
+head with ``llama3`` in its config comes from other code, ours for one, and is taken at its word. A wrong one costs
+guesses, never the text.
 """
 
 from __future__ import annotations
@@ -12,26 +20,33 @@ from __future__ import annotations
 import json
 import os
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
 from flowspec.core import DType
-from flowspec.errors import ModelError
+from flowspec.errors import ModelError, first_line
 from flowspec.model.kv_cache import CACHE_ARGUMENT
 from flowspec.model.tensor_files import save_tensors
 
 _CONFIG, _SAFETENSORS, _BIN = "config.json", "model.safetensors", "pytorch_model.bin"
 _EMBEDDING = "embed_tokens.weight"
 _IGNORED = ("rotary_emb.inv_freq", "lm_head.weight")  # recomputed; the target's own
+_BIAS = ".bias"
+_ATTENTION, _MLP = "layers.0.self_attn.", "layers.0.mlp."
+_QUERY = f"{_ATTENTION}q_proj"
+_INPUTS = frozenset({_QUERY, f"{_ATTENTION}k_proj", f"{_ATTENTION}v_proj"})
+_OUTPUT = f"{_ATTENTION}o_proj"
 _EAGLE3_KEYS = ("midlayer.", "d2t", "t2d")
 
 
@@ -55,21 +70,25 @@ class EagleHead(nn.Module):
 
     embedding: Tensor
 
-    def __init__(self, config: LlamaConfig, embedding: Tensor) -> None:
-        """``embedding`` [V, H] is the target's, shared and never trained."""
+    def __init__(self, config: LlamaConfig, embedding: Tensor, biases: Set[str] | None = None) -> None:
+        """``embedding`` [V, H] is the target's, shared and never trained.
+
+        ``biases``: the names of the linear layers that have one; by default those that the config speaks of.
+        """
         super().__init__()
         config._attn_implementation = "sdpa"  # takes batches, and assumes nothing of rows where a mask is given
         size = config.hidden_size
         self.config = config
         self.register_buffer("embedding", embedding.detach(), persistent=False)
-        self.fc = nn.Linear(2 * size, size, bias=getattr(config, "bias", True))
+        biases = _flagged_biases(config) if biases is None else biases
+        self.fc = nn.Linear(2 * size, size, bias="fc" in biases)
         layer: Any = LlamaDecoderLayer(config, layer_idx=0)
         layer.input_layernorm = nn.Identity()
-        if getattr(config, "qkv_bias", False):
-            for name in ("q_proj", "k_proj", "v_proj"):
-                projection = getattr(layer.self_attn, name)
-                setattr(layer.self_attn, name, nn.Linear(projection.in_features, projection.out_features, bias=True))
         self.layers = nn.ModuleList([layer])
+        linears = [(name, module) for name, module in self.named_modules() if isinstance(module, nn.Linear)]
+        for name, linear in linears:
+            if (linear.bias is not None) != (name in biases):
+                self.set_submodule(name, nn.Linear(linear.in_features, linear.out_features, bias=name in biases))
         self.rotary_emb = LlamaRotaryEmbedding(config)
 
     def forward(
@@ -114,8 +133,10 @@ class EagleHead(nn.Module):
             if own.shape != embedding.shape:
                 raise ModelError(_wrong_shape(path, _EMBEDDING, own, embedding))
             embedding = own
+        _take_head_dim(config, weights)
         with torch.device("meta"):
-            head = cls(config, embedding.to(device, torch_dtype))
+            biases = {name.removesuffix(_BIAS) for name in weights if name.endswith(_BIAS)}
+            head = cls(config, embedding.to(device, torch_dtype), biases)
         head.rotary_emb = LlamaRotaryEmbedding(config).to(device)
         expected = head.state_dict()
         missing = sorted(expected.keys() - weights.keys())
@@ -140,9 +161,12 @@ class EagleHead(nn.Module):
 
     def save(self, directory: Path, dtype: torch.dtype = torch.float16) -> None:
         """Write ``config.json`` and ``model.safetensors``; each file is replaced at once or not at all."""
+        has_bias = {name.removesuffix(_BIAS) for name in self.state_dict() if name.endswith(_BIAS)}
         config = self.config.to_dict() | {
             "architectures": ["LlamaForCausalLM"],
-            "bias": self.fc.bias is not None,
+            "bias": "fc" in has_bias,
+            "qkv_bias": _QUERY in has_bias,
+            "attention_bias": _OUTPUT in has_bias,
             "dtype": str(dtype).removeprefix("torch."),
         }
         config.pop("_name_or_path", None)
@@ -162,9 +186,36 @@ def _read_config(path: Path) -> LlamaConfig:
             raise ValueError("no JSON object")
         # The head is a Llama layer whatever the target's family; only the sizes are taken from its name's config.
         config = LlamaConfig.from_dict({key: value for key, value in values.items() if key != "model_type"})
-    except (ValueError, TypeError) as error:
-        raise ModelError(f"{path} is no valid model config ({error}); fetch the file again") from error
+    except (ValueError, TypeError, KeyError, ArithmeticError, StrictDataclassError) as error:
+        raise ModelError(f"{path} is no valid model config ({first_line(error)}); fetch the file again") from error
+    rope: Any = config.rope_parameters
+    rope_type = rope["rope_type"]
+    if rope_type not in ("default", *ROPE_INIT_FUNCTIONS):
+        raise ModelError(
+            f"{path}: rotary scaling {rope_type!r} is unknown; known are {', '.join(ROPE_INIT_FUNCTIONS)}: mend "
+            "rope_scaling there, or take it out if the head was trained without"
+        )
     return config
+
+
+def _flagged_biases(config: LlamaConfig) -> set[str]:
+    """``bias`` and ``qkv_bias`` are EAGLE's words, the others transformers'."""
+    flags = {
+        "fc": getattr(config, "bias", True),
+        **dict.fromkeys(_INPUTS, getattr(config, "qkv_bias", False) or config.attention_bias),
+        _OUTPUT: config.attention_bias,
+        **dict.fromkeys((f"{_MLP}gate_proj", f"{_MLP}up_proj", f"{_MLP}down_proj"), config.mlp_bias),
+    }
+    return {name for name, has_bias in flags.items() if has_bias}
+
+
+def _take_head_dim(config: LlamaConfig, weights: dict[str, Tensor]) -> None:
+    """From the rows of ``q_proj``; EAGLE's rule where that is no size of a head, and the shape is an error later."""
+    queries = weights.get(f"{_QUERY}.weight")
+    num_rows = len(queries) if queries is not None and queries.ndim == 2 else 0
+    head_dim, rest = divmod(num_rows, config.num_attention_heads)
+    is_size = head_dim > 0 and head_dim % 2 == 0 and not rest  # rotary embeddings turn pairs
+    config.head_dim = head_dim if is_size else config.hidden_size // config.num_attention_heads
 
 
 def _weights_path(directory: Path) -> Path:
@@ -209,6 +260,6 @@ def _check_fits(directory: Path, config: LlamaConfig, embedding: Tensor) -> None
 
 def _wrong_shape(path: Path, name: str, found: Tensor, wanted: Tensor) -> str:
     return (
-        f"{path}: {name} has shape {list(found.shape)}, but {list(wanted.shape)} is needed; "
-        "config.json, weights and target do not belong together"
+        f"{path}: {name} has shape {list(found.shape)}, but {list(wanted.shape)} is needed; {_CONFIG}, weights and "
+        "target do not belong together, so fetch the head again, config and weights from one place"
     )
