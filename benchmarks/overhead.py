@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from flowspec.cluster.connections import Connections, LoadProgress, Trip
-from flowspec.config import EngineConfig, PipelineConfig, TreeConfig
+from flowspec.config import EngineConfig, PipelineConfig, ScheduleConfig, TreeConfig
 from flowspec.core import LayerRange, SamplingParams
 from flowspec.draft.base import Accepted
 from flowspec.llm import LLM
@@ -120,10 +120,9 @@ def median_ms(work: Callable[[], object], num_runs: int) -> float:
 
 def measure_hops(num_stages: int, num_segments: int) -> dict[str, Any]:
     """Round trips of segments of 16 nodes through worker processes, one at a time."""
-    pipeline = PipelineConfig(segments_in_flight=1)
-    with LLM(
-        "demo", stages=num_stages, pipeline=pipeline, draft=FixedSource(), config=EngineConfig(keeps_caches=False)
-    ) as llm:
+    one_by_one = ScheduleConfig(pipeline=PipelineConfig(segments_in_flight=1))
+    config = EngineConfig(keeps_caches=False)
+    with LLM("demo", stages=num_stages, schedule_config=one_by_one, draft=FixedSource(), config=config) as llm:
         llm.generate(PROMPT, SamplingParams(max_tokens=16))  # warm-up
         llm.engine.pipeline.connections = timed = TimedConnections(llm.engine.pipeline.connections)
         while len(timed.round_trips) < num_segments:

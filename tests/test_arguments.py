@@ -30,11 +30,8 @@ def llm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
 
 def test_help_shows_every_option_with_type_default_and_meaning() -> None:
     shown, spec = inspect.signature(LLM).parameters, inspect.signature(EngineSpec).parameters
-    assert [*spec, "progress"] == list(shown), "an engine has no setting that is not shown"
-    plain = {name: field.default for name, field in EngineSpec.__dataclass_fields__.items()}
-    for name in ("tree", "pipeline", "link", "config"):
-        plain[name] = None
-    assert plain == {name: parameter.default for name, parameter in shown.items() if name != "progress"}
+    assert list(spec) == list(shown), "an engine has no setting that is not shown"
+    assert [parameter.default for parameter in spec.values()] == [parameter.default for parameter in shown.values()]
     assert all(parameter.annotation is not inspect.Parameter.empty for parameter in shown.values())
     assert LLM.__doc__ is not None and SamplingParams.__doc__ is not None
     for cls in (LLM, SamplingParams):
@@ -53,7 +50,7 @@ def test_help_shows_every_option_with_type_default_and_meaning() -> None:
         (lambda: LLM(draft=3), "^draft is 3; it must be a text or a Path or a DraftSource$"),  # type: ignore[arg-type]
         (lambda: LLM(progress="bar"), "^progress is 'bar'; it must be a function"),  # type: ignore[arg-type]
         (lambda: LLM(in_process=1), "^in_process is 1; it must be True or False"),  # type: ignore[arg-type]
-        (lambda: LLM(tree=PipelineConfig()), "a TreeConfig or None"),  # type: ignore[arg-type]
+        (lambda: LLM(schedule_config=PipelineConfig()), "it must be a ScheduleConfig$"),  # type: ignore[arg-type]
         (lambda: SamplingParams("5"), "^max_tokens is '5'; it must be a whole number$"),  # type: ignore[arg-type]
         (lambda: SamplingParams(5.5), "^max_tokens is 5.5; it must be a whole number$"),  # type: ignore[arg-type]
         (lambda: SamplingParams(True), "^max_tokens is True"),

@@ -15,11 +15,12 @@ import math
 import numbers
 import types
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from flowspec.errors import FieldError, UsageError
 
 _Class = TypeVar("_Class", bound=type)
+_Owner = TypeVar("_Owner")
 _Parameters = ParamSpec("_Parameters")
 _Result = TypeVar("_Result")
 
@@ -78,6 +79,25 @@ def checked(function: Callable[_Parameters, _Result], name: str | None = None) -
         return function(*bound.args, **bound.kwargs)
 
     return call
+
+
+def takes_fields_of(
+    spec: Callable[_Parameters, _Result],
+) -> Callable[[Callable[[_Owner, _Result], None]], Callable[Concatenate[_Owner, _Parameters], None]]:
+    """Of a constructor that is given one dataclass: callers give its fields, as if each were written there."""
+
+    def decorate(init: Callable[[_Owner, _Result], None]) -> Callable[Concatenate[_Owner, _Parameters], None]:
+        def construct(owner: _Owner, /, *given: _Parameters.args, **named: _Parameters.kwargs) -> None:
+            init(owner, spec(*given, **named))
+
+        itself = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        taken, hints = inspect.signature(spec).parameters, get_type_hints(spec)
+        written: Any = construct
+        written.__signature__ = inspect.Signature([itself, *taken.values()])
+        written.__annotations__ = {name: hints[name] for name in taken}
+        return construct
+
+    return decorate
 
 
 @functools.cache

@@ -4,21 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from types import TracebackType
 
 from flowspec.chat_template import Message
-from flowspec.checked import checked, checked_class
-from flowspec.config import EngineConfig, LinkConfig, PipelineConfig, TreeConfig
-from flowspec.core import DraftDType, DType, FinishReason, Partition, SamplingParams, TokenLogprobs
-from flowspec.draft.base import DraftSource
+from flowspec.checked import checked, checked_class, takes_fields_of
+from flowspec.core import FinishReason, SamplingParams, TokenLogprobs
 from flowspec.engine.engine import Engine
 from flowspec.engine.job import Job
-from flowspec.engine.spec import EngineSpec, Progress, open_engine, untold
+from flowspec.engine.spec import EngineSpec, open_engine
 from flowspec.errors import UsageError
-from flowspec.model.demo_pair import DEMO
 from flowspec.request.stats import Stats
-from flowspec.schedule.catalogue import AUTO
 from flowspec.text import Detokenizer
 
 
@@ -83,8 +78,8 @@ class LLM:
         schedule: ``"auto"``, or the name of one of the schedules in the README.
         dtype: type of weights and arithmetic; the text is exact in ``"float32"``.
         device: torch device of the driver and the workers here, ``"cpu"`` or ``"cuda:0"``.
-        tree: what the draft tree may look like (``flowspec.config.TreeConfig``).
-        pipeline: how a request is cut into segments (``flowspec.config.PipelineConfig``).
+        schedule_config: the settings of all schedules: what their draft trees may look like, and how a request is cut
+            into segments (``flowspec.config.ScheduleConfig``).
         link: how many seconds the processes wait for each other (``flowspec.config.LinkConfig``).
         config: how many requests run at once, and in how much memory (``flowspec.config.EngineConfig``).
         hints: workers tell the driver early what they guess, where the draft has hint heads; by default where they
@@ -95,45 +90,10 @@ class LLM:
     Raises ``UsageError`` for what the caller can mend, ``WorkerError`` when a worker fails.
     """
 
-    def __init__(
-        self,
-        model: str | Path = DEMO,
-        *,
-        draft: str | Path | DraftSource = "auto",
-        draft_dtype: DraftDType = "auto",
-        stages: int | None = None,
-        partition: str | Partition | None = None,
-        workers: Sequence[str] | None = None,
-        schedule: str = AUTO,
-        dtype: DType = "float32",
-        device: str = "cpu",
-        tree: TreeConfig | None = None,
-        pipeline: PipelineConfig | None = None,
-        link: LinkConfig | None = None,
-        config: EngineConfig | None = None,
-        hints: bool | None = None,
-        in_process: bool = False,
-        progress: Progress | None = None,
-    ) -> None:
-        spec = EngineSpec(
-            model,
-            draft,
-            draft_dtype,
-            stages,
-            partition,
-            workers,
-            schedule,
-            dtype,
-            device,
-            tree or TreeConfig(),
-            pipeline or PipelineConfig(),
-            link or LinkConfig(),
-            config or EngineConfig(),
-            hints,
-            in_process,
-        )
-        self._progress = progress or untold
-        self.engine = open_engine(spec, self._progress)
+    @takes_fields_of(EngineSpec)
+    def __init__(self, spec: EngineSpec) -> None:
+        self._progress = spec.progress
+        self.engine = open_engine(spec)
         self.checkpoint, self.tokenizer = self.engine.model.checkpoint, self.engine.model.tokenizer
         self.partition = self.engine.partition
         self.last_stats: Stats | None = None  # all counts of the newest finished run, the workers' timings among them

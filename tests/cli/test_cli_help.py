@@ -12,8 +12,16 @@ import pytest
 
 from command_line import Run
 from flowspec.cli import terminal
-from flowspec.cli.options import DEFAULT_MODEL, DEFAULT_SAMPLING, DEFAULT_STAGE_OPTIONS, SamplingOptions, flag
+from flowspec.cli.options import (
+    DEFAULT_MODEL,
+    DEFAULT_SAMPLING,
+    DEFAULT_STAGE_OPTIONS,
+    ModelOptions,
+    SamplingOptions,
+    flag,
+)
 from flowspec.cli.terminal import TerminalProgress, fitted
+from flowspec.config import PUBLISHED_TREE, PipelineConfig, ScheduleConfig, TreeConfig
 from flowspec.core import SamplingParams
 
 CLUSTER = str(Path(__file__).parents[2] / "clusters" / "7b-nano-150m.toml")
@@ -57,6 +65,13 @@ def test_an_option_has_one_name_wherever_it_is(run: Run) -> None:
         assert {"--draft", "--draft-dtype", "--seed", "--num-prompts"} <= by_command[command].keys()
     assert {"--partition", "--dtype", "--device", "--int8-wire", "--timeout"} <= by_command["bench"].keys()
     assert names(DEFAULT_STAGE_OPTIONS) | names(DEFAULT_SAMPLING) <= by_command["demo"].keys()
+
+
+def test_tree_options_are_of_flow_and_leave_the_published_schedules_as_they_are() -> None:
+    config = ModelOptions(tree_top_k=3, tree_depth=4, tree_size=20, min_probability=0.1, segment_len=5).arguments()
+    tree, pipeline = TreeConfig(3, depth=4, max_depth=8, size=20, min_probability=0.1), PipelineConfig(segment_len=5)
+    assert config["schedule_config"] == ScheduleConfig(flow=tree, pipeline=pipeline)
+    assert config["schedule_config"].lockstep.tree == PUBLISHED_TREE
 
 
 def test_completion_is_offered(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from engines import engine_of, workers_of
 from flowspec import LLM
-from flowspec.config import EngineConfig, PipelineConfig, TreeConfig
+from flowspec.config import EngineConfig, PipelineConfig, ScheduleConfig, TreeConfig
 from flowspec.core import SamplingParams, TokenLogprobs
 from flowspec.draft.base import Accepted, Draft
 from flowspec.draft.ngram import NgramSource
@@ -264,9 +264,8 @@ def test_a_long_prompt_in_many_chunks_gives_the_same_text(checkpoint_dir: Callab
 
 def test_requests_start_when_there_is_likely_room_and_grow(checkpoint_dir: Callable[[str], Path]) -> None:
     config = EngineConfig(kv_slots=500, likely_tokens=16)
-    tree = TreeConfig(size=8, min_probability=0.0)
     with engine_of(
-        checkpoint_dir("llama"), stages=2, in_process=True, schedule="ar", tree=tree, config=config, draft="none"
+        checkpoint_dir("llama"), stages=2, in_process=True, schedule="ar", config=config, draft="none"
     ) as engine:
         for _ in range(2):
             engine.submit(PROMPT, SamplingParams(engine.room(len(PROMPT))))
@@ -293,7 +292,7 @@ def test_who_has_to_give_way_goes_on_later_with_the_same_text(
         in_process=True,
         schedule=schedule,
         draft=directory / "draft" if draft == "eagle" else draft,
-        tree=TreeConfig(size=8, min_probability=0.0),
+        schedule_config=ScheduleConfig(flow=TreeConfig(size=8, min_probability=0.0)),
         config=config,
     ) as engine:
         started = [engine.submit(*job) for job in jobs]
@@ -323,7 +322,6 @@ def test_a_request_that_waits_to_go_on_can_be_cancelled(checkpoint_dir: Callable
         in_process=True,
         schedule="ar",
         draft="none",
-        tree=TreeConfig(size=8),
         config=config,
     ) as engine:
         jobs = [engine.submit(PROMPT, SamplingParams(180)) for _ in range(2)]

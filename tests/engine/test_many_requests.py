@@ -237,7 +237,7 @@ def test_a_request_that_can_never_fit_is_refused_and_one_that_does_not_fit_yet_w
     checkpoint_dir: Callable[[str], Path],
 ) -> None:
     with engine_of(
-        checkpoint_dir("llama"), stages=2, in_process=True, tree=TREE, schedule="ar", config=EngineConfig(kv_slots=330)
+        checkpoint_dir("llama"), stages=2, in_process=True, schedule="ar", config=EngineConfig(kv_slots=330)
     ) as engine:
         with pytest.raises(UsageError, match="KV caches"):
             engine.submit([1, 2, 3], SamplingParams(max_tokens=500))

@@ -17,7 +17,7 @@ import pytest
 
 from engines import engine_of
 from flowspec.cluster.connections import Trip
-from flowspec.config import EngineConfig, ServerConfig, TreeConfig
+from flowspec.config import EngineConfig, ScheduleConfig, ServerConfig, TreeConfig
 from flowspec.core import SamplingParams
 from flowspec.engine.job import Job
 from flowspec.engine.observer import Observer
@@ -71,7 +71,7 @@ class Page:
 @asynccontextmanager
 async def served(directory: Path, schedule: str = "flow", **options: Any) -> AsyncIterator[tuple[Service, Feed]]:
     feed = Feed(["kitchen", "attic"])
-    options = {"stages": 2, "in_process": True, "tree": TREE} | options
+    options = {"stages": 2, "in_process": True, "schedule_config": ScheduleConfig(flow=TREE)} | options
     engine = engine_of(directory, draft=directory / "draft", schedule=schedule, **options)
     service = Service(engine, max_waiting=100, stuck_after_s=ServerConfig.stuck_after_s)
     feed.watch(service, "tiny")
@@ -199,7 +199,12 @@ def test_nodes_that_died_in_flight_are_shown_once_more(checkpoint_dir: Callable[
 
     directory = checkpoint_dir("llama")
     with engine_of(
-        directory, draft=directory / "draft", stages=2, in_process=True, tree=TREE, schedule="flow"
+        directory,
+        draft=directory / "draft",
+        stages=2,
+        in_process=True,
+        schedule_config=ScheduleConfig(flow=TREE),
+        schedule="flow",
     ) as engine:
         engine.observe(Watcher())
         job = engine.submit(PROMPT_IDS, SamplingParams(max_tokens=NUM_TOKENS))

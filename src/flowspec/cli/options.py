@@ -18,7 +18,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from flowspec.cluster.device_list import DeviceList
-from flowspec.config import LinkConfig, PipelineConfig, TreeConfig
+from flowspec.config import LinkConfig, PipelineConfig, ScheduleConfig, TreeConfig
 from flowspec.core import Partition, SamplingParams
 from flowspec.errors import UsageError
 
@@ -150,19 +150,19 @@ class ModelOptions:
     def arguments(self) -> dict[str, Any]:
         """Of ``LLM`` and ``Engine``. Raises ``UsageError``."""
         depth = TreeConfig.depth if self.tree_depth is None else self.tree_depth
+        tree = TreeConfig(
+            top_k=self.tree_top_k,
+            depth=depth,
+            max_depth=2 * depth,
+            size=self.tree_size,
+            min_probability=self.min_probability,
+        )
         return {
             "model": "demo" if self.model is None else self.model,
             "draft": self.draft,
             "draft_dtype": self.draft_dtype.value,
             "schedule": self.schedule,
-            "tree": TreeConfig(
-                top_k=self.tree_top_k,
-                depth=depth,
-                max_depth=2 * depth,
-                size=self.tree_size,
-                min_probability=self.min_probability,
-            ),
-            "pipeline": PipelineConfig(segment_len=self.segment_len),
+            "schedule_config": ScheduleConfig(flow=tree, pipeline=PipelineConfig(segment_len=self.segment_len)),
         }
 
 

@@ -62,7 +62,7 @@ def serve(
         progress = TerminalProgress()
         feed = Feed(None if stage_options.devices is None else stage_options.devices.names)
         try:
-            with open_engine(EngineSpec(**arguments, config=engine_config), progress) as engine:
+            with open_engine(EngineSpec(**arguments, config=engine_config, progress=progress)) as engine:
                 progress.stop()
                 app = create_app(engine, config, feed, served_model_name)
                 url, name = listening.url, app.state.api.model

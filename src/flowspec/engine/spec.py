@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 
-from flowspec.config import EngineConfig, LinkConfig, PipelineConfig, ScheduleConfig, TreeConfig
+from flowspec.config import EngineConfig, LinkConfig, ScheduleConfig
 from flowspec.core import DraftDType, DType, Partition
 from flowspec.draft.base import DraftSource
 from flowspec.draft.catalogue import choose_draft
@@ -26,9 +26,10 @@ def untold(what: str, done: float) -> None:
 
 @dataclass(frozen=True)
 class EngineSpec:
-    """What ``llm.LLM`` is given; its docstring says what each field means."""
+    """What ``llm.LLM`` is given; its docstring says what each field means. They are declared here alone."""
 
     model: str | Path = DEMO
+    _: KW_ONLY
     draft: str | Path | DraftSource = "auto"
     draft_dtype: DraftDType = "auto"
     stages: int | None = None
@@ -37,15 +38,15 @@ class EngineSpec:
     schedule: str = AUTO
     dtype: DType = "float32"
     device: str = "cpu"
-    tree: TreeConfig = field(default_factory=TreeConfig)
-    pipeline: PipelineConfig = field(default_factory=PipelineConfig)
+    schedule_config: ScheduleConfig = field(default_factory=ScheduleConfig)
     link: LinkConfig = field(default_factory=LinkConfig)
     config: EngineConfig = field(default_factory=EngineConfig)
     hints: bool | None = None
     in_process: bool = False
+    progress: Progress = untold
 
 
-def open_engine(spec: EngineSpec, progress: Progress = untold) -> Engine:
+def open_engine(spec: EngineSpec) -> Engine:
     """Bring up the workers and what the driver needs. Nothing is left running when it raises.
 
     Raises ``UsageError`` for what the caller can mend, ``WorkerError`` when a worker fails.
@@ -62,9 +63,8 @@ def open_engine(spec: EngineSpec, progress: Progress = untold) -> Engine:
     pipeline = open_pipeline(where, draft_for_workers(draft) if hints and isinstance(draft, Path) else None)
     try:
         model = DriverModel.load(checkpoint, draft, spec.dtype, spec.device, spec.draft_dtype)
-        pipeline.await_ready(lambda done: progress("loading", done))
-        schedules = ScheduleConfig(flow=spec.tree, pipeline=spec.pipeline)
-        return Engine(pipeline, model, spec.schedule, schedules, spec.config)
+        pipeline.await_ready(lambda done: spec.progress("loading", done))
+        return Engine(pipeline, model, spec.schedule, spec.schedule_config, spec.config)
     except BaseException:
         pipeline.close()
         raise
