@@ -1,4 +1,4 @@
-"""Schedules x prompts on this machine as it is, in real time: runs of an ``LLM`` -> records."""
+"""Schedules x prompts in real time, on this machine or over workers elsewhere: runs of an ``LLM`` -> records."""
 
 from __future__ import annotations
 
@@ -63,8 +63,9 @@ def _run(llm: LLM, index: int, prompt: str, params: SamplingParams, schedule: st
         emissions.note(time.perf_counter() - start_s, len(token_ids))
         completion = chunk.completion
     assert completion is not None and llm.last_stats is not None
-    # On one machine the workers' clock is the driver's. The driver's own work is not measured.
-    spans, num_places = forward_spans(llm.last_stats, start_s), len(llm.partition) + 1
+    # Each worker has a clock of its own, unless it runs here. The driver's own work is not measured.
+    to_driver_s = {stage: trip.to_driver_s for stage, trip in llm.engine.pipeline.connections.trips.items()}
+    spans, num_places = forward_spans(llm.last_stats, start_s, to_driver_s), len(llm.partition) + 1
     num_bytes = completion.stats.link_bytes
     return RequestRecord.of(
         index, token_ids, emissions, llm.last_stats, spans, num_places, num_bytes, with_spans=True, start_s=start_s

@@ -84,6 +84,14 @@ class Trip:
     round_trip_s: float
     clock_offset_s: float  # the driver's clock less the worker's, at most half a round trip off
 
+    @property
+    def to_driver_s(self) -> float:
+        """What makes a time on the worker's clock one on the driver's.
+
+        Within half a round trip nobody can tell the two apart, and local processes share one: 0 then.
+        """
+        return self.clock_offset_s if abs(self.clock_offset_s) > self.round_trip_s / 2 else 0.0
+
 
 class Launcher(Protocol):
     """Who has the workers' processes: it has started them here, or knows where they run."""

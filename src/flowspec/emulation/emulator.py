@@ -142,7 +142,7 @@ class Emulator:
             generation.output_ids,
             emissions,
             generation.stats,
-            [*own, *forward_spans(generation.stats, start_s)],
+            [*own, *forward_spans(generation.stats, start_s, {})],  # all have one clock, the virtual one
             num_stages + 1,
             num_bytes,
             with_spans=True,

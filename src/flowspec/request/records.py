@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -109,13 +109,16 @@ class RequestRecord:
         return self.emissions.num_decoded
 
 
-def forward_spans(stats: Stats, start_s: float) -> list[Span]:
-    """What the workers say of the segments that came back, since ``start_s`` on their clock."""
-    return [
-        Span(timing.stage, timing.start_s - start_s, timing.end_s - start_s, "forward", timing.num_rows)
-        for timings in stats.timings
-        for timing in timings
-    ]
+def forward_spans(stats: Stats, start_s: float, to_driver_s: Mapping[int, float]) -> list[Span]:
+    """What the workers say of the segments that came back, since ``start_s`` on the driver's clock.
+
+    ``to_driver_s``: by stage, what makes a time on its clock one on the driver's; 0 where nothing is said.
+    """
+    spans: list[Span] = []
+    for timing in (timing for timings in stats.timings for timing in timings):
+        zero_s = start_s - to_driver_s.get(timing.stage, 0.0)  # of the request, on the worker's clock
+        spans.append(Span(timing.stage, timing.start_s - zero_s, timing.end_s - zero_s, "forward", timing.num_rows))
+    return spans
 
 
 @dataclass(frozen=True)

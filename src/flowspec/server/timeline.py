@@ -143,9 +143,7 @@ class Timeline:
 
 def _forward(timing: Timing, request: str | None, segment_id: int, trip: Trip | None) -> Span:
     """A prefill, until a fate is known."""
-    # Within half a round trip nobody can tell a clock from the driver's own, as that of a local process is.
-    has_own_clock = trip is not None and abs(trip.clock_offset_s) > trip.round_trip_s / 2
-    offset_s = trip.clock_offset_s if trip is not None and has_own_clock else 0.0
+    offset_s = 0.0 if trip is None else trip.to_driver_s
     start_s, end_s, rows = timing.start_s + offset_s, timing.end_s + offset_s, timing.num_rows
     span = Span(timing.stage, start_s, end_s, "forward", request, segment_id, rows, shared=timing.num_shared)
     return span._replace(accepted=rows, prefill=True)
