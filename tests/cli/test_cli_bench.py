@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -14,11 +14,13 @@ from command_line import Run, apart_from_progress
 from flowspec.bench.prompts import BUILT_IN_PROMPTS
 from flowspec.bench.study import check_same_tokens
 from flowspec.cli.options import ABLATION_NAMES, SCHEDULE_NAMES
+from flowspec.config import PUBLISHED_TREE, LockstepConfig, PipelineConfig, ScheduleConfig, TreeConfig
 from flowspec.emulation.experiment import TENSOR_PARALLEL
 from flowspec.errors import FlowspecError
 from flowspec.request.emissions import Emissions
 from flowspec.request.records import RequestRecord
 from flowspec.schedule.catalogue import ABLATIONS, AUTO, SCHEDULES
+from worker_process import WorkerProcess
 
 CLUSTER = str(Path(__file__).parents[2] / "clusters" / "7b-nano-150m.toml")
 SMALL = ("--num-prompts", "2", "--max-new-tokens", "16", "--jobs", "1")
@@ -268,13 +270,43 @@ def test_bench_without_a_cluster_runs_on_this_machine(run: Run, tmp_path: Path) 
     assert (of_temperature["cluster"], of_temperature["model"]) == (None, "demo")
     assert of_temperature["settings"] == {
         "max_new_tokens": 8, "temperature": 0, "num_prompts": 1, "repeats": 2, "draft": "auto", "int8_draft": False,
-        "partition": "0:4,4:8", "dtype": "float32", "device": "cpu", "int8_wire": False,
+        "schedule_config": asdict(ScheduleConfig()), "workers": None, "partition": "0:4,4:8", "dtype": "float32",
+        "device": "cpu", "int8_wire": False,
     }  # fmt: skip
     for result in of_temperature["results"]:
         assert result["num_tokens"] == 8 and result["tokens_per_s"] > 0 and result["link_bytes"] > 0
         assert len(result["stage_busy"]) == 2 and all(0 < share <= 1 for share in result["stage_busy"])
     for name in ("throughput", "accepted", "timeline"):
         assert is_png(out / f"{name}.png")
+
+
+def test_bench_runs_over_workers_elsewhere_with_trees_as_they_are_asked_for(
+    run: Run, checkpoint_dir: Callable[[str], Path], tmp_path: Path
+) -> None:
+    (tmp_path / "prompts.txt").write_text("t1 t4 t2\n")
+    worker = WorkerProcess()
+    try:
+        done = run(
+            "bench", "--model", str(checkpoint_dir("llama")), "--draft", "ngram", "--workers", worker.address,
+            "--prompts", str(tmp_path / "prompts.txt"), "--schedule", "ar,lockstep,flow", "--max-new-tokens", "8",
+            "--temperatures", "0", "--tree-top-k", "3", "--tree-depth", "4", "--tree-size", "20",
+            "--min-probability", "0.1", "--segment-len", "5", "--out", str(tmp_path),
+        )  # fmt: skip
+    finally:
+        worker.end()
+    assert done.code == 0, done.err
+    (of_temperature,) = json.loads((tmp_path / "results.json").read_bytes())["runs"]
+    settings = of_temperature["settings"]
+    assert (settings["workers"], settings["partition"]) == ([worker.address], "0:6")
+    asked = {"top_k": 3, "depth": 4, "max_depth": 8, "size": 21, "min_probability": 0.1}
+    assert settings["schedule_config"] == asdict(
+        ScheduleConfig(
+            flow=replace(TreeConfig(), **asked),
+            lockstep=LockstepConfig(replace(PUBLISHED_TREE, **asked)),
+            pipeline=PipelineConfig(segment_len=5),
+        )
+    )
+    assert all(0 < result["stage_busy"][0] <= 1 for result in of_temperature["results"])
 
 
 @pytest.mark.parametrize(
@@ -285,7 +317,11 @@ def test_bench_without_a_cluster_runs_on_this_machine(run: Run, tmp_path: Path) 
         (["--model", "synthetic"], "is for the simulator"),
         (["--schedule", "tp-galaxy"], "it runs in the simulator only"),
         (["--repeats", "0"], "--repeats is 0"),
-        ([CLUSTER, "--repeats", "2"], "--repeats is for this machine"),
+        ([CLUSTER, "--repeats", "2"], "--repeats is for runs in real time"),
+        ([CLUSTER, "--workers", "host:1"], "--workers is for runs in real time"),
+        (["--workers", "host:1", "--stages", "2"], "give one of --stages, --workers and --cluster"),
+        (["--no-prune"], "--no-prune is for the simulator"),
+        (["--tree-depth", "0"], "depth is 0"),
         (["--temperatures", "warm"], "is no comma list of numbers"),
         (["--temperatures", "0,0.0"], "names one twice"),
         (["--temperatures", "-1"], "temperature is -1.0"),

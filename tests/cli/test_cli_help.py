@@ -63,7 +63,7 @@ def test_an_option_has_one_name_wherever_it_is(run: Run) -> None:
     by_command = {command: options_of(run(command, "--help").out) for command in COMMANDS}
     for command in ("simulate", "bench", "emulate"):
         assert {"--draft", "--draft-dtype", "--seed", "--num-prompts"} <= by_command[command].keys()
-    assert {"--partition", "--dtype", "--device", "--int8-wire", "--timeout"} <= by_command["bench"].keys()
+    assert names(DEFAULT_MODEL) | names(DEFAULT_STAGE_OPTIONS) <= by_command["bench"].keys()
     assert names(DEFAULT_STAGE_OPTIONS) | names(DEFAULT_SAMPLING) <= by_command["demo"].keys()
 
 

@@ -5,26 +5,13 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flowspec.cli.options import (
-    DEFAULT_STAGE_OPTIONS,
-    Device,
-    DraftDtype,
-    Dtype,
-    DtypeOption,
-    Int8Wire,
-    PartitionOption,
-    StageOptions,
-    Stages,
-    Timeout,
-    Verbose,
-    changed,
-)
+from flowspec.cli.options import DEFAULT_STAGE_OPTIONS, DraftDtype, Dtype, StageOptions, Verbose, changed
 from flowspec.cli.study import (
     SYNTHETIC,
     StudyOptions,
@@ -36,7 +23,7 @@ from flowspec.cli.study import (
     wanted_prompts,
 )
 from flowspec.cli.terminal import TerminalProgress, errors_in_one_line, print_table, progress_bar, stdout
-from flowspec.config import EngineConfig
+from flowspec.config import EngineConfig, ScheduleConfig
 from flowspec.core import SamplingParams
 from flowspec.errors import UsageError
 
@@ -45,9 +32,9 @@ if TYPE_CHECKING:
     from flowspec.request.records import ScheduleResult
 
 _DEFAULTS = StudyOptions()
-# Options of a study that mean something on this machine too.
+# Options of a study that mean something in real time too.
 _HERE_TOO = {"--schedule", "--model", "--draft", "--draft-dtype", "--prompts", "--num-prompts", "--max-new-tokens"}
-_HERE_TOO |= {"--seed"}
+_HERE_TOO |= {"--seed", "--tree-top-k", "--tree-depth", "--tree-size", "--min-probability", "--segment-len"}
 
 
 def bench(
@@ -55,19 +42,14 @@ def bench(
         str | None,
         typer.Argument(
             metavar="CLUSTER.toml",
-            help="Simulate this cluster; without one, run on this machine.",
+            help="Simulate this cluster; without one, run in real time, here or over --workers.",
             show_default=False,
         ),
     ] = None,
     options: StudyOptions = _DEFAULTS,
     temperatures: Annotated[str, typer.Option(help="Comma list; 0 is greedy.")] = "0,1",
-    stages: Stages = None,
-    partition: PartitionOption = None,
-    dtype: DtypeOption = Dtype.float32,
-    device: Device = "cpu",
-    int8_wire: Int8Wire = False,
-    timeout: Timeout = DEFAULT_STAGE_OPTIONS.timeout,
-    repeats: Annotated[int, typer.Option(help="Runs of each prompt on this machine; the median one is kept.")] = 1,
+    stage_options: StageOptions = DEFAULT_STAGE_OPTIONS,
+    repeats: Annotated[int, typer.Option(help="Runs of each prompt in real time; the median one is kept.")] = 1,
     out: Annotated[Path, typer.Option(help="Where the files go.", metavar="DIR")] = Path("bench-results"),
     sweep: Annotated[
         bool, typer.Option("--sweep", help="Vary the cluster's bandwidth, latency and stages too.")
@@ -78,18 +60,15 @@ def bench(
     ] = None,
     verbose: Verbose = False,
 ) -> None:
-    """Measure schedules, simulated or on this machine."""
+    """Measure schedules, simulated or in real time."""
     with errors_in_one_line(verbose), progress_bar() as progress:
-        all_temperatures = _temperatures(temperatures)
-        stage_options = StageOptions(
-            stages=stages, partition=partition, dtype=dtype, device=device, int8_wire=int8_wire, timeout=timeout
-        )
+        all_temperatures, stages = _temperatures(temperatures), stage_options.stages
         if cluster_file is not None:
             here_only = ["--repeats"] * (repeats != 1) + changed(
                 replace(stage_options, stages=None), DEFAULT_STAGE_OPTIONS
             )
             if here_only:
-                raise UsageError(f"{here_only[0]} is for this machine, in real time; leave it or the cluster file out")
+                raise UsageError(f"{here_only[0]} is for runs in real time; leave it or the cluster file out")
             study = options.study(cluster_file, stages)
             title = options.title(study, stages, "temperature")
             output = _Output(out, trace, title, study.experiment.cluster.name, study.pair.name)
@@ -133,12 +112,15 @@ def _bench_simulated(
 
 @dataclass(frozen=True)
 class _Here:
-    """What is measured on this machine."""
+    """What is measured in real time, on this machine or over workers elsewhere."""
 
     model: str
     draft: str
     draft_dtype: DraftDtype
     stage_options: StageOptions
+    arguments: dict[str, Any]  # of ``LLM``, by ``stage_options``
+    schedule_config: ScheduleConfig
+    trees: list[str]  # what is to be said of them
     schedules: list[str]
     prompts: list[str]
     params: SamplingParams
@@ -156,6 +138,9 @@ class _Here:
             "auto" if options.draft is None else options.draft,
             options.draft_dtype,
             stage_options,
+            stage_options.arguments(),
+            options.schedule_config(),
+            options.tree_title(),
             schedule_names(options.schedule, is_simulated=False),
             wanted_prompts(model, options.prompts, options.num_prompts, params.seed or 0),
             params,
@@ -164,13 +149,15 @@ class _Here:
 
     @property
     def title(self) -> str:
-        parts = [self.model, "this machine", counts(len(self.prompts), self.params)]
+        workers = self.arguments["workers"]
+        where = "this machine" if workers is None else f"{len(workers)} workers"
+        parts = [self.model, where, counts(len(self.prompts), self.params)]
         parts += [self.stage_options.dtype.value] * (self.stage_options.dtype != Dtype.float32)
         parts += ["draft in int8"] * (self.draft_dtype == DraftDtype.int8)
         parts += ["int8 between the workers"] * self.stage_options.int8_wire
         parts += [f"{self.stage_options.stages} stages"] * (self.stage_options.stages is not None)
-        parts += [f"layers {self.stage_options.partition}"] * (self.stage_options.partition is not None)
-        return ", ".join(parts)
+        parts += [f"layers {self.arguments['partition']}"] * (self.arguments["partition"] is not None)
+        return ", ".join(parts + self.trees)
 
 
 def _bench_here(output: _Output, here: _Here, temperatures: Sequence[float], progress: TerminalProgress) -> None:
@@ -183,9 +170,10 @@ def _bench_here(output: _Output, here: _Here, temperatures: Sequence[float], pro
         here.model,
         draft=here.draft,
         draft_dtype=here.draft_dtype.value,
+        schedule_config=here.schedule_config,
         config=config,
         progress=progress,
-        **here.stage_options.arguments(),
+        **here.arguments,
     ) as llm:
         progress.stop()
         settings = {
@@ -194,6 +182,8 @@ def _bench_here(output: _Output, here: _Here, temperatures: Sequence[float], pro
             "repeats": here.repeats,
             "draft": here.draft,
             "int8_draft": here.draft_dtype == DraftDtype.int8,
+            "schedule_config": asdict(here.schedule_config),
+            "workers": here.arguments["workers"],
             "partition": str(llm.partition),
             "dtype": here.stage_options.dtype.value,
             "device": here.stage_options.device,

@@ -86,7 +86,15 @@ Temperature = Annotated[
 Seed = Annotated[
     int | None, typer.Option(help="The same seed gives the same text, or the same figures.", show_default="a new one")
 ]
+TreeTopK = Annotated[int | None, typer.Option(help="Children drafted for a node.", show_default=f"{TreeConfig.top_k}")]
 TreeDepth = Annotated[int | None, typer.Option(help="Levels drafted at once.", show_default=f"{TreeConfig.depth}")]
+MinProbability = Annotated[
+    float | None,
+    typer.Option(
+        help="Guesses that are reached less often, by the draft's own score, are not sent.",
+        show_default=f"{TreeConfig.min_probability} for flow, 0 for the others",
+    ),
+]
 SegmentLen = Annotated[int, typer.Option(help="Nodes in one segment of flow at most; 0: by the devices' costs.")]
 ClusterFile = Annotated[str, typer.Argument(metavar="CLUSTER.toml", help="A described cluster; see clusters/.")]
 ScheduleNames = Annotated[
@@ -137,26 +145,18 @@ class ModelOptions:
     ] = "auto"
     draft_dtype: DraftDtypeOption = DraftDtype.auto
     schedule: Schedule = "auto"
-    tree_top_k: Annotated[int, typer.Option(help="Children drafted for a node.")] = TreeConfig.top_k
+    tree_top_k: TreeTopK = TreeConfig.top_k
     tree_depth: TreeDepth = TreeConfig.depth
     tree_size: Annotated[int, typer.Option(help="Nodes of the draft tree at most, the root included.")] = (
         TreeConfig.size
     )
-    min_probability: Annotated[
-        float, typer.Option(help="Guesses that are reached less often, by the draft's own score, are not sent.")
-    ] = TreeConfig.min_probability
+    min_probability: MinProbability = TreeConfig.min_probability
     segment_len: SegmentLen = PipelineConfig.segment_len
 
     def arguments(self) -> dict[str, Any]:
         """Of ``LLM`` and ``Engine``. Raises ``UsageError``."""
-        depth = TreeConfig.depth if self.tree_depth is None else self.tree_depth
-        tree = TreeConfig(
-            top_k=self.tree_top_k,
-            depth=depth,
-            max_depth=2 * depth,
-            size=self.tree_size,
-            min_probability=self.min_probability,
-        )
+        changes = tree_changes(self.tree_top_k, self.tree_depth, self.tree_size, self.min_probability)
+        tree = TreeConfig(**changes)
         return {
             "model": "demo" if self.model is None else self.model,
             "draft": self.draft,
@@ -286,6 +286,17 @@ def _logit_bias(text: str) -> tuple[int, float]:
         return int(token_id), float(bias)
     except ValueError:
         raise UsageError(f"--logit-bias {text!r} is not ID:BIAS, as in 198:-100") from None
+
+
+def tree_changes(
+    top_k: int | None, depth: int | None, size: int | None, min_probability: float | None
+) -> dict[str, Any]:
+    """Fields of ``TreeConfig``: what was given of the tree options. ``size``: the root included."""
+    max_depth = None if depth is None else 2 * depth
+    changes = {
+        "top_k": top_k, "depth": depth, "max_depth": max_depth, "size": size, "min_probability": min_probability,
+    }  # fmt: skip
+    return {name: value for name, value in changes.items() if value is not None}
 
 
 def flag(name: str) -> str:

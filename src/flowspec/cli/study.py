@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,6 +15,7 @@ from flowspec.cli.options import (
     DraftDtype,
     DraftDtypeOption,
     MaxNewTokens,
+    MinProbability,
     NumPrompts,
     PromptsFile,
     RealDraft,
@@ -22,6 +23,8 @@ from flowspec.cli.options import (
     Seed,
     SegmentLen,
     TreeDepth,
+    TreeTopK,
+    tree_changes,
 )
 from flowspec.config import PUBLISHED_TREE, LockstepConfig, PipelineConfig, ScheduleConfig, TreeConfig
 from flowspec.core import SamplingParams
@@ -69,6 +72,7 @@ class StudyOptions:
     no_expand: Annotated[bool, typer.Option("--no-expand", help="lockstep does not let its tree grow in flight.")] = (
         False
     )
+    tree_top_k: TreeTopK = None
     tree_depth: TreeDepth = None
     tree_size: Annotated[
         int | None,
@@ -77,6 +81,7 @@ class StudyOptions:
             show_default=f"{TreeConfig.size - 1} for flow, {PUBLISHED_TREE.size - 1} for the others",
         ),
     ] = None
+    min_probability: MinProbability = None
     segment_len: SegmentLen = PipelineConfig.segment_len
     jobs: Annotated[int | None, typer.Option(help="Processes that simulate.", show_default="the usable cores")] = None
     bandwidth: Annotated[
@@ -115,7 +120,7 @@ class StudyOptions:
             raise UsageError(f"--jobs is {self.jobs}; it must be at least 1")
         if not (math.isfinite(self.delay) and self.delay >= 0):
             raise UsageError(f"--delay is {self.delay:g}; it must be 0 or positive")
-        config, cluster = self._schedule_config(), self._cluster(cluster_file, stages)
+        config, cluster = self.schedule_config(), self._cluster(cluster_file, stages)
         names = schedule_names(self.schedule, is_simulated=True)
         if (self.no_score_order or self.no_prune or self.no_expand) and "lockstep" not in names:
             raise UsageError("--no-score-order, --no-prune and --no-expand are for lockstep, which is not to run")
@@ -168,14 +173,23 @@ class StudyOptions:
             "bandwidth": self.bandwidth and f"bandwidth {self.bandwidth:g} Mbps",
             "latency": self.latency is not None and f"latency {self.latency:g} ms",
             "stages": stages and f"{stages} stages",
-            "depth": self.tree_depth and f"tree depth {self.tree_depth}",
-            "size": self.tree_size and f"tree size {self.tree_size}",
-            "segments": self.segment_len and f"segments of at most {self.segment_len}",
+            "tree": ", ".join(self.tree_title()),
             "delay": self.delay and f"messages late by up to {self.delay:g} ms",
             "slow": slowdown
             and f"worker {slowdown.worker} {slowdown.times:g} times as slow from {slowdown.from_s:g} s on",
         }
         return ", ".join(part for name, part in parts.items() if part and name != varied)
+
+    def tree_title(self) -> list[str]:
+        """What a plot shows of trees and segments that are not as the defaults have them."""
+        parts = {
+            "{} children a node": self.tree_top_k,
+            "tree depth {}": self.tree_depth,
+            "tree size {}": self.tree_size,
+            "guesses of {:g} and more": self.min_probability,
+            "segments of at most {}": self.segment_len or None,
+        }
+        return [text.format(value) for text, value in parts.items() if value is not None]
 
     def _cluster(self, file: str, stages: int | None) -> ClusterDescription:
         from flowspec.emulation.description import ClusterDescription
@@ -187,14 +201,12 @@ class StudyOptions:
             cluster = cluster.with_bandwidth(self.bandwidth)
         return cluster if self.latency is None else cluster.with_latency(self.latency)
 
-    def _schedule_config(self) -> ScheduleConfig:
-        changes: dict[str, Any] = {}
-        if self.tree_depth is not None:
-            changes |= {"depth": self.tree_depth, "max_depth": 2 * self.tree_depth}
-        if self.tree_size is not None:
-            if self.tree_size < 1:
-                raise UsageError(f"--tree-size is {self.tree_size}; it must be positive")
-            changes["size"] = self.tree_size + 1
+    def schedule_config(self) -> ScheduleConfig:
+        """A comparison changes all trees; what is not given stays as each schedule has it. Raises ``UsageError``."""
+        if self.tree_size is not None and self.tree_size < 1:
+            raise UsageError(f"--tree-size is {self.tree_size}; it must be positive")
+        size = None if self.tree_size is None else self.tree_size + 1
+        changes = tree_changes(self.tree_top_k, self.tree_depth, size, self.min_probability)
         return ScheduleConfig(
             flow=replace(TreeConfig(), **changes),
             lockstep=LockstepConfig(
