@@ -8,7 +8,7 @@ each verification yielded, and ``segment_rows``, the rows of each segment as sen
 empty segment. Without FILE it is the one of the tests.
 
 Both sides are compared up to the verification that brings 60 tokens, since a run's end depends on how it is stopped. In
-the table, ours / theirs. Ends with 1 where anything differs.
+the table, ours / theirs. Ends with 1 where anything differs, and with 2 where FILE cannot be used.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from flowspec.emulation.checkpoint_pair import CheckpointPair
 from flowspec.emulation.description import ClusterDescription
 from flowspec.emulation.experiment import Experiment
 from flowspec.emulation.simulator import simulate
+from flowspec.errors import UsageError
 from flowspec.request.generation import Generation
 from flowspec.schedule.base import Schedule
 from flowspec.schedule.pace import Pace
@@ -155,13 +156,35 @@ def compare(pair: Pair, schedule: str, records: Sequence[dict[str, Any]]) -> tup
     return row, mine == other
 
 
+def read_records(path: Path, num_prompts: int | None) -> list[dict[str, Any]]:
+    """Raises ``UsageError``."""
+    if num_prompts is not None and num_prompts < 1:
+        raise UsageError(f"--prompts is {num_prompts}; it must be at least 1")
+    try:
+        records = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror or error}; leave it out for that of the tests") from None
+    except ValueError as error:
+        raise UsageError(f"{path} is no JSON file ({error}); write it as this script's text says") from None
+    needed = {"prompt_ids", *SCHEDULES}
+    is_list = isinstance(records, list) and len(records) > 0
+    if not is_list or not all(isinstance(record, dict) and needed <= record.keys() for record in records):
+        keys = ", ".join(sorted(needed))
+        raise UsageError(f"{path} is no list of objects with {keys}; write it as this script's text says")
+    return records[:num_prompts]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("file", nargs="?", type=Path, default=GOLDEN, help="what the published code did")
     parser.add_argument("--prompts", type=int, help="only so many of its prompts")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    records = json.loads(arguments.file.read_text(encoding="utf-8"))[: arguments.prompts]
+    try:
+        records = read_records(arguments.file, arguments.prompts)
+    except UsageError as error:
+        print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
     pair = Pair()
     compared = [compare(pair, schedule, records) for schedule in SCHEDULES]
     headers = ["schedule", "same steps", "same rows", "empty segments", "rows", "tokens per verified segment"]

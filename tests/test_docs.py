@@ -37,6 +37,13 @@ ROOT = Path(__file__).parent.parent
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 TIMEOUT_S = 120
 
+FIGURES = ROOT / "docs" / "RESULTS.md"
+RUN_SMALL_BY = {  # the scripts whose figures it has, the simulated ones apart
+    "demo_speed.py": "test_demo.py",
+    "overhead.py": "test_demo.py",
+    "stage_memory.py": "model/test_loader.py",
+}
+
 # What stands for what the text says.
 REPLACED = {
     "/models/llama": "Llama-3.2-3B",
@@ -211,19 +218,57 @@ def start_in_background(house: House, run: Run, words: list[str]) -> None:
 
 
 def check_script(house: House, run: Run, words: list[str]) -> None:
-    """The script is there and knows the arguments; it is not run, since it takes minutes."""
+    """The script is there and knows the arguments. It takes minutes: where figures are its own, a test has it small."""
     script, *arguments = words
-    if arguments[1:] == ["NAME"]:  # stands for one that the same page names
-        arguments[1] = "ablation"
+    if Path(script).name in RUN_SMALL_BY:
+        assert Path(script).name in (ROOT / "tests" / RUN_SMALL_BY[Path(script).name]).read_text(encoding="utf-8")
+    elif script in FIGURES.read_text(encoding="utf-8"):
+        pytest.fail(f"{FIGURES.name} has figures of {script}, which no test runs in a small size; write one")
     printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), pytest.raises(SystemExit) as end:
+        run_script(script, *arguments, "--help")
+    assert end.value.code == 0 and "usage:" in printed.getvalue()
+
+
+def run_results(house: House, run: Run, words: list[str]) -> None:
+    """Each section on one cluster, from a prompt or two of two tokens; rivals are searched over few settings."""
+    script, *arguments = words
+    sizes = ("--num-prompts", "1", "--max-new-tokens", "2", "--jobs", "1")  # instead of what the command says
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str((ROOT / script).parent))
+        lab, tuning, page = (importlib.import_module(f"simulated.{name}") for name in ("lab", "tuning", "page"))
+        for name in ("fair", "flow", "rivals", "whole"):
+            patch.setattr(f"simulated.{name}.all_clusters", lambda: [lab.cluster(lab.NANO_7B)])
+        for table in ("rivals.DRAWN", "sensitivity.CLUSTERS"):
+            patch.setattr(f"simulated.{table}", (lab.NANO_7B,))
+        spaces = {name: {setting: values[:1] for setting, values in own.items()} for name, own in tuning.SPACES.items()}
+        patch.setattr(tuning, "SPACES", spaces)
+        patch.setattr(tuning, "NUM_TOKENS", 4)
+        patch.setattr(tuning, "NUM_TEXTS", 1)
+        if arguments == ["--only", "NAME"]:  # stands for each that has no command of its own
+            own = {
+                shlex.split(block.text, comments=True)[3] for block in commands() if f"{script} --only" in block.text
+            }
+            sections = [name for name in page.SECTIONS if name not in own]
+        else:
+            sections = arguments[1:2]
+            assert arguments[0] == "--only" and arguments[2:] in ([], ["--num-prompts", arguments[-1]])
+        out = house.place / "figures"
+        run_script(script, *(word for name in sections for word in ("--only", name)), *sizes, "--out", str(out))
+    written = (out / "RESULTS.md").read_text(encoding="utf-8")
+    for name in sections:
+        section = written.partition(f"<!-- section: {name} -->\n### {page.SECTIONS[name][0]}\n")[2]
+        assert re.search(r"^(\| .* \||!\[.*\))$", section.partition("<!-- section: ")[0], re.MULTILINE), name
+
+
+def run_script(script: str, *arguments: str) -> None:
+    """In this process."""
     argv, path = sys.argv, sys.path
     try:
-        sys.argv, sys.path = [script, *arguments, "--help"], [str((ROOT / script).parent), *path]
-        with contextlib.redirect_stdout(printed), pytest.raises(SystemExit) as end:
-            runpy.run_path(str(ROOT / script), run_name="__main__")
+        sys.argv, sys.path = [script, *arguments], [str((ROOT / script).parent), *path]
+        runpy.run_path(str(ROOT / script), run_name="__main__")
     finally:
         sys.argv, sys.path = argv, path
-    assert end.value.code == 0 and "usage:" in printed.getvalue()
 
 
 def run_module(house: House, run: Run, words: list[str]) -> None:
@@ -252,6 +297,7 @@ RULES: dict[str, Rule] = {
     r"flowspec (serve|worker) .*--(model|listen)": start_in_background,
     r"flowspec [\w-]+$|flowspec .*--help$": run_help,  # a mention of a command
     r"flowspec ": run_flowspec,
+    r"python benchmarks/results.py": run_results,
     r"python benchmarks/": check_script,
     r"python -m tests\.": run_module,
     r"make [\w-]+$": check_target,

@@ -74,3 +74,33 @@ def test_the_benchmark_says_how_far_they_agree(
     wrong[0]["lockstep"]["segment_rows"][3] += 1
     code, table = run(wrong)
     assert code == 1 and table.count("1 of 1") == 3 and table.count("0 of 1") == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "more", "message"),
+    [
+        (None, (), "cannot read {path}: No such file or directory"),
+        ("no json", (), "{path} is no JSON file"),
+        ("{}", (), "{path} is no list of objects with chunked, lockstep, prompt_ids"),
+        ("[]", (), "{path} is no list of objects"),
+        ('[{"prompt_ids": [1]}]', (), "{path} is no list of objects"),
+        ("[]", ("--prompts", "0"), "--prompts is 0; it must be at least 1"),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_one_line_and_exit_code_2(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    text: str | None,
+    more: tuple[str, ...],
+    message: str,
+) -> None:
+    path, script = tmp_path / "records.json", load_script()
+    if text is not None:
+        path.write_text(text)
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), str(path), *more])
+    with pytest.raises(SystemExit) as end:
+        script.main()
+    printed = capsys.readouterr()
+    assert (end.value.code, printed.out, printed.err.count("\n")) == (2, "", 1)
+    assert message.format(path=path) in printed.err
