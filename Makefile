@@ -18,7 +18,7 @@ $(STAMP): pyproject.toml constraints.txt
 	  { echo "flowspec needs Python >= 3.10; set PYTHON=/path/to/python3" >&2; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV) (a few minutes the first time)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cpu,dev]'
 	@touch $@
 
 demo: setup
@@ -52,7 +52,7 @@ fuzz: setup
 test-newest: pyproject.toml
 	$(PYTHON) -m venv $(NEWEST)
 	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check --extra-index-url $(TORCH_INDEX) \
-	  --upgrade --upgrade-strategy eager -e '.[dev]'
+	  --upgrade --upgrade-strategy eager -e '.[cpu,dev]'
 	$(NEWEST)/bin/python -m pip list --disable-pip-version-check
 	$(NEWEST)/bin/python -m pytest $(TESTS)
 

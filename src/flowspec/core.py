@@ -15,6 +15,7 @@ from flowspec.errors import FieldError, UsageError
 
 DType = Literal["float32", "bfloat16", "float16"]
 DraftDType = Literal["auto", "int8"]  # auto: the model's
+Weights = Literal["auto", "float", "int8", "int4"]  # of linear layers; float: in the dtype; auto: by the model's files
 FinishReason = Literal["stop", "length"]
 
 

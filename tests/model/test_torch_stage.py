@@ -17,6 +17,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from flowspec.core import DType, Partition
+from flowspec.model import forward_rows
+from flowspec.model.forward_rows import masks_of
 from flowspec.model.loader import Checkpoint
 from flowspec.model.slots import SlotTable
 from flowspec.model.stage import Part, forward
@@ -205,18 +207,16 @@ def test_a_missing_window_would_be_noticed(windowed: Reference, tmp_path: Path) 
 def test_a_window_over_slots_instead_of_positions_would_be_noticed(
     windowed: Reference, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    masks = TorchStage._masks
-
-    def by_slot(stage: TorchStage, part: Part) -> Any:
+    def by_slot(part: Part, window: int | None, device: torch.device) -> Any:
         table = part.cache.slots
         positions, table.positions = table.positions, np.arange(table.capacity)
-        mask = masks(stage, part)
+        mask = masks_of(part, window, device)
         table.positions = positions
         return mask
 
     pipeline = Pipeline(windowed, "0:6", random_tokens(20, seed=3))
     pipeline.run([(1000, -1, 5), *((1001 + i, 1000, i) for i in range(8))])
-    monkeypatch.setattr(TorchStage, "_masks", by_slot)
+    monkeypatch.setattr(forward_rows, "masks_of", by_slot)
     assert pipeline.run([(1010, 1001, 5)]) > 1000 * TOLERANCE
 
 

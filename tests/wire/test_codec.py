@@ -122,7 +122,7 @@ def test_every_message_to_a_worker_survives_the_wire(message: Message) -> None:
         Loading(0.5),
         Ready(1, 1000, 2000),
         Hint(5, 0, [3, 7], [[1, 2], [9, 8]], [[-0.5, -1.0], [-0.25, -4.0]]),
-        Ready(1, 1000, 2000, [(1, 0.125), (2, 0.25)], 1e6, 0.01),
+        Ready(1, 1000, 2000, [(1, 0.125), (2, 0.25)], 1e6, 64, 1000),
         Closed(5, 0),
         Broken(5, 0, 2, "4:8", [3, 7]),
         Failed(5, 0, 2, "no memory", "trace"),

@@ -157,8 +157,7 @@ def test_flow_with_measured_costs_gives_the_text_of_plain_decoding(
             assert seconds[0] > 0
         first, last = llm.engine.pipeline.ready
         assert first.link_bytes_per_s is not None and first.link_bytes_per_s > 0
-        assert first.link_latency_s is not None and first.link_latency_s > 0
-        assert last.link_bytes_per_s is None and last.link_latency_s is None
+        assert last.link_bytes_per_s is None
         flow, plain = (llm.generate(PROMPT_IDS, params, schedule=name) for name in ("flow", "ar"))
     assert flow.token_ids == plain.token_ids
     assert flow.stats.drafted > 0

@@ -46,6 +46,13 @@ class DraftDtype(str, Enum):
     int8 = "int8"
 
 
+class WeightsChoice(str, Enum):
+    auto = "auto"
+    float = "float"
+    int8 = "int8"
+    int4 = "int4"
+
+
 # --- single options ---
 
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Log more, and show tracebacks.")]
@@ -67,6 +74,13 @@ PartitionOption = Annotated[
     str | None, typer.Option(help="The stages' layer ranges instead, as 0:4,4:8.", show_default="even")
 ]
 DtypeOption = Annotated[Dtype, typer.Option(help="Type of weights and arithmetic; float32 is exact.")]
+WeightsOption = Annotated[
+    WeightsChoice,
+    typer.Option(
+        help="Of the layers' matrices: int8 and int4 are fast on a CPU, and exact whatever the schedule; float is of "
+        "--dtype; auto takes integers for quantised files.",
+    ),
+]
 Int8Wire = Annotated[
     bool,
     typer.Option("--int8-wire", help="Send hidden states between workers in int8: for slow links; not bit-exact."),
@@ -138,7 +152,7 @@ class ModelOptions:
 
     model: Annotated[
         str | None,
-        typer.Option(help="A model directory, a hub name (owner/model), or 'demo'.", show_default="demo"),
+        typer.Option(help="A model directory, a .gguf file, a hub name (owner/model), or 'demo'.", show_default="demo"),
     ] = None
     draft: Annotated[
         str, typer.Option(help="auto, none, ngram, or the directory of an EAGLE head that fits the model.")
@@ -182,6 +196,7 @@ class StageOptions:
         str | None,
         typer.Option(metavar="FILE.toml", help="A file that lists the workers; see the README."),
     ] = None
+    weights: WeightsOption = WeightsChoice.auto
     dtype: DtypeOption = Dtype.float32
     device: Device = "cpu"
     int8_wire: Int8Wire = False
@@ -205,6 +220,7 @@ class StageOptions:
             "stages": self.stages,
             "partition": partition,
             "workers": workers,
+            "weights": self.weights.value,
             "dtype": self.dtype.value,
             "device": self.device,
             "link": LinkConfig(start_timeout_s=self.timeout, stall_timeout_s=self.timeout, int8_wire=self.int8_wire),

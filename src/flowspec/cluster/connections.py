@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import zmq
 
 from flowspec.config import LinkConfig
-from flowspec.core import DType, Partition
+from flowspec.core import DType, Partition, Weights
 from flowspec.errors import FlowspecError, UsageError, WorkerError
 from flowspec.wire.actor import Route, Send
 from flowspec.wire.messages import (
@@ -171,6 +171,7 @@ class RemoteConnections:
         dtype: DType,
         emulation: Emulation | None = None,
         hints: str | None = None,
+        weights: Weights = "float",
     ) -> None:
         """Tell every worker which stage to load, whom to pass it on to, what device to play, and where hints are."""
         addresses = self._launcher.addresses
@@ -188,6 +189,7 @@ class RemoteConnections:
                     emulation,
                     hints,
                     self._config.int8_wire,
+                    weights,
                 )
             )
 

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from flowspec.cluster.connections import LoadProgress, Trip
-from flowspec.core import DType, Partition
+from flowspec.core import DType, Partition, Weights
+from flowspec.model.backends import load_stage
 from flowspec.model.hint_head import load_hinter
 from flowspec.model.loader import Checkpoint
-from flowspec.model.torch_stage import TorchStage
 from flowspec.wire.actor import Send
 from flowspec.wire.messages import Ready, ToDriver
 from flowspec.wire.transport import DRIVER, InprocNetwork
@@ -21,12 +21,18 @@ class InprocConnections:
     """The driver's side of workers without parallelism and sockets; for tests and for debugging."""
 
     def __init__(
-        self, checkpoint: Checkpoint, partition: Partition, dtype: DType, device: str, hints: str | None = None
+        self,
+        checkpoint: Checkpoint,
+        partition: Partition,
+        dtype: DType,
+        device: str,
+        hints: str | None = None,
+        weights: Weights = "float",
     ) -> None:
         self.workers: list[Worker] = []
         for index, layers in enumerate(partition.stages, start=1):
             hinter = None if hints is None else load_hinter(hints, checkpoint, layers.end, dtype, device)
-            stage = TorchStage.load(checkpoint, layers, dtype, device)
+            stage = load_stage(checkpoint, layers, dtype, weights, device)
             self.workers.append(Worker(stage, index, time.perf_counter, hinter=hinter, layers=str(layers)))
         self._network = InprocNetwork(len(partition))
 

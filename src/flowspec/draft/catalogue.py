@@ -10,11 +10,10 @@ from flowspec.draft.base import DraftSource
 from flowspec.draft.eagle import EagleSource
 from flowspec.draft.ngram import NgramSource
 from flowspec.errors import UsageError
-from flowspec.model.demo_pair import DEMO, demo_draft_directory
 from flowspec.model.eagle_head import EagleHead
 from flowspec.model.int8 import Int8TargetHead, quantize_head
 from flowspec.model.loader import Checkpoint
-from flowspec.model.target_head import TargetHead
+from flowspec.model.target_head import LogitsHead, TargetHead
 
 # A head's directory, or the caller's own source.
 ChosenDraft: TypeAlias = Literal["none", "ngram"] | Path | DraftSource
@@ -47,7 +46,7 @@ def _find_draft(checkpoint: Checkpoint, draft: str | Path | DraftSource) -> Chos
         case "ngram":
             return "ngram"
         case "auto":
-            own = demo_draft_directory() if checkpoint.name == DEMO else Path(checkpoint.name) / "draft"
+            own = checkpoint.draft_directory
             return own if (own / "config.json").is_file() else "ngram"
         case name:
             directory = Path(name).expanduser()
@@ -59,7 +58,7 @@ def _find_draft(checkpoint: Checkpoint, draft: str | Path | DraftSource) -> Chos
 def load_draft(
     chosen: ChosenDraft,
     checkpoint: Checkpoint,
-    head: TargetHead,
+    head: LogitsHead,
     dtype: DType,
     device: str,
     is_coupled: bool = True,
@@ -81,6 +80,9 @@ def load_draft(
             if draft_dtype == "auto":
                 return EagleSource(eagle_head, head, is_coupled)
             quantize_head(eagle_head)
-            return EagleSource(eagle_head, Int8TargetHead(head.weight), is_coupled)
+            cheaper = (
+                Int8TargetHead(head.weight) if isinstance(head, TargetHead) else head
+            )  # that is in integers itself
+            return EagleSource(eagle_head, cheaper, is_coupled)
         case _:
             return chosen

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from flowspec.chat_template import ChatTemplate
-from flowspec.core import DraftDType, DType
+from flowspec.core import DraftDType, DType, Weights
 from flowspec.draft.base import DraftSource
 from flowspec.draft.catalogue import ChosenDraft, load_draft
+from flowspec.model.backends import load_head
 from flowspec.model.loader import Checkpoint
-from flowspec.model.target_head import TargetHead
+from flowspec.model.target_head import LogitsHead
 from flowspec.text import Vocabulary
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ class DriverModel:
     vocabulary: Vocabulary
     chat_template: ChatTemplate
     turn_end_ids: frozenset[int]  # tokens that end an answer
-    head: TargetHead
+    head: LogitsHead
     source: DraftSource | None  # ``None``: nothing is drafted
 
     @classmethod
@@ -37,11 +38,12 @@ class DriverModel:
         dtype: DType = "float32",
         device: str = "cpu",
         draft_dtype: DraftDType = "auto",
+        weights: Weights = "float",
     ) -> DriverModel:
         """Raises ``ModelError`` and ``UsageError`` for files that cannot be used."""
         tokenizer = checkpoint.load_tokenizer()
         template = ChatTemplate(tokenizer, checkpoint.title)
-        head = TargetHead(checkpoint.load_lm_head(dtype, device))
+        head = load_head(checkpoint, dtype, weights, device)
         source = load_draft(draft, checkpoint, head, dtype, device, draft_dtype=draft_dtype)
         # Configs, tokenizer and template of a fine-tune often say different ones.
         own = tokenizer.eos_token_id

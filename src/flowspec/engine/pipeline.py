@@ -14,7 +14,7 @@ from flowspec.cluster.connections import Connections, LoadProgress, RemoteConnec
 from flowspec.cluster.inproc import InprocConnections
 from flowspec.cluster.local import LocalProcesses, local_threads, num_cores
 from flowspec.config import EngineConfig, LinkConfig
-from flowspec.core import DType, Partition
+from flowspec.core import DType, Partition, Weights
 from flowspec.errors import UsageError
 from flowspec.model.loader import Checkpoint
 from flowspec.schedule.pace import MeasuredCosts
@@ -33,6 +33,7 @@ class PipelineSpec:
     in_process: bool = False  # no processes at all: every worker in this one
     dtype: DType = "float32"
     device: str = "cpu"  # of workers that are started here
+    weights: Weights = "float"  # of linear layers; never ``auto``
     link: LinkConfig = field(default_factory=LinkConfig)
 
     def __post_init__(self) -> None:
@@ -117,7 +118,7 @@ def open_pipeline(spec: PipelineSpec, hints: str | None = None) -> Pipeline:
     Raises ``UsageError`` and ``WorkerError``; nothing is left running then.
     """
     if spec.in_process:
-        workers = InprocConnections(spec.checkpoint, spec.partition, spec.dtype, spec.device, hints)
+        workers = InprocConnections(spec.checkpoint, spec.partition, spec.dtype, spec.device, hints, spec.weights)
         return Pipeline(spec, workers, [])
     if spec.workers is not None:
         launcher = RunningWorkers(spec.workers)
@@ -127,7 +128,7 @@ def open_pipeline(spec: PipelineSpec, hints: str | None = None) -> Pipeline:
         torch.set_num_threads(threads)  # the driver shares the cores with its workers
     connections = RemoteConnections(launcher, spec.link)
     try:
-        connections.configure(spec.checkpoint.full_name, spec.partition, spec.dtype, hints=hints)
+        connections.configure(spec.checkpoint.full_name, spec.partition, spec.dtype, hints=hints, weights=spec.weights)
     except BaseException:
         connections.close()
         raise

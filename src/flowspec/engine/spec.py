@@ -7,14 +7,15 @@ from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 
 from flowspec.config import EngineConfig, LinkConfig, ScheduleConfig
-from flowspec.core import DraftDType, DType, Partition
+from flowspec.core import DraftDType, DType, Partition, Weights
 from flowspec.draft.base import DraftSource
 from flowspec.draft.catalogue import choose_draft
 from flowspec.engine.driver_model import DriverModel
 from flowspec.engine.engine import Engine
 from flowspec.engine.pipeline import PipelineSpec, choose_partition, open_pipeline
+from flowspec.model.backends import choose_weights, open_checkpoint
 from flowspec.model.demo_pair import DEMO, draft_for_workers
-from flowspec.model.loader import Checkpoint, check_device
+from flowspec.model.loader import check_device
 from flowspec.schedule.catalogue import AUTO, check_schedule
 
 Progress = Callable[[str, float], None]  # what is being done, and the share that is done
@@ -36,6 +37,7 @@ class EngineSpec:
     partition: str | Partition | None = None
     workers: Sequence[str] | None = None
     schedule: str = AUTO
+    weights: Weights = "auto"
     dtype: DType = "float32"
     device: str = "cpu"
     schedule_config: ScheduleConfig = field(default_factory=ScheduleConfig)
@@ -53,16 +55,19 @@ def open_engine(spec: EngineSpec) -> Engine:
     """
     check_device(spec.device)
     check_schedule(spec.schedule)
-    checkpoint = Checkpoint.open(spec.model)
+    checkpoint = open_checkpoint(spec.model)
     _ = checkpoint.sampling_defaults  # bad ones are an error before anything starts
     num_workers = None if spec.workers is None else len(spec.workers)
     partition = choose_partition(checkpoint, spec.stages, spec.partition, num_workers)
-    where = PipelineSpec(checkpoint, partition, spec.workers, spec.in_process, spec.dtype, spec.device, spec.link)
+    weights = choose_weights(checkpoint, spec.weights, spec.device)
+    where = PipelineSpec(
+        checkpoint, partition, spec.workers, spec.in_process, spec.dtype, spec.device, weights, spec.link
+    )
     draft = choose_draft(checkpoint, spec.draft, spec.draft_dtype)
     hints = where.num_parallel == len(partition) if spec.hints is None else spec.hints
     pipeline = open_pipeline(where, draft_for_workers(draft) if hints and isinstance(draft, Path) else None)
     try:
-        model = DriverModel.load(checkpoint, draft, spec.dtype, spec.device, spec.draft_dtype)
+        model = DriverModel.load(checkpoint, draft, spec.dtype, spec.device, spec.draft_dtype, weights)
         pipeline.await_ready(lambda done: spec.progress("loading", done))
         return Engine(pipeline, model, spec.schedule, spec.schedule_config, spec.config)
     except BaseException:

@@ -25,27 +25,47 @@ def slot_attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface: query [B, heads, n, d], key and value [B, kv_heads, slots, d].
+    """transformers' attention interface: ``attend``, without the batch that ``attend`` knows nothing of."""
+    assert attention_mask is not None, "rows see what their mask says, and nothing else"
+    return attend(query, key, value, attention_mask, scaling), None
 
-    ``attention_mask``, [B or 1, 1, n, slots], is boolean or additive; the rows of all heads share it. In a forward of
-    several requests there is one key, value and mask for each, and the query's rows are theirs in turn.
+
+def attend(
+    query: Tensor,
+    key: Tensor | tuple[Tensor, ...],
+    value: Tensor | tuple[Tensor, ...],
+    mask: Tensor | tuple[Tensor, ...],
+    scaling: float | None,
+    is_order_free: bool = False,
+) -> Tensor:
+    """Query [B, heads, n, d], key and value [B, kv_heads, slots, d] -> what each row sees, [B, n, heads, d].
+
+    ``mask``, [B or 1, 1, n, slots], is boolean or additive; the rows of all heads share it. It may also have the rows
+    of all query heads that share a key head. In a forward of several requests there is one key, value and mask for
+    each, without repetitions, and the query's rows are theirs in turn.
+
+    ``is_order_free``: sums are made in float64 and rounded once, so that a row's result does not depend on which slots
+    its tokens have, nor on what other rows come with it: their order changes a sum by 1e-16, which survives the
+    rounding to float32 about once in 1e8 results, in its last bit.
 
     The query heads that share a key head become rows of it. So keys are never repeated, and a single bfloat16 row of a
     grouped model stays on torch's fast path (14 times as fast as ``enable_gqa`` at 32 heads, 8 key heads, 1024 slots).
     """
-    assert attention_mask is not None, "rows see what their mask says, and nothing else"
-    if isinstance(attention_mask, tuple):
-        queries = query.split([mask.shape[2] for mask in attention_mask], dim=2)
-        parts = zip(queries, key, value, attention_mask, strict=True)
-        return torch.cat([slot_attention(module, *part, scaling, dropout)[0] for part in parts], dim=1), None
+    if isinstance(mask, tuple):
+        queries = query.split([part.shape[2] for part in mask], dim=2)
+        parts = zip(queries, key, value, mask, strict=True)
+        return torch.cat([attend(*part, scaling, is_order_free) for part in parts], dim=1)
     assert isinstance(key, Tensor) and isinstance(value, Tensor)
     batch, num_heads, num_rows, head_dim = query.shape
     num_kv_heads = key.shape[1]
     group = num_heads // num_kv_heads
     rows = query.reshape(batch, num_kv_heads, group * num_rows, head_dim)
-    mask = attention_mask.repeat(1, 1, group, 1)
-    output = F.scaled_dot_product_attention(rows, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling)
-    return output.reshape(batch, num_heads, num_rows, head_dim).transpose(1, 2), None
+    if mask.shape[2] == num_rows:
+        mask = mask.repeat(1, 1, group, 1)
+    if is_order_free:
+        rows, key, value = rows.double(), key.double(), value.double()
+    output = F.scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=scaling)
+    return output.to(query.dtype).reshape(batch, num_heads, num_rows, head_dim).transpose(1, 2)
 
 
 AttentionInterface.register(ATTENTION, slot_attention)

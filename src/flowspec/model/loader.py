@@ -20,9 +20,10 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 
 from flowspec.core import DType, SamplingParams
 from flowspec.errors import ModelError, UsageError, first_line
-from flowspec.model.demo_pair import DEMO, demo_directory
+from flowspec.model.demo_pair import DEMO, demo_directory, demo_draft_directory
 from flowspec.model.families import EMBEDDING, LM_HEAD, PREFIX, family_of
 from flowspec.model.hub import fetch
+from flowspec.model.packed import Bits
 from flowspec.model.source import TensorSource
 from flowspec.model.tensor_files import open_tensors, read_tensor
 
@@ -66,6 +67,16 @@ class Checkpoint(TensorSource):
     def full_name(self) -> str:
         """The name for a process in another folder: a directory's absolute path; ``demo`` and hub names as they are."""
         return self.name if self._directory is None or self.name == DEMO else str(self._directory.resolve())
+
+    @property
+    def draft_directory(self) -> Path:
+        """Where the model's own draft head would be."""
+        return demo_draft_directory() if self.name == DEMO else Path(self.name) / "draft"
+
+    @property
+    def own_bits(self) -> Bits | None:
+        """Of the integer kernels that lose next to nothing of the model's own numbers; ``None``: they are floats."""
+        return None
 
     @property
     def max_positions(self) -> int:

@@ -12,6 +12,7 @@ from torch import Tensor
 from flowspec.core import DType
 from flowspec.errors import ModelError
 from flowspec.model.families import EMBEDDING, LM_HEAD, PREFIX
+from flowspec.model.packed import Bits, PackedWeight, pack
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -57,6 +58,11 @@ class TensorSource(Protocol):
         """Whether the embedding is the lm_head too; a file that holds both overrules the config, as in transformers."""
         return bool(self.config.tie_word_embeddings) and LM_HEAD not in self.tensor_names()
 
+    def packed(self, name: str, bits: Bits) -> PackedWeight:
+        """The weight of a linear layer, rounded; a source that holds such weights may give them as they are."""
+        ((_, tensor),) = self.tensors([name], "float32", "cpu")
+        return pack(tensor, bits, f"{self.name}: {name}")
+
     def load_embedding(self, dtype: DType, device: torch.device | str) -> Tensor:
         """The token embedding [vocab_size, hidden_size]."""
         return self._load_vocabulary_matrix(EMBEDDING, dtype, device)
@@ -64,6 +70,13 @@ class TensorSource(Protocol):
     def load_lm_head(self, dtype: DType, device: torch.device | str) -> Tensor:
         """The output matrix [vocab_size, hidden_size]; the embedding if the model ties the two."""
         return self._load_vocabulary_matrix(EMBEDDING if self.has_tied_embeddings else LM_HEAD, dtype, device)
+
+    def packed_lm_head(self, bits: Bits) -> PackedWeight:
+        """As ``load_lm_head``, in integers."""
+        name = EMBEDDING if self.has_tied_embeddings else LM_HEAD
+        weight = self.packed(name, bits)
+        self.check_shape(name, weight, (self.vocab_size, self.hidden_size))
+        return weight
 
     def _load_vocabulary_matrix(self, name: str, dtype: DType, device: torch.device | str) -> Tensor:
         ((_, tensor),) = self.tensors([name], dtype, device)
@@ -79,7 +92,7 @@ class TensorSource(Protocol):
                 f"{len(found)}; files and config do not belong together, download or save the model again"
             )
 
-    def check_shape(self, name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    def check_shape(self, name: str, tensor: Tensor | PackedWeight, shape: tuple[int, ...]) -> None:
         """Raise if a tensor has not the shape that the config asks for."""
         if tuple(tensor.shape) != shape:
             raise ModelError(

@@ -27,6 +27,17 @@ def checked_config(source: TensorSource, layers: LayerRange) -> PreTrainedConfig
     return config
 
 
+def bare_model(config: PreTrainedConfig, attention: str) -> Any:
+    """The model below its lm_head, without values; ``attention``: the name of an attention function."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, attn_implementation=attention).model
+
+
+def rotary_of(model: Any, config: PreTrainedConfig) -> nn.Module:
+    """The rotary embedding: its frequencies are in no file, and on the meta device they have no values."""
+    return type(model.rotary_emb)(config=config)
+
+
 def load_modules(
     source: TensorSource,
     config: PreTrainedConfig,
@@ -39,8 +50,7 @@ def load_modules(
 
     No other tensor is read; ``progress`` is told the fraction that is done.
     """
-    with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION).model
+    model = bare_model(config, ATTENTION)
     own_layers = nn.ModuleDict({str(index): model.layers[index] for index in range(layers.start, layers.end)})
     modules = nn.ModuleDict({"layers": own_layers})
     if layers.start == 0:
@@ -48,8 +58,7 @@ def load_modules(
     if layers.end == source.num_layers:
         modules["norm"] = model.norm
     _fill(modules, source, layers, dtype, device, progress)
-    # Its frequencies are in no file; on the meta device they have no values.
-    modules["rotary_emb"] = type(model.rotary_emb)(config=config).to(device)
+    modules["rotary_emb"] = rotary_of(model, config).to(device)
     return modules.eval().requires_grad_(False)
 
 
@@ -63,7 +72,7 @@ def _fill(
 ) -> None:
     """Replace the meta parameters by the source's tensors, one by one."""
     shapes = {PREFIX + name: tuple(parameter.shape) for name, parameter in modules.named_parameters()}
-    _check_nothing_ignored(source, layers, shapes.keys())
+    check_nothing_ignored(source, layers, shapes.keys())
     for num_loaded, (name, tensor) in enumerate(source.tensors(shapes, dtype, device), start=1):
         source.check_shape(name, tensor, shapes[name])
         modules.load_state_dict({name.removeprefix(PREFIX): tensor}, strict=False, assign=True)
@@ -71,7 +80,7 @@ def _fill(
             progress(num_loaded / len(shapes))
 
 
-def _check_nothing_ignored(source: TensorSource, layers: LayerRange, expected: Set[str]) -> None:
+def check_nothing_ignored(source: TensorSource, layers: LayerRange, expected: Set[str]) -> None:
     """Raise if there are weights of these layers that the config has no place for, such as biases."""
     prefixes = tuple(layer_prefix(index) for index in range(layers.start, layers.end))
     for name in sorted(source.tensor_names() - expected):

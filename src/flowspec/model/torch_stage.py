@@ -6,16 +6,14 @@ The first stage has the embedding, the last one the final norm; no stage has the
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from flowspec.core import DType, LayerRange
-from flowspec.model.families import FAMILIES, FULL, SLIDING
-from flowspec.model.kv_cache import CACHE_ARGUMENT, JointCache, KVCache
-from flowspec.model.slots import SlotTable
+from flowspec.model.forward_rows import AttentionShape, ForwardRows
+from flowspec.model.kv_cache import CACHE_ARGUMENT, KVCache
 from flowspec.model.source import TensorSource
 from flowspec.model.stage import Part
 from flowspec.model.stage_weights import checked_config, load_modules
@@ -29,7 +27,6 @@ class TorchStage:
 
     def __init__(self, config: PreTrainedConfig, layers: LayerRange, modules: nn.ModuleDict) -> None:
         """``modules``: as ``stage_weights.load_modules`` makes them. Use ``load`` to make a stage."""
-        types = FAMILIES[config.model_type].layer_types(config)
         self.layers = layers
         self.hidden_size: int = config.hidden_size
         self.is_first = layers.start == 0
@@ -39,13 +36,10 @@ class TorchStage:
         self._embedding = modules["embed_tokens"] if self.is_first else None
         self._norm = modules["norm"] if self.is_last else None
         self._rotary = modules["rotary_emb"]
-        self._types = types[layers.start : layers.end]
-        self._window: int | None = config.sliding_window if SLIDING in self._types else None
+        self._shape = AttentionShape.of(config, layers)
         weight = next(modules.parameters())
         self.device, self.dtype = weight.device, weight.dtype
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        num_kept = 2 * len(layers) * config.num_key_value_heads * head_dim  # keys and values
-        self.slot_bytes = num_kept * self.dtype.itemsize
+        self.slot_bytes = self._shape.slot_bytes(self.dtype)
 
     @classmethod
     def load(
@@ -73,40 +67,19 @@ class TorchStage:
         if not len(parts[0].slots):
             yield torch.empty(0, self.hidden_size, dtype=self.dtype, device=self.device)
             return
-        positions = np.concatenate([part.cache.slots.positions[part.slots] for part in parts])
-        positions = torch.from_numpy(positions)[None].to(self.device)
-        all_masks = [self._masks(part) for part in parts]
-        for part in parts:
-            part.cache.write_at(torch.from_numpy(part.slots).to(self.device))
-        cache, masks = parts[0].cache, all_masks[0]
-        if len(parts) > 1:
-            cache = JointCache([part.cache for part in parts], [len(part.slots) for part in parts])
-            masks = {name: tuple(masks[name] for masks in all_masks) for name in masks}
-        hidden = self._embed(torch.cat([part.inputs for part in parts]))[None]
-        rotation = self._rotary(hidden, positions)
-        for index, (layer, layer_type) in enumerate(zip(self._layers, self._types, strict=True)):
+        rows = ForwardRows.of(parts, self._shape, self.device)
+        hidden = rows.inputs.to(self.dtype) if self._embedding is None else self._embedding(rows.inputs)
+        hidden = hidden[None]
+        rotation = self._rotary(hidden, rows.positions)
+        for index, (layer, layer_type) in enumerate(zip(self._layers, self._shape.types, strict=True)):
             if index:
                 yield None
             hidden = layer(
                 hidden,
-                attention_mask=masks[layer_type],
-                position_ids=positions,
+                attention_mask=rows.masks[layer_type],
+                position_ids=rows.positions,
                 use_cache=True,
                 position_embeddings=rotation,
-                **{CACHE_ARGUMENT: cache},
+                **{CACHE_ARGUMENT: rows.cache},
             )
         yield (hidden if self._norm is None else self._norm(hidden))[0]
-
-    def _embed(self, inputs: Tensor) -> Tensor:
-        if self._embedding is None:
-            return inputs.to(self.device, self.dtype)
-        return self._embedding(inputs.to(self.device))
-
-    def _masks(self, part: Part) -> dict[str, Any]:
-        """Boolean masks [1, 1, n, high_water] by layer type; a window counts positions, since slots have no order."""
-        table: SlotTable = part.cache.slots
-        masks = {FULL: table.rows_mask(part.slots)}
-        if self._window is not None:
-            distances = table.positions[part.slots][:, None] - table.positions[: table.high_water]
-            masks[SLIDING] = masks[FULL] & (distances < self._window)
-        return {name: torch.from_numpy(rows)[None, None].to(self.device) for name, rows in masks.items()}

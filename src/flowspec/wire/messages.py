@@ -13,9 +13,9 @@ from typing import NamedTuple, TypeAlias
 import msgspec
 from torch import Tensor
 
-from flowspec.core import DType
+from flowspec.core import DType, Weights
 
-PROTOCOL_VERSION = 6
+PROTOCOL_VERSION = 7
 NO_PARENT = -1  # the parent id of a request's first token
 LAST_STEP = 2**62  # the step after which no segment of a request waits any more
 
@@ -62,6 +62,7 @@ class Configure(Message, frozen=True):
     emulation: Emulation | None = None
     hints: str | None = None  # the draft's directory, as the worker finds it, if hints are wanted
     int8_wire: bool = False  # hidden states go to the next worker in int8
+    weights: Weights = "float"  # of linear layers; never ``auto``
 
 
 class Commit(Message, frozen=True):
@@ -204,7 +205,6 @@ class Ready(Message, frozen=True):
     peak_memory_bytes: int
     forward_s: list[tuple[int, float]] = []  # (rows, seconds) by growing rows
     link_bytes_per_s: float | None = None  # to the next worker; ``None``: unknown, or the last one
-    link_latency_s: float | None = None  # one way
     slot_bytes: int = 0  # of one row's keys and values in all layers of the stage
     free_bytes: int = 0  # of the device's memory, once the weights are loaded; 0: unknown
 

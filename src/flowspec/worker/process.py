@@ -19,10 +19,10 @@ from msgspec.structs import replace
 
 from flowspec.core import LayerRange, interpolate
 from flowspec.errors import ProtocolError, UsageError, WorkerError, described
+from flowspec.model.backends import load_stage, open_checkpoint
 from flowspec.model.hint_head import load_hinter
-from flowspec.model.loader import Checkpoint, check_device
+from flowspec.model.loader import check_device
 from flowspec.model.stage import Stage
-from flowspec.model.torch_stage import TorchStage
 from flowspec.wire.actor import Actor, Route, Send
 from flowspec.wire.messages import (
     PROTOCOL_VERSION,
@@ -89,6 +89,7 @@ class WorkerProcess:
             self._context.term()
             raise
         self._device = device
+        self._threads = torch.get_num_threads()
         self._emulate = emulate
         self._poller = zmq.Poller()
         self._poller.register(self._listener.socket, zmq.POLLIN)
@@ -194,9 +195,13 @@ class WorkerProcess:
         return link
 
     def _load(self, configure: Configure, layers: LayerRange) -> tuple[Stage, Hinter | None]:
-        source, dtype = Checkpoint.open(configure.model), configure.dtype
+        source, dtype = open_checkpoint(configure.model), configure.dtype
         progress = _Throttled(_LOADING_INTERVAL_S, lambda done: self._tell_driver(Loading(done)))
-        stage = TorchStage.load(source, layers, dtype, self._device, progress)
+        # Integer kernels have threads of their own, and the attention between them is too small to be shared.
+        torch.set_num_threads(self._threads)
+        stage = load_stage(source, layers, dtype, configure.weights, self._device, progress)
+        if configure.weights != "float":
+            torch.set_num_threads(1)
         if configure.hints is None:
             return stage, None
         return stage, load_hinter(configure.hints, source, layers.end, dtype, self._device)
@@ -249,7 +254,7 @@ class WorkerProcess:
             session.link.send(probe)
         elif meter.is_done:
             session.measuring = None
-            self._tell_ready(replace(ready, link_bytes_per_s=meter.bytes_per_s, link_latency_s=meter.latency_s))
+            self._tell_ready(replace(ready, link_bytes_per_s=meter.bytes_per_s))
 
     def _tell_ready(self, ready: Ready) -> None:
         logger.debug("measured %s", ready)

@@ -1,0 +1,81 @@
+"""Which format a model is in, which backend runs its stages, and what the driver's lm_head is made of."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from flowspec.core import DType, LayerRange, Weights
+from flowspec.errors import UsageError
+from flowspec.model.gguf_checkpoint import GGUF_SUFFIX, GGUFCheckpoint
+from flowspec.model.loader import Checkpoint
+from flowspec.model.packed import Bits
+from flowspec.model.source import TensorSource
+from flowspec.model.stage import Stage
+from flowspec.model.target_head import LogitsHead, TargetHead
+from flowspec.model.torch_stage import TorchStage
+
+logger = logging.getLogger("flowspec.model")
+
+_BITS: dict[Weights, Bits] = {"int8": 8, "int4": 4}
+
+
+def open_checkpoint(name: str | Path) -> Checkpoint:
+    """A directory, a GGUF file, a hub name, or ``demo``; reads the config alone. Raises ``ModelError``."""
+    return GGUFCheckpoint.open(name) if str(name).endswith(GGUF_SUFFIX) else Checkpoint.open(name)
+
+
+def choose_weights(checkpoint: Checkpoint, weights: Weights, device: str) -> Weights:
+    """What ``auto`` means: the kernels that hold a quantised file's own numbers; floats stay floats.
+
+    Raises ``UsageError`` for what the device, or this installation, does not have.
+    """
+    is_cpu = torch.device(device).type == "cpu"
+    has_kernels = importlib.util.find_spec("openvino") is not None
+    if weights == "auto":
+        if checkpoint.own_bits is None or not is_cpu:
+            return "float"
+        if not has_kernels:
+            logger.warning(
+                "%s is quantised, but is computed in floats, more slowly; integer kernels come with flowspec[cpu]",
+                checkpoint.title,
+            )
+            return "float"
+        return "int4" if checkpoint.own_bits == 4 else "int8"
+    if weights in _BITS and not is_cpu:
+        raise UsageError(f"{weights} weights are for processors, and the device is {device}; leave them at auto")
+    if weights in _BITS and not has_kernels:
+        raise UsageError(f"{weights} weights need OpenVINO, which is not installed; install flowspec[cpu]")
+    return weights
+
+
+def load_stage(
+    source: TensorSource,
+    layers: LayerRange,
+    dtype: DType,
+    weights: Weights,
+    device: str,
+    progress: Callable[[float], None] | None = None,
+) -> Stage:
+    """Read the tensors of these layers and no others; ``progress`` is told the fraction that is done.
+
+    Raises ``ModelError`` if the source has no such layers, cannot be cut, or does not fit its config or the kernels.
+    """
+    if weights not in _BITS:
+        return TorchStage.load(source, layers, dtype, device, progress)
+    from flowspec.model.openvino_stage import OpenVinoStage  # here: it is optional
+
+    return OpenVinoStage.load(source, layers, dtype, _BITS[weights], progress)
+
+
+def load_head(source: TensorSource, dtype: DType, weights: Weights, device: str) -> LogitsHead:
+    """The lm_head. Raises as ``load_stage`` does."""
+    if weights not in _BITS:
+        return TargetHead(source.load_lm_head(dtype, device))
+    from flowspec.model.openvino_stage import OpenVinoHead  # here: it is optional
+
+    return OpenVinoHead(source, _BITS[weights])

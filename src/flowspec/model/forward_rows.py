@@ -1,0 +1,76 @@
+"""The rows of one forward as every backend needs them: positions, masks by kind of layer, where keys and values go."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flowspec.model.families import FAMILIES, FULL, SLIDING
+from flowspec.model.kv_cache import JointCache, KVCache
+from flowspec.model.slots import SlotTable
+from flowspec.model.stage import Part
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from flowspec.core import LayerRange
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """What the attentions of a stage's layers look like."""
+
+    types: list[str]  # of each layer
+    window: int | None  # of sliding ones, in positions
+    num_kv_heads: int
+    head_dim: int
+
+    @classmethod
+    def of(cls, config: PreTrainedConfig, layers: LayerRange) -> AttentionShape:
+        types = FAMILIES[config.model_type].layer_types(config)[layers.start : layers.end]
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        window = config.sliding_window if SLIDING in types else None
+        return cls(types, window, config.num_key_value_heads, head_dim)
+
+    def slot_bytes(self, dtype: torch.dtype) -> int:
+        """Of one row's keys and values in all layers."""
+        return 2 * len(self.types) * self.num_kv_heads * self.head_dim * dtype.itemsize
+
+
+@dataclass(frozen=True)
+class ForwardRows:
+    """The rows of one request or of several, whose caches they are written to."""
+
+    inputs: Tensor  # token ids [n] or hidden states [n, H]
+    positions: Tensor  # [1, n]
+    masks: dict[str, Any]  # by type of layer: a boolean mask [1, 1, n, high_water], or one for each request
+    cache: KVCache | JointCache
+
+    @classmethod
+    def of(cls, parts: Sequence[Part], shape: AttentionShape, device: torch.device) -> ForwardRows:
+        """Not of a part without rows."""
+        positions = np.concatenate([part.cache.slots.positions[part.slots] for part in parts])
+        all_masks = [masks_of(part, shape.window, device) for part in parts]
+        for part in parts:
+            part.cache.write_at(torch.from_numpy(part.slots).to(device))
+        cache, masks = parts[0].cache, all_masks[0]
+        if len(parts) > 1:
+            cache = JointCache([part.cache for part in parts], [len(part.slots) for part in parts])
+            masks = {name: tuple(masks[name] for masks in all_masks) for name in masks}
+        inputs = torch.cat([part.inputs for part in parts])
+        return cls(inputs.to(device), torch.from_numpy(positions)[None].to(device), masks, cache)
+
+
+def masks_of(part: Part, window: int | None, device: torch.device) -> dict[str, Any]:
+    """A window counts positions, since slots have no order."""
+    table: SlotTable = part.cache.slots
+    masks = {FULL: table.rows_mask(part.slots)}
+    if window is not None:
+        distances = table.positions[part.slots][:, None] - table.positions[: table.high_water]
+        masks[SLIDING] = masks[FULL] & (distances < window)
+    return {name: torch.from_numpy(rows)[None, None].to(device) for name, rows in masks.items()}

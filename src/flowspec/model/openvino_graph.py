@@ -1,0 +1,221 @@
+"""transformers' layers as OpenVINO graphs, cut at their attentions, with packed weights. Knows no caches and no slots.
+
+Between two attentions a row needs nothing but itself: the rest of one layer and the beginning of the next are one
+graph, which is called once. Attention itself is ours, between the graphs: it alone sees other rows.
+
+Integer kernels with a scale for each row's own groups (OpenVINO's dynamic quantisation) make the same bits of a row
+whatever other rows come with it, since sums of integers do not depend on their order.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from flowspec.errors import UsageError
+from flowspec.model.packed import GROUP, PackedWeight
+
+CUT = "flowspec-cut"  # the name, at transformers, of an attention at which layers are cut
+
+Arrays: TypeAlias = list[NDArray[np.float32]]
+Weight: TypeAlias = Tensor | PackedWeight
+
+_EXAMPLE_ROWS = 3
+# A graph's first call with a new number of rows takes milliseconds: rows are filled up to one of these, or of 64.
+_ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+
+
+class Graph:
+    """One compiled graph; its results are overwritten by the next call."""
+
+    def __init__(self, model: Any, threads: int) -> None:
+        """``model``: of OpenVINO; all inputs and results have a dynamic number of rows."""
+        options = {
+            "PERFORMANCE_HINT": "LATENCY",
+            "NUM_STREAMS": 1,
+            "INFERENCE_NUM_THREADS": threads,
+            "INFERENCE_PRECISION_HINT": "f32",
+            "DYNAMIC_QUANTIZATION_GROUP_SIZE": GROUP,
+        }
+        self._request = _core().compile_model(model, "CPU", options).create_infer_request()
+        self._num_results = len(model.outputs)
+
+    def __call__(self, inputs: Arrays) -> Arrays:
+        """``inputs``: contiguous. Neither they nor the results are copied."""
+        tensor = _openvino().Tensor
+        for index, rows in enumerate(inputs):
+            self._request.set_input_tensor(index, tensor(rows, shared_memory=True))
+        self._request.infer()
+        return [self._request.get_output_tensor(index).data for index in range(self._num_results)]
+
+
+def filled_up(num_rows: int) -> int:
+    """How many rows a graph is called with instead."""
+    return next((count for count in _ROWS if count >= num_rows), -(-num_rows // 64) * 64)
+
+
+def warm_up(graphs: Sequence[Graph], widths: Sequence[Sequence[int]]) -> None:
+    """Call each graph with each small number of rows once. ``widths``: of its inputs."""
+    for graph, inputs in zip(graphs, widths, strict=True):
+        for count in _ROWS:
+            graph([np.zeros((count, width), dtype=np.float32) for width in inputs])
+
+
+class _Cut(Exception):  # noqa: N818 - not an error
+    """A layer has come to its attention."""
+
+    def __init__(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> None:
+        super().__init__()
+        self.rows = query, key, value
+        self.scaling = scaling
+
+
+def _cut_attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: None, scaling: float, **_: Any
+) -> tuple[Tensor, None]:
+    """transformers' attention interface: give what was attended to, or end the layer here."""
+    if module.attended is None:
+        raise _Cut(query, key, value, scaling)
+    return module.attended, None
+
+
+AttentionInterface.register(CUT, _cut_attention)
+
+
+class Between(nn.Module):
+    """From the attention of one layer to that of the next, with all weights as inputs, for tracing.
+
+    Inputs, a row each: hidden states behind the layer before (or of the embedding), what was attended to, cosines and
+    sines of the positions. Results: hidden states, then queries, keys and values of the next attention, by heads. At
+    the ends of a stage, the attended and the hidden states, or queries, keys and values, are left out.
+    """
+
+    def __init__(self, before: nn.Module | None, after: nn.Module | None, norm: nn.Module | None) -> None:
+        """Layers on the meta device are enough. ``norm``: behind the model's last layer."""
+        super().__init__()
+        given = {"before": before, "after": after, "norm": norm}
+        parts = nn.ModuleDict({name: copy.deepcopy(part) for name, part in given.items() if part is not None})
+        self.shapes = {name: tuple(weight.shape) for name, weight in parts.named_parameters()}
+        self.scaling: float | None = None  # of the next attention's scores; once it was traced
+        self._places = [(parts.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in self.shapes]
+        for owner, name in self._places:
+            delattr(owner, name)
+        self._parts = dict(parts)  # no modules of this one, and without parameters: all weights are inputs
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        num_rows = len(inputs) - len(self._places)
+        for (owner, name), weight in zip(self._places, inputs[num_rows:], strict=True):
+            setattr(owner, name, weight)
+        hidden, *attended, cos, sin = inputs[:num_rows]
+        hidden, rotation = hidden[None], (cos[None], sin[None])
+        results: list[Tensor] = []
+        if before := self._parts.get("before"):
+            hidden = _run(before, hidden, rotation, attended[0])
+            norm = self._parts.get("norm")
+            results.append((hidden if norm is None else norm(hidden))[0])
+        if after := self._parts.get("after"):
+            try:
+                _run(after, hidden, rotation, None)
+            except _Cut as cut:
+                self.scaling = cut.scaling
+                results += [rows[0].transpose(0, 1) for rows in cut.rows]
+        return tuple(results)
+
+
+def _run(layer: Any, hidden: Tensor, rotation: tuple[Tensor, Tensor], attended: Tensor | None) -> Tensor:
+    attention = layer.self_attn
+    attention.attended = None if attended is None else attended[None].unflatten(2, (-1, attention.head_dim))
+    try:
+        return layer(hidden, attention_mask=None, position_ids=None, position_embeddings=rotation)
+    finally:
+        attention.attended = None
+
+
+class Template:
+    """A ``Between`` as a graph that lacks its weights."""
+
+    def __init__(self, between: Between, widths: Sequence[int]) -> None:
+        """``widths``: of the inputs that come by rows."""
+        self.widths = list(widths)
+        self._names = list(between.shapes)
+        rows = [torch.zeros(_EXAMPLE_ROWS, width) for width in widths]
+        weights = [torch.zeros(1).expand(shape) for shape in between.shapes.values()]
+        with torch.no_grad():
+            self._model = _openvino().convert_model(between, example_input=(*rows, *weights))
+        parameters = self._model.get_parameters()
+        for parameter, width in zip(parameters, widths, strict=False):
+            parameter.set_partial_shape(_openvino().PartialShape([-1, width]))
+        for parameter, name in zip(parameters[len(widths) :], self._names, strict=True):
+            parameter.set_friendly_name(name)
+        self.scaling = between.scaling
+
+    def filled(self, weights: Mapping[str, Weight], threads: int) -> Graph:
+        """``weights``: by the names of ``Between.shapes``; those that nothing reads may be left out."""
+        model = self._model.clone()
+        for parameter in model.get_parameters()[len(self.widths) :]:
+            if parameter.output(0).get_target_inputs():
+                parameter.output(0).replace(_constant(weights[parameter.get_friendly_name()]).output(0))
+            model.remove_parameter(parameter)
+        model.validate_nodes_and_infer_types()
+        return Graph(model, threads)
+
+
+def linear(weight: PackedWeight, threads: int) -> Graph:
+    """Rows [n, K] -> their products with the weight [n, N]."""
+    openvino = _openvino()
+    rows = openvino.opset13.parameter([-1, weight.shape[1]], np.float32)
+    product = openvino.opset13.matmul(rows, _constant(weight), False, True)
+    return Graph(openvino.Model([product], [rows]), threads)
+
+
+def _constant(weight: Weight) -> Any:
+    """A node of a weight; a packed one is unpacked by what OpenVINO takes as one with the product that reads it."""
+    openvino = _openvino()
+    op = openvino.opset13
+    if isinstance(weight, Tensor):
+        return op.constant(weight.float().numpy())
+    half = np.float16
+    if weight.zero_points is None:
+        node = op.convert(op.constant(weight.codes), half)
+    else:
+        codes, zeros = (op.convert(_nibbles(array), half) for array in (weight.codes, weight.zero_points))
+        node = op.subtract(codes, zeros)
+    node = op.multiply(node, op.constant(weight.scales))
+    node = op.reshape(node, op.constant(np.array(weight.shape, dtype=np.int64)), False)
+    return op.convert(node, np.float32)
+
+
+def _nibbles(values: NDArray[np.uint8]) -> Any:
+    """A constant of 4 bits each, in pairs, the first one low."""
+    openvino = _openvino()
+    flat = np.pad(values.reshape(-1), (0, values.size % 2))
+    pairs = flat[0::2] | (flat[1::2] << 4)
+    tensor = openvino.Tensor(pairs, openvino.Shape(values.shape), openvino.Type.u4)
+    return openvino.op.Constant(tensor, shared_memory=False)
+
+
+@cache
+def _openvino() -> Any:
+    """Raises ``UsageError`` where it is not installed."""
+    try:
+        import openvino
+        import openvino.op
+        import openvino.opset13
+    except ImportError as error:
+        raise UsageError(
+            "int8 and int4 weights need OpenVINO on a CPU; install flowspec[cpu], or leave --weights at float"
+        ) from error
+    return openvino
+
+
+@cache
+def _core() -> Any:
+    return _openvino().Core()

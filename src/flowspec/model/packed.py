@@ -1,0 +1,98 @@
+"""Weights of linear layers in 8 or 4 bits, as integer kernels read them. Makes no product.
+
+A row's inputs are cut into groups, each with a scale of its own: ``weight = (code - zero point) * scale``. This holds
+what GGUF's Q8_0 and Q4_0 hold, to the bit, and is what OpenVINO calls compressed weights.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from flowspec.errors import ModelError
+
+Bits = Literal[8, 4]
+
+GROUP = 32  # inputs that share a scale, as in GGUF
+_CHUNK = 4096  # rows that are packed at once: a large matrix in float32 may not fit beside its original
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """The weight [N, K] of a linear layer."""
+
+    codes: NDArray[Any]  # [N, groups, K / groups]: int8, or uint8 below 16 where there are zero points
+    scales: NDArray[np.float16]  # [N, groups, 1]; may be negative
+    zero_points: NDArray[np.uint8] | None  # [N, groups, 1], of 4 bits; with 8 bits there are none
+
+    @property
+    def bits(self) -> Bits:
+        return 8 if self.zero_points is None else 4
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[N, K]."""
+        rows, groups, size = self.codes.shape
+        return rows, groups * size
+
+    @property
+    def nbytes(self) -> int:
+        """As a kernel holds it."""
+        return self.codes.size * self.bits // 8 + self.scales.nbytes
+
+    def unpacked(self) -> Tensor:
+        """float32 [N, K]: exactly what the codes mean."""
+        codes = self.codes.astype(np.float32)
+        if self.zero_points is not None:
+            codes -= self.zero_points
+        return torch.from_numpy((codes * self.scales.astype(np.float32)).reshape(self.shape))
+
+
+def pack(weight: Tensor, bits: Bits, name: str = "weight") -> PackedWeight:
+    """Round a float weight [N, K]: no entry moves by more than half a scale, give or take the float16 of the scale.
+
+    8 bits are symmetric, 4 bits have zero points. Raises ``ModelError`` for 4 bits where groups do not fit.
+    """
+    num_inputs = weight.shape[1]
+    if num_inputs % GROUP and bits == 4:
+        raise ModelError(
+            f"{name} has {num_inputs} inputs, which 4-bit kernels cannot take in groups of {GROUP}; use int8 weights"
+        )
+    size = num_inputs if num_inputs % GROUP else GROUP
+    rounded = _rounded_8 if bits == 8 else _rounded_4
+    parts = [rounded(rows.detach().float().reshape(len(rows), -1, size)) for rows in weight.split(_CHUNK)]
+    codes, scales, zero_points = zip(*parts, strict=True)
+    return PackedWeight(
+        np.concatenate(codes), np.concatenate(scales), None if bits == 8 else np.concatenate(zero_points)
+    )
+
+
+def _rounded_8(groups: Tensor) -> tuple[Any, Any, Any]:
+    scales = _as_half(groups.abs().amax(dim=2, keepdim=True) / 127)
+    codes = (groups / _divisors(scales)).round_().clamp_(-127, 127).to(torch.int8)
+    return codes.numpy(), scales.numpy(), None
+
+
+def _rounded_4(groups: Tensor) -> tuple[Any, Any, Any]:
+    # Zero is always a code, so that the zero point is one too.
+    low = groups.amin(dim=2, keepdim=True).clamp_(max=0)
+    high = groups.amax(dim=2, keepdim=True).clamp_(min=0)
+    scales = _as_half((high - low) / 15)
+    zero_points = (-low / _divisors(scales)).round_().clamp_(0, 15)
+    codes = ((groups / _divisors(scales)).round_() + zero_points).clamp_(0, 15).to(torch.uint8)
+    return codes.numpy(), scales.numpy(), zero_points.to(torch.uint8).numpy()
+
+
+def _as_half(scales: Tensor) -> Tensor:
+    """Rounded up, so that the codes of the largest entries are not cut off."""
+    halves = scales.half()
+    return torch.where(halves.float() < scales, torch.nextafter(halves, torch.full_like(halves, torch.inf)), halves)
+
+
+def _divisors(scales: Tensor) -> Tensor:
+    return torch.where(scales > 0, scales.float(), 1)
