@@ -33,6 +33,8 @@ CONFINED = {
     "matplotlib": {"bench.plots"},
     "transformers": {"model", "train", "engine"},
     "huggingface_hub": {"model"},
+    "openvino": {"model.openvino_graph"},
+    "gguf": {"model"},
 }
 
 

@@ -40,7 +40,7 @@ _NAMES = {
     "output_norm.weight": "model.norm.weight",
     "output.weight": LM_HEAD,
 }
-_LAYER_NAMES = {
+LAYER_NAMES = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
@@ -61,6 +61,7 @@ class GGUFCheckpoint(Checkpoint):
     """One model. Every failure is a ``ModelError`` that names the file and the way out."""
 
     def __init__(self, path: Path, headers: list[Header]) -> None:
+        self.name = str(path)
         self._path = path
         self._values = headers[0].values
         tensors = {name: place for header in headers for name, place in header.tensors.items()}
@@ -269,8 +270,8 @@ class GGUFCheckpoint(Checkpoint):
 
 def _torch_name(name: str) -> str:
     """transformers' name of a tensor; the file's own where it has none."""
-    if (match := _LAYER_TENSOR.fullmatch(name)) and match[2] in _LAYER_NAMES:
-        return f"model.layers.{match[1]}.{_LAYER_NAMES[match[2]]}.{match[3]}"
+    if (match := _LAYER_TENSOR.fullmatch(name)) and match[2] in LAYER_NAMES:
+        return f"model.layers.{match[1]}.{LAYER_NAMES[match[2]]}.{match[3]}"
     if match:  # what no layer has a place for must be found as one of this layer's
         return f"model.layers.{match[1]}.{match[2]}.{match[3]}"
     return _NAMES.get(name, name)

@@ -10,6 +10,7 @@ whatever other rows come with it, since sums of integers do not depend on their 
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any, TypeAlias
@@ -148,7 +149,8 @@ class Template:
         self._names = list(between.shapes)
         rows = [torch.zeros(_EXAMPLE_ROWS, width) for width in widths]
         weights = [torch.zeros(1).expand(shape) for shape in between.shapes.values()]
-        with torch.no_grad():
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's of its own tracing, by which OpenVINO reads modules
             self._model = _openvino().convert_model(between, example_input=(*rows, *weights))
         parameters = self._model.get_parameters()
         for parameter, width in zip(parameters, widths, strict=False):

@@ -137,7 +137,6 @@ class _Graphs:
         norm = model.norm if layers.end == source.num_layers else None
         names = {f"{layer_prefix(i)}{name}" for i, layer in enumerate(own, layers.start) for name in _weights(layer)}
         check_nothing_ignored(source, layers, names | {EMBEDDING, f"{PREFIX}norm.weight"})
-        templates: dict[Any, Template] = {}
         before: dict[str, Weight] = {}
         for index in range(len(own) + 1):
             after_layer = own[index] if index < len(own) else None
@@ -146,18 +145,11 @@ class _Graphs:
                 after = self._load(source, layer_prefix(layers.start + index), after_layer, bits)
             ends = after_layer is None
             between = Between(own[index - 1] if index else None, after_layer, norm if ends else None)
-            key = tuple(between.shapes.items())
-            if key not in templates:
-                attention = own[0].self_attn
-                widths = [source.hidden_size, attention.head_dim, attention.head_dim]
-                if index:
-                    widths.insert(1, attention.o_proj.in_features)
-                templates[key] = Template(between, widths)
             weights = {f"before.{name}": weight for name, weight in before.items()}
             weights |= {f"after.{name}": weight for name, weight in after.items()}
             if ends and norm is not None:
                 weights |= {f"norm.{n}": w for n, w in self._load(source, f"{PREFIX}norm.", norm, bits).items()}
-            template = templates[key]
+            template = _template(between, own[0].self_attn, source)
             self.compiled.append(template.filled(weights, torch.get_num_threads()))
             self.scaling = template.scaling or self.scaling
             warm_up([self.compiled[-1]], [template.widths])
@@ -177,6 +169,20 @@ class _Graphs:
             source.check_shape(prefix + name, weights[name], tuple(parameter.shape))
             self.weights_bytes += weights[name].nbytes
         return weights
+
+
+# By the model's config and the graph's weights: layers are alike, and so are the stages of one process.
+_templates: dict[tuple[str, Any], Template] = {}
+
+
+def _template(between: Between, attention: Any, source: TensorSource) -> Template:
+    key = source.config.to_json_string(), tuple(between.shapes.items())
+    if key not in _templates:
+        widths = [source.hidden_size, attention.head_dim, attention.head_dim]
+        if any(name.startswith("before.") for name in between.shapes):
+            widths.insert(1, attention.o_proj.in_features)
+        _templates[key] = Template(between, widths)
+    return _templates[key]
 
 
 def _for_groups(mask: Any, group: int) -> Any:

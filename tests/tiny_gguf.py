@@ -1,0 +1,108 @@
+"""Tiny GGUF files of the supported architectures, written with the ``gguf`` package as llama.cpp's converter does."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+from gguf import GGMLQuantizationType as Kind
+from transformers import PreTrainedTokenizerFast
+
+from flowspec.model.gguf_checkpoint import LAYER_NAMES
+from tiny_models import make_model, make_text_tokenizer
+
+ARCHITECTURES = ("llama", "qwen2", "qwen3")
+_NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+_SHORT = {long: short for short, long in LAYER_NAMES.items()}
+
+
+def stored_name(name: str) -> str:
+    """The file's name of transformers' tensor."""
+    module, _, end = name.rpartition(".")
+    if module in _NAMES:
+        return f"{_NAMES[module]}.{end}"
+    _, _, index, inner = module.split(".", 3)
+    return f"blk.{index}.{_SHORT[inner]}.{end}"
+
+
+def interleaved(weight: Any, num_heads: int) -> Any:
+    """Llama's queries and keys, as llama.cpp wants the halves of their heads."""
+    return weight.reshape(num_heads, 2, -1, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
+
+
+def write_gguf(
+    path: Path,
+    family: str = "llama",
+    kind: Kind = Kind.F32,
+    tokenizer: PreTrainedTokenizerFast | None = None,
+    values: dict[str, Any] | None = None,
+    split: tuple[int, int] | None = None,
+    **overrides: Any,
+) -> Any:
+    """Write a random model; return it, as transformers has it. ``values``: of the metadata, as well.
+
+    ``kind``: of matrices. ``split``: the part's number and how many there are; each has every second tensor.
+    """
+    plain: dict[str, Any] = {"hidden_size": 64, "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}}
+    if family == "qwen2":
+        plain["use_sliding_window"] = False
+    model: Any = make_model(family, **plain | overrides)
+    config = model.config
+    writer = gguf.GGUFWriter(path, family)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    if family == "qwen3":
+        writer.add_key_length(config.head_dim)
+    if tokenizer is not None:
+        _add_tokenizer(writer, tokenizer)
+    for name, value in (values or {}).items():
+        writer.add_key_value(name, value, gguf.GGUFValueType.get_type(value))
+    if split is not None:
+        writer.add_uint16("split.no", split[0])
+        writer.add_uint16("split.count", split[1])
+    tensors = [(name, tensor) for name, tensor in model.state_dict().items()]
+    if config.tie_word_embeddings:
+        tensors = [(name, tensor) for name, tensor in tensors if name != "lm_head.weight"]
+    for name, tensor in tensors if split is None else tensors[split[0] :: split[1]]:
+        array = tensor.float().numpy()
+        if family == "llama" and ("q_proj" in name or "k_proj" in name):
+            heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
+            array = interleaved(array, heads)
+        of = kind if array.ndim == 2 else Kind.F32
+        data = np.ascontiguousarray(array) if of == Kind.F32 else gguf.quantize(array, of)
+        writer.add_tensor(stored_name(name), data, raw_dtype=None if of == Kind.F32 else of)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return model
+
+
+def write_text_gguf(path: Path, kind: Kind = Kind.F32, pre: str = "smollm", **more: Any) -> Any:
+    """With a byte-level tokenizer and a chat template."""
+    tokenizer = make_text_tokenizer("byte-level")
+    tokenizer.chat_template = "{% for message in messages %}<{{ message.content }}>{% endfor %}"
+    values = {"tokenizer.ggml.pre": pre}
+    return write_gguf(path, "llama", kind, tokenizer, values, vocab_size=len(tokenizer), **more)
+
+
+def _add_tokenizer(writer: gguf.GGUFWriter, tokenizer: Any) -> None:
+    words = sorted(tokenizer.get_vocab(), key=lambda word: tokenizer.get_vocab()[word])
+    special = set(tokenizer.all_special_tokens)
+    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(words)
+    writer.add_token_types([3 if word in special else 1 for word in words])
+    writer.add_token_merges([" ".join(pair) for pair in merges])
+    writer.add_bos_token_id(tokenizer.convert_tokens_to_ids("<s>"))
+    writer.add_eos_token_id(tokenizer.convert_tokens_to_ids("</s>"))
+    writer.add_chat_template(str(tokenizer.chat_template))
