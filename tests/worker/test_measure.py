@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -19,7 +20,7 @@ from flowspec.model.loader import Checkpoint
 from flowspec.model.torch_stage import TorchStage
 from flowspec.schedule.catalogue import make_schedule
 from flowspec.schedule.pace import MeasuredCosts, Pace, free_rows
-from flowspec.wire.messages import Echo, Ready, Timing
+from flowspec.wire.messages import Echo, Ready, Result, Timing
 from flowspec.worker.measure import LinkMeter, free_bytes, measure_forward
 
 STEEP = [(1, 2.6), (2, 3.0), (4, 3.2), (8, 3.5), (16, 4.2), (32, 5.2), (64, 7.6), (128, 13.0)]  # a processor's
@@ -117,6 +118,7 @@ def test_costs_are_those_of_the_slowest_stage_and_link() -> None:
     assert [measured.stage_s(n) for n in (1, 2, 3, 4)] == [2.0, 2.0, 3.0, 5.0]
     assert measured.stage_s(10) == pytest.approx(17.0)  # as from 2 to 4 rows
     assert measured.wire_s(16) == pytest.approx(0.016)
+    assert measured.way_s(4) == pytest.approx(5.0 + 2.0 + 2.0 + 3 * 0.004)
     assert costs([(1, 0.5)]).stage_s(3) == 1.5  # nothing else is known
     assert costs([(1, 0.5)]).wire_s(16) == 0.0  # there is no link between workers
 
@@ -148,3 +150,23 @@ def test_free_memory_is_what_machine_and_container_leave(tmp_path: Path) -> None
         assert free_bytes(cpu, tmp_path) == expected
     (tmp_path / "memory.max").write_text("max\n")
     assert free_bytes(cpu, tmp_path) > 2**20
+
+
+def test_a_segment_takes_along_the_rows_that_save_more_than_they_delay() -> None:
+    scores = np.log([0.5, 0.3, 0.11, 0.09])
+    pace = Pace(costs([(1, 1.0), (128, 13.7)]))  # each further row costs a tenth of the first
+    assert pace.num_worth(scores) == pace.num_worth(scores - 3.0) == 3  # those above a fifth of the best
+    assert Pace(costs([(1, 1.0), (128, 1.0)])).num_worth(scores) == 4
+    assert Pace(costs([(1, 1.0), (128, 128.0)])).num_worth(scores) == 1
+
+
+def test_a_segment_on_long_hops_takes_more_rows_along() -> None:
+    pace = Pace(costs([(1, 1.0), (128, 13.7)]))
+    pace.note_result(Result(0, 0, 0, [], 0, torch.zeros(0, 1), [Timing(1, 1, 1.0, 2.0, 0, 1)]), 0.0, 3.0)
+    assert pace.num_worth(np.log([0.5, 0.3, 0.11, 0.09, 0.03])) == 4
+
+
+def test_trees_hold_less_probable_nodes_where_rows_are_cheap_and_stages_many() -> None:
+    flat, dear = [(1, 1.0), (128, 1.0)], [(1, 1.0), (128, 128.0)]
+    times = [Pace(costs(*tables)).tree_times for tables in ([flat], [flat] * 4, [dear], [dear] * 4)]
+    assert times == pytest.approx([2.0, 8.0, 1.0, 1.0])

@@ -16,6 +16,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
+
 from flowspec.config import FlowParts, PipelineConfig, TreeConfig
 from flowspec.request.generation import Generation
 from flowspec.schedule.base import AT_ONCE, NEVER
@@ -24,6 +26,7 @@ from flowspec.wire.messages import Result
 
 PASSES_SHARE = 0.45  # of a segment's time that a new root may wait for draft passes, where both are known
 EARLY_PASSES_SHARE = 0.7  # the same where segments are sent as soon as there is room: nothing makes them better later
+MOST_NODES = 4.0  # times as many as published in a tree and in a draft pass, where rows are cheap
 SHARED_PATIENCE = 2  # times as long, while other requests keep the pipeline busy
 
 
@@ -49,7 +52,8 @@ class Flow:
         self._segment_len = pipeline.segment_len or by_costs
         self.wants_hints, self.wants_ngrams = parts.hints, parts.ngrams
         self._steady_steps = steady_steps if parts.steady else 1
-        self.tree_config = self._size_tree(tree, knows_costs)
+        self._num_worth = pace.num_worth if parts.segment_costs else len
+        self.tree_config = self._size_tree(tree, pace.tree_times if parts.segment_costs else 1.0)
         binds_late = knows_costs and parts.late_binding
         self._passes_share = PASSES_SHARE if binds_late else EARLY_PASSES_SHARE
         self._max_in_flight = pipeline.segments_in_flight or (2 if binds_late else 1) * (num_parallel + 1)
@@ -57,14 +61,14 @@ class Flow:
         self._pace = pace if parts.late_binding else FixedPace()
         self._pass_s = 0.0  # what the last draft pass took
 
-    def _size_tree(self, tree: TreeConfig, knows_costs: bool) -> TreeConfig:
-        """The more rows cost nothing, the less probable a node may be; nobody has time for thousands."""
-        share = min(max(1.0, self._segment_len / DEFAULT_SEGMENT_LEN), 4.0) if knows_costs else 1.0
+    def _size_tree(self, tree: TreeConfig, times: float) -> TreeConfig:
+        """The less a row costs, the less probable a node may be; nobody has time for thousands."""
+        share = min(times, MOST_NODES)
         return replace(
             tree,
             size=round(tree.size * share),
             width=round(tree.width * share),
-            min_probability=tree.min_probability / share,
+            min_probability=tree.min_probability / times,
             depth=max(tree.depth, self._steady_steps),
             max_depth=max(tree.max_depth, self._steady_steps),
         )
@@ -121,9 +125,11 @@ class Flow:
     # --- 1. score-based step-wise verification: the best unsent nodes, of any depth ---
 
     def _send_best(self, generation: Generation) -> bool:
-        rows = generation.tree.best_unsent(self._segment_len)
+        tree = generation.tree
+        rows = tree.best_unsent(self._segment_len)
         if not len(rows):
             return False
+        rows = tree.best_unsent(self._num_worth(-np.sort(-tree.scores[rows])))
         self._pace.note_sent(len(rows), generation.clock())
         generation.send(rows)
         return True

@@ -10,13 +10,20 @@ import math
 from collections.abc import Sequence
 from typing import Protocol
 
+import numpy as np
+
 from flowspec.core import interpolate
+from flowspec.tree import Floats
 from flowspec.wire.messages import Ready, Result, Timing
 
 MAX_SEGMENT_LEN = 128
 DEFAULT_SEGMENT_LEN = 16  # where nothing is known of the devices, as published
 
 _CORRECTION_SHARE = 0.1  # of a forward's surprise that the next ones are expected to repeat
+_DELAY_WEIGHT = 2  # of the time that a row costs the others, against what it saves: it may go with the next segment
+_DEAR_ROWS = 6  # trees are as published where so many rows double the time of a segment's way,
+_SLOT_SHARE = 0.5  # or where that time is no more than this share of a slot
+_ROW_COUNTS = 2 ** np.arange(11)  # between which the time of a way is linear
 
 
 class Costs(Protocol):
@@ -28,6 +35,10 @@ class Costs(Protocol):
 
     def wire_s(self, num_rows: int) -> float:
         """The transfer over the slowest link between workers."""
+        ...
+
+    def way_s(self, num_rows: int) -> float:
+        """All forwards and transfers, one after the other."""
         ...
 
 
@@ -46,6 +57,10 @@ class MeasuredCosts:
 
     def wire_s(self, num_rows: int) -> float:
         return num_rows * self._s_per_row
+
+    def way_s(self, num_rows: int) -> float:
+        stages = zip(self._tables, self._factors, strict=True)
+        return sum(interpolate(table, num_rows) * factor + self.wire_s(num_rows) for table, factor in stages)
 
     def note(self, timings: Sequence[Timing]) -> None:
         """A segment's forwards: the text grows, devices get warm, and other programs want them too.
@@ -82,10 +97,15 @@ class FixedPace:
     """Where nothing is known of the devices beforehand: segments as published, sent whenever there is room for one."""
 
     segment_len = DEFAULT_SEGMENT_LEN
+    tree_times = 1.0
     due_s = -math.inf
 
     def __init__(self) -> None:
         self.slot_s = 0.0  # how long a segment keeps the slowest stage busy, as results tell; 0: none has come
+
+    def num_worth(self, scores: Floats) -> int:
+        """All: nobody knows what they cost."""
+        return len(scores)
 
     def note_sent(self, num_rows: int, now: float) -> None:
         """It makes no difference."""
@@ -107,6 +127,7 @@ class Pace:
         self._costs = costs
         self.measure()
         self._hop_s = 0.0  # the shortest that was seen
+        self._num_hops = 0
         self._knows_hop = False
         self._start_s = 0.0  # when the last segment sent meets worker 1 free
         self._free_s = 0.0  # when the pipeline can take the next one
@@ -115,6 +136,22 @@ class Pace:
         """Size segments by what they cost now."""
         self.segment_len = free_rows(self._costs)
         self.slot_s = slot_s(self._costs, self.segment_len)  # of a full segment
+        self._ways_s = np.array([self._costs.way_s(num_rows) for num_rows in _ROW_COUNTS.tolist()])
+        one_s, more_s = np.interp((1, DEFAULT_SEGMENT_LEN), _ROW_COUNTS, self._ways_s)
+        rows_s = _DEAR_ROWS * (more_s - one_s) / (DEFAULT_SEGMENT_LEN - 1)
+        # How many times less probable than published a node may be. One that comes true saves a way; if not, it has
+        # delayed the rows that it went with, and kept the slowest stage or link from others.
+        self.tree_times = max(1.0, float(one_s / max(rows_s, _SLOT_SHARE * self.slot_s)))
+
+    def num_worth(self, scores: Floats) -> int:
+        """How many of the rows with these scores, which fall, one segment should take along.
+
+        A row that comes true saves a way through the pipeline; coming true or not, it delays the others. So the more
+        it delays them, the more probable it has to be as a share of the best one's probability.
+        """
+        ways_s = np.interp(np.arange(1, len(scores) + 1), _ROW_COUNTS, self._ways_s)
+        saved_s = np.cumsum(np.exp(scores - scores[0])) * (ways_s[0] + self._num_hops * self._hop_s)
+        return 1 + int(np.argmax(saved_s - _DELAY_WEIGHT * ways_s))
 
     @property
     def due_s(self) -> float:
@@ -135,6 +172,7 @@ class Pace:
         if sent_s is None:
             return
         computing_s = sum(timing.end_s - timing.start_s for timing in result.timings)
-        hop_s = (now - sent_s - computing_s) / (len(result.timings) + 1)
+        self._num_hops = len(result.timings) + 1
+        hop_s = (now - sent_s - computing_s) / self._num_hops
         self._hop_s = min(self._hop_s, hop_s) if self._knows_hop else hop_s
         self._knows_hop = True
