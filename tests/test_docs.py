@@ -283,8 +283,8 @@ def check_target(house: House, run: Run, words: list[str]) -> None:
 
 def check_install(house: House, run: Run, words: list[str]) -> None:
     """Nothing is installed: what would be is looked at."""
-    assert words[-1] == "." or words[-2:] == ["install", "."]
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert words[-1] in (".", *(f".[{extra}]" for extra in project["optional-dependencies"]))
     module, _, function = project["scripts"]["flowspec"].partition(":")
     assert callable(getattr(importlib.import_module(module), function))
 
