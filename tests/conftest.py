@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +21,12 @@ if TYPE_CHECKING:
     from command_line import Done, Run
 
 os.environ.pop("COLUMNS", None)  # set in processes of xdist; rich's consoles go for ever by what they are born with
+if "PYTEST_XDIST_WORKER" not in os.environ:  # these have it from the process that started them
+    # Nothing hangs on what the user has fetched, or fetches anything. Matplotlib keeps its list of fonts.
+    user_cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    os.environ.setdefault("MPLCONFIGDIR", str(Path(user_cache, "matplotlib")))
+    os.environ |= {"XDG_CACHE_HOME": tempfile.mkdtemp(prefix="flowspec-tests-"), "PIP_NO_INDEX": "1"}
+    atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 torch.set_num_threads(1)
 if fork_server.is_possible:
     fork_server.install(fork_server.server)

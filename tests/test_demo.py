@@ -15,7 +15,7 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
 def test_the_demo_checks_its_own_text() -> None:
-    command = [sys.executable, "-m", "flowspec", "demo", "--stages", "2", "--max-new-tokens", "24"]
+    command = [sys.executable, "-m", "flowspec", "demo", "--model", "demo", "--stages", "2", "--max-new-tokens", "24"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     assert "The text is the same as plain autoregressive decoding" in done.stdout

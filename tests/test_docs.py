@@ -57,7 +57,7 @@ ADDED = {
     "bench clusters": {"--max-new-tokens": "8", "--num-prompts": "1", "--temperatures": "0", "--jobs": "1"},
     "emulate": {"--max-new-tokens": "4", "--num-prompts": "1", "--schedule": "flow", "--time-scale": "4"},
     "chat": {"--max-new-tokens": "8"},
-    "demo": {"--max-new-tokens": "8"},
+    "demo": {"--max-new-tokens": "8", "--model": "demo"},
     "serve": {"--port": "0"},
 }
 
@@ -295,7 +295,7 @@ def check_activation(house: House, run: Run, words: list[str]) -> None:
 
 RULES: dict[str, Rule] = {
     r"flowspec (serve|worker) .*--(model|listen)": start_in_background,
-    r"flowspec [\w-]+$|flowspec .*--help$": run_help,  # a mention of a command
+    r"flowspec [\w-]+$|flowspec .*--help$|flowspec models fetch ": run_help,  # a mention of a command; nothing is fetched
     r"flowspec ": run_flowspec,
     r"python benchmarks/results.py": run_results,
     r"python benchmarks/": check_script,

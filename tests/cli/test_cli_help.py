@@ -25,7 +25,7 @@ from flowspec.config import PUBLISHED_TREE, PipelineConfig, ScheduleConfig, Tree
 from flowspec.core import SamplingParams
 
 CLUSTER = str(Path(__file__).parents[2] / "clusters" / "7b-nano-150m.toml")
-COMMANDS = ("generate", "demo", "chat", "serve", "worker", "simulate", "bench", "emulate", "train-draft")
+COMMANDS = ("generate", "demo", "chat", "serve", "worker", "simulate", "bench", "emulate", "train-draft", "models")
 
 
 def options_of(text: str) -> dict[str, str]:

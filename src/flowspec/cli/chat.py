@@ -26,6 +26,7 @@ from flowspec.cli.options import (
 )
 from flowspec.cli.terminal import TerminalProgress, errors_in_one_line, stderr
 from flowspec.errors import FlowspecError, UsageError
+from flowspec.model.fetched import talking_model
 from flowspec.talk.talker import Message, Piece, Settings, Talker
 from flowspec.talk.transcript import Transcript, new_file, newest_file
 
@@ -71,7 +72,7 @@ def chat(
         else:
             progress = TerminalProgress()
             stack.callback(progress.stop)
-            arguments = model.arguments() | stage_options.arguments()
+            arguments = model.arguments(talking_model()) | stage_options.arguments()
             from flowspec.llm import LLM
             from flowspec.talk.local import LocalTalker
 

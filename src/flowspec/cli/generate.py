@@ -26,7 +26,7 @@ from flowspec.core import SamplingParams
 from flowspec.errors import UsageError
 
 if TYPE_CHECKING:
-    from flowspec.llm import LLM, Completion, TextChunk
+    from flowspec.llm import Completion, TextChunk
 
 _DEFAULTS = replace(DEFAULT_SAMPLING, max_new_tokens=SamplingParams.max_tokens)
 
@@ -61,7 +61,7 @@ def generate(
             values["ttft_ms"] = round(completion.ttft_ms, 2)
             write_json(values)
         else:
-            completion = print_stream(llm, text, params, progress)
+            completion = print_stream(llm.stream(text, params), progress)
             if stderr.is_terminal:
                 print_table(completion_cells([completion]), stderr)
 
@@ -87,10 +87,10 @@ def _read(chunks: Iterator[TextChunk], params: SamplingParams, progress: Termina
     return chunk.completion
 
 
-def print_stream(llm: LLM, prompt: str, params: SamplingParams, progress: TerminalProgress) -> Completion:
+def print_stream(chunks: Iterator[TextChunk], progress: TerminalProgress) -> Completion:
     """Print the text as it comes."""
     chunk = None
-    for chunk in llm.stream(prompt, params):
+    for chunk in chunks:
         progress.stop()
         sys.stdout.write(chunk.text)
         sys.stdout.flush()

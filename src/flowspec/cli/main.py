@@ -16,6 +16,7 @@ from flowspec.cli.chat import chat
 from flowspec.cli.demo import demo
 from flowspec.cli.emulate import emulate
 from flowspec.cli.generate import generate
+from flowspec.cli.models import models
 from flowspec.cli.options import SCHEDULES_BELOW, takes_groups
 from flowspec.cli.serve import serve
 from flowspec.cli.simulate import simulate
@@ -28,6 +29,7 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_mar
 for command in (generate, demo, chat, serve, worker, simulate, bench, emulate, train_draft):
     compares = command in (simulate, bench)
     app.command(epilog=SCHEDULES_BELOW if compares else None)(takes_groups(command))
+app.add_typer(models, name="models")
 
 
 def _print_version(wanted: bool) -> None:

@@ -152,7 +152,10 @@ class ModelOptions:
 
     model: Annotated[
         str | None,
-        typer.Option(help="A model directory, a .gguf file, a hub name (owner/model), or 'demo'.", show_default="demo"),
+        typer.Option(
+            help="A model directory, a .gguf file, a hub name (owner/model), 'smollm2', or 'demo'.",
+            show_default="demo; for chat and serve smollm2, once it was fetched",
+        ),
     ] = None
     draft: Annotated[
         str, typer.Option(help="auto, none, ngram, or the directory of an EAGLE head that fits the model.")
@@ -167,12 +170,12 @@ class ModelOptions:
     min_probability: MinProbability = TreeConfig.min_probability
     segment_len: SegmentLen = PipelineConfig.segment_len
 
-    def arguments(self) -> dict[str, Any]:
+    def arguments(self, default_model: str = "demo") -> dict[str, Any]:
         """Of ``LLM`` and ``Engine``. Raises ``UsageError``."""
         changes = tree_changes(self.tree_top_k, self.tree_depth, self.tree_size, self.min_probability)
         tree = TreeConfig(**changes)
         return {
-            "model": "demo" if self.model is None else self.model,
+            "model": default_model if self.model is None else self.model,
             "draft": self.draft,
             "draft_dtype": self.draft_dtype.value,
             "schedule": self.schedule,

@@ -12,6 +12,7 @@ from flowspec.cli.options import DEFAULT_MODEL, DEFAULT_STAGE_OPTIONS, ApiKey, M
 from flowspec.cli.terminal import TerminalProgress, errors_in_one_line, stderr
 from flowspec.config import EngineConfig, ServerConfig
 from flowspec.errors import WorkerError
+from flowspec.model.fetched import talking_model
 
 logger = logging.getLogger("flowspec.server")
 
@@ -48,7 +49,7 @@ def serve(
         config = ServerConfig(host, port, api_key, max_waiting=max_waiting, spec_stats=spec_stats)
         config = replace(config, cors_origins=tuple(cors_origin or ()))
         engine_config = EngineConfig(max_running, kv_slots)
-        arguments = model.arguments() | stage_options.arguments()
+        arguments = model.arguments(talking_model()) | stage_options.arguments()
         if host not in ("127.0.0.1", "localhost", "::1") and api_key is None:
             logger.warning("warning: %s is open to the network and wants no key; set --api-key", host)
         if "*" in config.cors_origins and api_key is None:

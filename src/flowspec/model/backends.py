@@ -11,6 +11,7 @@ import torch
 
 from flowspec.core import DType, LayerRange, Weights
 from flowspec.errors import UsageError
+from flowspec.model.fetched import FETCHED, path_of
 from flowspec.model.gguf_checkpoint import GGUF_SUFFIX, GGUFCheckpoint
 from flowspec.model.loader import Checkpoint
 from flowspec.model.packed import Bits
@@ -25,7 +26,12 @@ _BITS: dict[Weights, Bits] = {"int8": 8, "int4": 4}
 
 
 def open_checkpoint(name: str | Path) -> Checkpoint:
-    """A directory, a GGUF file, a hub name, or ``demo``; reads the config alone. Raises ``ModelError``."""
+    """A directory, a GGUF file, a hub name, ``demo``, or what was fetched; reads the config alone.
+
+    Raises ``ModelError``.
+    """
+    if name in FETCHED:
+        return GGUFCheckpoint.open(path_of(str(name)))
     return GGUFCheckpoint.open(name) if str(name).endswith(GGUF_SUFFIX) else Checkpoint.open(name)
 
 

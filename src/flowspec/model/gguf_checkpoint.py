@@ -23,6 +23,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 from flowspec.core import DType
 from flowspec.errors import ModelError, first_line
 from flowspec.model.families import EMBEDDING, LM_HEAD
+from flowspec.model.fetched import name_for_workers
 from flowspec.model.gguf_header import Header, TensorPlace
 from flowspec.model.gguf_tokenizer import set_pre_tokenizer
 from flowspec.model.loader import Checkpoint
@@ -89,7 +90,7 @@ class GGUFCheckpoint(Checkpoint):
 
     @property
     def full_name(self) -> str:
-        return str(self._path.resolve())
+        return name_for_workers(self._path)
 
     @property
     def title(self) -> str:
