@@ -295,7 +295,8 @@ def check_activation(house: House, run: Run, words: list[str]) -> None:
 
 RULES: dict[str, Rule] = {
     r"flowspec (serve|worker) .*--(model|listen)": start_in_background,
-    r"flowspec [\w-]+$|flowspec .*--help$|flowspec models fetch ": run_help,  # a mention of a command; nothing is fetched
+    r"flowspec models fetch ": run_help,  # nothing is fetched
+    r"flowspec [\w-]+$|flowspec .*--help$": run_help,  # a mention of a command
     r"flowspec ": run_flowspec,
     r"python benchmarks/results.py": run_results,
     r"python benchmarks/": check_script,

@@ -67,7 +67,8 @@ class LLM:
     """One model, cut over workers, ready to generate. A context manager; ``close`` ends the workers that it started.
 
     Args:
-        model: a directory, a .gguf file, a hub name (``owner/model``), ``"smollm2"`` once it was fetched, or ``"demo"``.
+        model: a directory, a .gguf file, a hub name (``owner/model``), ``"smollm2"`` once that was fetched, or
+            ``"demo"``.
         draft: ``"auto"`` (the head that belongs to the model, else n-grams), ``"none"``, ``"ngram"``, the directory of
             an EAGLE head, or a draft source of your own.
         draft_dtype: ``"int8"`` quantises the weights of a draft head, which are then read faster; guesses may get

@@ -26,7 +26,8 @@ from flowspec.cli.options import (
 )
 from flowspec.cli.terminal import TerminalProgress, errors_in_one_line, stderr
 from flowspec.errors import FlowspecError, UsageError
-from flowspec.model.fetched import talking_model
+from flowspec.model.demo_pair import DEMO
+from flowspec.model.fetched import A_TOY, talking_model
 from flowspec.talk.talker import Message, Piece, Settings, Talker
 from flowspec.talk.transcript import Transcript, new_file, newest_file
 
@@ -79,6 +80,8 @@ def chat(
             llm = stack.enter_context(LLM(**arguments, progress=progress))
             progress.stop()
             talker = LocalTalker(llm, _tell)
+            if model.model is None and talker.name == DEMO:
+                _tell(f"{DEMO} is {A_TOY}")
         with keyboard() as source:
             Conversation(talker, settings, system).run(source)
 

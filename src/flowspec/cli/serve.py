@@ -12,7 +12,8 @@ from flowspec.cli.options import DEFAULT_MODEL, DEFAULT_STAGE_OPTIONS, ApiKey, M
 from flowspec.cli.terminal import TerminalProgress, errors_in_one_line, stderr
 from flowspec.config import EngineConfig, ServerConfig
 from flowspec.errors import WorkerError
-from flowspec.model.fetched import talking_model
+from flowspec.model.demo_pair import DEMO
+from flowspec.model.fetched import A_TOY, talking_model
 
 logger = logging.getLogger("flowspec.server")
 
@@ -68,6 +69,8 @@ def serve(
                 app = create_app(engine, config, feed, served_model_name)
                 url, name = listening.url, app.state.api.model
                 told = f"{name} in stages {engine.partition}: {url}/v1, dashboard {url}/; end it with Ctrl-C"
+                if model.model is None and engine.model.checkpoint.name == DEMO:
+                    told += f"\nflowspec: {DEMO} is {A_TOY}"
                 run(app, listening, verbose, lambda: stderr.print(told, markup=False, soft_wrap=True))
                 if (failure := app.state.api.service.failure) is not None:
                     raise WorkerError(failure)

