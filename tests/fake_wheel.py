@@ -23,12 +23,12 @@ def write_tiny_gguf(path: Path) -> Path:
     writer.add_head_count(HEADS)
     writer.add_head_count_kv(HEADS)
     writer.add_layer_norm_rms_eps(1e-6)
-    tokens = ["<|end|>", *byte_characters()]
+    tokens = ["<|end|>", *byte_characters(), "th"]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(tokens)
-    writer.add_token_types([gguf.TokenType.CONTROL, *[gguf.TokenType.NORMAL] * 256])
-    writer.add_token_merges([])
+    writer.add_token_types([gguf.TokenType.CONTROL, *[gguf.TokenType.NORMAL] * 257])
+    writer.add_token_merges(["t h"])
     writer.add_eos_token_id(0)
     writer.add_chat_template(TEMPLATE)
     shapes = {"token_embd": (len(tokens), HIDDEN), "output_norm": (HIDDEN,)}

@@ -44,6 +44,7 @@ class Scene:
     title: str
     schedule: str
     defaults: dict[str, Any]  # of ``SamplingParams``
+    remark: str = ""
 
     def play(self, llm: LLM, params: SamplingParams, progress: TerminalProgress) -> list[Completion]:
         """Once as it comes, by the schedule, and once more by plain decoding."""
@@ -60,7 +61,13 @@ class Scene:
 # Greedy, a toy repeats itself.
 TOY = Scene(DEMO, "the toy that ships", "auto", {"max_tokens": 200, "temperature": 0.8})
 # By ``auto`` the columns would be the same: without a head of its own it gives way to plain decoding.
-TALK = Scene(SMOLLM2, FETCHED[SMOLLM2].title, "flow", {"max_tokens": 64})
+TALK = Scene(
+    SMOLLM2,
+    FETCHED[SMOLLM2].title,
+    "flow",
+    {"max_tokens": 64},
+    "It was drafted from n-grams alone, which guess little here; --model demo shows what a draft head brings.",
+)
 
 
 def demo(
@@ -89,7 +96,7 @@ def demo(
         progress.stop()
         where = "worker processes" if arguments["workers"] is None else "workers"
         told = f"{scene.title}: {len(llm.partition)} {where}, layers {llm.partition}, and the driver\n"
-        stdout.print(told, style="dim", markup=False)
+        stdout.print(told, style="dim", markup=False, soft_wrap=True)
         completions = scene.play(llm, params, progress)
         stdout.print()
         print_table(completion_cells(completions))
@@ -97,6 +104,8 @@ def demo(
         if fast.token_ids != plain.token_ids:
             raise FlowspecError("the text is NOT the same as plain autoregressive decoding; please report this")
         stdout.print("\nThe text is the same as plain autoregressive decoding, token for token.")
+        if scene.remark:
+            stdout.print(scene.remark, style="dim", markup=False, soft_wrap=True)
 
 
 def _choose(model: DemoModel | None, progress: TerminalProgress) -> Scene:
