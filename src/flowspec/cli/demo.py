@@ -82,7 +82,7 @@ def demo(
     sampling: SamplingOptions = _DEFAULTS,
     verbose: Verbose = False,
 ) -> None:
-    """See a model answer over several processes, and check its text."""
+    """See a model answer, and check its text."""
     with errors_in_one_line(verbose), contextlib.ExitStack() as stack:
         progress = TerminalProgress()
         stack.callback(progress.stop)
