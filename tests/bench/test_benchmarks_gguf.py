@@ -82,5 +82,5 @@ def test_the_quality_benchmark_prints_json(model: Path) -> None:
     figures = run("quantised_quality.py", str(model), "--num-tokens", "400")
     assert figures["windows"] == 2
     exact, int8, int4 = (figures["weights"][name] for name in ("float", "int8", "int4"))
-    assert exact["same_best_token"] == 1 and min(int8["same_best_token"], int4["same_best_token"]) > 0.5
+    assert exact["same_best_token"] == 1 and int8["same_best_token"] > 0.9 and 0 < int4["same_best_token"] < 1
     assert abs(int8["perplexity"] / exact["perplexity"] - 1) < 0.05
