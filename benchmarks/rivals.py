@@ -4,7 +4,7 @@
         [--repeat 2] [--peer PYTHON]
 
 All make the same number of tokens greedily from the same token ids, in turn, on the same cores; ends of text are
-passed over. llama.cpp runs in another Python (``--peer``) that has ``xllamacpp``, and is left out without one.
+passed over. Each answer is told on stderr. llama.cpp runs in another Python (``--peer``) that has ``xllamacpp``, and is left out without one.
 transformers has the same weights, dequantised. docs/METHODOLOGY.md defines the figures.
 """
 
@@ -16,6 +16,7 @@ import os
 import select
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -223,7 +224,8 @@ def run_in_turn(rows: Sequence[Row], prompts: Sequence[Sequence[int]], repeat: i
     for _ in range(repeat):
         for index, prompt_ids in enumerate(prompts):
             for row in rows:
-                answers[row.name][index].append(row.run(prompt_ids))
+                answers[row.name][index].append(answer := row.run(prompt_ids))
+                print(f"prompt {index}: {row.name}: {answer.tokens_per_s:.1f} tokens/s", file=sys.stderr, flush=True)
     return answers
 
 
