@@ -4,8 +4,8 @@
         [--repeat 2] [--peer PYTHON]
 
 All make the same number of tokens greedily from the same token ids, in turn, on the same cores; ends of text are
-passed over. Each answer is told on stderr. llama.cpp runs in another Python (``--peer``) that has ``xllamacpp``, and is left out without one.
-transformers has the same weights, dequantised. docs/METHODOLOGY.md defines the figures.
+passed over. Each answer is told on stderr. llama.cpp runs in another Python (``--peer``) that has ``xllamacpp``, and
+is left out without one. transformers has the same weights, dequantised. docs/METHODOLOGY.md defines the figures.
 """
 
 from __future__ import annotations
