@@ -77,6 +77,8 @@ class LLM:
         partition: the stages' layer ranges instead, ``"0:4,4:8"``.
         workers: addresses of running workers, ``"host:port"``, in pipeline order; by default processes on this machine.
         schedule: ``"auto"``, or the name of one of the schedules in the README.
+        weights: ``"int8"`` and ``"int4"`` run the matrices on a processor's integer kernels, and the text is exact;
+            ``"float"`` has them in ``dtype``. ``"auto"`` takes integers for quantised files.
         dtype: type of weights and arithmetic; the text is exact in ``"float32"``.
         device: torch device of the driver and the workers here, ``"cpu"`` or ``"cuda:0"``.
         schedule_config: the settings of all schedules: what their draft trees may look like, and how a request is cut
