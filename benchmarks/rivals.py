@@ -36,6 +36,7 @@ from flowspec.llm import LLM
 from flowspec.model.backends import load_stage, open_checkpoint
 from flowspec.model.families import LM_HEAD
 from flowspec.model.loader import Checkpoint
+from flowspec.model.stage_weights import rotary_of
 from flowspec.worker.measure import measure_forward
 
 QUESTIONS = (
@@ -126,12 +127,11 @@ def open_transformers(checkpoint: Checkpoint, threads: int, num_tokens: int) -> 
     """In float32, with the tensors that flowspec reads from the file."""
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(checkpoint.config)
-    rotary = type(model.model.rotary_emb)(config=checkpoint.config)  # its frequencies are in no file
     names = checkpoint.tensor_names() & model.state_dict().keys()
     tensors = dict(checkpoint.tensors(sorted(names - {LM_HEAD}), "float32", "cpu"))
     tensors[LM_HEAD] = checkpoint.load_lm_head("float32", "cpu")
     model.load_state_dict(tensors, assign=True)
-    model.model.rotary_emb = rotary
+    model.model.rotary_emb = rotary_of(model.model, checkpoint.config)
     model.eval()
     model.generation_config.eos_token_id = None  # nothing ends a text
 

@@ -6,50 +6,13 @@ import hashlib
 import zipfile
 from pathlib import Path
 
-import gguf
-import numpy as np
-
-HIDDEN, HEADS, MLP, LAYERS = 32, 4, 64, 4
-TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}:"
+from tiny_gguf import write_text_gguf
 
 
 def write_tiny_gguf(path: Path) -> Path:
     """A random Llama of bytes, which has a chat template."""
-    writer, random = gguf.GGUFWriter(path, "llama"), np.random.default_rng(0)
-    writer.add_block_count(LAYERS)
-    writer.add_context_length(512)
-    writer.add_embedding_length(HIDDEN)
-    writer.add_feed_forward_length(MLP)
-    writer.add_head_count(HEADS)
-    writer.add_head_count_kv(HEADS)
-    writer.add_layer_norm_rms_eps(1e-6)
-    tokens = ["<|end|>", *byte_characters(), "th"]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list(tokens)
-    writer.add_token_types([gguf.TokenType.CONTROL, *[gguf.TokenType.NORMAL] * 257])
-    writer.add_token_merges(["t h"])
-    writer.add_eos_token_id(0)
-    writer.add_chat_template(TEMPLATE)
-    shapes = {"token_embd": (len(tokens), HIDDEN), "output_norm": (HIDDEN,)}
-    for layer in range(LAYERS):
-        shapes |= {f"blk.{layer}.{name}": (HIDDEN,) for name in ("attn_norm", "ffn_norm")}
-        shapes |= {f"blk.{layer}.attn_{name}": (HIDDEN, HIDDEN) for name in ("q", "k", "v", "output")}
-        shapes |= {f"blk.{layer}.ffn_{name}": (MLP, HIDDEN) for name in ("gate", "up")}
-        shapes[f"blk.{layer}.ffn_down"] = (HIDDEN, MLP)
-    for name, shape in shapes.items():
-        writer.add_tensor(f"{name}.weight", random.normal(1 if "norm" in name else 0, 0.3, shape).astype(np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_text_gguf(path, num_hidden_layers=4, max_position_embeddings=512)
     return path
-
-
-def byte_characters() -> list[str]:
-    """GPT-2's: those that print stand for themselves, the others come after all bytes."""
-    printed = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    return [chr(byte) for byte in printed] + [chr(256 + place) for place in range(256 - len(printed))]
 
 
 def write_wheel(directory: Path, member: str, content: bytes) -> Path:

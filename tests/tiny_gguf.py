@@ -80,11 +80,33 @@ def write_gguf(
         of = kind if array.ndim == 2 else Kind.F32
         data = np.ascontiguousarray(array) if of == Kind.F32 else gguf.quantize(array, of)
         writer.add_tensor(stored_name(name), data, raw_dtype=None if of == Kind.F32 else of)
+    _write(writer)
+    return model
+
+
+def rewrite(path: Path, plain: Path, values: dict[str, Any], tensors: dict[str, Any] | None = None) -> None:
+    """A llama's file again, with other metadata, and with more tensors."""
+    reader = gguf.GGUFReader(plain)
+    writer = gguf.GGUFWriter(path, values.get("general.architecture", "llama"))
+    for name, field in reader.fields.items():
+        if name.startswith("llama.") and name not in values:
+            writer.add_key_value(name, field.contents(), field.types[0])
+    for name, value in values.items():
+        if name.startswith("llama."):
+            kind = gguf.GGUFValueType.STRING if isinstance(value, str) else gguf.GGUFValueType.UINT32
+            writer.add_key_value(name, value, kind)
+    for name, tensor in (tensors or {}).items():
+        writer.add_tensor(name, tensor)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, np.array(tensor.data))
+    _write(writer)
+
+
+def _write(writer: gguf.GGUFWriter) -> None:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return model
 
 
 def write_text_gguf(path: Path, kind: Kind = Kind.F32, pre: str = "smollm", **more: Any) -> Any:

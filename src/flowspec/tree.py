@@ -7,6 +7,7 @@ the score order is a connected tree: whatever is sent best first arrives parents
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TypeAlias
 
 import numpy as np
@@ -89,10 +90,14 @@ class DraftTree:
         rows = np.argsort(-self.scores, kind="stable")[: self.size if limit is None else limit]
         return rows[(self.scores[rows] >= self.min_score) & (self.scores[rows] > -np.inf)]
 
-    def best_unsent(self, limit: int) -> Ints:
-        """The best ``limit`` rows that may be sent and were not, in id order: the next segment."""
+    def best_unsent(self, limit: int, num_worth: Callable[[Floats], int] = len) -> Ints:
+        """The best ``limit`` rows that may be sent and were not, in id order: the next segment.
+
+        ``num_worth``: how many of them are worth it, by their scores, which fall; it is not asked about none.
+        """
         best = self.best()
-        return np.sort(best[~self.sent[best]][:limit])
+        unsent = best[~self.sent[best]][:limit]
+        return np.sort(unsent[: num_worth(self.scores[unsent])]) if len(unsent) else unsent
 
     def best_at(self, depth: int, limit: int) -> Ints:
         """The best ``limit`` rows at a depth, in id order: what EAGLE-2 expands in one pass."""

@@ -8,57 +8,21 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import gguf
-import numpy as np
 import pytest
+from gguf import GGMLQuantizationType as Kind
 
-from tiny_models import make_text_tokenizer
+from tiny_gguf import write_text_gguf
 
 pytest.importorskip("openvino")
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-NUM_LAYERS, HIDDEN, INNER, NUM_HEADS, NUM_KV_HEADS = 2, 64, 128, 4, 2
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random llama in Q8_0 that reads bytes."""
     path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
-    tokenizer = make_text_tokenizer("byte-level")
-    words = sorted(tokenizer.get_vocab(), key=lambda word: tokenizer.get_vocab()[word])
-    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_context_length(512)
-    writer.add_embedding_length(HIDDEN)
-    writer.add_feed_forward_length(INNER)
-    writer.add_block_count(NUM_LAYERS)
-    writer.add_head_count(NUM_HEADS)
-    writer.add_head_count_kv(NUM_KV_HEADS)
-    writer.add_layer_norm_rms_eps(1e-6)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
-    writer.add_token_list(words)
-    writer.add_token_types([3 if word in tokenizer.all_special_tokens else 1 for word in words])
-    writer.add_token_merges([" ".join(pair) for pair in merges])
-    writer.add_eos_token_id(words.index("</s>"))
-    inner_kv = HIDDEN * NUM_KV_HEADS // NUM_HEADS
-    matrices = {"token_embd": (len(words), HIDDEN), "output": (len(words), HIDDEN)}
-    for layer in range(NUM_LAYERS):
-        matrices |= {f"blk.{layer}.{name}": (HIDDEN, HIDDEN) for name in ("attn_q", "attn_output")}
-        matrices |= {f"blk.{layer}.{name}": (inner_kv, HIDDEN) for name in ("attn_k", "attn_v")}
-        matrices |= {f"blk.{layer}.{name}": (INNER, HIDDEN) for name in ("ffn_gate", "ffn_up")}
-        matrices[f"blk.{layer}.ffn_down"] = (HIDDEN, INNER)
-    rng, kind = np.random.default_rng(0), gguf.GGMLQuantizationType.Q8_0
-    for name, shape in matrices.items():
-        values = 0.3 * rng.standard_normal(shape, dtype=np.float32)
-        writer.add_tensor(f"{name}.weight", gguf.quantize(values, kind), raw_dtype=kind)
-    norms = [f"blk.{layer}.{name}" for layer in range(NUM_LAYERS) for name in ("attn_norm", "ffn_norm")]
-    for name in (*norms, "output_norm"):
-        writer.add_tensor(f"{name}.weight", np.ones(HIDDEN, dtype=np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_text_gguf(path, Kind.Q8_0, num_hidden_layers=2, intermediate_size=128, max_position_embeddings=512)
     return path
 
 

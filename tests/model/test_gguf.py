@@ -20,7 +20,7 @@ from flowspec.model.backends import choose_weights, open_checkpoint
 from flowspec.model.gguf_checkpoint import GGUFCheckpoint
 from flowspec.model.stage import forward
 from flowspec.model.torch_stage import TorchStage
-from tiny_gguf import ARCHITECTURES, stored_name, write_gguf, write_text_gguf
+from tiny_gguf import ARCHITECTURES, rewrite, stored_name, write_gguf, write_text_gguf
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -66,18 +66,7 @@ def test_scaled_frequencies_of_llama_3_are_found_in_the_file(tmp_path: Path) -> 
 
 
 def write_with_factors(path: Path, plain: Path, factors: Any) -> None:
-    reader = gguf.GGUFReader(plain)
-    writer = gguf.GGUFWriter(path, "llama")
-    for name, field in reader.fields.items():
-        if name.startswith("llama."):
-            writer.add_key_value(name, field.contents(), field.types[0])
-    writer.add_tensor("rope_freqs.weight", factors.astype(np.float32))
-    for tensor in reader.tensors:
-        writer.add_tensor(tensor.name, np.array(tensor.data))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    rewrite(path, plain, {}, {"rope_freqs.weight": factors.astype(np.float32)})
 
 
 @pytest.mark.parametrize(
@@ -178,6 +167,19 @@ def test_damaged_files_are_errors_and_nothing_else(tmp_path: Path) -> None:
             GGUFCheckpoint.open(damaged)
 
 
+def test_arrays_in_arrays_are_passed_over_however_deep(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "plain.gguf", num_hidden_layers=1)
+    whole = (tmp_path / "plain.gguf").read_bytes()
+    count = int.from_bytes(whole[16:24], "little")
+    deep = (4).to_bytes(8, "little") + b"deep" + (9).to_bytes(4, "little")
+    deep += ((9).to_bytes(4, "little") + (1).to_bytes(8, "little")) * 5000
+    deep += (0).to_bytes(4, "little") + (4).to_bytes(8, "little") + bytes(4)
+    path = tmp_path / "model.gguf"
+    path.write_bytes(whole[:16] + (count + 1).to_bytes(8, "little") + deep + whole[24:])
+    assert len(deep) % 32 == 0  # tensors stay aligned
+    assert GGUFCheckpoint.open(path).num_layers == 1
+
+
 def test_absurd_counts_are_found_before_anything_is_read(tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     for counts in ((2**60, 1), (1, 2**60), (2**63, 2**63)):
@@ -198,21 +200,7 @@ def test_absurd_counts_are_found_before_anything_is_read(tmp_path: Path) -> None
 )
 def test_metadata_that_do_not_fit_are_errors(values: dict[str, Any], message: str, tmp_path: Path) -> None:
     write_gguf(tmp_path / "plain.gguf")
-    reader = gguf.GGUFReader(tmp_path / "plain.gguf")
-    writer = gguf.GGUFWriter(tmp_path / "model.gguf", values.get("general.architecture", "llama"))
-    for name, field in reader.fields.items():
-        if name.startswith("llama.") and name not in values:
-            writer.add_key_value(name, field.contents(), field.types[0])
-    for name, value in values.items():
-        if name.startswith("llama."):
-            kind = gguf.GGUFValueType.STRING if isinstance(value, str) else gguf.GGUFValueType.UINT32
-            writer.add_key_value(name, value, kind)
-    for tensor in reader.tensors:
-        writer.add_tensor(tensor.name, np.array(tensor.data))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    rewrite(tmp_path / "model.gguf", tmp_path / "plain.gguf", values)
     with pytest.raises(ModelError, match=message):
         logits(GGUFCheckpoint.open(tmp_path / "model.gguf"), [1])
 

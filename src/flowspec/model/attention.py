@@ -40,9 +40,9 @@ def attend(
 ) -> Tensor:
     """Query [B, heads, n, d], key and value [B, kv_heads, slots, d] -> what each row sees, [B, n, heads, d].
 
-    ``mask``, [B or 1, 1, n, slots], is boolean or additive; the rows of all heads share it. It may also have the rows
-    of all query heads that share a key head. In a forward of several requests there is one key, value and mask for
-    each, without repetitions, and the query's rows are theirs in turn.
+    ``mask``, [B or 1, 1, n, slots], is boolean or additive; the rows of all heads share it. Whoever has many layers
+    gives the rows of all query heads that share a key head, [.., group * n, slots], at once. In a forward of several
+    requests there is one key, value and such mask for each, and the query's rows are theirs in turn.
 
     ``is_order_free``: sums are made in float64 and rounded once, so that a row's result does not depend on which slots
     its tokens have, nor on what other rows come with it: their order changes a sum by 1e-16, which survives the
@@ -51,15 +51,15 @@ def attend(
     The query heads that share a key head become rows of it. So keys are never repeated, and a single bfloat16 row of a
     grouped model stays on torch's fast path (14 times as fast as ``enable_gqa`` at 32 heads, 8 key heads, 1024 slots).
     """
+    num_heads, num_rows = query.shape[1:3]
+    group = num_heads // (key[0] if isinstance(key, tuple) else key).shape[-3]
     if isinstance(mask, tuple):
-        queries = query.split([part.shape[2] for part in mask], dim=2)
+        queries = query.split([part.shape[2] // group for part in mask], dim=2)
         parts = zip(queries, key, value, mask, strict=True)
         return torch.cat([attend(*part, scaling, is_order_free) for part in parts], dim=1)
     assert isinstance(key, Tensor) and isinstance(value, Tensor)
-    batch, num_heads, num_rows, head_dim = query.shape
-    num_kv_heads = key.shape[1]
-    group = num_heads // num_kv_heads
-    rows = query.reshape(batch, num_kv_heads, group * num_rows, head_dim)
+    batch, head_dim = query.shape[0], query.shape[3]
+    rows = query.reshape(batch, num_heads // group, group * num_rows, head_dim)
     if mask.shape[2] == num_rows:
         mask = mask.repeat(1, 1, group, 1)
     if is_order_free:

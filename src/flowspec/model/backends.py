@@ -41,11 +41,10 @@ def choose_weights(checkpoint: Checkpoint, weights: Weights, device: str) -> Wei
     Raises ``UsageError`` for what the device, or this installation, does not have.
     """
     is_cpu = torch.device(device).type == "cpu"
-    has_kernels = importlib.util.find_spec("openvino") is not None
     if weights == "auto":
         if checkpoint.own_bits is None or not is_cpu:
             return "float"
-        if not has_kernels:
+        if not _has_kernels():
             logger.warning(
                 "%s is quantised, but is computed in floats, more slowly; integer kernels come with flowspec[cpu]",
                 checkpoint.title,
@@ -54,9 +53,17 @@ def choose_weights(checkpoint: Checkpoint, weights: Weights, device: str) -> Wei
         return "int4" if checkpoint.own_bits == 4 else "int8"
     if weights in _BITS and not is_cpu:
         raise UsageError(f"{weights} weights are for processors, and the device is {device}; leave them at auto")
-    if weights in _BITS and not has_kernels:
-        raise UsageError(f"{weights} weights need OpenVINO, which is not installed; install flowspec[cpu]")
+    _check_kernels(weights)
     return weights
+
+
+def _has_kernels() -> bool:
+    return importlib.util.find_spec("openvino") is not None
+
+
+def _check_kernels(weights: Weights) -> None:
+    if weights in _BITS and not _has_kernels():
+        raise UsageError(f"{weights} weights need OpenVINO, which is not installed; install flowspec[cpu]")
 
 
 def load_stage(
@@ -69,10 +76,12 @@ def load_stage(
 ) -> Stage:
     """Read the tensors of these layers and no others; ``progress`` is told the fraction that is done.
 
-    Raises ``ModelError`` if the source has no such layers, cannot be cut, or does not fit its config or the kernels.
+    Raises ``ModelError`` if the source has no such layers, cannot be cut, or does not fit its config or the kernels;
+    ``UsageError`` where these are missing.
     """
     if weights not in _BITS:
         return TorchStage.load(source, layers, dtype, device, progress)
+    _check_kernels(weights)
     from flowspec.model.openvino_stage import OpenVinoStage  # here: it is optional
 
     return OpenVinoStage.load(source, layers, dtype, _BITS[weights], progress)
@@ -82,6 +91,7 @@ def load_head(source: TensorSource, dtype: DType, weights: Weights, device: str)
     """The lm_head. Raises as ``load_stage`` does."""
     if weights not in _BITS:
         return TargetHead(source.load_lm_head(dtype, device))
+    _check_kernels(weights)
     from flowspec.model.openvino_stage import OpenVinoHead  # here: it is optional
 
     return OpenVinoHead(source, _BITS[weights])

@@ -1,4 +1,4 @@
-"""The rows of one forward as every backend needs them: positions, masks by kind of layer, where keys and values go."""
+"""What stages of a transformer's layers share, whatever runs these: their sizes, and the rows of one forward."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ class AttentionShape:
     types: list[str]  # of each layer
     window: int | None  # of sliding ones, in positions
     num_kv_heads: int
+    group: int  # query heads that share a key head
     head_dim: int
 
     @classmethod
@@ -35,11 +36,30 @@ class AttentionShape:
         types = FAMILIES[config.model_type].layer_types(config)[layers.start : layers.end]
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         window = config.sliding_window if SLIDING in types else None
-        return cls(types, window, config.num_key_value_heads, head_dim)
+        group = config.num_attention_heads // config.num_key_value_heads
+        return cls(types, window, config.num_key_value_heads, group, head_dim)
 
     def slot_bytes(self, dtype: torch.dtype) -> int:
         """Of one row's keys and values in all layers."""
         return 2 * len(self.types) * self.num_kv_heads * self.head_dim * dtype.itemsize
+
+
+class LayersStage:
+    """The layers ``[start, end)`` of a model. It keeps nothing between segments but its weights."""
+
+    def __init__(self, config: PreTrainedConfig, layers: LayerRange, dtype: torch.dtype) -> None:
+        """``dtype``: of hidden states, keys and values."""
+        self.layers = layers
+        self.hidden_size: int = config.hidden_size
+        self.is_first = layers.start == 0
+        self.is_last = layers.end == config.num_hidden_layers
+        self.dtype = dtype
+        self.attention = AttentionShape.of(config, layers)
+        self.slot_bytes = self.attention.slot_bytes(dtype)
+
+    def open_cache(self, root_id: int | None = None) -> KVCache:
+        """An empty cache for one request."""
+        return KVCache(self.layers.start, len(self.layers), root_id)
 
 
 @dataclass(frozen=True)
@@ -48,14 +68,17 @@ class ForwardRows:
 
     inputs: Tensor  # token ids [n] or hidden states [n, H]
     positions: Tensor  # [1, n]
-    masks: dict[str, Any]  # by type of layer: a boolean mask [1, 1, n, high_water], or one for each request
+    masks: dict[str, Any]  # by type of layer: boolean [1, 1, group * n, high_water], or one for each request
     cache: KVCache | JointCache
 
     @classmethod
     def of(cls, parts: Sequence[Part], shape: AttentionShape, device: torch.device) -> ForwardRows:
         """Not of a part without rows."""
         positions = np.concatenate([part.cache.slots.positions[part.slots] for part in parts])
-        all_masks = [masks_of(part, shape.window, device) for part in parts]
+        all_masks = [
+            {name: mask.repeat(1, 1, shape.group, 1) for name, mask in masks_of(part, shape.window, device).items()}
+            for part in parts
+        ]
         for part in parts:
             part.cache.write_at(torch.from_numpy(part.slots).to(device))
         cache, masks = parts[0].cache, all_masks[0]
@@ -67,7 +90,7 @@ class ForwardRows:
 
 
 def masks_of(part: Part, window: int | None, device: torch.device) -> dict[str, Any]:
-    """A window counts positions, since slots have no order."""
+    """By type of layer [1, 1, n, high_water]; a window counts positions, since slots have no order."""
     table: SlotTable = part.cache.slots
     masks = {FULL: table.rows_mask(part.slots)}
     if window is not None:

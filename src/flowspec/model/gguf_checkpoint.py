@@ -62,7 +62,6 @@ class GGUFCheckpoint(Checkpoint):
     """One model. Every failure is a ``ModelError`` that names the file and the way out."""
 
     def __init__(self, path: Path, headers: list[Header]) -> None:
-        self.name = str(path)
         self._path = path
         self._values = headers[0].values
         tensors = {name: place for header in headers for name, place in header.tensors.items()}
@@ -158,7 +157,7 @@ class GGUFCheckpoint(Checkpoint):
 
     def _place(self, name: str) -> TensorPlace:
         if name not in self._places:
-            raise ModelError(f"{self.name} holds no tensor for {name}; download or convert the model again")
+            raise ModelError(f"{self._path} holds no tensor for {name}; download or convert the model again")
         return self._places[name]
 
     def _raw_chunks(self, place: TensorPlace) -> Iterator[NDArray[np.uint8]]:
@@ -176,7 +175,7 @@ class GGUFCheckpoint(Checkpoint):
             return gguf.dequantize(raw, place.kind).astype(np.float32, copy=False)
         except NotImplementedError as error:
             raise ModelError(
-                f"{self.name} has tensors of the type {place.kind.name}, which cannot be read; convert the model to a "
+                f"{self._path} has tensors of the type {place.kind.name}, which cannot be read; convert the model to a "
                 "type such as Q8_0 or Q4_K"
             ) from error
 

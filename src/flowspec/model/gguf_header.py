@@ -41,7 +41,7 @@ class TensorPlace:
 class Header:
     """One file's metadata and tensors."""
 
-    values: dict[str, Any] = field(default_factory=dict)  # scalars and strings; of an array its length
+    values: dict[str, Any] = field(default_factory=dict)  # scalars and strings; ``None`` for an array
     tensors: dict[str, TensorPlace] = field(default_factory=dict)  # by the file's own names
 
     @classmethod
@@ -107,16 +107,21 @@ class _Reader:
             return self._string()
         if kind != _ARRAY:
             return self._scalar(self._code(kind))
-        kind, length = self._scalar("I"), self._scalar("Q")
-        if kind == _STRING:
-            for _ in range(self._count(length, 8)):
-                self._skip(self._scalar("Q"))
-        elif kind == _ARRAY:
-            for _ in range(self._count(length, 12)):
-                self._value(_ARRAY)
-        else:
-            self._skip(length * struct.calcsize(self._code(kind)))
-        return length
+        return self._skip_array()
+
+    def _skip_array(self) -> None:
+        """Arrays in it follow one another, with all that is in them: no call for each, however deep."""
+        num_left = 1
+        while num_left:
+            num_left -= 1
+            kind, length = self._scalar("I"), self._scalar("Q")
+            if kind == _STRING:
+                for _ in range(self._count(length, 8)):
+                    self._skip(self._scalar("Q"))
+            elif kind == _ARRAY:
+                num_left += self._count(length, 12)
+            else:
+                self._skip(length * struct.calcsize(self._code(kind)))
 
     def _code(self, kind: int) -> str:
         if kind not in _SCALARS:

@@ -16,13 +16,18 @@ from functools import cache
 from typing import Any, TypeAlias
 
 import numpy as np
+import openvino
+import openvino.op
 import torch
 from numpy.typing import NDArray
+from openvino import opset13
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from flowspec.errors import UsageError
 from flowspec.model.packed import GROUP, PackedWeight
+
+op: Any = opset13
+Model: Any = openvino.Model  # whose stubs do not fit themselves
 
 CUT = "flowspec-cut"  # the name, at transformers, of an attention at which layers are cut
 
@@ -37,8 +42,11 @@ _ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 class Graph:
     """One compiled graph; its results are overwritten by the next call."""
 
-    def __init__(self, model: Any, threads: int) -> None:
-        """``model``: of OpenVINO; all inputs and results have a dynamic number of rows."""
+    def __init__(self, model: Any, widths: Sequence[int], threads: int) -> None:
+        """``model``: of OpenVINO, with a dynamic number of rows. ``widths``: of its inputs.
+
+        It is called with each small number of rows once.
+        """
         options = {
             "PERFORMANCE_HINT": "LATENCY",
             "NUM_STREAMS": 1,
@@ -48,12 +56,13 @@ class Graph:
         }
         self._request = _core().compile_model(model, "CPU", options).create_infer_request()
         self._num_results = len(model.outputs)
+        for count in _ROWS:
+            self([np.zeros((count, width), dtype=np.float32) for width in widths])
 
     def __call__(self, inputs: Arrays) -> Arrays:
         """``inputs``: contiguous. Neither they nor the results are copied."""
-        tensor = _openvino().Tensor
         for index, rows in enumerate(inputs):
-            self._request.set_input_tensor(index, tensor(rows, shared_memory=True))
+            self._request.set_input_tensor(index, openvino.Tensor(rows, shared_memory=True))
         self._request.infer()
         return [self._request.get_output_tensor(index).data for index in range(self._num_results)]
 
@@ -63,28 +72,19 @@ def filled_up(num_rows: int) -> int:
     return next((count for count in _ROWS if count >= num_rows), -(-num_rows // 64) * 64)
 
 
-def warm_up(graphs: Sequence[Graph], widths: Sequence[Sequence[int]]) -> None:
-    """Call each graph with each small number of rows once. ``widths``: of its inputs."""
-    for graph, inputs in zip(graphs, widths, strict=True):
-        for count in _ROWS:
-            graph([np.zeros((count, width), dtype=np.float32) for width in inputs])
-
-
 class _Cut(Exception):  # noqa: N818 - not an error
     """A layer has come to its attention."""
 
-    def __init__(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> None:
+    def __init__(self, *rows: Tensor) -> None:
+        """Queries, keys and values [1, heads, n, d]."""
         super().__init__()
-        self.rows = query, key, value
-        self.scaling = scaling
+        self.rows = rows
 
 
-def _cut_attention(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: None, scaling: float, **_: Any
-) -> tuple[Tensor, None]:
+def _cut_attention(module: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
     """transformers' attention interface: give what was attended to, or end the layer here."""
     if module.attended is None:
-        raise _Cut(query, key, value, scaling)
+        raise _Cut(query, key, value)
     return module.attended, None
 
 
@@ -105,7 +105,6 @@ class Between(nn.Module):
         given = {"before": before, "after": after, "norm": norm}
         parts = nn.ModuleDict({name: copy.deepcopy(part) for name, part in given.items() if part is not None})
         self.shapes = {name: tuple(weight.shape) for name, weight in parts.named_parameters()}
-        self.scaling: float | None = None  # of the next attention's scores; once it was traced
         self._places = [(parts.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in self.shapes]
         for owner, name in self._places:
             delattr(owner, name)
@@ -126,7 +125,6 @@ class Between(nn.Module):
             try:
                 _run(after, hidden, rotation, None)
             except _Cut as cut:
-                self.scaling = cut.scaling
                 results += [rows[0].transpose(0, 1) for rows in cut.rows]
         return tuple(results)
 
@@ -146,18 +144,16 @@ class Template:
     def __init__(self, between: Between, widths: Sequence[int]) -> None:
         """``widths``: of the inputs that come by rows."""
         self.widths = list(widths)
-        self._names = list(between.shapes)
         rows = [torch.zeros(_EXAMPLE_ROWS, width) for width in widths]
         weights = [torch.zeros(1).expand(shape) for shape in between.shapes.values()]
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's of its own tracing, by which OpenVINO reads modules
-            self._model = _openvino().convert_model(between, example_input=(*rows, *weights))
+            self._model = openvino.convert_model(between, example_input=(*rows, *weights))
         parameters = self._model.get_parameters()
         for parameter, width in zip(parameters, widths, strict=False):
-            parameter.set_partial_shape(_openvino().PartialShape([-1, width]))
-        for parameter, name in zip(parameters[len(widths) :], self._names, strict=True):
+            parameter.set_partial_shape(openvino.PartialShape([-1, width]))
+        for parameter, name in zip(parameters[len(widths) :], between.shapes, strict=True):
             parameter.set_friendly_name(name)
-        self.scaling = between.scaling
 
     def filled(self, weights: Mapping[str, Weight], threads: int) -> Graph:
         """``weights``: by the names of ``Between.shapes``; those that nothing reads may be left out."""
@@ -167,21 +163,18 @@ class Template:
                 parameter.output(0).replace(_constant(weights[parameter.get_friendly_name()]).output(0))
             model.remove_parameter(parameter)
         model.validate_nodes_and_infer_types()
-        return Graph(model, threads)
+        return Graph(model, self.widths, threads)
 
 
 def linear(weight: PackedWeight, threads: int) -> Graph:
     """Rows [n, K] -> their products with the weight [n, N]."""
-    openvino = _openvino()
-    rows = openvino.opset13.parameter([-1, weight.shape[1]], np.float32)
-    product = openvino.opset13.matmul(rows, _constant(weight), False, True)
-    return Graph(openvino.Model([product], [rows]), threads)
+    rows = op.parameter([-1, weight.shape[1]], np.float32)
+    product = op.matmul(rows, _constant(weight), False, True)
+    return Graph(Model([product], [rows]), [weight.shape[1]], threads)
 
 
 def _constant(weight: Weight) -> Any:
     """A node of a weight; a packed one is unpacked by what OpenVINO takes as one with the product that reads it."""
-    openvino = _openvino()
-    op = openvino.opset13
     if isinstance(weight, Tensor):
         return op.constant(weight.float().numpy())
     half = np.float16
@@ -197,7 +190,6 @@ def _constant(weight: Weight) -> Any:
 
 def _nibbles(values: NDArray[np.uint8]) -> Any:
     """A constant of 4 bits each, in pairs, the first one low."""
-    openvino = _openvino()
     flat = np.pad(values.reshape(-1), (0, values.size % 2))
     pairs = flat[0::2] | (flat[1::2] << 4)
     tensor = openvino.Tensor(pairs, openvino.Shape(values.shape), openvino.Type.u4)
@@ -205,19 +197,5 @@ def _nibbles(values: NDArray[np.uint8]) -> Any:
 
 
 @cache
-def _openvino() -> Any:
-    """Raises ``UsageError`` where it is not installed."""
-    try:
-        import openvino
-        import openvino.op
-        import openvino.opset13
-    except ImportError as error:
-        raise UsageError(
-            "int8 and int4 weights need OpenVINO on a CPU; install flowspec[cpu], or leave --weights at float"
-        ) from error
-    return openvino
-
-
-@cache
-def _core() -> Any:
-    return _openvino().Core()
+def _core() -> openvino.Core:
+    return openvino.Core()

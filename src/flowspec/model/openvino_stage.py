@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from flowspec.core import DType, LayerRange
 from flowspec.model.attention import attend
 from flowspec.model.families import EMBEDDING, PREFIX, layer_prefix
-from flowspec.model.forward_rows import AttentionShape, ForwardRows
-from flowspec.model.kv_cache import KVCache
-from flowspec.model.openvino_graph import CUT, Between, Graph, Template, Weight, filled_up, linear, warm_up
+from flowspec.model.forward_rows import ForwardRows, LayersStage
+from flowspec.model.openvino_graph import CUT, Between, Graph, Template, Weight, filled_up, linear
 from flowspec.model.packed import Bits
 from flowspec.model.source import TensorSource
 from flowspec.model.stage import Part
@@ -29,8 +28,8 @@ if TYPE_CHECKING:
 _CPU = torch.device("cpu")
 
 
-class OpenVinoStage:
-    """The layers ``[start, end)`` of a model, with the weights of their linear layers in 8 or 4 bits."""
+class OpenVinoStage(LayersStage):
+    """With the weights of linear layers in 8 or 4 bits."""
 
     def __init__(
         self,
@@ -42,19 +41,12 @@ class OpenVinoStage:
         rotary: nn.Module,
     ) -> None:
         """Use ``load`` to make a stage. ``embedding`` [V, H]: of the first one."""
-        self.layers = layers
-        self.hidden_size: int = config.hidden_size
-        self.is_first = layers.start == 0
-        self.is_last = layers.end == config.num_hidden_layers
-        self.dtype = getattr(torch, dtype)
+        super().__init__(config, layers, getattr(torch, dtype))
         self.weights_bytes = graphs.weights_bytes + (0 if embedding is None else embedding.nbytes)
         self._graphs = graphs.compiled
         self._scaling = graphs.scaling
-        self._group = config.num_attention_heads // config.num_key_value_heads
         self._embedding = embedding
         self._rotary = rotary
-        self._shape = AttentionShape.of(config, layers)
-        self.slot_bytes = self._shape.slot_bytes(self.dtype)
 
     @classmethod
     def load(
@@ -67,8 +59,7 @@ class OpenVinoStage:
     ) -> OpenVinoStage:
         """Read the tensors of these layers and no others; ``progress`` is told the fraction that is done.
 
-        Raises ``ModelError`` as ``TorchStage.load`` does, and for weights that the kernels cannot take; ``UsageError``
-        where OpenVINO is missing.
+        Raises ``ModelError`` as ``TorchStage.load`` does, and for weights that the kernels cannot take.
         """
         config = checked_config(source, layers)
         model = bare_model(config, CUT)
@@ -76,29 +67,24 @@ class OpenVinoStage:
         embedding = source.load_embedding(dtype, "cpu") if layers.start == 0 else None
         return cls(config, layers, dtype, graphs, embedding, rotary_of(model, config))
 
-    def open_cache(self, root_id: int | None = None) -> KVCache:
-        """An empty cache for one request."""
-        return KVCache(self.layers.start, len(self.layers), root_id)
-
     @torch.inference_mode()
     def steps(self, parts: Sequence[Part]) -> Generator[Tensor | None]:
         """With a pause before each attention but the first."""
         if not len(parts[0].slots):
             yield torch.empty(0, self.hidden_size, dtype=self.dtype)
             return
-        rows = ForwardRows.of(parts, self._shape, _CPU)
+        rows = ForwardRows.of(parts, self.attention, _CPU)
         num_rows = len(rows.inputs)
         hidden = rows.inputs if self._embedding is None else self._embedding[rows.inputs]
         cos, sin = (_filled(part[0]) for part in self._rotary(torch.empty(0), rows.positions))
         states = _filled(hidden.float())
         heads = self._graphs[0]([states, cos, sin])
-        masks = {name: _for_groups(mask, self._group) for name, mask in rows.masks.items()}
-        for index, (graph, layer_type) in enumerate(zip(self._graphs[1:], self._shape.types, strict=True)):
+        for index, (graph, layer_type) in enumerate(zip(self._graphs[1:], self.attention.types, strict=True)):
             if index:
                 yield None
             query, key, value = (torch.from_numpy(part)[:num_rows].transpose(0, 1)[None] for part in heads)
             keys, values = rows.cache.update(key.to(self.dtype), value.to(self.dtype), self.layers.start + index)
-            attended = attend(query, keys, values, masks[layer_type], self._scaling, is_order_free=True)
+            attended = attend(query, keys, values, rows.masks[layer_type], self._scaling, is_order_free=True)
             states, *heads = graph([states, _filled(attended.reshape(num_rows, -1)), cos, sin])
         yield torch.from_numpy(states)[:num_rows].to(self.dtype, copy=True)
 
@@ -110,7 +96,6 @@ class OpenVinoHead:
         """Raises as ``OpenVinoStage.load`` does."""
         weight = source.packed_lm_head(bits)
         self._graph = linear(weight, torch.get_num_threads())
-        warm_up([self._graph], [[weight.shape[1]]])
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
@@ -132,10 +117,14 @@ class _Graphs:
     ) -> None:
         self.compiled: list[Graph] = []
         self.weights_bytes = 0
-        self.scaling = 0.0
         own = [model.layers[index] for index in range(layers.start, layers.end)]
+        self.scaling: float = own[0].self_attn.scaling  # of attention's scores
         norm = model.norm if layers.end == source.num_layers else None
-        names = {f"{layer_prefix(i)}{name}" for i, layer in enumerate(own, layers.start) for name in _weights(layer)}
+        names = {
+            layer_prefix(index) + name
+            for index, layer in enumerate(own, layers.start)
+            for name, _ in layer.named_parameters()
+        }
         check_nothing_ignored(source, layers, names | {EMBEDDING, f"{PREFIX}norm.weight"})
         before: dict[str, Weight] = {}
         for index in range(len(own) + 1):
@@ -151,8 +140,6 @@ class _Graphs:
                 weights |= {f"norm.{n}": w for n, w in self._load(source, f"{PREFIX}norm.", norm, bits).items()}
             template = _template(between, own[0].self_attn, source)
             self.compiled.append(template.filled(weights, torch.get_num_threads()))
-            self.scaling = template.scaling or self.scaling
-            warm_up([self.compiled[-1]], [template.widths])
             if progress is not None:
                 progress((index + 1) / (len(own) + 1))
             before = after
@@ -183,15 +170,6 @@ def _template(between: Between, attention: Any, source: TensorSource) -> Templat
             widths.insert(1, attention.o_proj.in_features)
         _templates[key] = Template(between, widths)
     return _templates[key]
-
-
-def _for_groups(mask: Any, group: int) -> Any:
-    """One request's mask for all query heads that share a key head, made once for all layers."""
-    return mask if isinstance(mask, tuple) else mask.repeat(1, 1, group, 1)
-
-
-def _weights(module: nn.Module) -> list[str]:
-    return [name for name, _ in module.named_parameters()]
 
 
 def _filled(rows: Tensor) -> Any:

@@ -69,14 +69,17 @@ class TensorSource(Protocol):
 
     def load_lm_head(self, dtype: DType, device: torch.device | str) -> Tensor:
         """The output matrix [vocab_size, hidden_size]; the embedding if the model ties the two."""
-        return self._load_vocabulary_matrix(EMBEDDING if self.has_tied_embeddings else LM_HEAD, dtype, device)
+        return self._load_vocabulary_matrix(self._lm_head_name, dtype, device)
 
     def packed_lm_head(self, bits: Bits) -> PackedWeight:
         """As ``load_lm_head``, in integers."""
-        name = EMBEDDING if self.has_tied_embeddings else LM_HEAD
-        weight = self.packed(name, bits)
-        self.check_shape(name, weight, (self.vocab_size, self.hidden_size))
+        weight = self.packed(self._lm_head_name, bits)
+        self.check_shape(self._lm_head_name, weight, (self.vocab_size, self.hidden_size))
         return weight
+
+    @property
+    def _lm_head_name(self) -> str:
+        return EMBEDDING if self.has_tied_embeddings else LM_HEAD
 
     def _load_vocabulary_matrix(self, name: str, dtype: DType, device: torch.device | str) -> Tensor:
         ((_, tensor),) = self.tensors([name], dtype, device)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from flowspec.core import DType, LayerRange
-from flowspec.model.forward_rows import AttentionShape, ForwardRows
-from flowspec.model.kv_cache import CACHE_ARGUMENT, KVCache
+from flowspec.model.forward_rows import ForwardRows, LayersStage
+from flowspec.model.kv_cache import CACHE_ARGUMENT
 from flowspec.model.source import TensorSource
 from flowspec.model.stage import Part
 from flowspec.model.stage_weights import checked_config, load_modules
@@ -22,24 +22,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 
-class TorchStage:
-    """The layers ``[start, end)`` of a model on one device. It keeps nothing between segments but its weights."""
+class TorchStage(LayersStage):
+    """On any device that torch has."""
 
     def __init__(self, config: PreTrainedConfig, layers: LayerRange, modules: nn.ModuleDict) -> None:
         """``modules``: as ``stage_weights.load_modules`` makes them. Use ``load`` to make a stage."""
-        self.layers = layers
-        self.hidden_size: int = config.hidden_size
-        self.is_first = layers.start == 0
-        self.is_last = layers.end == config.num_hidden_layers
+        weight = next(modules.parameters())
+        super().__init__(config, layers, weight.dtype)
+        self.device = weight.device
         self.weights_bytes = sum(weight.nbytes for weight in modules.parameters())
         self._layers = list(modules["layers"].children())
         self._embedding = modules["embed_tokens"] if self.is_first else None
         self._norm = modules["norm"] if self.is_last else None
         self._rotary = modules["rotary_emb"]
-        self._shape = AttentionShape.of(config, layers)
-        weight = next(modules.parameters())
-        self.device, self.dtype = weight.device, weight.dtype
-        self.slot_bytes = self._shape.slot_bytes(self.dtype)
 
     @classmethod
     def load(
@@ -57,21 +52,17 @@ class TorchStage:
         config = checked_config(source, layers)
         return cls(config, layers, load_modules(source, config, layers, dtype, device, progress))
 
-    def open_cache(self, root_id: int | None = None) -> KVCache:
-        """An empty cache for one request."""
-        return KVCache(self.layers.start, len(self.layers), root_id)
-
     @torch.inference_mode()
     def steps(self, parts: Sequence[Part]) -> Generator[Tensor | None]:
         """With a pause after each layer but the last."""
         if not len(parts[0].slots):
             yield torch.empty(0, self.hidden_size, dtype=self.dtype, device=self.device)
             return
-        rows = ForwardRows.of(parts, self._shape, self.device)
+        rows = ForwardRows.of(parts, self.attention, self.device)
         hidden = rows.inputs.to(self.dtype) if self._embedding is None else self._embedding(rows.inputs)
         hidden = hidden[None]
         rotation = self._rotary(hidden, rows.positions)
-        for index, (layer, layer_type) in enumerate(zip(self._layers, self._shape.types, strict=True)):
+        for index, (layer, layer_type) in enumerate(zip(self._layers, self.attention.types, strict=True)):
             if index:
                 yield None
             hidden = layer(

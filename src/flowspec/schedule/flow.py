@@ -16,8 +16,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import numpy as np
-
 from flowspec.config import FlowParts, PipelineConfig, TreeConfig
 from flowspec.request.generation import Generation
 from flowspec.schedule.base import AT_ONCE, NEVER
@@ -125,11 +123,9 @@ class Flow:
     # --- 1. score-based step-wise verification: the best unsent nodes, of any depth ---
 
     def _send_best(self, generation: Generation) -> bool:
-        tree = generation.tree
-        rows = tree.best_unsent(self._segment_len)
+        rows = generation.tree.best_unsent(self._segment_len, self._num_worth)
         if not len(rows):
             return False
-        rows = tree.best_unsent(self._num_worth(-np.sort(-tree.scores[rows])))
         self._pace.note_sent(len(rows), generation.clock())
         generation.send(rows)
         return True
