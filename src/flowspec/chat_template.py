@@ -59,6 +59,22 @@ class ChatTemplate:
             return frozenset(token_id for token_id in ids[:1] if token_id in added and added[token_id].special)
         return frozenset()
 
+    def between_turns(self) -> tuple[str, str, str]:
+        """What stands before a first question, between it and the answer, and between the answer and the next question.
+
+        Raises ``UsageError`` for a template that is of no use.
+        """
+        question, answer, next_question = (f"{_MARKER}{number}" for number in range(3))
+        roles = ("user", "assistant", "user")
+        contents = (question, answer, next_question)
+        messages = [{"role": role, "content": text} for role, text in zip(roles, contents, strict=True)]
+        begin, _, rest = self._render(messages, {}, True).partition(question)
+        to_answer, _, rest = rest.partition(answer)
+        to_question, found, _ = rest.partition(next_question)
+        if not found:
+            raise UsageError(f"{self._model}: its chat template leaves out what is said; train on given text instead")
+        return begin, to_answer, to_question
+
     def encode(self, messages: Sequence[Message], options: Mapping[str, Any] | None = None) -> list[int]:
         """Token ids of a conversation, up to where the answer begins.
 

@@ -13,11 +13,31 @@ from flowspec.cli.terminal import errors_in_one_line
 
 
 def train_draft(
-    target: Annotated[str, typer.Argument(help="The target model: a directory, a hub name, or 'demo'.")],
-    data: Annotated[list[Path], typer.Option(help="A text file or a directory of them; may be repeated.")],
+    target: Annotated[
+        str, typer.Argument(help="The target model: a directory, a GGUF file, a hub name, 'demo' or 'smollm2'.")
+    ],
     out: Annotated[Path, typer.Option(help="Where the head goes; generate finds it as MODEL/draft.")],
+    data: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="A text file or a directory of them; may be repeated. A chat model may do without: it converses with "
+            "itself, and quotes the texts that are given.",
+            show_default=False,
+        ),
+    ] = None,
     tokens: Annotated[int, typer.Option(help="Training tokens.")] = 15_000_000,
-    generated_share: Annotated[float, typer.Option(help="Share of them that the target writes itself.")] = 0.5,
+    generated_share: Annotated[
+        float | None,
+        typer.Option(help="Share of them that the target writes itself.", show_default="0.5, of a chat model 1"),
+    ] = None,
+    generated_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Distinct tokens among these; more are better, and take longer.",
+            show_default="300,000, of a chat model a quarter of --tokens",
+        ),
+    ] = None,
+    batch_tokens: Annotated[int, typer.Option(help="Tokens of a training step; a GPU likes more.")] = 4096,
     work_dir: Annotated[
         Path | None,
         typer.Option(
@@ -43,12 +63,12 @@ def train_draft(
         logging.getLogger("flowspec").setLevel(logging.INFO)
         import torch
 
+        from flowspec.train.draft import recipe_for
         from flowspec.train.draft import train_draft as train
-        from flowspec.train.eagle import DraftRecipe
         from flowspec.train.hints import HintRecipe
 
         if threads:
             torch.set_num_threads(threads)
-        recipe = DraftRecipe(num_tokens=tokens, generated_share=generated_share)
+        recipe = recipe_for(target, tokens, generated_share, generated_tokens, batch_tokens)
         hint_recipe = HintRecipe() if hints else None
-        train(target, out, data, recipe, work_dir or out / "training", hints=hint_recipe, compiled=compiled)
+        train(target, out, data or [], recipe, work_dir or out / "training", hints=hint_recipe, compiled=compiled)

@@ -17,18 +17,20 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, PreTrainedModel, StaticCache
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, PreTrainedModel
 
 from flowspec.errors import ModelError, UsageError
+from flowspec.model.backends import open_checkpoint
 from flowspec.model.demo_pair import DEMO, demo_directory
 from flowspec.model.eagle_head import EagleHead
-from flowspec.model.kv_cache import CACHE_ARGUMENT
-from flowspec.model.loader import Checkpoint
+from flowspec.model.families import LM_HEAD
+from flowspec.model.gguf_checkpoint import GGUFCheckpoint
 from flowspec.train.corpus import Tokens, shuffled_rows, windows
-from flowspec.train.loop import TrainingProgress, run_steps, write_atomically
+from flowspec.train.loop import run_steps
+from flowspec.train.losses import expected_rows, log_partition
+from flowspec.train.own_text import Batches, Conversations, conversation_batch, text_batch
 
 REFERENCE_WIDTH = 256  # hidden size that a recipe's learning rate is for
-MAX_LOGITS = 2**25  # elements of one matrix of logits; a step that needs more is taken in parts
 
 
 @dataclass(frozen=True)
@@ -129,14 +131,30 @@ class Target:
 
 
 def load_model(name: str | Path, dtype: torch.dtype) -> PreTrainedModel:
-    """The target as transformers runs it; ``name``: a directory, a hub name or ``demo``. Raises ``ModelError``."""
-    checkpoint = Checkpoint.open(name)
+    """The target as transformers runs it; ``name``: as of ``open_checkpoint``. Raises ``ModelError``."""
+    checkpoint = open_checkpoint(name)
+    if isinstance(checkpoint, GGUFCheckpoint):
+        return _dequantised(checkpoint, dtype)
     directory = demo_directory() if str(name) == DEMO else Path(name).expanduser()
     try:
         return AutoModelForCausalLM.from_pretrained(directory if directory.is_dir() else str(name), dtype=dtype)
     except (OSError, ValueError, RuntimeError) as error:
         message = str(error).splitlines()[0]
         raise ModelError(f"{checkpoint.name} cannot be loaded ({message}); fetch its files again") from None
+
+
+def _dequantised(checkpoint: GGUFCheckpoint, dtype: torch.dtype) -> PreTrainedModel:
+    model = AutoModelForCausalLM.from_config(checkpoint.config, dtype=dtype)
+    places = model.state_dict()
+    names = [name for name in places if name in checkpoint.tensor_names()]
+    if missing := places.keys() - {*names, LM_HEAD}:
+        raise ModelError(f"{checkpoint.name} lacks {min(missing)}; download or convert the model again")
+    with torch.no_grad():
+        for name, tensor in checkpoint.tensors(names, "float32", "cpu"):
+            checkpoint.check_shape(name, tensor, tuple(places[name].shape))
+            places[name].copy_(tensor)
+    model.tie_weights()
+    return model
 
 
 def embedding_of(model: Any) -> Tensor:
@@ -174,16 +192,18 @@ def train_head(
     work_dir: Path,
     out: Path,
     *,
+    plan: Conversations | None = None,
     compiled: bool = False,
     checkpoint_interval_s: float = 180.0,
     stop_after: int | None = None,
 ) -> EagleHead:
     """Train to the end of the recipe on text ``tokens`` [T]; each checkpoint is saved in ``out`` as well.
 
-    Data, noise and learning rate are functions of the step alone, so an interrupted run ends in the same weights as an
-    uninterrupted one. ``stop_after``: the step to interrupt this run at.
+    ``plan``: what the target writes itself are conversations. Data, noise and learning rate are functions of the step
+    alone, so an interrupted run ends in the same weights as an uninterrupted one. ``stop_after``: the step to interrupt
+    this run at.
     """
-    generated = generate_windows(target, tokens, recipe, work_dir / "generated")
+    generated = generate_windows(target, tokens, recipe, work_dir / "generated", plan)
     torch.manual_seed(recipe.seed)
     head = EagleHead(head_config(target.config), target.embedding).to(target.device)
     size = head.config.hidden_size
@@ -194,16 +214,10 @@ def train_head(
         num_levels = recipe.unroll_len if done > 1 - recipe.unroll_share else 1
         rows = batch_at(recipe, tokens, generated, step).to(target.device)
         noise = noise_at(recipe, step, size).to(target.device)
-        totals = torch.zeros(3)
-        num_rows = rows_per_part(target, recipe)
-        for part, part_noise in zip(rows.split(num_rows), noise.split(num_rows), strict=True):
-            features = target.features(part)
-            with torch.autocast(target.device.type, torch.bfloat16):
-                feature_loss, token_loss, hits = losses(head, target.lm_head, part, features, part_noise, num_levels)
-            loss = recipe.feature_weight * feature_loss + recipe.token_weight * token_loss
-            (loss * (len(part) / len(rows))).backward()
-            totals += torch.stack([feature_loss, token_loss, hits]).detach().cpu() * (len(part) / len(rows))
-        return dict(zip(("feature", "token", "top1"), totals.tolist(), strict=True))
+        with torch.autocast(target.device.type, torch.bfloat16):
+            found = losses(head, target.lm_head, rows, target.features(rows), noise, num_levels)
+        (recipe.feature_weight * found[0] + recipe.token_weight * found[1]).backward()
+        return dict(zip(("feature", "token", "top1"), (figure.item() for figure in found), strict=True))
 
     run_steps(
         "draft head",
@@ -225,11 +239,6 @@ def data_identity(target: Target, tokens: Tokens) -> dict[str, str]:
     return {"target": target.digest, "data": hashlib.sha256(tokens.tobytes()).hexdigest()[:12]}
 
 
-def rows_per_part(target: Target, recipe: DraftRecipe) -> int:
-    """Windows whose logits are in memory at a time."""
-    return max(1, MAX_LOGITS // (target.config.vocab_size * recipe.context_len))
-
-
 def head_losses(
     head: EagleHead, lm_head: Tensor, rows: Tensor, features: Tensor, noise: Tensor, num_levels: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -238,16 +247,19 @@ def head_losses(
     ``rows`` [B, T + 1] with the target's ``features`` [B, T + 1, H]; ``noise`` [B, T, H]. Mean over the draft levels.
     """
     truth = features[:, 1:]
-    true_logits = F.linear(truth.to(lm_head.dtype), lm_head).float()
+    expected, true_best = (
+        tensor.unflatten(0, truth.shape[:2]) for tensor in expected_rows(truth.flatten(0, 1), lm_head)
+    )
     feature_loss = token_loss = hits = features.new_zeros(())
     for level, estimate in enumerate(unroll(head, rows, features[:, :-1] + noise, num_levels)):
         # The first `level` rows of a level would have needed tokens before the window.
-        logits = F.linear(estimate[:, level:].to(lm_head.dtype), lm_head).float()
-        feature_loss = feature_loss + F.smooth_l1_loss(estimate[:, level:].float(), truth[:, level:])
-        wanted = true_logits[:, level:].softmax(-1)
-        token_loss = token_loss + F.cross_entropy(logits.flatten(0, 1), wanted.flatten(0, 1))
+        kept = estimate[:, level:].float()
+        feature_loss = feature_loss + F.smooth_l1_loss(kept, truth[:, level:])
+        sums, best = log_partition(kept.flatten(0, 1), lm_head)
+        # The cross-entropy against the target's whole distribution.
+        token_loss = token_loss + sums.mean() - (kept * expected[:, level:]).sum(-1).mean()
         if level == 0:
-            hits = (logits.argmax(-1) == true_logits.argmax(-1)).float().mean()
+            hits = (best == true_best.flatten()).float().mean()
     return feature_loss / num_levels, token_loss / num_levels, hits
 
 
@@ -294,58 +306,20 @@ def noise_at(recipe: DraftRecipe, step: int, hidden_size: int) -> Tensor:
     return (torch.rand(shape, generator=generator) - 0.5) * recipe.noise
 
 
-def generate_windows(target: Target, tokens: Tokens, recipe: DraftRecipe, directory: Path) -> Tokens:
-    """Windows [N, T + 1] that begin with given text and go on with the target's own, greedy or sampled.
+def generate_windows(
+    target: Target, tokens: Tokens, recipe: DraftRecipe, directory: Path, plan: Conversations | None = None
+) -> Tokens:
+    """Windows [N, T + 1] of the target's own text, greedy or sampled: conversations where there is a ``plan`` of them.
 
-    Finished batches are kept in ``directory`` and not generated again.
+    Without one, they go on from given text. Finished batches are kept in ``directory`` and not generated again.
     """
-    length, num_rows = recipe.context_len + 1, recipe.generation_batch
-    temperatures = torch.full((num_rows,), recipe.temperature)
-    temperatures[: round(num_rows * recipe.greedy_share)] = 0.0
-    settings = (length, recipe.prompt_len, temperatures.tolist(), recipe.seed, target.digest)
-    identity = hashlib.sha256(repr(settings).encode() + tokens.tobytes()).hexdigest()[:12]
-    paths = [directory / f"{identity}-{index:05d}.npy" for index in range(recipe.num_generation_batches)]
-    num_kept = sum(path.exists() for path in paths)
-    batches: list[Tokens] = []
-    with TrainingProgress(
-        "text of the target", len(paths) * num_rows * length, num_kept * num_rows * length
-    ) as progress:
-        for index, path in enumerate(paths):
-            if path.exists():
-                batches.append(np.load(path))
-                continue
-            given = windows(tokens, recipe.prompt_len, index * num_rows, num_rows, recipe.seed + 2)
-            generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + index)
-            rows = continue_rows(target.model, torch.from_numpy(given), length, temperatures, generator)
-            batches.append(rows.to(torch.int32).numpy())
-            write_atomically(path, lambda partial, batch=batches[-1]: _save_array(partial, batch))
-            progress.update((index + 1) * num_rows * length)
-    return np.concatenate(batches) if batches else np.empty((0, length), np.int32)
-
-
-@torch.inference_mode()
-def continue_rows(model: Any, given: Tensor, length: int, temperatures: Tensor, generator: torch.Generator) -> Tensor:
-    """Continue rows [B, P] to [B, length], each at its temperature [B]; 0 is greedy. End-of-text does not end a row."""
-    num_rows, given_len = given.shape
-    rows = torch.empty(num_rows, length, dtype=torch.long)
-    rows[:, :given_len] = given
-    cache = StaticCache(config=model.config, max_cache_len=length)
-    begin = 0
-    for end in range(given_len, length):
-        output = model(
-            input_ids=rows[:, begin:end].to(model.device),
-            position_ids=torch.arange(begin, end, device=model.device)[None].expand(num_rows, -1),
-            use_cache=True,
-            logits_to_keep=1,
-            **{CACHE_ARGUMENT: cache},
-        )
-        logits = output.logits[:, -1].float().cpu()
-        drawn = torch.multinomial((logits / temperatures.clamp(min=1e-6)[:, None]).softmax(-1), 1, generator=generator)
-        rows[:, end] = torch.where(temperatures > 0, drawn[:, 0], logits.argmax(-1))
-        begin = end
-    return rows
-
-
-def _save_array(path: Path, array: Tokens) -> None:
-    with path.open("wb") as file:  # np.save itself would append a suffix to the path
-        np.save(file, array)
+    batches = Batches(recipe.num_generation_batches, recipe.generation_batch, recipe.context_len + 1)
+    temperatures = torch.full((batches.num_rows,), recipe.temperature)
+    temperatures[: round(batches.num_rows * recipe.greedy_share)] = 0.0
+    settings = (batches.length, recipe.prompt_len, temperatures.tolist(), recipe.seed, target.digest, plan)
+    if plan is None:
+        write = text_batch(target.model, tokens, batches, recipe.prompt_len, temperatures, recipe.seed)
+    else:
+        write = conversation_batch(target.model, plan, tokens, batches, temperatures, recipe.seed)
+    digest = hashlib.sha256(tokens.tobytes()).hexdigest()
+    return batches.write(directory, f"{settings} {digest}", write)

@@ -7,7 +7,7 @@ is fixed, whatever was drafted.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,7 +20,8 @@ from flowspec.errors import UsageError
 from flowspec.model.eagle_head import EagleHead
 from flowspec.model.hint_head import HintHead
 from flowspec.train.corpus import Tokens, windows
-from flowspec.train.eagle import DraftRecipe, Target, continue_rows, unroll
+from flowspec.train.eagle import DraftRecipe, Target, unroll
+from flowspec.train.own_text import Conversations, continue_rows, converse
 from flowspec.train.target import held_out_loss
 
 _NUM_STEADINESS_ROWS, _STEADINESS_LEN, _STEADINESS_LEVELS = 16, 128, 8
@@ -227,24 +228,48 @@ def hit_rates(
 
     ``token_ids`` [B, T] with the target's ``features`` [B, T, H]; tokens from ``prompt_len`` on are counted.
     """
-    rates: list[float] = []
+    return [
+        (guesses[:, prompt_len - 2 :] == token_ids[:, prompt_len:]).float().mean().item()
+        for guesses in first_guesses(head, lm_head, token_ids, features, num_levels)
+    ]
+
+
+def first_guesses(
+    head: EagleHead, lm_head: Callable[[Tensor], Tensor], token_ids: Tensor, features: Tensor, num_levels: int
+) -> Iterator[Tensor]:
+    """The head's first guesses [B, T - 2] at tokens 2, 3, ... of ``token_ids`` [B, T], by draft level."""
     for predicted in unroll(head, token_ids, features[:, :-1], num_levels):
         # Row i predicts the feature of token i + 1, whose logits are those of token i + 2.
-        drafted = lm_head(predicted[:, :-1]).argmax(-1)[:, prompt_len - 2 :]
-        rates.append((drafted == token_ids[:, prompt_len:]).float().mean().item())
-    return rates
+        yield lm_head(predicted[:, :-1]).argmax(-1)
 
 
 @torch.inference_mode()
-def measure_steadiness(target: Target, head: EagleHead, tokens: Tokens, recipe: DraftRecipe) -> list[float]:
-    """``hit_rates`` on text that the target goes on with after given ``tokens`` [T], sampled; for the head's config."""
-    given = torch.from_numpy(windows(tokens, recipe.prompt_len, 0, _NUM_STEADINESS_ROWS, recipe.seed + 3)).long()
-    temperatures = torch.full((len(given),), recipe.temperature)
-    generator = torch.Generator().manual_seed(recipe.seed)
-    length = recipe.prompt_len + min(_STEADINESS_LEN, recipe.context_len - recipe.prompt_len)
-    token_ids = continue_rows(target.model, given, length, temperatures, generator).to(target.device)
+def measure_steadiness(
+    target: Target, head: EagleHead, tokens: Tokens, recipe: DraftRecipe, plan: Conversations | None = None
+) -> list[float]:
+    """Hit rates on new text of the target's own, sampled, for the head's config: on its answers where there is a plan.
+
+    Without one, on what it goes on with after given ``tokens`` [T].
+    """
+    num_rows, length = _NUM_STEADINESS_ROWS, recipe.prompt_len
+    length += min(_STEADINESS_LEN, recipe.context_len - recipe.prompt_len)
+    temperatures = torch.full((num_rows,), recipe.temperature)
+    seed = recipe.seed + 3
+    if plan is None:
+        given = torch.from_numpy(windows(tokens, recipe.prompt_len, 0, num_rows, seed)).long()
+        token_ids = continue_rows(target.model, given, length, temperatures, torch.Generator().manual_seed(recipe.seed))
+        counted = torch.ones_like(token_ids, dtype=torch.bool)
+        counted[:, : recipe.prompt_len] = False
+    else:
+        generator = torch.Generator(target.device).manual_seed(seed)
+        beginnings = plan.beginnings(num_rows, tokens, seed)
+        token_ids = converse(target.model, plan, beginnings, length, temperatures, generator)
+        counted = plan.answers(token_ids)
+    token_ids = token_ids.to(target.device)
     features = target.features(token_ids)
-    return hit_rates(head.float(), target.logits, token_ids, features, recipe.prompt_len, _STEADINESS_LEVELS)
+    levels = first_guesses(head.float(), target.logits, token_ids, features, _STEADINESS_LEVELS)
+    counted = counted[:, 2:].to(target.device)
+    return [_share((guesses == token_ids[:, 2:])[counted]) for guesses in levels]
 
 
 def _draft_ranks(

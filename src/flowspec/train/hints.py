@@ -23,9 +23,10 @@ from flowspec.train.eagle import (
     batch_at,
     data_identity,
     generate_windows,
-    rows_per_part,
 )
 from flowspec.train.loop import run_steps
+from flowspec.train.losses import rows_at_a_time
+from flowspec.train.own_text import Conversations
 
 
 @dataclass(frozen=True)
@@ -59,30 +60,26 @@ def train_hints(
     work_dir: Path,
     out: Path,
     *,
+    plan: Conversations | None = None,
     checkpoint_interval_s: float = 180.0,
     stop_after: int | None = None,
 ) -> list[HintHead]:
     """Train the heads behind 1, 2, ... layers on text ``tokens`` [T]; each checkpoint is saved in ``out`` as well.
 
-    ``windows`` is the draft head's recipe: the text that the target wrote for it in ``work_dir`` is used again. An
-    interrupted run ends in the same weights as an uninterrupted one. ``stop_after``: the step to interrupt this run at.
+    ``windows`` is the draft head's recipe, with its ``plan``: the text that the target wrote for it in ``work_dir`` is
+    used again. An interrupted run ends in the same weights as an uninterrupted one. ``stop_after``: the step to
+    interrupt this run at.
     """
-    config = target.config
-    if config.num_hidden_layers < 2:
-        raise ModelError("the target has a single layer, and hints are given between layers; train without hints")
-    generated = generate_windows(target, tokens, windows, work_dir / "generated")
+    generated = generate_windows(target, tokens, windows, work_dir / "generated", plan)
     steps = recipe.steps(windows)
     torch.manual_seed(recipe.seed)
-    heads = [
-        HintHead.logit_lens(num_layers, target.final_norm, target.lm_head, recipe.rank, config.rms_norm_eps)
-        for num_layers in range(1, config.num_hidden_layers)
-    ]
+    heads = _untrained_heads(target, recipe.rank)
     module = nn.ModuleList(heads).to(target.device)
 
     def learn(step: int) -> dict[str, float]:
         rows = batch_at(steps, tokens, generated, step).to(target.device)
         totals = torch.zeros(2)
-        for part in rows.split(rows_per_part(target, steps)):
+        for part in rows.split(max(1, rows_at_a_time(target.lm_head) // rows.shape[1])):
             *hidden, features = target.hidden_states(part)
             true_logits = target.logits(features).flatten(0, 1)
             wanted, best = true_logits.softmax(-1), true_logits.argmax(-1)
@@ -96,7 +93,7 @@ def train_hints(
                 totals += torch.stack([loss, hits]).detach().cpu() * (share / len(heads))
         return dict(zip(("loss", "top1"), totals.tolist(), strict=True))
 
-    rate = recipe.learning_rate * REFERENCE_WIDTH / config.hidden_size
+    rate = recipe.learning_rate * REFERENCE_WIDTH / target.config.hidden_size
     run_steps(
         "hint heads",
         module,
@@ -111,3 +108,14 @@ def train_hints(
     )
     module.eval().requires_grad_(False)
     return heads
+
+
+def _untrained_heads(target: Target, rank: int) -> list[HintHead]:
+    """One behind 1, 2, ... layers."""
+    config = target.config
+    if config.num_hidden_layers < 2:
+        raise ModelError("the target has a single layer, and hints are given between layers; train without hints")
+    return [
+        HintHead.logit_lens(num_layers, target.final_norm, target.lm_head, rank, config.rms_norm_eps)
+        for num_layers in range(1, config.num_hidden_layers)
+    ]
