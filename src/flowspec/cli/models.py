@@ -25,7 +25,7 @@ def show(context: typer.Context) -> None:
     for model in FETCHED.values():
         if model.is_cached:
             directory = model.path.parent
-            draft = "head" if (directory / "draft" / "config.json").is_file() else "ngram"
+            draft = "head" if (model.draft_directory / "config.json").is_file() else "ngram"
             cells.append([model.name, _megabytes(directory), draft, str(directory)])
     size = _megabytes(demo_directory(), demo_draft_directory())
     cells.append([DEMO, size, "head", str(demo_directory())])

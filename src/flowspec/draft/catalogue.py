@@ -5,15 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal, TypeAlias, get_args
 
-from flowspec.core import DraftDType, DType
+from flowspec.core import DraftDType, DType, Weights
 from flowspec.draft.base import DraftSource
 from flowspec.draft.eagle import EagleSource
 from flowspec.draft.ngram import NgramSource
 from flowspec.errors import UsageError
+from flowspec.model.backends import load_head
 from flowspec.model.eagle_head import EagleHead
-from flowspec.model.int8 import Int8TargetHead, quantize_head
+from flowspec.model.int8 import Int8TargetHead, can_quantize, quantize_head
 from flowspec.model.loader import Checkpoint
-from flowspec.model.target_head import LogitsHead, TargetHead
+from flowspec.model.target_head import FewTokensHead, LogitsHead, TargetHead
 
 # A head's directory, or the caller's own source.
 ChosenDraft: TypeAlias = Literal["none", "ngram"] | Path | DraftSource
@@ -63,10 +64,12 @@ def load_draft(
     device: str,
     is_coupled: bool = True,
     draft_dtype: DraftDType = "auto",
+    weights: Weights = "float",
 ) -> DraftSource | None:
     """``None`` when nothing is to be drafted. ``is_coupled``: see ``EagleSource``.
 
-    ``draft_dtype``: int8 quantises the draft head and a copy of the lm_head; ``head`` itself stays as it is.
+    ``weights``: of the target, and so of ``head``. ``draft_dtype``: int8 quantises the draft head and a copy of the
+    lm_head, ``head`` itself stays as it is; auto does so where the target is in integers too, and the kernels can.
     Raises ``UsageError``.
     """
     match chosen:
@@ -75,14 +78,15 @@ def load_draft(
         case "ngram":
             return NgramSource()
         case Path():
-            embedding = checkpoint.load_embedding(dtype, device)
-            eagle_head = EagleHead.load(chosen, embedding, dtype, device)
-            if draft_dtype == "auto":
-                return EagleSource(eagle_head, head, is_coupled)
-            quantize_head(eagle_head)
-            cheaper = (
-                Int8TargetHead(head.weight) if isinstance(head, TargetHead) else head
-            )  # that is in integers itself
-            return EagleSource(eagle_head, cheaper, is_coupled)
+            eagle_head = EagleHead.load(chosen, checkpoint.load_embedding(dtype, device), dtype, device)
+            token_ids = eagle_head.token_ids
+            lm_head = head if token_ids is None else load_head(checkpoint, dtype, weights, device, token_ids)
+            if draft_dtype == "int8" or (weights != "float" and can_quantize(eagle_head)):
+                quantize_head(eagle_head)
+                if isinstance(lm_head, TargetHead):  # others are in integers themselves
+                    lm_head = Int8TargetHead(lm_head.weight)
+            if token_ids is not None:
+                lm_head = FewTokensHead(lm_head, token_ids, checkpoint.vocab_size)
+            return EagleSource(eagle_head, lm_head, is_coupled)
         case _:
             return chosen

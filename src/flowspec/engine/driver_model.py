@@ -44,7 +44,7 @@ class DriverModel:
         tokenizer = checkpoint.load_tokenizer()
         template = ChatTemplate(tokenizer, checkpoint.title)
         head = load_head(checkpoint, dtype, weights, device)
-        source = load_draft(draft, checkpoint, head, dtype, device, draft_dtype=draft_dtype)
+        source = load_draft(draft, checkpoint, head, dtype, device, draft_dtype=draft_dtype, weights=weights)
         # Configs, tokenizer and template of a fine-tune often say different ones.
         own = tokenizer.eos_token_id
         ends = checkpoint.all_eos_token_ids | template.end_ids | ({own} if isinstance(own, int) else frozenset())

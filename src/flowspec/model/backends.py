@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from flowspec.core import DType, LayerRange, Weights
 from flowspec.errors import UsageError
@@ -87,11 +88,14 @@ def load_stage(
     return OpenVinoStage.load(source, layers, dtype, _BITS[weights], progress)
 
 
-def load_head(source: TensorSource, dtype: DType, weights: Weights, device: str) -> LogitsHead:
-    """The lm_head. Raises as ``load_stage`` does."""
+def load_head(
+    source: TensorSource, dtype: DType, weights: Weights, device: str, token_ids: Tensor | None = None
+) -> LogitsHead:
+    """The lm_head, or its rows of some tokens. Raises as ``load_stage`` does."""
     if weights not in _BITS:
-        return TargetHead(source.load_lm_head(dtype, device))
+        matrix = source.load_lm_head(dtype, device)
+        return TargetHead(matrix if token_ids is None else matrix[token_ids.to(matrix.device)])
     _check_kernels(weights)
     from flowspec.model.openvino_stage import OpenVinoHead  # here: it is optional
 
-    return OpenVinoHead(source, _BITS[weights])
+    return OpenVinoHead(source, _BITS[weights], token_ids)

@@ -1,8 +1,9 @@
 """The EAGLE-1/2 draft head and its published checkpoint format. Knows one layer; nothing of trees or slots.
 
 A checkpoint is ``config.json`` (a Llama config with one layer) and ``model.safetensors`` or ``pytorch_model.bin`` with
-``fc.*`` and ``layers.0.*``. Our own heads add ``hit_rates``, which no other reader minds. It has no input norm, no
-final norm, no head; the embedding is the target's unless the file brings ``embed_tokens.weight``.
+``fc.*`` and ``layers.0.*``. It has no input norm, no final norm, no head; the embedding is the target's unless the file
+brings ``embed_tokens.weight``. Our own heads add what no other reader minds: ``hit_rates`` in the config, and
+``vocabulary.safetensors`` with the ids of the tokens that are worth a guess, of a large vocabulary.
 
 Where config and tensors differ, the tensors are right, since configs are often copies of the target's: a linear layer
 has a bias where the file has one for it (whatever ``bias``, ``qkv_bias``, ``attention_bias`` and ``mlp_bias`` say), and
@@ -40,6 +41,7 @@ from flowspec.model.kv_cache import CACHE_ARGUMENT
 from flowspec.model.tensor_files import save_tensors
 
 _CONFIG, _SAFETENSORS, _BIN = "config.json", "model.safetensors", "pytorch_model.bin"
+_VOCABULARY, _TOKEN_IDS = "vocabulary.safetensors", "token_ids"
 _EMBEDDING = "embed_tokens.weight"
 _IGNORED = ("rotary_emb.inv_freq", "lm_head.weight")  # recomputed; the target's own
 _BIAS = ".bias"
@@ -69,6 +71,7 @@ class EagleHead(nn.Module):
     """
 
     embedding: Tensor
+    token_ids: Tensor | None = None  # [N], ascending: the only ones that are to be guessed, if not all
 
     def __init__(self, config: LlamaConfig, embedding: Tensor, biases: Set[str] | None = None) -> None:
         """``embedding`` [V, H] is the target's, shared and never trained.
@@ -153,6 +156,7 @@ class EagleHead(nn.Module):
             if weights[name].shape != tensor.shape:
                 raise ModelError(_wrong_shape(path, name, weights[name], tensor))
         head.load_state_dict({name: weights[name].to(device, torch_dtype) for name in expected}, assign=True)
+        head.token_ids = _read_vocabulary(directory / _VOCABULARY, len(embedding))
         return head.eval().requires_grad_(False)
 
     def note_hit_rates(self, rates: Sequence[float]) -> None:
@@ -172,6 +176,8 @@ class EagleHead(nn.Module):
         config.pop("_name_or_path", None)
         text = json.dumps(config, indent=2, sort_keys=True) + "\n"
         save_tensors(directory / _SAFETENSORS, self.state_dict(), dtype)
+        if self.token_ids is not None:
+            save_tensors(directory / _VOCABULARY, {_TOKEN_IDS: self.token_ids}, torch.int32)
         partial = directory / f".{_CONFIG}.partial"
         partial.write_text(text, encoding="utf-8")
         os.replace(partial, directory / _CONFIG)
@@ -234,6 +240,23 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
         raise ModelError(f"{path} is truncated or no safetensors file ({error}); fetch the file again") from error
     except Exception as error:  # torch.load raises whatever the broken bytes lead to
         raise ModelError(f"{path} is truncated or holds more than tensors ({error}); fetch the file again") from error
+
+
+def _read_vocabulary(path: Path, vocab_size: int) -> Tensor | None:
+    """int64 [N]; ``None`` without a file."""
+    if not path.is_file():
+        return None
+    token_ids = _read_weights(path).get(_TOKEN_IDS)
+    is_list = token_ids is not None and token_ids.ndim == 1 and not token_ids.is_floating_point() and len(token_ids) > 0
+    if token_ids is None or not is_list:
+        raise ModelError(f"{path} holds no list of {_TOKEN_IDS}; fetch it again, or remove it to draft with all tokens")
+    token_ids = token_ids.long()
+    if token_ids.min() < 0 or token_ids.max() >= vocab_size or not (token_ids.diff() > 0).all():
+        raise ModelError(
+            f"{path}: {_TOKEN_IDS} must ascend, and lie in a vocabulary of {vocab_size}; give the head that belongs to "
+            "the target, or remove the file to draft with all tokens"
+        )
+    return token_ids
 
 
 def _check_version(path: Path, weights: dict[str, Tensor]) -> None:

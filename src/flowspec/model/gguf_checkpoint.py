@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 from flowspec.core import DType
 from flowspec.errors import ModelError, first_line
 from flowspec.model.families import EMBEDDING, LM_HEAD
-from flowspec.model.fetched import name_for_workers
+from flowspec.model.fetched import draft_directory_of, name_for_workers
 from flowspec.model.gguf_header import Header, TensorPlace
 from flowspec.model.gguf_tokenizer import set_pre_tokenizer
 from flowspec.model.loader import Checkpoint
@@ -102,7 +102,7 @@ class GGUFCheckpoint(Checkpoint):
 
     @property
     def draft_directory(self) -> Path:
-        return self._path.parent / "draft"
+        return draft_directory_of(self._path)
 
     @property
     def own_bits(self) -> Bits | None:

@@ -65,6 +65,17 @@ def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat([(rows / divisor).round_().to(torch.int8) for rows, divisor in parts]), scales
 
 
+def can_quantize(head: EagleHead) -> bool:
+    """Whether ``quantize_head`` would do it."""
+    linears = [module for module in head.modules() if isinstance(module, nn.Linear)]
+    try:
+        for linear in linears:
+            _check_kernel(*quantize_rows(linear.weight[:_BLOCK]))
+    except UsageError:
+        return False
+    return True
+
+
 def quantize_head(head: EagleHead) -> None:
     """Replace ``fc`` and all projections of a loaded head by int8 ones; norms, biases and embedding stay.
 

@@ -92,9 +92,11 @@ class OpenVinoStage(LayersStage):
 class OpenVinoHead:
     """The target's lm_head in 8 or 4 bits; what a row's logits are does not depend on the rows beside it."""
 
-    def __init__(self, source: TensorSource, bits: Bits) -> None:
-        """Raises as ``OpenVinoStage.load`` does."""
+    def __init__(self, source: TensorSource, bits: Bits, token_ids: Tensor | None = None) -> None:
+        """``token_ids``: of these tokens alone. Raises as ``OpenVinoStage.load`` does."""
         weight = source.packed_lm_head(bits)
+        if token_ids is not None:
+            weight = weight.rows(token_ids.numpy())
         self._graph = linear(weight, torch.get_num_threads())
 
     @torch.inference_mode()

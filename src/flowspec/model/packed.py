@@ -45,6 +45,11 @@ class PackedWeight:
         """As a kernel holds it."""
         return self.codes.size * self.bits // 8 + self.scales.nbytes
 
+    def rows(self, indices: NDArray[np.int64]) -> PackedWeight:
+        """Some of them."""
+        zero_points = None if self.zero_points is None else self.zero_points[indices]
+        return PackedWeight(self.codes[indices], self.scales[indices], zero_points)
+
     def unpacked(self) -> Tensor:
         """float32 [N, K]: exactly what the codes mean."""
         codes = self.codes.astype(np.float32)

@@ -20,6 +20,27 @@ class TargetHead:
         return torch.nn.functional.linear(hidden.to(self.weight.device, self.weight.dtype), self.weight)
 
 
+class FewTokensHead:
+    """Logits of some tokens alone, by a head that has no others; for drafting (FR-Spec, arXiv 2502.14856).
+
+    Most of what a small target writes is among a third of its vocabulary, and the lm_head is most of a draft's cost.
+    """
+
+    def __init__(self, head: LogitsHead, token_ids: Tensor, vocab_size: int) -> None:
+        """``head``: of the tokens ``token_ids`` [N], in this order."""
+        self._head = head
+        self._token_ids = token_ids
+        self._vocab_size = vocab_size
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[n, H] -> [n, V]; minus infinity for all other tokens."""
+        few = self._head.logits(hidden)
+        logits = few.new_full((len(few), self._vocab_size), -torch.inf)
+        logits[:, self._token_ids.to(few.device)] = few
+        return logits
+
+
 class LogitsHead(Protocol):
     """``TargetHead``, or what stands in for it."""
 

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from flowspec.errors import ModelError, UsageError
 from flowspec.model.backends import open_checkpoint
 from flowspec.train.corpus import Tokens, encode_documents, read_documents
-from flowspec.train.eagle import DraftRecipe, Target, train_head
+from flowspec.train.eagle import DraftRecipe, Target, generate_windows, train_head
 from flowspec.train.evaluate import measure_steadiness
 from flowspec.train.hints import HintRecipe, train_hints
 from flowspec.train.own_text import Conversations
@@ -31,6 +33,7 @@ CHAT_RECIPE = DraftRecipe(
     unroll_len=5,
     unroll_share=0.7,
 )
+MAX_VOCABULARY = 16384  # tokens that a draft guesses at most
 _GPU_ROWS = 4096  # windows that a GPU writes at a time
 
 
@@ -88,9 +91,23 @@ def train_draft(
         recipe = replace(recipe, generation_batch=_GPU_ROWS)
     head = train_head(opened, tokens, recipe, work_dir, out, plan=plan, compiled=compiled)
     head.note_hit_rates(measure_steadiness(opened, head, tokens, recipe, plan))
+    head.token_ids = draft_vocabulary(generate_windows(opened, tokens, recipe, work_dir / "generated", plan), opened)
     head.save(out)
     if hints is not None:
         train_hints(opened, tokens, hints, recipe, work_dir, out, plan=plan)
+
+
+def draft_vocabulary(windows: Tokens, target: Target) -> Tensor | None:
+    """The tokens that are worth a guess, [N] ascending: the most frequent ones of the target's text ``windows`` [R, T].
+
+    Of those that it does not have, the first by id: a tokenizer's early merges are the frequent ones. ``None`` where
+    the vocabulary is not much larger.
+    """
+    size = target.config.vocab_size
+    if size < 2 * MAX_VOCABULARY:
+        return None
+    counts = torch.bincount(torch.from_numpy(windows).flatten().long(), minlength=size)
+    return counts.argsort(descending=True, stable=True)[:MAX_VOCABULARY].sort().values
 
 
 def _given_tokens(data: Sequence[Path], tokenizer: Any) -> Tokens:
