@@ -275,7 +275,7 @@ def test_metrics_count_what_was_done(server: ServerProcess, client: openai.OpenA
         "spec_decode_num_drafts_total", "spec_decode_num_draft_tokens_total",
         "spec_decode_num_accepted_tokens_per_pos_total", "kv_cache_usage_perc", "stage_busy_seconds_total",
         "stage_idle_seconds_total", "pruned_in_flight_total", "restarts_total", "link_bytes_total",
-        "link_round_trip_seconds", "tree_rows_in_flight_bucket",
+        "link_round_trip_seconds", "tree_rows_in_flight_bucket", "recoveries_total", "devices_away",
     ):  # fmt: skip
         assert f"flowspec:{name}{{" in text, name
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from flowspec.model.stage import Stage
 from flowspec.wire.messages import Configure
 from flowspec.worker.hints import Hinter
 from flowspec.worker.measure import measure_forward
+
+logger = logging.getLogger("flowspec.worker")
 
 _Key: TypeAlias = tuple[object, ...]
 
@@ -43,6 +46,7 @@ class StageLoader:
         source = open_checkpoint(configure.model)
         key = _key(configure, source.files())
         if self._kept is not None and self._kept[0] == key:
+            logger.info("layers %d:%d of %s are still here", *key[1:3], configure.model)
             return self._kept[1]
         self._kept = None  # there may be no room for both
         layers = LayerRange(configure.start_layer, configure.end_layer)
