@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
+from flowspec.cluster.socket_folder import SocketFolder
 from flowspec.errors import WorkerEndedError, WorkerError
 
 _END_TIMEOUT_S = 5.0
@@ -28,15 +26,15 @@ class LocalProcesses:
 
     def __init__(self, num_workers: int, threads: int, device: str, module: str = "flowspec.worker.local") -> None:
         """``module``: that forks them; see there."""
-        self._directory = Path(tempfile.mkdtemp(prefix="flowspec-"))
-        self.addresses = [f"ipc://{self._directory / str(i)}" for i in range(1, num_workers + 1)]
+        self._folder = SocketFolder()
+        self.addresses = [f"ipc://{self._folder.path / str(i)}" for i in range(1, num_workers + 1)]
         self._command = [sys.executable, "-m", module, str(threads), device, *self.addresses]
         self._pids: dict[int, int] = {}  # by stage; of those that are known to have started, and not to have ended
         self._start_s: dict[int, float] = {}  # when they were seen to have started
         try:
             self._forker = self._start()
         except BaseException:
-            shutil.rmtree(self._directory, ignore_errors=True)
+            self._folder.close()
             raise
 
     def _start(self) -> subprocess.Popen[bytes]:
@@ -102,7 +100,7 @@ class LocalProcesses:
     def close(self) -> None:
         """Returns when all workers have ended."""
         self._end_forker()
-        shutil.rmtree(self._directory, ignore_errors=True)
+        self._folder.close()
 
     def _end_forker(self) -> None:
         assert self._forker.stdin is not None and self._forker.stdout is not None
