@@ -156,7 +156,10 @@ def test_a_loss_that_nobody_waits_for_is_an_error_at_once(checkpoint_dir: Callab
             kill_on(engine, 1, 1)
 
 
-def test_workers_that_are_lost_with_whoever_forks_them_come_back(checkpoint_dir: Callable[[str], Path]) -> None:
+@pytest.mark.parametrize("sent", [KILL, STOP])
+def test_workers_that_are_lost_with_whoever_forks_them_come_back(
+    checkpoint_dir: Callable[[str], Path], sent: signal.Signals
+) -> None:
     with engine_of(checkpoint_dir("llama"), stages=2, link=LINK, draft="none", schedule="ar") as engine:
         undisturbed, job = (engine.submit(PROMPT, SamplingParams(60)) for _ in range(2))
         engine._waiting.remove(job)
@@ -165,7 +168,9 @@ def test_workers_that_are_lost_with_whoever_forks_them_come_back(checkpoint_dir:
         while not job.output_ids:
             engine.step()
         workers = [psutil.Process(pid) for pid in launcher_of(engine).pids.values()]
-        os.kill(launcher_of(engine)._forker.pid, KILL)
+        os.kill(launcher_of(engine)._forker.pid, sent)
+        if sent == STOP:
+            workers[0].kill()
         run(engine, [job])
         assert job.output_ids == undisturbed.output_ids
         assert not any(worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE for worker in workers)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import subprocess
@@ -12,6 +13,8 @@ from collections.abc import Sequence
 
 from flowspec.cluster.socket_folder import SocketFolder
 from flowspec.errors import WorkerEndedError, WorkerError
+
+logger = logging.getLogger("flowspec.cluster")
 
 _END_TIMEOUT_S = 5.0
 _POLL_S = 0.01
@@ -80,11 +83,9 @@ class LocalProcesses:
 
     def replace(self, stages: Sequence[int]) -> None:
         """End these workers, whatever they do, so that others take their places; forget who has ended before."""
-        self._read()
+        self._tell(self._read())
         if self._forker.poll() is not None:
-            self._end_forker()
-            self._pids.clear()
-            self._forker = self._start()
+            self._start_again()
             return
         victims = {stage: self._pids[stage] for stage in stages if stage in self._pids}
         for pid in victims.values():
@@ -92,10 +93,21 @@ class LocalProcesses:
                 os.kill(pid, signal.SIGKILL)
         deadline_s = time.monotonic() + _END_TIMEOUT_S
         while any(self._pids.get(stage) == pid for stage, pid in victims.items()):
-            if time.monotonic() > deadline_s:
-                raise WorkerError("a worker process does not end, though it was killed; is its device stuck?", stages)
+            if time.monotonic() > deadline_s:  # whoever forks them stands still, too
+                self._start_again()
+                return
             time.sleep(_POLL_S)
-            self._read()
+            self._tell(self._read())
+
+    def _tell(self, ended: dict[int, int]) -> None:
+        for stage, code in ended.items():
+            logger.warning("worker %d ended (%s)", stage, _describe_exit(code))
+
+    def _start_again(self) -> None:
+        """All workers, and who forks them."""
+        self._end_forker()
+        self._pids.clear()
+        self._forker = self._start()
 
     def close(self) -> None:
         """Returns when all workers have ended."""
