@@ -26,13 +26,8 @@ class WorkerProcess:
         assert found is not None, f"the worker did not come up: {self._running.log}"
         return found[1]
 
-    def killed(self) -> WorkerProcess:
-        """As when its power is cut, and another one that is started in its place."""
-        host, _, port = self.address.rpartition(":")
-        self.kill()
-        return WorkerProcess(host, int(port))
-
     def kill(self) -> None:
+        """As when its power is cut."""
         self._running.process.kill()
         self._running.wait(20)
 

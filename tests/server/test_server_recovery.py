@@ -79,11 +79,13 @@ def test_requests_wait_for_devices_that_are_away_and_weights_for_a_server_that_i
     options = ["--model", str(directory), "--cluster", str(tmp_path / "home.toml"), "--heartbeat-timeout", "1.5"]
     with ServerProcess(*options) as server:
         running = Completion(server)
-        workers[1] = without_power = workers[1].killed()
+        host, _, port = workers[1].address.rpartition(":")
+        workers[1].kill()
         told = await_health(server, "degraded")
         assert told["problem"].startswith("worker 2 (attic) is away for ") and "127.0.0" not in told["problem"]
         assert [stage["state"] for stage in told["stages"]][1] == "away"
         waiting = Completion(server)
+        workers[1] = without_power = WorkerProcess(host, int(port))
         assert running.text() == waiting.text() == expected
         await_health(server, "ok")
         assert "are still here" in workers[0].log and "are still here" not in without_power.log

@@ -247,6 +247,10 @@ class RemoteConnections:
         )
         raise WorkerError(f"no sign of {names} for {self._config.start_timeout_s:.0f} s; {question}", silent)
 
+    def is_up(self, stage: int) -> bool:
+        """Whether its worker's socket has answered, which it does whatever the worker is busy with."""
+        return self._controls[stage - 1].is_up
+
     def send(self, sends: Iterable[Send]) -> None:
         for send in sends:
             match send.route:

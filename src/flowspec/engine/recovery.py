@@ -21,7 +21,7 @@ MAX_LOSSES = 3  # of one worker, with no token between them
 STEADY_S = 30.0  # a pipeline that was whole for so long is no part of a crash loop
 _PIECE_S = 0.1  # of waiting at a time: whoever owns the engine has other work too
 _FIRST_BACK_OFF_S, _LONGEST_BACK_OFF_S = 0.1, 2.0
-_ANSWER_S = 10.0  # in which a worker of this machine answers, or is replaced
+_CONNECT_S, _ANSWER_S = 5.0, 10.0  # in which a worker of this machine is connected, and answers, or is replaced
 
 
 class Recovery:
@@ -158,16 +158,17 @@ class Recovery:
     def _check_silent(self, connections: RemoteConnections) -> None:
         """Raises ``WorkerError`` for a worker that must be replaced, or hangs while it loads."""
         now, heard = time.monotonic(), connections.bring_up.heard
-        if mute := [stage for stage in self._stages if stage not in heard and self._should_answer(stage, now)]:
+        if mute := [stage for stage in self._stages if stage not in heard and self._is_mute(stage, connections, now)]:
             raise WorkerError(f"{self._named(mute)} does not answer", mute)
         silent = connections.bring_up.silent_since(now - self._config.start_timeout_s)
         connections.check_silent([stage for stage in silent if stage in heard])
 
-    def _should_answer(self, stage: int, now: float) -> bool:
-        """Whether its worker is a process of ours that has had the time to; others may be away for longer."""
+    def _is_mute(self, stage: int, connections: RemoteConnections, now: float) -> bool:
+        """Whether its worker is a process of ours that has had the time to answer; others may be away for longer."""
         assert self._pipeline.launcher is not None, "begin has looked"
         age_s = self._pipeline.launcher.age_s(stage)
-        return age_s is not None and min(age_s, now - self._attempt_s) > _ANSWER_S
+        allowed_s = _ANSWER_S if connections.is_up(stage) else max(_CONNECT_S, self._config.heartbeat_timeout_s)
+        return age_s is not None and min(age_s, now - self._attempt_s) > allowed_s
 
     def _check_away(self, now: float) -> None:
         """Raises ``WorkerError`` when a worker is away for too long."""
