@@ -54,6 +54,10 @@ class ServerProcess:
     def process(self) -> psutil.Process:
         return psutil.Process(self._process.pid)
 
+    @property
+    def is_running(self) -> bool:
+        return self._process.poll() is None
+
     def exit_code(self) -> int:
         """Waits for the end."""
         return self._process.wait(timeout=30)

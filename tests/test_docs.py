@@ -4,6 +4,7 @@ no way to. The places that the text names (`./Llama-3.2-3B`, `./texts`, ...) are
 
 from __future__ import annotations
 
+import configparser
 import contextlib
 import importlib
 import io
@@ -39,6 +40,7 @@ TIMEOUT_S = 120
 
 FIGURES = ROOT / "docs" / "RESULTS.md"
 RUN_SMALL_BY = {  # the scripts whose figures it has, the simulated ones apart
+    "chaos.py": "bench/test_benchmarks_chaos.py",
     "demo_speed.py": "test_demo.py",
     "overhead.py": "test_demo.py",
     "stage_memory.py": "model/test_loader.py",
@@ -324,14 +326,21 @@ def test_a_command_works_as_it_is_written(
 
 @pytest.mark.parametrize("block", [block for block in ALL_BLOCKS if block.language != "sh"], ids=str)
 def test_a_block_of_code_works_as_it_is_written(
-    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], block: Block
+    place: Path, run: Run, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], block: Block
 ) -> None:
     monkeypatch.chdir(place)
     monkeypatch.setenv("PYTHONPATH", str(ROOT / "src"))
     match block.language:
         case "python":
             exec(compile(block.text, str(block), "exec"), {"__name__": "__main__"})
-            assert capsys.readouterr().out
+            assert capfd.readouterr().out
+        case "ini":
+            unit = configparser.ConfigParser(interpolation=None)
+            unit.optionxform = str  # type: ignore[assignment]
+            unit.read_string(block.text)
+            assert set(unit.sections()) == {"Unit", "Service", "Install"}
+            command = shlex.split(unit["Service"]["ExecStart"])
+            assert command[0].endswith("/flowspec") and run(*command[1:], "--help").code == 0
         case "toml":
             assert DeviceList.of(Table.parse(block.text, str(block))).addresses
         case "rooms":

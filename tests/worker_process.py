@@ -12,8 +12,12 @@ from logged_process import LoggedProcess
 class WorkerProcess:
     """Started at once; whoever asks for its address waits until it listens."""
 
-    def __init__(self, host: str = "127.0.0.1") -> None:
-        self._running = LoggedProcess(["worker", "--threads", "1", "--listen", f"{host}:0"], "listening on")
+    def __init__(self, host: str = "127.0.0.1", port: int = 0) -> None:
+        self._running = LoggedProcess(["worker", "--threads", "1", "--listen", f"{host}:{port}"], "listening on")
+
+    @property
+    def log(self) -> str:
+        return self._running.log
 
     @cached_property
     def address(self) -> str:
@@ -21,6 +25,18 @@ class WorkerProcess:
         found = re.search(r"listening on tcp://(\S+:\d+)", self._running.log)
         assert found is not None, f"the worker did not come up: {self._running.log}"
         return found[1]
+
+    def kill(self) -> None:
+        """As when its power is cut."""
+        self._running.process.kill()
+        self._running.wait(20)
+
+    def stop(self) -> None:
+        """It stands still."""
+        self._running.process.send_signal(signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        self._running.process.send_signal(signal.SIGCONT)
 
     def end(self) -> str:
         """What it has said."""

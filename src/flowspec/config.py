@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from flowspec.checked import check_not_negative, check_positive, checked_class
 from flowspec.errors import UsageError
 
+MIN_HEARTBEAT_TIMEOUT_S = 0.3  # what a busy machine's sockets answer in
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s]+")
 
 
@@ -169,8 +170,19 @@ class LinkConfig:
 
     start_timeout_s: float = 120.0  # a worker must be connected within this time, and say something of its loading
     stall_timeout_s: float = 120.0  # a run fails when no worker says anything for this long while work is under way
-    heartbeat_s: float = 2.0  # a connection whose peer is silent for three heartbeats is lost
+    heartbeat_timeout_s: float = 3.0  # a device that answers no heartbeat for this long is lost
+    rejoin_timeout_s: float = 60.0  # requests wait this long for a lost device to come back; 0: not at all
     int8_wire: bool = False  # hidden states travel between workers in int8: fewer bytes, and not bit-exact
 
     def __post_init__(self) -> None:
-        check_positive(self, "start_timeout_s", "stall_timeout_s", "heartbeat_s")
+        check_positive(self, "start_timeout_s", "stall_timeout_s", "heartbeat_timeout_s")
+        check_not_negative(self, "rejoin_timeout_s")
+        if self.heartbeat_timeout_s < MIN_HEARTBEAT_TIMEOUT_S:
+            raise UsageError(
+                f"heartbeat_timeout_s is {self.heartbeat_timeout_s}; it must be at least {MIN_HEARTBEAT_TIMEOUT_S}"
+            )
+
+    @property
+    def heartbeat_s(self) -> float:
+        """Between two signs of life: a third of the timeout, so that one may be late."""
+        return self.heartbeat_timeout_s / 3

@@ -125,6 +125,19 @@ class Driver:
         generation.cancel()
         return self._sends_of(generation)
 
+    def interrupt(self) -> None:
+        """The workers are gone, with all that they held: every running request is preempted, and nobody is told."""
+        for generation in self._generations():
+            generation.preempt()
+        self._running.clear()
+        self._unwanted.clear()
+        self.budget = SlotBudget(self.budget.num_slots)
+
+    def use(self, num_slots: int | None) -> None:
+        """Other workers have taken their places, with room for so many rows."""
+        assert not self._running, "interrupt it first"
+        self.budget = SlotBudget(num_slots)
+
     def on_message(self, message: Message) -> list[Send]:
         match message:
             case Result() | Hint() | Broken() | Failed():

@@ -4,6 +4,8 @@ A broken promise of our own code is an ``AssertionError`` instead. Every message
 the command line prints it as one line.
 """
 
+from collections.abc import Sequence
+
 NO_CHAT_TEMPLATE = "no_chat_template"
 TOO_LONG = "context_length_exceeded"  # OpenAI's
 
@@ -49,7 +51,19 @@ class ProtocolError(FlowspecError):
 
 
 class WorkerError(FlowspecError):
-    """A worker never came up, failed, or was lost during a run."""
+    """A worker never came up, failed, or was lost during a run; ``stages``: whose, where that is known."""
+
+    def __init__(self, text: str, stages: Sequence[int] = ()) -> None:
+        super().__init__(text)
+        self.stages = tuple(stages)
+
+
+class WorkerEndedError(WorkerError):
+    """A process that was started here has ended, and another one has taken its place."""
+
+
+class BusyError(WorkerError):
+    """A worker serves another driver, or has not noticed yet that an earlier session is over."""
 
 
 class RequestError(FlowspecError):

@@ -76,6 +76,7 @@ class LLM:
         stages: how many stages, 4 at most by default; the layers are shared out evenly.
         partition: the stages' layer ranges instead, ``"0:4,4:8"``.
         workers: addresses of running workers, ``"host:port"``, in pipeline order; by default processes on this machine.
+        names: of these workers' devices, for messages; ``worker 1`` and so on by default.
         schedule: ``"auto"``, or the name of one of the schedules in the README.
         weights: ``"int8"`` and ``"int4"`` run the matrices on a processor's integer kernels, and the text is exact;
             ``"float"`` has them in ``dtype``. ``"auto"`` takes integers for quantised files.
@@ -83,7 +84,8 @@ class LLM:
         device: torch device of the driver and the workers here, ``"cpu"`` or ``"cuda:0"``.
         schedule_config: the settings of all schedules: what their draft trees may look like, and how a request is cut
             into segments (``flowspec.config.ScheduleConfig``).
-        link: how many seconds the processes wait for each other (``flowspec.config.LinkConfig``).
+        link: how many seconds the processes wait for each other, and for a lost device to come back
+            (``flowspec.config.LinkConfig``).
         config: how many requests run at once, and in how much memory (``flowspec.config.EngineConfig``).
         hints: workers tell the driver early what they guess, where the draft has hint heads; by default where they
             do not share this machine's cores.

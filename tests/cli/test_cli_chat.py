@@ -441,7 +441,7 @@ def test_in_process_a_conversation_is_sent_as_a_whole(
 
 def test_in_process_the_demo_stops_goes_on_and_ends_with_a_dead_worker(tmp_path: Path) -> None:
     options = ("--stages", "2", "--max-new-tokens", "400", "--temperature", "0.8", "--seed", "3")
-    with Terminal(tmp_path, *options) as terminal:
+    with Terminal(tmp_path, *options, "--rejoin-timeout", "0") as terminal:
         terminal.wait_for(r"has no chat template.*\n>")
         children = psutil.Process(terminal.process.pid).children(recursive=True)
         terminal.type("import os\r")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import math
 import shutil
+import weakref
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from random import Random
@@ -332,3 +334,21 @@ def test_a_request_that_waits_to_go_on_can_be_cancelled(checkpoint_dir: Callable
         while not jobs[0].is_finished:
             engine.step()
         assert engine.status().num_slots_held == 0 and len(jobs[0].output_ids) == 180
+
+
+def test_the_caches_of_a_worker_are_free_as_soon_as_nobody_holds_it(checkpoint_dir: Callable[[str], Path]) -> None:
+    """A forward that was interrupted held its worker, and so a lost session's caches, until garbage was collected."""
+    pump = Pump(checkpoint_dir("llama"), 1, patience_s=0.0)
+    pump.submit(PROMPT, SamplingParams(8))
+    worker, link = pump.workers.pop(), pump.network.waiting()[0]
+    for _ in range(2):
+        worker.on_message(pump.network.take(link))
+    while worker._running is None:
+        worker.on_idle()
+    held = weakref.ref(worker)
+    gc.disable()
+    try:
+        del worker
+        assert held() is None
+    finally:
+        gc.enable()

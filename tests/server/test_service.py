@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from engines import engine_of
-from flowspec.config import EngineConfig
+from flowspec.config import EngineConfig, LinkConfig
 from flowspec.core import SamplingParams
 from flowspec.engine.engine import Engine
 from flowspec.engine.job import Job
@@ -60,7 +60,8 @@ def test_a_stage_that_stands_still_is_noticed_while_there_is_work_and_only_then(
             os.kill(victim.pid, signal.SIGCONT)
             await service.stop()
 
-    with engine_of(checkpoint_dir("llama"), stages=2, draft="ngram") as engine:
+    link = LinkConfig(heartbeat_timeout_s=60)  # else it would be replaced
+    with engine_of(checkpoint_dir("llama"), stages=2, draft="ngram", link=link) as engine:
         asyncio.run(run(engine))
 
 

@@ -204,6 +204,13 @@ class StageOptions:
     device: Device = "cpu"
     int8_wire: Int8Wire = False
     timeout: Timeout = LinkConfig.stall_timeout_s
+    heartbeat_timeout: Annotated[
+        float, typer.Option(metavar="SECONDS", help="A device that does not answer for this long is lost.")
+    ] = LinkConfig.heartbeat_timeout_s
+    rejoin_timeout: Annotated[
+        float,
+        typer.Option(metavar="SECONDS", help="Requests wait this long for a lost device to come back; 0: not at all."),
+    ] = LinkConfig.rejoin_timeout_s
 
     @functools.cached_property
     def devices(self) -> DeviceList | None:
@@ -226,7 +233,14 @@ class StageOptions:
             "weights": self.weights.value,
             "dtype": self.dtype.value,
             "device": self.device,
-            "link": LinkConfig(start_timeout_s=self.timeout, stall_timeout_s=self.timeout, int8_wire=self.int8_wire),
+            "names": None if self.devices is None else self.devices.names,
+            "link": LinkConfig(
+                start_timeout_s=self.timeout,
+                stall_timeout_s=self.timeout,
+                heartbeat_timeout_s=self.heartbeat_timeout,
+                rejoin_timeout_s=self.rejoin_timeout,
+                int8_wire=self.int8_wire,
+            ),
         }
 
 

@@ -14,9 +14,10 @@ from typing import Any, Protocol
 
 import zmq
 
+from flowspec.cluster.bring_up import BringUp
 from flowspec.config import LinkConfig
 from flowspec.core import DType, Partition, Weights
-from flowspec.errors import FlowspecError, UsageError, WorkerError
+from flowspec.errors import BusyError, UsageError, WorkerError
 from flowspec.wire.actor import Route, Send
 from flowspec.wire.messages import (
     PROTOCOL_VERSION,
@@ -25,7 +26,6 @@ from flowspec.wire.messages import (
     Echo,
     Emulation,
     Failure,
-    Loading,
     Probe,
     Ready,
     Stop,
@@ -39,6 +39,8 @@ LoadProgress = Callable[[float], None]
 
 _CHECK_INTERVAL_S = 0.1
 _NUM_TRIPS = 8
+_READY_POLL_S = 0.2
+_LINK_TIMEOUT_S = 20.0  # in which a worker reaches the next one, once both are there
 
 
 class Connections(Protocol):
@@ -104,6 +106,12 @@ class Launcher(Protocol):
     def check(self) -> None:
         """Raises ``WorkerError`` when a worker is known to have ended."""
 
+    def age_s(self, stage: int) -> float | None:
+        """For how long its process has been running; ``None`` where nobody knows."""
+
+    def replace(self, stages: Sequence[int]) -> None:
+        """These workers answer no more: start others in their places, where they are this launcher's own."""
+
     def close(self) -> None:
         """End what was started for this driver alone; returns when it has ended."""
 
@@ -116,6 +124,13 @@ class RunningWorkers:
 
     def check(self) -> None:
         """Their connections tell."""
+
+    def age_s(self, stage: int) -> float | None:
+        """Nobody knows."""
+        return None
+
+    def replace(self, stages: Sequence[int]) -> None:
+        """That is for those who have started them; connections find whoever listens there."""
 
     def close(self) -> None:
         """They go on."""
@@ -139,6 +154,8 @@ class RemoteConnections:
         self._last_check = 0.0
         self._probe_sent_s: float | None = None
         self._trips: dict[int, deque[Trip]] = {}
+        self._is_over = False
+        self.bring_up = BringUp(len(launcher.addresses), time.monotonic())
         self._controls: list[Connection] = []
         try:
             for address in launcher.addresses:
@@ -195,26 +212,30 @@ class RemoteConnections:
 
     def await_ready(self, progress: LoadProgress) -> list[Ready]:
         """Each has loaded its stage by then, and reached the next worker."""
-        loaded = dict.fromkeys(range(1, len(self._controls) + 1), 0.0)
-        ready: dict[int, Ready] = {}
-        last_news = dict.fromkeys(loaded, time.monotonic())  # of each worker on its own
-        while len(ready) < len(self._controls):
-            for stage, message in self._receive(0.2):
-                match message:
-                    case Loading():
-                        loaded[stage], last_news[stage] = message.fraction, time.monotonic()
-                    case Ready():
-                        loaded[stage], ready[stage] = 1.0, message
-                    case _:
-                        last_news[stage] = time.monotonic()
-                progress(sum(loaded.values()) / len(loaded))
-            self._check_news(last_news, ready)
-        return [ready[stage] for stage in sorted(ready)]
+        while (ready := self.poll_ready(progress, _READY_POLL_S)) is None:
+            deadline_s = time.monotonic() - self._config.start_timeout_s
+            self.check_silent(self.bring_up.silent_since(deadline_s))
+        return ready
 
-    def _check_news(self, last_news: Mapping[int, float], ready: Mapping[int, Ready]) -> None:
-        """Each worker has a deadline of its own: what others say is no sign of it."""
-        deadline = time.monotonic() - self._config.start_timeout_s
-        silent = [stage for stage, news_s in last_news.items() if stage not in ready and news_s < deadline]
+    def poll_ready(self, progress: LoadProgress, timeout_s: float) -> list[Ready] | None:
+        """As ``await_ready``, but for so long; ``None`` when there is still somebody to wait for."""
+        for stage, message in self._receive(timeout_s):
+            self.bring_up.note(stage, message, time.monotonic())
+            progress(self.bring_up.fraction)
+        if (stage := self.bring_up.unlinked_since(time.monotonic() - _LINK_TIMEOUT_S)) is not None:
+            address = self._launcher.addresses[stage]
+            raise WorkerError(
+                f"worker {stage} cannot reach the next worker at {address}; is that its address there, or a firewall "
+                "between?",
+                [stage],
+            )
+        return self.bring_up.ready
+
+    def check_silent(self, silent: Sequence[int]) -> None:
+        """Raises ``WorkerError`` for workers of which there has been no sign for too long.
+
+        Each worker has a deadline of its own: what others say is no sign of it.
+        """
         if not silent:
             return
         names = ", ".join(f"worker {stage} ({self._controls[stage - 1].address})" for stage in silent)
@@ -224,7 +245,11 @@ class RemoteConnections:
             if are_up
             else "is 'flowspec worker' running there, and is the address right?"
         )
-        raise WorkerError(f"no sign of {names} for {self._config.start_timeout_s:.0f} s; {question}")
+        raise WorkerError(f"no sign of {names} for {self._config.start_timeout_s:.0f} s; {question}", silent)
+
+    def is_up(self, stage: int) -> bool:
+        """Whether its worker's socket has answered, which it does whatever the worker is busy with."""
+        return self._controls[stage - 1].is_up
 
     def send(self, sends: Iterable[Send]) -> None:
         for send in sends:
@@ -276,22 +301,29 @@ class RemoteConnections:
         for index, connection in enumerate([*self._controls, self._data]):
             connection.check()
             if connection.is_lost:
-                worker = f"worker {index + 1 if index < len(self._controls) else 1}"
-                raise WorkerError(f"lost {worker} ({connection.address}); the run cannot go on without it")
+                stage = index + 1 if index < len(self._controls) else 1
+                raise WorkerError(f"lost worker {stage} ({connection.address})", [stage])
 
     def wake(self) -> None:
         with contextlib.suppress(OSError):  # full: a call is on its way already; closed: nobody waits
             self._wake_end.send(b"w")
 
-    def close(self) -> None:
+    def end_session(self) -> None:
+        """Let the workers go; what was started for them stays. Safe to call twice."""
+        if self._is_over:
+            return
+        self._is_over = True
         for connection in self._controls:
             connection.send(Stop())
-            connection.close(linger_s=0.5)
+            connection.close(linger_s=0.0 if connection.is_lost else 0.5)
         if hasattr(self, "_data"):
             self._data.close()
         self._context.term()
         self._wake_end.close()
         self._woken_end.close()
+
+    def close(self) -> None:
+        self.end_session()
         self._launcher.close()
 
 
@@ -299,9 +331,12 @@ def _raise_failure(message: ToDriver, index: int, address: str) -> ToDriver:
     match message:
         case Failure():
             logger.debug("worker %d: %s", index, message.traceback)
-            error: type[FlowspecError] = UsageError if message.user_error else WorkerError
-            raise error(message.text if message.user_error else f"worker {index} ({address}) failed: {message.text}")
+            if message.user_error:
+                raise UsageError(message.text)
+            if message.lost_next:
+                raise WorkerError(f"lost worker {index + 1}, as worker {index} ({address}) says", [index + 1])
+            raise WorkerError(f"worker {index} ({address}) failed: {message.text}", [index])
         case Busy():
-            raise WorkerError(f"worker {index} ({address}) is busy: {message.reason}")
+            raise BusyError(f"worker {index} ({address}) is busy: {message.reason}", [index])
         case _:
             return message

@@ -24,14 +24,12 @@ from flowspec.engine.driver_model import DriverModel
 from flowspec.engine.job import Job
 from flowspec.engine.observer import Observer, Observers
 from flowspec.engine.pipeline import Pipeline
-from flowspec.engine.telemetry import StageStatus, Status, Telemetry
+from flowspec.engine.recovery import Recovery
+from flowspec.engine.schedules import Schedules
+from flowspec.engine.telemetry import Status, Telemetry
 from flowspec.errors import TOO_LONG, FlowspecError, RequestError, UsageError, WorkerError
 from flowspec.request.emissions import Emissions
 from flowspec.request.request import Common, Request
-from flowspec.schedule.auto import Experience
-from flowspec.schedule.base import Schedule
-from flowspec.schedule.catalogue import make_schedule
-from flowspec.schedule.pace import Pace
 from flowspec.wire.messages import Alive, Failed, Result
 
 logger = logging.getLogger("flowspec.engine")
@@ -51,13 +49,12 @@ class Engine:
         """``pipeline``: whose workers are ready; ``schedule``: of requests that name none."""
         self.pipeline = pipeline
         self.model = model
-        self.schedule_name = schedule
         self.config = config
-        self._schedules = schedules
+        self._schedules = Schedules(pipeline, model.source, schedule, schedules)
         self._link = pipeline.spec.link
-        self._pace = Pace(pipeline.costs) if pipeline.costs is not None else None
-        self._experience = Experience()
-        self._tree_sizes: dict[str, int] = {}  # by schedule
+        self._recovery = Recovery(pipeline)
+        self._bytes_before = 0  # that the driver has sent and received in earlier sessions
+        self._refused: list[Job] = []  # that could not begin, and of which nobody has been told yet
         self._request_ids = itertools.count()
         self._waiting: deque[Job] = deque()
         self._running: dict[int, Job] = {}  # by request id
@@ -81,25 +78,17 @@ class Engine:
         self._driver = Driver(common, model.source, num_slots, config.likely_tokens, num_stages)
 
     @property
+    def schedule_name(self) -> str:
+        """Of requests that name none."""
+        return self._schedules.default
+
+    @property
     def partition(self) -> Partition:
         return self.pipeline.partition
 
     def observe(self, observer: Observer) -> None:
         """Tell it of everything from now on."""
         self._observers.add(observer)
-
-    def _make_schedule(self, name: str) -> Schedule:
-        source, num_parallel = self.model.source, self.pipeline.spec.num_parallel
-        steady_steps = 1 if source is None else source.steady_steps
-        return make_schedule(
-            name, self._schedules, len(self.partition), num_parallel, self._pace, steady_steps, self._experience
-        )
-
-    def _tree_size(self, name: str) -> int:
-        """As it was when the first such request came."""
-        if name not in self._tree_sizes:
-            self._tree_sizes[name] = self._make_schedule(name).tree_config.size
-        return self._tree_sizes[name]
 
     # --- requests ---
 
@@ -120,7 +109,7 @@ class Engine:
                 f"{self.model.checkpoint.max_positions}, its answer included; shorten the prompt",
                 code=TOO_LONG,
             )
-        tree_size = self._tree_size(schedule or self.schedule_name)
+        tree_size = self._schedules.tree_size(schedule)
         num_needed = self._driver.most_slots(len(prompt_ids), params.max_tokens, tree_size)
         num_slots = self.num_slots
         if num_slots is not None and num_needed > num_slots:
@@ -135,7 +124,7 @@ class Engine:
         room = self.model.checkpoint.max_positions - num_prompt
         if self.num_slots is None:
             return room
-        return min(room, self.num_slots - self._driver.most_slots(num_prompt, 0, self._tree_size(self.schedule_name)))
+        return min(room, self.num_slots - self._driver.most_slots(num_prompt, 0, self._schedules.tree_size(None)))
 
     def make_job(
         self,
@@ -149,7 +138,7 @@ class Engine:
 
         ``is_chat``: whatever ends a turn ends it, and not only what ends a text.
         """
-        schedule = schedule or self.schedule_name
+        schedule = schedule or self._schedules.default
         self.check(prompt_ids, params, schedule)
         if params.temperature > 0 and params.seed is None:
             params = replace(params, seed=secrets.randbits(63))
@@ -209,28 +198,15 @@ class Engine:
 
     def status(self) -> Status:
         """How things are now. Any thread may ask."""
-        stages = zip(itertools.count(1), self.partition.stages)
         return Status(
             len(self._running),
             len(self._waiting),
             self.num_slots,
             self._driver.budget.num_held,
             time.monotonic() - self._last_news if self._running else 0.0,
-            tuple(self._stage_status(stage, str(layers)) for stage, layers in stages),
-        )
-
-    def _stage_status(self, stage: int, layers: str) -> StageStatus:
-        pipeline = self.pipeline
-        ready = pipeline.ready[stage - 1] if pipeline.ready else None
-        return StageStatus(
-            stage,
-            layers,
-            pipeline.addresses[stage - 1] if pipeline.addresses else None,
-            ready.weight_bytes if ready is not None else None,
-            ready.peak_memory_bytes if ready is not None else None,
-            self._telemetry.busy_s(stage),
-            self._telemetry.link_bytes(stage),
-            pipeline.connections.trips.get(stage),
+            self._telemetry.stages(self.pipeline, self._recovery.state_of),
+            self._recovery.problem,
+            self._recovery.num_recoveries,
         )
 
     # --- running ---
@@ -238,13 +214,19 @@ class Engine:
     def step(self, max_wait_s: float = _LONGEST_WAIT_S) -> list[Job]:
         """Do what there is to do, or wait up to ``max_wait_s``; returns the jobs that have more tokens, or have ended.
 
-        Raises ``WorkerError`` when a worker fails: the engine is closed then.
+        When a worker is lost, all requests wait until it is back. Raises ``WorkerError`` when it does not come back:
+        the engine is closed then.
         """
         try:
             with self._in_use:
                 if self._is_closed:
                     raise UsageError("this model is closed; make a new one")
-                return self._step(max_wait_s)
+                if self._recovery.is_under_way:
+                    return self._go_on_recovering(max_wait_s)
+                try:
+                    return self._step(max_wait_s)
+                except WorkerError as error:
+                    return self._interrupt(error)
         except FlowspecError:
             self.close()  # a pipeline with a hole is of no more use
             raise
@@ -254,7 +236,7 @@ class Engine:
 
     def _step(self, max_wait_s: float) -> list[Job]:
         connections = self.pipeline.connections
-        refused = self._start_waiting()
+        self._start_waiting()
         wait_s = 0.0 if self._has_worked else max(0.0, min(max_wait_s, self._driver.wake_s - time.perf_counter()))
         for message in connections.receive(wait_s):
             match message:
@@ -278,22 +260,38 @@ class Engine:
             raise WorkerError(
                 f"the pipeline has returned nothing for {self._link.stall_timeout_s:.0f} s; a worker hangs"
             )
-        return [*refused, *self._news()]
+        return self._news()
 
-    def _start_waiting(self) -> list[Job]:
-        """First come, first served: what does not fit yet is not overtaken. Returns those that could not begin."""
-        refused: list[Job] = []
+    def _interrupt(self, error: WorkerError) -> list[Job]:
+        """The workers are lost: what was committed is told, and all requests wait, behind it, in their old order."""
+        self._recovery.begin(error)
+        self._driver.interrupt()
+        return self._news()
+
+    def _go_on_recovering(self, max_wait_s: float) -> list[Job]:
+        pipeline = self._recovery.step(max_wait_s)
+        if pipeline is not None:
+            self._bytes_before += self.pipeline.connections.link_bytes
+            self.pipeline = pipeline
+            self._telemetry.begin_session()
+            self._schedules.use(pipeline)
+            self._driver.use(pipeline.num_slots(self.config))
+            self._last_news, self._has_worked = time.monotonic(), True
+        return []
+
+    def _start_waiting(self) -> None:
+        """First come, first served: what does not fit yet is not overtaken."""
         while self._waiting and len(self._running) < self.config.max_running:
             job = self._waiting[0]
             try:
-                job.prepared = job.prepared or self._prepare(job.schedule)
+                job.prepared = job.prepared or self._schedules.prepare(job.schedule)
                 if not self._driver.has_room(job.request, job.prepared, len(job.output_ids)):
                     break
                 job.generation, sends = self._driver.submit(job.request, job.prepared, job.generation)
             except Exception as error:
                 self._waiting.popleft()
                 self._end(job, Ending.FAILED, error)
-                refused.append(job)
+                self._refused.append(job)
                 continue
             if self.model.source is not None and job.prepared.uses_draft:
                 job.draft = self.model.source.name
@@ -304,13 +302,6 @@ class Engine:
             self._running[job.request.request_id] = job
             self._has_worked = True
             self.pipeline.connections.send(sends)
-        return refused
-
-    def _prepare(self, schedule: str) -> Schedule:
-        """For one job, by what segments cost now."""
-        if self._pace is not None:
-            self._pace.measure()
-        return self._make_schedule(schedule)
 
     def _note_result(self, result: Result) -> None:
         if self.pipeline.costs is not None:
@@ -321,13 +312,15 @@ class Engine:
             self._observers.tell(lambda observer: observer.on_result(job, result))
 
     def _news(self) -> list[Job]:
-        return [job for job in list(self._running.values()) if self._note_news(job)]
+        refused, self._refused = self._refused, []
+        return [*refused, *(job for job in list(self._running.values()) if self._note_news(job))]
 
     def _note_news(self, job: Job) -> bool:
         """Whether the job has more tokens, or has ended."""
         num_tokens, num_before, generation = len(job.output_ids), job.emissions.num_tokens, job.generation
         assert generation is not None, "it runs"
         if num_tokens > num_before:
+            self._recovery.note_progress()
             interval_s = job.emissions.note(time.perf_counter(), num_tokens)
             self._observers.tell(lambda observer: observer.on_tokens(job, num_tokens - num_before, interval_s))
         ending = generation.ending
@@ -348,7 +341,7 @@ class Engine:
     @property
     def link_bytes(self) -> int:
         """Bytes on all links so far; the driver counts its own, the first hop included, workers the hops between."""
-        return self.pipeline.connections.link_bytes + self._telemetry.bytes_between
+        return self._bytes_before + self.pipeline.connections.link_bytes + self._telemetry.bytes_between
 
     def wake(self) -> None:
         """Let a ``step`` that waits return. Any thread may call it."""
@@ -372,6 +365,7 @@ class Engine:
         try:
             if not self._is_closed:
                 self._is_closed = True
+                self._recovery.close()
                 self.pipeline.close()
         finally:
             self._in_use.release()

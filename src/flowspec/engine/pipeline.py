@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from flowspec.cluster.connections import Connections, LoadProgress, RemoteConnections, RunningWorkers
+from flowspec.cluster.connections import Connections, Launcher, LoadProgress, RemoteConnections, RunningWorkers
 from flowspec.cluster.inproc import InprocConnections
 from flowspec.cluster.local import LocalProcesses, local_threads, num_cores
 from flowspec.config import EngineConfig, LinkConfig
@@ -35,6 +35,8 @@ class PipelineSpec:
     device: str = "cpu"  # of workers that are started here
     weights: Weights = "float"  # of linear layers; never ``auto``
     link: LinkConfig = field(default_factory=LinkConfig)
+    names: Sequence[str] | None = None  # of the workers' devices, for people
+    hints: str | None = None  # the directory of hint heads, as workers find it, if they are to give hints
 
     def __post_init__(self) -> None:
         if self.workers is not None and (self.in_process or not self.workers):
@@ -45,6 +47,12 @@ class PipelineSpec:
             raise UsageError(
                 f"{len(self.workers)} workers for {len(self.partition)} stages; give one address for each stage"
             )
+
+    def name_of(self, stage: int) -> str:
+        """A stage's worker, as people know it."""
+        worker = f"worker {stage}"
+        name = self.names[stage - 1] if self.names else worker
+        return worker if name == worker else f"{worker} ({name})"
 
     @property
     def num_parallel(self) -> int:
@@ -65,10 +73,12 @@ class PipelineSpec:
 class Pipeline:
     """The workers of one session. Use ``open_pipeline`` to make one; of use after ``await_ready``."""
 
-    def __init__(self, spec: PipelineSpec, connections: Connections, addresses: Sequence[str]) -> None:
+    def __init__(self, spec: PipelineSpec, connections: Connections, launcher: Launcher | None = None) -> None:
+        """``launcher``: who has the workers' processes; ``None`` in process."""
         self.spec = spec
         self.connections = connections
-        self.addresses = list(addresses)  # of the workers; none in process
+        self.launcher = launcher
+        self.addresses = [] if launcher is None else list(launcher.addresses)  # of the workers; none in process
         self.ready: list[Ready] = []  # what each worker said of its stage; empty in process
         self.costs: MeasuredCosts | None = None  # of segments, where they could be measured
 
@@ -78,7 +88,11 @@ class Pipeline:
 
     def await_ready(self, progress: LoadProgress) -> None:
         """Wait until every worker has loaded its stage. Raises ``WorkerError``, or ``UsageError`` for bad settings."""
-        self.ready = self.connections.await_ready(progress)
+        self.use(self.connections.await_ready(progress))
+
+    def use(self, ready: list[Ready]) -> None:
+        """All workers are ready, and have said so."""
+        self.ready = ready
         if self.spec.can_measure:
             item_bytes = 1 if self.spec.link.int8_wire else getattr(torch, self.spec.dtype).itemsize
             self.costs = MeasuredCosts(self.ready, self.spec.checkpoint.hidden_size * item_bytes)
@@ -111,25 +125,34 @@ def choose_partition(
     return chosen
 
 
-def open_pipeline(spec: PipelineSpec, hints: str | None = None) -> Pipeline:
+def open_pipeline(spec: PipelineSpec) -> Pipeline:
     """Start loading at the workers; what the driver itself needs can be loaded before ``Pipeline.await_ready``.
 
-    ``hints``: the directory of hint heads, as workers find it, if they are to give hints.
     Raises ``UsageError`` and ``WorkerError``; nothing is left running then.
     """
     if spec.in_process:
-        workers = InprocConnections(spec.checkpoint, spec.partition, spec.dtype, spec.device, hints, spec.weights)
-        return Pipeline(spec, workers, [])
+        workers = InprocConnections(spec.checkpoint, spec.partition, spec.dtype, spec.device, spec.hints, spec.weights)
+        return Pipeline(spec, workers)
     if spec.workers is not None:
         launcher = RunningWorkers(spec.workers)
     else:
         threads = local_threads(len(spec.partition))
         launcher = LocalProcesses(len(spec.partition), threads, spec.device)
         torch.set_num_threads(threads)  # the driver shares the cores with its workers
+    return Pipeline(spec, connect(spec, launcher), launcher)
+
+
+def connect(spec: PipelineSpec, launcher: Launcher) -> RemoteConnections:
+    """A new session with the workers, which begin to load unless they still have what they are asked for.
+
+    Raises ``UsageError``; the launcher is closed then.
+    """
     connections = RemoteConnections(launcher, spec.link)
     try:
-        connections.configure(spec.checkpoint.full_name, spec.partition, spec.dtype, hints=hints, weights=spec.weights)
+        connections.configure(
+            spec.checkpoint.full_name, spec.partition, spec.dtype, hints=spec.hints, weights=spec.weights
+        )
     except BaseException:
         connections.close()
         raise
-    return Pipeline(spec, connections, launcher.addresses)
+    return connections

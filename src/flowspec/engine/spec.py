@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
 
 from flowspec.config import EngineConfig, LinkConfig, ScheduleConfig
@@ -36,6 +36,7 @@ class EngineSpec:
     stages: int | None = None
     partition: str | Partition | None = None
     workers: Sequence[str] | None = None
+    names: Sequence[str] | None = None
     schedule: str = AUTO
     weights: Weights = "auto"
     dtype: DType = "float32"
@@ -61,11 +62,13 @@ def open_engine(spec: EngineSpec) -> Engine:
     partition = choose_partition(checkpoint, spec.stages, spec.partition, num_workers)
     weights = choose_weights(checkpoint, spec.weights, spec.device)
     where = PipelineSpec(
-        checkpoint, partition, spec.workers, spec.in_process, spec.dtype, spec.device, weights, spec.link
+        checkpoint, partition, spec.workers, spec.in_process, spec.dtype, spec.device, weights, spec.link, spec.names
     )
     draft = choose_draft(checkpoint, spec.draft, spec.draft_dtype)
     hints = where.num_parallel == len(partition) if spec.hints is None else spec.hints
-    pipeline = open_pipeline(where, draft_for_workers(draft) if hints and isinstance(draft, Path) else None)
+    if hints and isinstance(draft, Path):
+        where = replace(where, hints=draft_for_workers(draft))
+    pipeline = open_pipeline(where)
     try:
         model = DriverModel.load(checkpoint, draft, spec.dtype, spec.device, spec.draft_dtype, weights)
         pipeline.await_ready(lambda done: spec.progress("loading", done))

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 from flowspec.cluster.connections import Trip
+from flowspec.engine.pipeline import Pipeline
 from flowspec.wire.messages import Timing
+
+StageState: TypeAlias = Literal["up", "loading", "away"]
 
 
 @dataclass(frozen=True)
@@ -21,6 +26,7 @@ class StageStatus:
     busy_s: float  # of forwards whose results came back
     link_bytes: int  # that it has received on the data path
     trip: Trip | None  # the newest known round trip to it
+    state: StageState = "up"
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,8 @@ class Status:
     num_slots_held: int  # by running requests
     stalled_s: float  # for how long no worker has said anything of the work that is under way
     stages: tuple[StageStatus, ...]
+    problem: str | None = None  # why nothing moves at the moment, though it will go on
+    num_recoveries: int = 0  # times that the pipeline was lost and came back
 
     @property
     def kv_usage(self) -> float | None:
@@ -46,16 +54,41 @@ class Telemetry:
     def __init__(self, num_stages: int) -> None:
         self._busy_s = [0.0] * num_stages
         self._link_bytes = [0] * num_stages
+        self._bytes_before = [0] * num_stages  # of earlier sessions
         self._newest_s = [0.0] * num_stages  # start of the newest forward that was counted
 
     def note(self, timings: Sequence[Timing]) -> None:
         """The forwards of a segment that came back."""
         for timing in timings:
             index = timing.stage - 1
-            self._link_bytes[index] = timing.link_bytes
+            self._link_bytes[index] = self._bytes_before[index] + timing.link_bytes
             if timing.start_s > self._newest_s[index]:  # requests that shared a forward count once
                 self._newest_s[index] = timing.start_s
                 self._busy_s[index] += timing.end_s - timing.start_s
+
+    def begin_session(self) -> None:
+        """Workers begin to count again, maybe on other clocks."""
+        self._bytes_before = list(self._link_bytes)
+        self._newest_s = [-math.inf] * len(self._newest_s)
+
+    def stages(self, pipeline: Pipeline, state_of: Callable[[int], StageState]) -> tuple[StageStatus, ...]:
+        """All of a pipeline. Any thread may ask."""
+        trips = pipeline.connections.trips
+        ready = pipeline.ready or [None] * len(pipeline.partition)
+        return tuple(
+            StageStatus(
+                stage,
+                str(layers),
+                pipeline.addresses[stage - 1] if pipeline.addresses else None,
+                said.weight_bytes if said is not None else None,
+                said.peak_memory_bytes if said is not None else None,
+                self.busy_s(stage),
+                self.link_bytes(stage),
+                trips.get(stage),
+                state_of(stage),
+            )
+            for stage, (layers, said) in enumerate(zip(pipeline.partition.stages, ready, strict=True), start=1)
+        )
 
     def busy_s(self, stage: int) -> float:
         """Of forwards whose results came back."""

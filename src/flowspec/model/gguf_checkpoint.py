@@ -112,6 +112,9 @@ class GGUFCheckpoint(Checkpoint):
             return None
         return 4 if kinds == {Kind.Q4_0} else 8
 
+    def files(self) -> list[Path]:
+        return sorted({place.path for place in self._places.values()})
+
     def tensor_names(self) -> frozenset[str]:
         return frozenset(self._places)
 

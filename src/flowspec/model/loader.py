@@ -150,6 +150,10 @@ class Checkpoint(TensorSource):
             raise ModelError(f"{self.name}: {filename} is missing; download or copy the model again")
         return path
 
+    def files(self) -> list[Path]:
+        """What of the model lies on this device by now, in a fixed order."""
+        return sorted(path for path in self.path("config.json").parent.iterdir() if path.is_file())
+
     def tensor_names(self) -> frozenset[str]:
         """As of a model with its lm_head, whatever the files leave out."""
         return frozenset(self._shards)

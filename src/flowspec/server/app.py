@@ -301,21 +301,24 @@ def _add_service_routes(app: FastAPI, api: Api) -> None:
     @app.head("/health", include_in_schema=False)
     @app.get("/health", response_class=Response)
     async def health(verbose: str = "") -> Response:
-        service = api.service
-        problem = service.failure or ("no progress with work queued" if service.is_stuck else None)
-        status = 200 if problem is None else 503
+        service, engine = api.service, api.engine.status()
+        fault = service.failure or ("no progress with work queued" if service.is_stuck else None)
+        # While a device is away requests wait: whoever starts servers again on bad health should not now.
+        problem, status = fault or engine.problem, 200 if fault is None else 503
+        named = "bad" if fault is not None else "degraded" if problem is not None else "ok"
         if verbose not in ("1", "true"):
-            return Response(status_code=status)
-        state = "up" if service.failure is None else "down"
-        engine = api.engine.status()
+            return _json({"status": named, "problem": problem}) if named == "degraded" else Response(status_code=status)
         stages = [
-            {"stage": stage.stage, "layers": stage.layers, "state": state, "busy_s": round(stage.busy_s, 3)}
+            {
+                "stage": stage.stage,
+                "layers": stage.layers,
+                "state": stage.state if service.failure is None else "down",
+                "busy_s": round(stage.busy_s, 3),
+            }
             for stage in engine.stages
         ]
         told = {"running": engine.num_running, "waiting": service.num_waiting}
-        return _json(
-            {"status": "ok" if problem is None else "bad", "problem": problem, "stages": stages} | told, status
-        )
+        return _json({"status": named, "problem": problem, "stages": stages} | told, status)
 
     @app.get("/metrics", response_class=Response)
     async def metrics() -> Response:

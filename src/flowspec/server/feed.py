@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 from flowspec import __version__
 from flowspec.engine.job import Job
 from flowspec.engine.observer import Observer
+from flowspec.engine.telemetry import StageStatus
 from flowspec.request.generation import Generation
 from flowspec.request.work import Work
 from flowspec.server.service import Service
@@ -140,7 +141,7 @@ class Feed(Observer):
                 "device": self._names[stage.stage - 1] if self._names else f"worker {stage.stage}",
                 "address": stage.address or "in process",
                 "layers": stage.layers,
-                "state": self._stage_state,
+                "state": self._state_of(stage),
                 "weight_bytes": stage.weight_bytes,
                 "peak_memory_bytes": stage.peak_memory_bytes,
             }
@@ -184,9 +185,10 @@ class Feed(Observer):
             self._watched.pop(page, None)
             self._trees.watch(frozenset(self._watched.values()))
 
-    @property
-    def _stage_state(self) -> str:
-        return "up" if self._service.failure is None else "down"  # an engine that has failed ends all its workers
+    def _state_of(self, stage: StageStatus) -> str:
+        return (
+            stage.state if self._service.failure is None else "down"
+        )  # an engine that has failed ends all its workers
 
     def _requests(self) -> list[RequestFigures]:
         """All that are known, newest first."""
@@ -232,7 +234,7 @@ class Feed(Observer):
         stages = [
             {
                 "stage": stage.stage,
-                "state": self._stage_state,
+                "state": self._state_of(stage),
                 "busy": share(stage.stage),
                 "round_trip_ms": None if stage.trip is None else 1000 * stage.trip.round_trip_s,
                 "link_bytes": stage.link_bytes,
@@ -242,6 +244,7 @@ class Feed(Observer):
         return {
             "now_s": now_s,
             "failure": service.failure,
+            "problem": status.problem,
             "running": status.num_running,
             "waiting": service.num_waiting,
             "tokens_per_s": sum(emission.num_tokens for emission in emissions[1:]) / since_s,

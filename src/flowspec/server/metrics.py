@@ -124,11 +124,15 @@ class Metrics(Observer, Collector):
                 "Share of the slots in the KV caches that running requests hold; 1 is all.",
                 status.kv_usage or 0.0,
             ),
+            "devices_away": ("Devices that are lost, and awaited.", sum(s.state == "away" for s in status.stages)),
         }
         for name, (text, value) in gauges.items():
             gauge = GaugeMetricFamily(f"flowspec:{name}", text, labels=names)
             gauge.add_metric(values, value)
             yield gauge
+        recoveries = CounterMetricFamily("flowspec:recoveries", "Times that lost devices came back.", labels=names)
+        recoveries.add_metric(values, status.num_recoveries)
+        yield recoveries
         yield from self._stages(status, service.uptime_s)
 
     def _stages(self, status: Status, uptime_s: float) -> Iterable[Metric]:

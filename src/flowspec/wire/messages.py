@@ -15,8 +15,9 @@ from torch import Tensor
 
 from flowspec.core import DType, Weights
 
-PROTOCOL_VERSION = 7
+PROTOCOL_VERSION = 8
 NO_PARENT = -1  # the parent id of a request's first token
+LOADED = 1.0  # the fraction of a stage that is all of it
 LAST_STEP = 2**62  # the step after which no segment of a request waits any more
 
 
@@ -192,7 +193,7 @@ class Probe(Message, frozen=True):
 
 
 class Loading(Message, frozen=True):
-    """A worker is busy reading its weights; ``fraction`` is done."""
+    """A worker is busy reading its weights; ``fraction`` is done. 0 as soon as it is configured, 1 when it has all."""
 
     fraction: float
 
@@ -281,11 +282,15 @@ class Busy(Message, frozen=True):
 
 
 class Failure(Message, frozen=True):
-    """A worker cannot go on with this session. ``user_error``: the user's mistake, not a crash."""
+    """A worker cannot go on with this session.
+
+    ``user_error``: the user's mistake, not a crash. ``lost_next``: it is the next worker that is gone.
+    """
 
     text: str
     traceback: str
     user_error: bool
+    lost_next: bool = False
 
 
 class Echo(Message, frozen=True):

@@ -109,7 +109,7 @@ def _set_common_options(socket: zmq.Socket[bytes], heartbeat_s: float) -> None:
     socket.sndhwm = socket.rcvhwm = 0  # what is in flight is bounded by the schedule
     heartbeat_ms = int(heartbeat_s * 1000)
     socket.setsockopt(zmq.HEARTBEAT_IVL, heartbeat_ms)
-    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 3 * heartbeat_ms)
+    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 2 * heartbeat_ms)  # from a ping on, which may come one heartbeat late
 
 
 class Connection:
@@ -133,6 +133,7 @@ class Connection:
         _set_common_options(self._socket, heartbeat_s)
         self._socket.setsockopt(zmq.IDENTITY, _identity(session, kind))
         self._socket.reconnect_ivl = 100
+        self._socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)  # with back-off up to there
         self._monitor = self._socket.get_monitor_socket(_EVENTS)
         self._codec = Codec(int8_wire)
         try:

@@ -196,12 +196,8 @@ class Worker:
         return companions
 
     def _start(self, segments: list[Placed]) -> list[Send]:
-        self._running = _Forward(segments, self._steps(segments), self._clock())
+        self._running = _Forward(segments, _steps(self._stage, segments), self._clock())
         return self._go_on(self._running)
-
-    def _steps(self, segments: list[Placed]) -> Generator[Tensor | None]:
-        """A generator of our own, so that inputs that cannot be joined are found where a forward's faults are."""
-        yield from self._stage.steps([placed.part() for placed in segments])
 
     def _go_on(self, forward: _Forward) -> list[Send]:
         """Run some layers, unless all rows have died meanwhile; pass the living rows on when it was the last one."""
@@ -294,3 +290,11 @@ class Worker:
     def num_cached(self) -> int:
         """Requests that have ended, and whose caches are kept."""
         return self._requests.num_cached
+
+
+def _steps(stage: Stage, segments: list[Placed]) -> Generator[Tensor | None]:
+    """A generator of our own, so that inputs that cannot be joined are found where a forward's faults are.
+
+    It does not know the worker, whose caches are free as soon as its session is over.
+    """
+    yield from stage.steps([placed.part() for placed in segments])

@@ -18,13 +18,12 @@ import zmq
 from msgspec.structs import replace
 
 from flowspec.core import LayerRange, interpolate
-from flowspec.errors import ProtocolError, UsageError, WorkerError, described
-from flowspec.model.backends import load_stage, open_checkpoint
-from flowspec.model.hint_head import load_hinter
+from flowspec.errors import FlowspecError, ProtocolError, UsageError, WorkerError, described
 from flowspec.model.loader import check_device
 from flowspec.model.stage import Stage
 from flowspec.wire.actor import Actor, Route, Send
 from flowspec.wire.messages import (
+    LOADED,
     PROTOCOL_VERSION,
     Alive,
     Busy,
@@ -41,12 +40,12 @@ from flowspec.wire.messages import (
 from flowspec.wire.transport import Connection, Listener, session_of
 from flowspec.worker.actor import Worker
 from flowspec.worker.hints import Hinter
-from flowspec.worker.measure import LinkMeter, free_bytes, measure_forward, peak_memory_bytes
+from flowspec.worker.kept import StageLoader
+from flowspec.worker.measure import LinkMeter, free_bytes, peak_memory_bytes
 
 logger = logging.getLogger("flowspec.worker")
 
 _LOADING_INTERVAL_S = 0.5
-_LINK_TIMEOUT_S = 20.0
 _LONGEST_WAIT_S = 0.5
 
 
@@ -58,6 +57,10 @@ class WorkerActor(Actor, Protocol):
 
 # A stage, its index, and what device to play -> the actor that does.
 Emulate = Callable[[Stage, int, Emulation, Hinter | None], WorkerActor]
+
+
+class _LinkLostError(WorkerError):
+    """The next worker is gone."""
 
 
 class _SessionOver(Exception):  # noqa: N818 - not an error
@@ -73,8 +76,9 @@ class _Session:
     stage: int
     heartbeat_s: float
     link: Connection | None = None  # to the next worker
+    meter: LinkMeter | None = None  # of the link; ``None``: there is nothing to measure
     worker: WorkerActor | None = None  # once the stage is loaded
-    measuring: tuple[LinkMeter, Ready] | None = None  # the link, and what the driver will then be told
+    ready: Ready | None = None  # what the driver will be told when the next worker is reached, and the link measured
 
 
 class WorkerProcess:
@@ -89,7 +93,7 @@ class WorkerProcess:
             self._context.term()
             raise
         self._device = device
-        self._threads = torch.get_num_threads()
+        self._loader = StageLoader(device)
         self._emulate = emulate
         self._poller = zmq.Poller()
         self._poller.register(self._listener.socket, zmq.POLLIN)
@@ -126,7 +130,7 @@ class WorkerProcess:
         if sends is not None:
             self._dispatch(sends)
         self._check_peers()
-        self._read_link()
+        self._tend_link()
         if sends is None:
             # Never for long: a signal that comes just before the wait does not end it.
             wake_s = session.worker.wake_s if session is not None and session.worker is not None else math.inf
@@ -159,52 +163,41 @@ class WorkerProcess:
                 logger.debug("dropped a %s of another session", type(message).__name__)
 
     def _begin(self, name: str, driver: bytes, configure: Configure) -> None:
-        """Load the stage, connect to the next worker, measure both; then tell the driver."""
+        """Load the stage, unless it is still there from the last session, and connect to the next worker.
+
+        The driver is told that all is ready by ``_tend_link``.
+        """
         self._session = session = _Session(name, driver, configure.stage, configure.heartbeat_s)
         if configure.version != PROTOCOL_VERSION:
             raise UsageError(
                 f"worker {configure.stage} speaks protocol {PROTOCOL_VERSION}, the driver {configure.version}; "
                 "install the same flowspec version on both"
             )
+        self._tell_driver(Loading(0.0))
         if configure.next_address is not None:
             session.link = self._connect(name, configure.next_address, configure)
+            session.meter = LinkMeter() if configure.emulation is None else None
         layers = LayerRange(configure.start_layer, configure.end_layer)
-        stage, hinter = self._load(configure, layers)
-        ready = Ready(
+        progress = _Throttled(_LOADING_INTERVAL_S, lambda done: self._tell_driver(Loading(done)))
+        loaded = self._loader.load(configure, progress)
+        stage = loaded.stage
+        session.worker = self._make_worker(configure, layers, stage, loaded.hinter, loaded.forward_s)
+        session.ready = Ready(
             configure.stage,
             stage.weights_bytes,
             peak_memory_bytes(),
+            forward_s=loaded.forward_s,
             slot_bytes=stage.slot_bytes,
             free_bytes=free_bytes(torch.device(self._device)),
         )
-        if configure.emulation is None:
-            ready = replace(ready, forward_s=measure_forward(stage))
-        session.worker = self._make_worker(configure, layers, stage, hinter, ready.forward_s)
-        if session.link is not None:
-            self._await_link(session.link)
+        self._tell_driver(Loading(LOADED))
         logger.info("layers %s of %s are ready", layers, configure.model)
-        if session.link is None or configure.emulation is not None:
-            self._tell_ready(ready)
-        else:
-            session.measuring = LinkMeter(), ready
 
     def _connect(self, name: str, address: str, configure: Configure) -> Connection:
         link = Connection(self._context, address, name, "data", configure.heartbeat_s, configure.int8_wire)
         for socket in link.sockets:
             self._poller.register(socket, zmq.POLLIN)
         return link
-
-    def _load(self, configure: Configure, layers: LayerRange) -> tuple[Stage, Hinter | None]:
-        source, dtype = open_checkpoint(configure.model), configure.dtype
-        progress = _Throttled(_LOADING_INTERVAL_S, lambda done: self._tell_driver(Loading(done)))
-        # Integer kernels have threads of their own, and the attention between them is too small to be shared.
-        torch.set_num_threads(self._threads)
-        stage = load_stage(source, layers, dtype, configure.weights, self._device, progress)
-        if configure.weights != "float":
-            torch.set_num_threads(1)
-        if configure.hints is None:
-            return stage, None
-        return stage, load_hinter(configure.hints, source, layers.end, dtype, self._device)
 
     def _make_worker(
         self,
@@ -229,35 +222,30 @@ class WorkerProcess:
             raise UsageError(f"worker {index} plays no device; flowspec emulate starts workers of its own")
         return self._emulate(stage, index, configure.emulation, hinter)
 
-    def _await_link(self, link: Connection) -> None:
-        deadline = time.monotonic() + _LINK_TIMEOUT_S
-        while not link.is_up:
-            if time.monotonic() > deadline:
-                raise WorkerError(
-                    f"cannot reach the next worker at {link.address}; is it running, or a firewall between?"
-                )
-            self._poller.poll(100)
-            link.check()
+    def _tend_link(self) -> None:
+        """Reach the next worker and measure the link; then tell the driver that all is ready.
 
-    def _read_link(self) -> None:
-        """Measure the link, unless that is done: then what is read is an echo that nobody waits for any more."""
+        The next worker may start later than this one: the driver decides how long to wait for it.
+        """
         session = self._session
-        if session is None or session.link is None:
+        if session is None or (session.link is not None and not session.link.is_up):
             return
-        meter, ready = session.measuring or (None, None)
-        while (arrived := session.link.receive()) is not None:
-            if meter is not None and isinstance(arrived[0], Echo):
+        meter, ready = session.meter, session.ready
+        while session.link is not None and (arrived := session.link.receive()) is not None:
+            if meter is not None and isinstance(arrived[0], Echo):  # else nobody waits for it any more
                 meter.on_echo(arrived[0], time.monotonic())
-        if meter is None or ready is None:
+        if ready is None:
             return
-        if (probe := meter.next_probe(time.monotonic())) is not None:
+        if session.link is None or meter is None:
+            self._tell_ready(session, ready)
+        elif (probe := meter.next_probe(time.monotonic())) is not None:
             session.link.send(probe)
         elif meter.is_done:
-            session.measuring = None
-            self._tell_ready(replace(ready, link_bytes_per_s=meter.bytes_per_s))
+            self._tell_ready(session, replace(ready, link_bytes_per_s=meter.bytes_per_s))
 
-    def _tell_ready(self, ready: Ready) -> None:
+    def _tell_ready(self, session: _Session, ready: Ready) -> None:
         logger.debug("measured %s", ready)
+        session.ready = session.meter = None
         self._tell_driver(ready)
 
     def _dispatch(self, sends: list[Send]) -> None:
@@ -287,7 +275,7 @@ class WorkerProcess:
             session.link.check()
             if session.link.is_lost:
                 next_worker = f"worker {session.stage + 1} ({session.link.address})"
-                raise WorkerError(f"lost the connection to {next_worker}; has it ended?")
+                raise _LinkLostError(f"lost the connection to {next_worker}; has it ended?")
         if time.monotonic() - self._last_alive >= session.heartbeat_s:
             self._tell_driver(Alive())
 
@@ -296,8 +284,12 @@ class WorkerProcess:
         logger.warning("session failed: %s", text)
         logger.debug("", exc_info=error)
         if self._session is not None:
-            failure = Failure(text, traceback.format_exc(), isinstance(error, UsageError))
-            self._listener.reply(self._session.driver, failure)
+            is_usage, lost_next = isinstance(error, UsageError), isinstance(error, _LinkLostError)
+            self._listener.reply(
+                self._session.driver, Failure(text, traceback.format_exc(), is_usage, lost_next=lost_next)
+            )
+        if not isinstance(error, FlowspecError):
+            self._loader.forget()
 
     def _end_session(self) -> None:
         """May be called again where a signal has interrupted it."""

@@ -50,7 +50,7 @@ function showEvent(event) {
   setText(byId("mean-accepted"), decimal(event.mean_accepted, 2));
   setText(byId("load"), `${event.running} / ${event.waiting}`);
   setText(byId("kv-usage"), percent(event.kv_usage));
-  showFailure(event.failure);
+  showFailure(event.failure, event.problem);
   letGo(event.requests);
   timeline.addEvent(event);
   cluster.addEvent(event);
@@ -64,10 +64,10 @@ function letGo(all) {
   if (!byHand && ended && all.some((request) => request.state === "running")) select(null, false);
 }
 
-function showFailure(failure) {
+function showFailure(failure, problem) {
   const box = byId("failure");
-  setText(box, failure ? `Failure: ${failure}` : "");
-  box.hidden = !failure;
+  setText(box, failure ? `Failure: ${failure}` : (problem ?? ""));
+  box.hidden = !failure && !problem;
 }
 
 function showStatus(status, pauseMs) {

@@ -1,0 +1,87 @@
+"""What a worker keeps from one session to the next: its stage, as long as drivers ask for the same one."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+import torch
+
+from flowspec.core import LayerRange
+from flowspec.model.backends import load_stage, open_checkpoint
+from flowspec.model.hint_head import load_hinter
+from flowspec.model.stage import Stage
+from flowspec.wire.messages import Configure
+from flowspec.worker.hints import Hinter
+from flowspec.worker.measure import measure_forward
+
+logger = logging.getLogger("flowspec.worker")
+
+_Key: TypeAlias = tuple[object, ...]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A stage with what belongs to it."""
+
+    stage: Stage
+    hinter: Hinter | None
+    forward_s: list[tuple[int, float]]  # as in ``Ready``; empty for a device that is played
+
+
+class StageLoader:
+    """Loads what drivers ask for; one that asks for what the last one had gets that."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self._threads = torch.get_num_threads()
+        self._kept: tuple[_Key, Loaded] | None = None
+
+    def load(self, configure: Configure, progress: Callable[[float], None]) -> Loaded:
+        """Raises ``ModelError`` and ``UsageError``; whatever interrupts it leaves nothing half loaded."""
+        source = open_checkpoint(configure.model)
+        key = _key(configure, source.files())
+        if self._kept is not None and self._kept[0] == key:
+            logger.info("layers %d:%d of %s are still here", *key[1:3], configure.model)
+            return self._kept[1]
+        self._kept = None  # there may be no room for both
+        layers = LayerRange(configure.start_layer, configure.end_layer)
+        # Integer kernels have threads of their own, and the attention between them is too small to be shared.
+        torch.set_num_threads(self._threads)
+        stage = load_stage(source, layers, configure.dtype, configure.weights, self.device, progress)
+        if configure.weights != "float":
+            torch.set_num_threads(1)
+        hinter = None
+        if configure.hints is not None:
+            hinter = load_hinter(configure.hints, source, layers.end, configure.dtype, self.device)
+        loaded = Loaded(stage, hinter, measure_forward(stage) if configure.emulation is None else [])
+        self._kept = key, loaded
+        return loaded
+
+    def forget(self) -> None:
+        """What is kept may be damaged."""
+        self._kept = None
+
+
+def _key(configure: Configure, files: list[Path]) -> _Key:
+    """Equal for the same stage of the same files; a file that was written again is another one."""
+    wanted = (
+        configure.model, configure.start_layer, configure.end_layer, configure.dtype, configure.weights,
+        configure.hints, configure.emulation is None,
+    )  # fmt: skip
+    if configure.hints is not None:
+        files = [*files, *_files_of(Path(configure.hints))]
+    return (*wanted, *(_stamp(path) for path in files))
+
+
+def _files_of(directory: Path) -> list[Path]:
+    return sorted(path for path in directory.iterdir() if path.is_file()) if directory.is_dir() else []
+
+
+def _stamp(path: Path) -> tuple[str, int, int, int]:
+    found = os.stat(path)
+    return str(path), found.st_size, found.st_mtime_ns, found.st_ino
