@@ -15,7 +15,8 @@ from flowspec.cluster.inproc import InprocConnections
 from flowspec.cluster.local import LocalProcesses, local_threads, num_cores
 from flowspec.config import EngineConfig, LinkConfig
 from flowspec.core import DType, Partition, Weights
-from flowspec.errors import UsageError
+from flowspec.errors import ModelError, UsageError
+from flowspec.model.fingerprint import fingerprint
 from flowspec.model.loader import Checkpoint
 from flowspec.schedule.pace import MeasuredCosts
 from flowspec.wire.messages import Ready
@@ -79,9 +80,21 @@ class Pipeline:
     def await_ready(self, progress: LoadProgress) -> None:
         """Wait until every worker has loaded its stage. Raises ``WorkerError``, or ``UsageError`` for bad settings."""
         self.ready = self.connections.await_ready(progress)
+        if self.spec.workers is not None:
+            self._check_weights(self.spec.checkpoint)
         if self.spec.can_measure:
             item_bytes = 1 if self.spec.link.int8_wire else getattr(torch, self.spec.dtype).itemsize
             self.costs = MeasuredCosts(self.ready, self.spec.checkpoint.hidden_size * item_bytes)
+
+    def _check_weights(self, checkpoint: Checkpoint) -> None:
+        """Raises ``ModelError`` for a worker whose files are of another model: its text would be fluent and wrong."""
+        for ready, layers, address in zip(self.ready, self.partition.stages, self.addresses, strict=True):
+            ours = fingerprint(checkpoint, layers)
+            if ours and ready.fingerprint and ours != ready.fingerprint:
+                raise ModelError(
+                    f"worker {ready.stage} ({address}) holds other weights as {checkpoint.full_name} than this device "
+                    f"(layers {layers}); copy the same model to both"
+                )
 
     def num_slots(self, config: EngineConfig) -> int | None:
         """Rows that every worker's caches have room for; workers here share the memory. ``None``: unknown."""

@@ -28,6 +28,7 @@ from flowspec.model.gguf_header import Header, TensorPlace
 from flowspec.model.gguf_tokenizer import set_pre_tokenizer
 from flowspec.model.loader import Checkpoint
 from flowspec.model.packed import GROUP, Bits, PackedWeight
+from flowspec.model.tensor_files import StoredTensor
 
 GGUF_SUFFIX = ".gguf"
 
@@ -117,6 +118,16 @@ class GGUFCheckpoint(Checkpoint):
 
     def shard_of(self, tensor_name: str) -> str:
         return self._place(tensor_name).path.name
+
+    @property
+    def revision(self) -> str:
+        """A file has none."""
+        return ""
+
+    def stored(self, name: str) -> StoredTensor:
+        place = self._place(name)
+        num_rows = int(np.prod(place.shape[:-1], dtype=np.int64))
+        return StoredTensor(place.path, place.offset, num_rows * place.row_bytes, place.kind.name, place.shape)
 
     def tensors(self, names: Iterable[str], dtype: DType, device: torch.device | str) -> Iterator[tuple[str, Tensor]]:
         wanted = getattr(torch, dtype)

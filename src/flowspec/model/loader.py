@@ -25,7 +25,7 @@ from flowspec.model.families import EMBEDDING, LM_HEAD, PREFIX, family_of
 from flowspec.model.hub import fetch
 from flowspec.model.packed import Bits
 from flowspec.model.source import TensorSource
-from flowspec.model.tensor_files import open_tensors, read_tensor
+from flowspec.model.tensor_files import StoredTensor, open_tensors, read_tensor, stored_tensors
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _SNAPSHOT = re.compile(r"/models--(.+)/snapshots/[^/]+$")  # of the hub's cache
@@ -53,6 +53,7 @@ class Checkpoint(TensorSource):
         self.name = name
         self.config = config
         self._directory = directory  # None: on the hub
+        self._stored: dict[str, dict[str, StoredTensor]] = {}  # by file
 
     @classmethod
     def open(cls, name: str | Path) -> Checkpoint:
@@ -174,6 +175,24 @@ class Checkpoint(TensorSource):
             path = self.path(shard)
             for name in shard_names:
                 yield name, read_tensor(path, name.removeprefix(self._left_out), dtype, device)
+
+    @property
+    def revision(self) -> str:
+        """Of a model at the hub: which one of its versions the files are; empty for files that nobody numbers."""
+        if self._directory is not None:
+            return ""
+        path = _find(self.name, None, "config.json")
+        return "" if path is None else path.parent.name
+
+    def stored(self, name: str) -> StoredTensor | None:
+        """Where a tensor of a local directory lies; ``None``: its file is not there."""
+        assert self._directory is not None, "what the hub holds has a revision"
+        path = self._directory / self.shard_of(name)
+        if not path.is_file():
+            return None
+        if path.name not in self._stored:
+            self._stored[path.name] = stored_tensors(path)
+        return self._stored[path.name].get(name.removeprefix(self._left_out))
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         try:

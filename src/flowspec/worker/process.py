@@ -20,8 +20,9 @@ from msgspec.structs import replace
 from flowspec.core import LayerRange, interpolate
 from flowspec.errors import ProtocolError, UsageError, WorkerError, described
 from flowspec.model.backends import load_stage, open_checkpoint
+from flowspec.model.fingerprint import fingerprint
 from flowspec.model.hint_head import load_hinter
-from flowspec.model.loader import check_device
+from flowspec.model.loader import Checkpoint, check_device
 from flowspec.model.stage import Stage
 from flowspec.wire.actor import Actor, Route, Send
 from flowspec.wire.messages import (
@@ -169,13 +170,15 @@ class WorkerProcess:
         if configure.next_address is not None:
             session.link = self._connect(name, configure.next_address, configure)
         layers = LayerRange(configure.start_layer, configure.end_layer)
-        stage, hinter = self._load(configure, layers)
+        source = open_checkpoint(configure.model)
+        stage, hinter = self._load(configure, source, layers)
         ready = Ready(
             configure.stage,
             stage.weights_bytes,
             peak_memory_bytes(),
             slot_bytes=stage.slot_bytes,
             free_bytes=free_bytes(torch.device(self._device)),
+            fingerprint=fingerprint(source, layers),
         )
         if configure.emulation is None:
             ready = replace(ready, forward_s=measure_forward(stage))
@@ -194,8 +197,8 @@ class WorkerProcess:
             self._poller.register(socket, zmq.POLLIN)
         return link
 
-    def _load(self, configure: Configure, layers: LayerRange) -> tuple[Stage, Hinter | None]:
-        source, dtype = open_checkpoint(configure.model), configure.dtype
+    def _load(self, configure: Configure, source: Checkpoint, layers: LayerRange) -> tuple[Stage, Hinter | None]:
+        dtype = configure.dtype
         progress = _Throttled(_LOADING_INTERVAL_S, lambda done: self._tell_driver(Loading(done)))
         # Integer kernels have threads of their own, and the attention between them is too small to be shared.
         torch.set_num_threads(self._threads)
