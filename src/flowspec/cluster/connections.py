@@ -14,9 +14,10 @@ from typing import Any, Protocol
 
 import zmq
 
+from flowspec.cluster.replies import Replies
 from flowspec.config import LinkConfig
 from flowspec.core import DType, Partition, Weights
-from flowspec.errors import FlowspecError, UsageError, WorkerError
+from flowspec.errors import FlowspecError, ProtocolError, UsageError, WorkerError
 from flowspec.wire.actor import Route, Send
 from flowspec.wire.messages import (
     PROTOCOL_VERSION,
@@ -124,9 +125,13 @@ class RunningWorkers:
 class RemoteConnections:
     """Connections to worker processes, local or elsewhere, for one session."""
 
-    def __init__(self, launcher: Launcher, config: LinkConfig) -> None:
-        """``close`` closes the launcher too, and so does an exception here."""
+    def __init__(self, launcher: Launcher, config: LinkConfig, replies: Replies | None = None) -> None:
+        """``close`` closes the launcher too, and so does an exception here.
+
+        ``replies``: what workers may say; ``None`` where they are emulated, and this program's own.
+        """
         self._config = config
+        self._replies = replies
         self._launcher = launcher
         self._session = uuid.uuid4().hex
         self._context: zmq.Context[Any] = zmq.Context()
@@ -248,7 +253,7 @@ class RemoteConnections:
             self._woken_end.recv(4096)
         received: list[tuple[int, ToDriver]] = []
         for index, connection in enumerate(self._controls, start=1):
-            while (arrived := connection.receive()) is not None:
+            while (arrived := self._read(connection, index)) is not None:
                 message, num_bytes = arrived
                 self._num_bytes += num_bytes
                 if isinstance(message, Echo):
@@ -258,6 +263,18 @@ class RemoteConnections:
         if timeout_s > 0 or time.monotonic() - self._last_check > _CHECK_INTERVAL_S:
             self._check_workers()
         return received
+
+    def _read(self, connection: Connection, stage: int) -> tuple[ToDriver, int] | None:
+        """A message that may be believed."""
+        try:
+            if (arrived := connection.receive()) is not None and self._replies is not None:
+                self._replies.check(arrived[0], stage)
+        except ProtocolError as error:
+            raise ProtocolError(
+                f"worker {stage} ({connection.address}) breaks the protocol: {error}; install the same flowspec "
+                "version on both, and let nobody else at that address"
+            ) from None
+        return arrived
 
     def probe(self) -> None:
         self._probe_sent_s = time.perf_counter()

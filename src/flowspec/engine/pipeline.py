@@ -13,9 +13,10 @@ import torch
 from flowspec.cluster.connections import Connections, LoadProgress, RemoteConnections, RunningWorkers
 from flowspec.cluster.inproc import InprocConnections
 from flowspec.cluster.local import LocalProcesses, local_threads, num_cores
+from flowspec.cluster.replies import Replies
 from flowspec.config import EngineConfig, LinkConfig
 from flowspec.core import DType, Partition, Weights
-from flowspec.errors import ModelError, UsageError
+from flowspec.errors import ModelError, ProtocolError, UsageError
 from flowspec.model.fingerprint import fingerprint
 from flowspec.model.loader import Checkpoint
 from flowspec.schedule.pace import MeasuredCosts
@@ -83,6 +84,8 @@ class Pipeline:
         if self.spec.workers is not None:
             self._check_weights(self.spec.checkpoint)
         if self.spec.can_measure:
+            if silent := [ready.stage for ready in self.ready if not ready.forward_s]:
+                raise ProtocolError(f"worker {silent[0]} has not measured its forward; is it of this version?")
             item_bytes = 1 if self.spec.link.int8_wire else getattr(torch, self.spec.dtype).itemsize
             self.costs = MeasuredCosts(self.ready, self.spec.checkpoint.hidden_size * item_bytes)
 
@@ -139,7 +142,8 @@ def open_pipeline(spec: PipelineSpec, hints: str | None = None) -> Pipeline:
         threads = local_threads(len(spec.partition))
         launcher = LocalProcesses(len(spec.partition), threads, spec.device)
         torch.set_num_threads(threads)  # the driver shares the cores with its workers
-    connections = RemoteConnections(launcher, spec.link)
+    sizes = spec.checkpoint.hidden_size, spec.checkpoint.vocab_size, getattr(torch, spec.dtype)
+    connections = RemoteConnections(launcher, spec.link, Replies(len(spec.partition), *sizes))
     try:
         connections.configure(spec.checkpoint.full_name, spec.partition, spec.dtype, hints=hints, weights=spec.weights)
     except BaseException:

@@ -14,7 +14,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from flowspec.errors import ProtocolError
+from flowspec.errors import ProtocolError, shortened
 from flowspec.wire.messages import Message, ToDriver, ToWorker
 
 _INT8 = "int8/"  # before the name of the dtype that was quantised
@@ -61,7 +61,9 @@ class Codec:
         try:
             message = decoder.decode(frames[0])
         except (msgspec.DecodeError, ValueError, RuntimeError) as error:
-            raise ProtocolError(f"not a flowspec message ({error}); is the peer of this version?") from None
+            raise ProtocolError(
+                f"not a flowspec message ({shortened(str(error))}); is the peer of this version?"
+            ) from None
         finally:
             num_left, self._buffers = len(self._buffers), []
         if num_left:
