@@ -6,8 +6,11 @@ import math
 import re
 from dataclasses import dataclass
 
-from flowspec.checked import check_not_negative, check_positive, checked_class
-from flowspec.errors import UsageError
+from flowspec.checked import check_at_most, check_not_negative, check_positive, checked_class
+from flowspec.core import MAX_ROWS, MAX_RUNNING
+from flowspec.errors import FieldError, UsageError
+
+MIN_HEARTBEAT_S, MAX_HEARTBEAT_S = 0.01, 600.0
 
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s]+")
 
@@ -28,6 +31,7 @@ class TreeConfig:
 
     def __post_init__(self) -> None:
         check_positive(self, "top_k", "width", "depth", "size")
+        check_at_most(self, "size", MAX_ROWS // 2)  # dead nodes leave the workers with a delay
         if not 0 <= self.min_probability < 1:
             raise UsageError(f"min_probability is {self.min_probability}; it must lie in [0, 1)")
         if self.max_depth < self.depth:
@@ -93,6 +97,7 @@ class PipelineConfig:
 
     def __post_init__(self) -> None:
         check_positive(self, "prefill_chunk")
+        check_at_most(self, "prefill_chunk", MAX_ROWS)
         if self.prefill_in_flight < 0:
             raise UsageError(f"prefill_in_flight is {self.prefill_in_flight}; it must be 0 (automatic) or positive")
         if self.segment_len < 0:
@@ -131,6 +136,7 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         check_positive(self, "max_running", "likely_tokens")
+        check_at_most(self, "max_running", MAX_RUNNING)
         if self.kv_slots < 0:
             raise UsageError(f"kv_slots is {self.kv_slots}; it must be 0 (by the free memory) or positive")
         if not 0 < self.kv_memory_share <= 1:
@@ -174,3 +180,7 @@ class LinkConfig:
 
     def __post_init__(self) -> None:
         check_positive(self, "start_timeout_s", "stall_timeout_s", "heartbeat_s")
+        if not MIN_HEARTBEAT_S <= self.heartbeat_s <= MAX_HEARTBEAT_S:
+            raise FieldError(
+                "heartbeat_s", f"is {self.heartbeat_s}; it must lie in {MIN_HEARTBEAT_S}..{MAX_HEARTBEAT_S}"
+            )

@@ -18,6 +18,7 @@ from flowspec.core import DType, Weights
 PROTOCOL_VERSION = 8
 NO_PARENT = -1  # the parent id of a request's first token
 LAST_STEP = 2**62  # the step after which no segment of a request waits any more
+MAX_ID = 2**62  # ids, epochs and the like are below
 
 
 class Timing(NamedTuple):

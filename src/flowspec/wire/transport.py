@@ -21,8 +21,9 @@ from zmq.utils.monitor import recv_monitor_message
 from flowspec.errors import UsageError
 from flowspec.wire.actor import Route, Send
 from flowspec.wire.codec import Codec
-from flowspec.wire.messages import Message, ToDriver
+from flowspec.wire.messages import Configure, Message, ToDriver
 
+MAX_MESSAGE_BYTES = 2**28  # of a frame; a peer that sends more is cut off before it is read
 DRIVER = 0  # the place of the driver; workers are 1, 2, ...
 
 # --- one process ---------------------------------------------------------------------------------------------------
@@ -95,7 +96,8 @@ def tcp_endpoint(address: str) -> str:
     return f"tcp://{host}:{port}"
 
 
-def _identity(session: str, kind: str) -> bytes:
+def identity_of(session: str, kind: Literal["control", "data"]) -> bytes:
+    """Of a connection: a worker listens to these two of its session alone."""
     return f"{session}:{kind}".encode()
 
 
@@ -107,6 +109,7 @@ def session_of(identity: bytes) -> str:
 def _set_common_options(socket: zmq.Socket[bytes], heartbeat_s: float) -> None:
     socket.linger = 0
     socket.sndhwm = socket.rcvhwm = 0  # what is in flight is bounded by the schedule
+    socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
     heartbeat_ms = int(heartbeat_s * 1000)
     socket.setsockopt(zmq.HEARTBEAT_IVL, heartbeat_ms)
     socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 3 * heartbeat_ms)
@@ -131,7 +134,7 @@ class Connection:
         self.is_lost = False
         self._socket = context.socket(zmq.DEALER)
         _set_common_options(self._socket, heartbeat_s)
-        self._socket.setsockopt(zmq.IDENTITY, _identity(session, kind))
+        self._socket.setsockopt(zmq.IDENTITY, identity_of(session, kind))
         self._socket.reconnect_ivl = 100
         self._monitor = self._socket.get_monitor_socket(_EVENTS)
         self._codec = Codec(int8_wire)
@@ -218,6 +221,10 @@ class Listener:
     def decode(self, frames: list[Any]) -> Message:
         """Raises ``ProtocolError``."""
         return self._codec.decode_to_worker(frames)
+
+    def decode_configure(self, frames: list[Any]) -> Configure:
+        """Of somebody who has no session yet. Raises ``ProtocolError``."""
+        return self._codec.decode_configure(frames)
 
     def reply(self, identity: bytes, message: Message) -> bool:
         """Answer on a connection; False when its other end is gone."""

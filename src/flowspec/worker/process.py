@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 import time
 import traceback
 from collections.abc import Callable
@@ -17,8 +18,9 @@ import torch
 import zmq
 from msgspec.structs import replace
 
+from flowspec.complaints import Complaints
 from flowspec.core import LayerRange, interpolate
-from flowspec.errors import ProtocolError, UsageError, WorkerError, described
+from flowspec.errors import ProtocolError, UsageError, WorkerError, described, shortened
 from flowspec.model.backends import load_stage, open_checkpoint
 from flowspec.model.fingerprint import fingerprint
 from flowspec.model.hint_head import load_hinter
@@ -32,6 +34,7 @@ from flowspec.wire.messages import (
     Configure,
     Echo,
     Emulation,
+    Failed,
     Failure,
     Loading,
     Message,
@@ -39,8 +42,9 @@ from flowspec.wire.messages import (
     Ready,
     Stop,
 )
-from flowspec.wire.transport import Connection, Listener, session_of
+from flowspec.wire.transport import Connection, Listener, identity_of, session_of
 from flowspec.worker.actor import Worker
+from flowspec.worker.checks import Limits, check_configure
 from flowspec.worker.hints import Hinter
 from flowspec.worker.measure import LinkMeter, free_bytes, measure_forward, peak_memory_bytes
 
@@ -49,6 +53,7 @@ logger = logging.getLogger("flowspec.worker")
 _LOADING_INTERVAL_S = 0.5
 _LINK_TIMEOUT_S = 20.0
 _LONGEST_WAIT_S = 0.5
+_SESSION_NAME = re.compile(r"[\w-]{1,64}", re.ASCII)
 
 
 class WorkerActor(Actor, Protocol):
@@ -77,6 +82,10 @@ class _Session:
     worker: WorkerActor | None = None  # once the stage is loaded
     measuring: tuple[LinkMeter, Ready] | None = None  # the link, and what the driver will then be told
 
+    def owns(self, identity: bytes) -> bool:
+        """Whether a connection is its driver's, or that of the worker before."""
+        return identity in (self.driver, identity_of(self.name, "data"))
+
 
 class WorkerProcess:
     """Serves sessions on one address until it is told to end."""
@@ -95,6 +104,8 @@ class WorkerProcess:
         self._poller = zmq.Poller()
         self._poller.register(self._listener.socket, zmq.POLLIN)
         self._session: _Session | None = None
+        self._last_session = ""  # the name of the one before
+        self._complaints = Complaints(logger)
         self._last_alive = 0.0
 
     @property
@@ -135,29 +146,39 @@ class WorkerProcess:
             self._poller.poll(int(wait_s * 1000))
 
     def _handle(self, identity: bytes, frames: list[Any]) -> None:
-        session, sender = self._session, session_of(identity)
-        is_ours = session is not None and sender == session.name
-        try:
-            message = self._listener.decode(frames)
-        except ProtocolError as error:
-            if is_ours:
-                raise
-            logger.warning("dropped a message from a stranger: %s", error)
+        session = self._session
+        if session is None or not session.owns(identity):
+            self._handle_stranger(identity, frames)
             return
-        match message:
-            case Configure() if session is None:
-                self._begin(sender, identity, message)
+        match message := self._listener.decode(frames):
             case Configure():
-                self._listener.reply(identity, Busy("another driver uses this worker; try again when it has ended"))
-            case Probe() if is_ours:
+                self._listener.reply(identity, Busy(f"it has stage {session.stage} already; give each worker once"))
+            case Probe():
                 self._listener.reply(identity, Echo(message.number, time.perf_counter()))
-            case Stop() if is_ours:
+            case Stop():
                 raise _SessionOver("the driver has finished")
-            case _ if session is not None and is_ours and session.worker is not None:
+            case _ if session.worker is not None:
                 session.worker.link_bytes += 0 if identity == session.driver else sum(len(f) for f in frames)
                 self._dispatch(session.worker.on_message(message))
             case _:
-                logger.debug("dropped a %s of another session", type(message).__name__)
+                logger.debug("dropped a %s before the stage is loaded", type(message).__name__)
+
+    def _handle_stranger(self, identity: bytes, frames: list[Any]) -> None:
+        """Of another session than ours: it may ask to begin one, and nothing else."""
+        name = session_of(identity)
+        if name == self._last_session:
+            return  # what was under way when it ended
+        try:
+            configure = self._listener.decode_configure(frames)
+            if not _SESSION_NAME.fullmatch(name):
+                raise ProtocolError("its session has no name")
+        except ProtocolError as error:
+            self._complaints.warn(f"dropped a message of {shortened(name, 40)!r}: {error}")
+            return
+        if self._session is None:
+            self._begin(name, identity, configure)
+        else:
+            self._listener.reply(identity, Busy("another driver uses this worker; try again when it has ended"))
 
     def _begin(self, name: str, driver: bytes, configure: Configure) -> None:
         """Load the stage, connect to the next worker, measure both; then tell the driver."""
@@ -167,6 +188,9 @@ class WorkerProcess:
                 f"worker {configure.stage} speaks protocol {PROTOCOL_VERSION}, the driver {configure.version}; "
                 "install the same flowspec version on both"
             )
+        check_configure(configure, self.endpoint)
+        if configure.emulation is not None and self._emulate is None:
+            raise UsageError(f"worker {configure.stage} plays no device; flowspec emulate starts workers of its own")
         if configure.next_address is not None:
             session.link = self._connect(name, configure.next_address, configure)
         layers = LayerRange(configure.start_layer, configure.end_layer)
@@ -182,7 +206,7 @@ class WorkerProcess:
         )
         if configure.emulation is None:
             ready = replace(ready, forward_s=measure_forward(stage))
-        session.worker = self._make_worker(configure, layers, stage, hinter, ready.forward_s)
+        session.worker = self._make_worker(configure, stage, hinter, ready.forward_s, Limits.of(source))
         if session.link is not None:
             self._await_link(session.link)
         logger.info("layers %s of %s are ready", layers, configure.model)
@@ -212,10 +236,10 @@ class WorkerProcess:
     def _make_worker(
         self,
         configure: Configure,
-        layers: LayerRange,
         stage: Stage,
         hinter: Hinter | None,
         forward_s: list[tuple[int, float]],
+        limits: Limits,
     ) -> WorkerActor:
         """``forward_s``: as in ``Ready``."""
         index = configure.stage
@@ -226,10 +250,10 @@ class WorkerProcess:
                 time.perf_counter,
                 hinter=hinter,
                 forward_s=lambda num_rows: interpolate(forward_s, num_rows),
-                layers=str(layers),
+                layers=f"{configure.start_layer}:{configure.end_layer}",
+                limits=limits,
             )
-        if self._emulate is None:
-            raise UsageError(f"worker {index} plays no device; flowspec emulate starts workers of its own")
+        assert self._emulate is not None, "checked before"
         return self._emulate(stage, index, configure.emulation, hinter)
 
     def _await_link(self, link: Connection) -> None:
@@ -277,6 +301,8 @@ class WorkerProcess:
 
     def _tell_driver(self, message: Message) -> None:
         assert self._session is not None
+        if isinstance(message, Failed):
+            self._complaints.warn(f"request {message.request_id} failed: {message.text}")
         self._last_alive = time.monotonic()
         if not self._listener.reply(self._session.driver, message):
             raise _SessionOver("the driver is gone")
@@ -296,7 +322,7 @@ class WorkerProcess:
 
     def _report(self, error: Exception) -> None:
         text = described(error)
-        logger.warning("session failed: %s", text)
+        self._complaints.warn(f"session failed: {text}")
         logger.debug("", exc_info=error)
         if self._session is not None:
             failure = Failure(text, traceback.format_exc(), isinstance(error, UsageError))
@@ -309,6 +335,7 @@ class WorkerProcess:
                 if socket in self._poller:
                     self._poller.unregister(socket)
             self._session.link.close()
+        self._last_session = "" if self._session is None else self._session.name
         self._session = None
 
 
