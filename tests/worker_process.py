@@ -6,6 +6,8 @@ import re
 import signal
 from functools import cached_property
 
+import psutil
+
 from logged_process import LoggedProcess
 
 
@@ -21,6 +23,14 @@ class WorkerProcess:
         found = re.search(r"listening on tcp://(\S+:\d+)", self._running.log)
         assert found is not None, f"the worker did not come up: {self._running.log}"
         return found[1]
+
+    @property
+    def process(self) -> psutil.Process:
+        return psutil.Process(self._running.process.pid)
+
+    @property
+    def log(self) -> str:
+        return self._running.log
 
     def end(self) -> str:
         """What it has said."""

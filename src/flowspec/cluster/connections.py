@@ -40,6 +40,8 @@ LoadProgress = Callable[[float], None]
 
 _CHECK_INTERVAL_S = 0.1
 _NUM_TRIPS = 8
+_BUSY_PATIENCE_S = 5.0  # until a worker must be free
+_ASK_INTERVAL_S = 0.2
 
 
 class Connections(Protocol):
@@ -145,6 +147,7 @@ class RemoteConnections:
         self._probe_sent_s: float | None = None
         self._trips: dict[int, deque[Trip]] = {}
         self._controls: list[Connection] = []
+        self._configures: list[Configure] = []  # what each worker is asked for
         try:
             for address in launcher.addresses:
                 self._controls.append(self._connect(address, "control"))
@@ -181,28 +184,30 @@ class RemoteConnections:
         """Tell every worker which stage to load, whom to pass it on to, what device to play, and where hints are."""
         addresses = self._launcher.addresses
         for index, (connection, layers) in enumerate(zip(self._controls, partition.stages, strict=True)):
-            connection.send(
-                Configure(
-                    PROTOCOL_VERSION,
-                    index + 1,
-                    model,
-                    layers.start,
-                    layers.end,
-                    dtype,
-                    addresses[index + 1] if index + 1 < len(addresses) else None,
-                    self._config.heartbeat_s,
-                    emulation,
-                    hints,
-                    self._config.int8_wire,
-                    weights,
-                )
+            configure = Configure(
+                PROTOCOL_VERSION,
+                index + 1,
+                model,
+                layers.start,
+                layers.end,
+                dtype,
+                addresses[index + 1] if index + 1 < len(addresses) else None,
+                self._config.heartbeat_s,
+                emulation,
+                hints,
+                self._config.int8_wire,
+                weights,
             )
+            self._configures.append(configure)
+            connection.send(configure)
 
     def await_ready(self, progress: LoadProgress) -> list[Ready]:
         """Each has loaded its stage by then, and reached the next worker."""
         loaded = dict.fromkeys(range(1, len(self._controls) + 1), 0.0)
         ready: dict[int, Ready] = {}
         last_news = dict.fromkeys(loaded, time.monotonic())  # of each worker on its own
+        patience_s = max(_BUSY_PATIENCE_S, 4 * self._config.heartbeat_s)  # a driver that was killed is missed after 3
+        busy, busy_until_s = dict[int, float](), time.monotonic() + patience_s
         while len(ready) < len(self._controls):
             for stage, message in self._receive(0.2):
                 match message:
@@ -210,11 +215,25 @@ class RemoteConnections:
                         loaded[stage], last_news[stage] = message.fraction, time.monotonic()
                     case Ready():
                         loaded[stage], ready[stage] = 1.0, message
+                    case Busy():
+                        busy[stage] = last_news[stage] = time.monotonic()
+                        if busy[stage] > busy_until_s:
+                            raise WorkerError(f"{self._name(stage)} is busy: {message.reason}")
                     case _:
                         last_news[stage] = time.monotonic()
                 progress(sum(loaded.values()) / len(loaded))
+            self._ask_again(busy)
             self._check_news(last_news, ready)
         return [ready[stage] for stage in sorted(ready)]
+
+    def _ask_again(self, busy: dict[int, float]) -> None:
+        """A worker may not have heard yet that the driver before has ended. ``busy``: since when, by stage."""
+        for stage in [stage for stage, told_s in busy.items() if time.monotonic() - told_s > _ASK_INTERVAL_S]:
+            del busy[stage]
+            self._controls[stage - 1].send(self._configures[stage - 1])
+
+    def _name(self, stage: int) -> str:
+        return f"worker {stage} ({self._controls[stage - 1].address})"
 
     def _check_news(self, last_news: Mapping[int, float], ready: Mapping[int, Ready]) -> None:
         """Each worker has a deadline of its own: what others say is no sign of it."""
@@ -222,7 +241,7 @@ class RemoteConnections:
         silent = [stage for stage, news_s in last_news.items() if stage not in ready and news_s < deadline]
         if not silent:
             return
-        names = ", ".join(f"worker {stage} ({self._controls[stage - 1].address})" for stage in silent)
+        names = ", ".join(map(self._name, silent))
         are_up = all(self._controls[stage - 1].is_up for stage in silent)
         question = (
             "does it hang while it loads?"
@@ -318,7 +337,5 @@ def _raise_failure(message: ToDriver, index: int, address: str) -> ToDriver:
             logger.debug("worker %d: %s", index, message.traceback)
             error: type[FlowspecError] = UsageError if message.user_error else WorkerError
             raise error(message.text if message.user_error else f"worker {index} ({address}) failed: {message.text}")
-        case Busy():
-            raise WorkerError(f"worker {index} ({address}) is busy: {message.reason}")
         case _:
             return message

@@ -19,6 +19,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import Receive, Scope, Send
 
 from flowspec import __version__
+from flowspec.complaints import Complaints
 from flowspec.config import ServerConfig
 from flowspec.core import SamplingParams
 from flowspec.engine.engine import Engine
@@ -65,6 +66,7 @@ class Api:
         self.metrics.watch(self.service)
         self.defaults = engine.served_defaults
         self.start_s = int(time())
+        self._complaints = Complaints(logger)
         if (problem := engine.model.chat_template.problem) is not None:
             logger.warning("warning: %s cannot chat: %s", model, problem)
 
@@ -84,7 +86,7 @@ class Api:
     ) -> Response:
         """Run ``n`` choices of each prompt and answer at once, or as a stream."""
         if unknown := body.unknown_fields():
-            logger.warning("ignored unknown fields: %s", ", ".join(unknown))
+            self._complaints.warn(f"ignored unknown fields: {', '.join(unknown[:20])}")
         jobs: list[tuple[tuple[int, ...], SamplingParams]] = []
         for prompt_ids in prompts:
             wanted = self._max_tokens(prompt_ids, max_tokens)

@@ -24,6 +24,7 @@ from flowspec.wire.codec import Codec
 from flowspec.wire.messages import Configure, Message, ToDriver
 
 MAX_MESSAGE_BYTES = 2**28  # of a frame; a peer that sends more is cut off before it is read
+_MAX_QUEUED = 4096  # messages of one connection that a worker has not read, or its peer; a stranger's pile up no higher
 DRIVER = 0  # the place of the driver; workers are 1, 2, ...
 
 # --- one process ---------------------------------------------------------------------------------------------------
@@ -189,8 +190,10 @@ class Listener:
         endpoint = tcp_endpoint(address)
         self._socket = context.socket(zmq.ROUTER)
         _set_common_options(self._socket, heartbeat_s)
+        self._socket.sndhwm = self._socket.rcvhwm = _MAX_QUEUED
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
+        # No ROUTER_HANDOVER: a second connection with the name of one that is up is nobody's, and cannot take a session
+        # over; and with heartbeats on this side, handover ends the process in an assertion of libzmq.
         self._codec = Codec()
         try:
             self._socket.bind(endpoint)

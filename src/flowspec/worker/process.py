@@ -10,6 +10,7 @@ import math
 import re
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -53,6 +54,7 @@ logger = logging.getLogger("flowspec.worker")
 _LOADING_INTERVAL_S = 0.5
 _LINK_TIMEOUT_S = 20.0
 _LONGEST_WAIT_S = 0.5
+_MAX_READ = 64  # messages between two pieces of work: a flood of strangers' takes a share of the time, and not all
 _SESSION_NAME = re.compile(r"[\w-]{1,64}", re.ASCII)
 
 
@@ -105,6 +107,7 @@ class WorkerProcess:
         self._poller.register(self._listener.socket, zmq.POLLIN)
         self._session: _Session | None = None
         self._last_session = ""  # the name of the one before
+        self._early: deque[tuple[bytes, list[Any]]] = deque()  # messages of our session that came while it was loading
         self._complaints = Complaints(logger)
         self._last_alive = 0.0
 
@@ -130,8 +133,11 @@ class WorkerProcess:
         self._context.term()
 
     def _step(self) -> None:
-        """Read all that has arrived, do one piece of work, and look whether the driver lives."""
-        while (received := self._listener.receive()) is not None:
+        """Read what has arrived, do one piece of work, and look whether the driver lives."""
+        for _ in range(_MAX_READ):
+            received = self._early.popleft() if self._early else self._listener.receive()
+            if received is None:
+                break
             self._handle(*received)
         session = self._session
         sends = session.worker.on_idle() if session is not None and session.worker is not None else None
@@ -166,14 +172,13 @@ class WorkerProcess:
     def _handle_stranger(self, identity: bytes, frames: list[Any]) -> None:
         """Of another session than ours: it may ask to begin one, and nothing else."""
         name = session_of(identity)
-        if name == self._last_session:
-            return  # what was under way when it ended
         try:
             configure = self._listener.decode_configure(frames)
             if not _SESSION_NAME.fullmatch(name):
                 raise ProtocolError("its session has no name")
         except ProtocolError as error:
-            self._complaints.warn(f"dropped a message of {shortened(name, 40)!r}: {error}")
+            if name != self._last_session:  # what was under way when it ended is no wonder
+                self._complaints.warn(f"dropped a message of {shortened(name, 40)!r}: {error}")
             return
         if self._session is None:
             self._begin(name, identity, configure)
@@ -223,7 +228,7 @@ class WorkerProcess:
 
     def _load(self, configure: Configure, source: Checkpoint, layers: LayerRange) -> tuple[Stage, Hinter | None]:
         dtype = configure.dtype
-        progress = _Throttled(_LOADING_INTERVAL_S, lambda done: self._tell_driver(Loading(done)))
+        progress = _Throttled(_LOADING_INTERVAL_S, self._tell_progress)
         # Integer kernels have threads of their own, and the attention between them is too small to be shared.
         torch.set_num_threads(self._threads)
         stage = load_stage(source, layers, dtype, configure.weights, self._device, progress)
@@ -232,6 +237,18 @@ class WorkerProcess:
         if configure.hints is None:
             return stage, None
         return stage, load_hinter(configure.hints, source, layers.end, dtype, self._device)
+
+    def _tell_progress(self, done: float) -> None:
+        """And read meanwhile: what strangers send must not pile up."""
+        self._tell_driver(Loading(done))
+        assert self._session is not None
+        for _ in range(_MAX_READ * _MAX_READ):
+            if (received := self._listener.receive()) is None:
+                break
+            if self._session.owns(received[0]):
+                self._early.append(received)
+            else:
+                self._handle_stranger(*received)
 
     def _make_worker(
         self,
@@ -335,6 +352,7 @@ class WorkerProcess:
                 if socket in self._poller:
                     self._poller.unregister(socket)
             self._session.link.close()
+        self._early.clear()
         self._last_session = "" if self._session is None else self._session.name
         self._session = None
 
