@@ -41,7 +41,8 @@ class PipelineSpec:
     def __post_init__(self) -> None:
         if self.workers is not None and (self.in_process or not self.workers):
             raise UsageError("workers: name at least one address, and do not ask for in_process too")
-        if twice := [address for place, address in enumerate(self.workers or ()) if address in self.workers[:place]]:
+        addresses = list(self.workers or ())
+        if twice := [address for place, address in enumerate(addresses) if address in addresses[:place]]:
             raise UsageError(f"workers: {twice[0]} is named twice; a worker runs one stage, so give each address once")
         if self.in_process and self.link.int8_wire:
             raise UsageError("int8_wire: there is no wire in one process; leave in_process or int8_wire out")

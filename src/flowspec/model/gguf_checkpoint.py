@@ -157,7 +157,9 @@ class GGUFCheckpoint(Checkpoint):
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         try:
-            tokenizer = AutoTokenizer.from_pretrained(self._path.parent, gguf_file=self._path.name)
+            tokenizer = AutoTokenizer.from_pretrained(
+                self._path.parent, gguf_file=self._path.name, trust_remote_code=False
+            )
         except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             raise ModelError(
                 f"{self.name}: its tokenizer cannot be loaded ({first_line(error)}); convert the model again, or use "

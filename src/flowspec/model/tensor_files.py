@@ -43,7 +43,7 @@ def stored_tensors(path: Path) -> dict[str, StoredTensor]:
             start, end = entry["data_offsets"]
             found[name] = StoredTensor(path, 8 + length + start, end - start, entry["dtype"], tuple(entry["shape"]))
         return found
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(f"{path} is truncated or damaged ({first_line(error)}); download or copy it again") from error
 
 
