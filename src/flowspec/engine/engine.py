@@ -211,10 +211,10 @@ class Engine:
         """How things are now. Any thread may ask."""
         stages = zip(itertools.count(1), self.partition.stages)
         return Status(
-            len(self._running),
+            0 if self._is_closed else len(self._running),
             len(self._waiting),
             self.num_slots,
-            self._driver.budget.num_held,
+            0 if self._is_closed else self._driver.budget.num_held,
             time.monotonic() - self._last_news if self._running else 0.0,
             tuple(self._stage_status(stage, str(layers)) for stage, layers in stages),
         )

@@ -27,7 +27,7 @@ from flowspec.errors import TOO_LONG, FlowspecError, UsageError, WorkerError
 from flowspec.server import replies
 from flowspec.server.answer import Answer
 from flowspec.server.feed import Feed
-from flowspec.server.guard import Guard
+from flowspec.server.guard import Guard, Hosts
 from flowspec.server.metrics import Metrics
 from flowspec.server.replies import Chats, Completions, Json
 from flowspec.server.schemas import (
@@ -199,7 +199,7 @@ def create_app(engine: Engine, config: ServerConfig, feed: Feed | None = None, m
     _add_service_routes(app, api)
     if feed is not None:
         _add_dashboard_routes(app, feed)
-    app.add_middleware(Guard, config.api_key, config.max_body_bytes)
+    app.add_middleware(Guard, config.api_key, config.max_body_bytes, Hosts.of(config))
     if config.cors_origins:  # before the guard: a browser's preflight brings no key
         app.add_middleware(CORSMiddleware, config.cors_origins, allow_methods=["*"], allow_headers=["*"])
     return app
