@@ -10,7 +10,7 @@ from flowspec.checked import check_at_most, check_not_negative, check_positive, 
 from flowspec.core import MAX_ROWS, MAX_RUNNING
 from flowspec.errors import FieldError, UsageError
 
-MIN_HEARTBEAT_S, MAX_HEARTBEAT_S = 0.01, 600.0
+MIN_HEARTBEAT_S, MAX_HEARTBEAT_S = 0.01, 60.0
 
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s]+")
 

@@ -79,6 +79,6 @@ def shortened(text: str, limit: int = 300) -> str:
     return kept if len(text) <= limit else f"{kept}... ({len(text)} characters)"
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """Of another library's error, whose text may be a page."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

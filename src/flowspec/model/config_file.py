@@ -39,7 +39,7 @@ def check_config(content: Mapping[str, Any], where: str) -> None:
             continue
         if (wanted := _wanted(name, value)) is not None:
             _refuse(where, name, value, wanted)
-        if name in _TABLES:
+        if name in _TABLES and isinstance(value, dict):
             check_config(value, f"{where}: {name}")
     _check_heads(content, where)
     rates = content.get("hit_rates")  # of a draft head of ours
