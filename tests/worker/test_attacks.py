@@ -16,7 +16,7 @@ from msgspec.structs import replace
 
 from flowspec import LLM, SamplingParams
 from flowspec.config import LinkConfig
-from flowspec.errors import UsageError
+from flowspec.errors import UsageError, WorkerError
 from flowspec.wire.codec import Codec
 from flowspec.wire.messages import (
     PROTOCOL_VERSION,
@@ -192,6 +192,9 @@ def test_an_odd_beginning_is_refused_with_a_reason(
 def test_one_worker_cannot_be_two_stages(checkpoint_dir: Callable[[str], Path], worker: WorkerProcess) -> None:
     with pytest.raises(UsageError, match="named twice"):
         LLM(checkpoint_dir("llama"), workers=[worker.address] * 2, link=LINK)
+    spelled = worker.address.replace("127.0.0.1", "localhost")
+    with pytest.raises(WorkerError, match=r"worker [12] .* is busy: it has stage [12] already; give each worker once"):
+        LLM(checkpoint_dir("llama"), workers=[worker.address, spelled], link=LINK)
 
 
 def test_sessions_follow_each_other_at_once(checkpoint_dir: Callable[[str], Path], worker: WorkerProcess) -> None:

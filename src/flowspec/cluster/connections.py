@@ -149,15 +149,16 @@ class RemoteConnections:
         self._controls: list[Connection] = []
         self._configures: list[Configure] = []  # what each worker is asked for
         try:
-            for address in launcher.addresses:
-                self._controls.append(self._connect(address, "control"))
+            for place, address in enumerate(launcher.addresses, start=1):
+                self._controls.append(self._connect(address, "control", place))
             self._data = self._connect(launcher.addresses[0], "data")
         except BaseException:
             self.close()
             raise
 
-    def _connect(self, address: str, kind: Any) -> Connection:
-        connection = Connection(self._context, address, self._session, kind, self._config.heartbeat_s)
+    def _connect(self, address: str, kind: Any, place: int = 0) -> Connection:
+        heartbeat_s = self._config.heartbeat_s
+        connection = Connection(self._context, address, self._session, kind, heartbeat_s, place=place)
         for end in connection.sockets:
             self._poller.register(end, zmq.POLLIN)
         return connection

@@ -97,9 +97,12 @@ def tcp_endpoint(address: str) -> str:
     return f"tcp://{host}:{port}"
 
 
-def identity_of(session: str, kind: Literal["control", "data"]) -> bytes:
-    """Of a connection: a worker listens to these two of its session alone."""
-    return f"{session}:{kind}".encode()
+def identity_of(session: str, kind: Literal["control", "data"], place: int = 0) -> bytes:
+    """Of a connection: a worker listens to two of its session alone. ``place``: of a control connection's other end.
+
+    So a worker that is named twice, in two spellings, can tell its driver.
+    """
+    return f"{session}:{kind}{place or ''}".encode()
 
 
 def session_of(identity: bytes) -> str:
@@ -127,6 +130,7 @@ class Connection:
         kind: Literal["control", "data"],
         heartbeat_s: float,
         int8_wire: bool = False,
+        place: int = 0,
     ) -> None:
         """Raises ``UsageError`` for what is no address; an address where nobody listens is found out by waiting."""
         endpoint = tcp_endpoint(address)
@@ -135,7 +139,7 @@ class Connection:
         self.is_lost = False
         self._socket = context.socket(zmq.DEALER)
         _set_common_options(self._socket, heartbeat_s)
-        self._socket.setsockopt(zmq.IDENTITY, identity_of(session, kind))
+        self._socket.setsockopt(zmq.IDENTITY, identity_of(session, kind, place))
         self._socket.reconnect_ivl = 100
         self._monitor = self._socket.get_monitor_socket(_EVENTS)
         self._codec = Codec(int8_wire)

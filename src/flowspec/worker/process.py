@@ -182,6 +182,8 @@ class WorkerProcess:
             return
         if self._session is None:
             self._begin(name, identity, configure)
+        elif self._session.name == name:
+            self._listener.reply(identity, Busy(f"it has stage {self._session.stage} already; give each worker once"))
         else:
             self._listener.reply(identity, Busy("another driver uses this worker; try again when it has ended"))
 
