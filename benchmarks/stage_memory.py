@@ -79,7 +79,7 @@ def measure(directory: str, layers: str) -> dict[str, Any]:
     torch.set_num_threads(1)
     imports_peak, imports_anonymous = memory_bytes("VmHWM"), memory_bytes("RssAnon")
     if layers == WHOLE:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16, trust_remote_code=False)
         weights_bytes = sum(weight.nbytes for weight in loaded.parameters())
         with torch.inference_mode():
             loaded(torch.zeros(1, 1, dtype=torch.long))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -176,3 +177,18 @@ def test_bad_sampling_defaults_are_said_at_the_start(
     edit_json(directory / "generation_config.json", **bad)
     with pytest.raises(ModelError, match=f"generation_config.json: {next(iter(bad))} is"):
         LLM(directory, stages=1, in_process=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("{{ 'x' * 10000000000 }}", "MemoryError"),
+        ("{{ '%20000000000d' % 5 }}", "MemoryError|too big"),
+        ("{{ 'x' * 20000000 }}", "a text of 20000000 characters; the most is 8388608"),
+    ],
+)
+def test_what_a_template_makes_is_bounded(text: str, told: str) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    with pytest.raises(UsageError, match=f"messages: the model's chat template refuses them: .*({told})"):
+        template_of(text).encode(HELLO)
+    assert resource.getrlimit(resource.RLIMIT_AS) == limits

@@ -6,6 +6,8 @@ import re
 import signal
 from functools import cached_property
 
+import psutil
+
 from logged_process import LoggedProcess
 
 
@@ -37,6 +39,10 @@ class WorkerProcess:
 
     def go_on(self) -> None:
         self._running.process.send_signal(signal.SIGCONT)
+
+    @property
+    def process(self) -> psutil.Process:
+        return psutil.Process(self._running.process.pid)
 
     def end(self) -> str:
         """What it has said."""

@@ -5,10 +5,12 @@ from __future__ import annotations
 import ctypes
 import inspect
 import json
+import resource
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from flowspec.errors import NO_CHAT_TEMPLATE, UsageError
@@ -16,6 +18,8 @@ from flowspec.errors import NO_CHAT_TEMPLATE, UsageError
 Message = Mapping[str, Any]  # role, content, and whatever else the template knows
 
 TIMEOUT_S = 5.0  # of a template; one that loops for ever is a model's fault, and must not stop a server
+MAX_CHARS = 8 * 2**20  # of what it makes
+HEADROOM_BYTES = 2 * 2**30  # that the process may grow by meanwhile: 'x' * 10**10 is an error, and not the end of it
 KNOWN_ROLES = ("system", "user", "assistant", "tool")
 _MARKER = "flowspecanswer"
 
@@ -111,10 +115,14 @@ class ChatTemplate:
     def _render(self, messages: Sequence[Message], options: Mapping[str, Any], begins_answer: bool) -> str:
         apply = self._tokenizer.apply_chat_template
         try:
-            return _within(
-                TIMEOUT_S,
-                lambda: apply(list(messages), tokenize=False, add_generation_prompt=begins_answer, **options),
-            )
+            with _BOUND:
+                text = _within(
+                    TIMEOUT_S,
+                    lambda: apply(list(messages), tokenize=False, add_generation_prompt=begins_answer, **options),
+                )
+            if len(text) > MAX_CHARS:
+                raise MemoryError(f"they become a text of {len(text)} characters; the most is {MAX_CHARS}")
+            return text
         except Exception as error:  # a template is a program: it may raise whatever it likes
             told = str(error).strip() or type(error).__name__
             raise UsageError(f"messages: the model's chat template refuses them: {told}", field="messages") from None
@@ -136,6 +144,42 @@ def _with_object(call: Any) -> Any:
     except (KeyError, TypeError, ValueError):
         return call  # what a model wrote need not be JSON; a template may still print it
     return {**call, "function": {**function, "arguments": arguments}}
+
+
+class _MemoryBound:
+    """Of this process, while any thread is inside; where the system has no such bound there is none."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._num_inside = 0
+        self._before: tuple[int, int] | None = None
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._num_inside += 1
+            if self._num_inside == 1:
+                self._before = _bound_memory(HEADROOM_BYTES)
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._num_inside -= 1
+            if not self._num_inside and self._before is not None:
+                resource.setrlimit(resource.RLIMIT_AS, self._before)
+
+
+def _bound_memory(more_bytes: int) -> tuple[int, int] | None:
+    """Let this process take so much more; returns the limits before."""
+    with suppress(OSError, ValueError):
+        num_pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
+        before = resource.getrlimit(resource.RLIMIT_AS)
+        wanted = num_pages * resource.getpagesize() + more_bytes
+        if before[0] == resource.RLIM_INFINITY or wanted < before[0]:
+            resource.setrlimit(resource.RLIMIT_AS, (wanted, before[1]))
+            return before
+    return None
+
+
+_BOUND = _MemoryBound()
 
 
 class _TemplateTimeoutError(Exception):

@@ -40,6 +40,11 @@ def check_positive(owner: object, *names: str) -> None:
             raise FieldError(name, f"is {value:.12g}; it must be positive")
 
 
+def check_at_most(owner: object, name: str, most: int) -> None:
+    if (value := getattr(owner, name)) > most:
+        raise FieldError(name, f"is {value}; the most is {most}")
+
+
 def check_not_negative(owner: object, *names: str) -> None:
     for name in names:
         value = getattr(owner, name)

@@ -6,10 +6,14 @@ import math
 import re
 from dataclasses import dataclass
 
-from flowspec.checked import check_not_negative, check_positive, checked_class
-from flowspec.errors import UsageError
+from flowspec.checked import check_at_most, check_not_negative, check_positive, checked_class
+from flowspec.core import MAX_ROWS, MAX_RUNNING
+from flowspec.errors import FieldError, UsageError
+
+MIN_HEARTBEAT_S, MAX_HEARTBEAT_S = 0.01, 60.0
 
 MIN_HEARTBEAT_TIMEOUT_S = 0.3  # what a busy machine's sockets answer in
+MAX_HEARTBEAT_TIMEOUT_S = 3 * MAX_HEARTBEAT_S
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s]+")
 
 
@@ -29,6 +33,7 @@ class TreeConfig:
 
     def __post_init__(self) -> None:
         check_positive(self, "top_k", "width", "depth", "size")
+        check_at_most(self, "size", MAX_ROWS // 2)  # dead nodes leave the workers with a delay
         if not 0 <= self.min_probability < 1:
             raise UsageError(f"min_probability is {self.min_probability}; it must lie in [0, 1)")
         if self.max_depth < self.depth:
@@ -94,6 +99,7 @@ class PipelineConfig:
 
     def __post_init__(self) -> None:
         check_positive(self, "prefill_chunk")
+        check_at_most(self, "prefill_chunk", MAX_ROWS)
         if self.prefill_in_flight < 0:
             raise UsageError(f"prefill_in_flight is {self.prefill_in_flight}; it must be 0 (automatic) or positive")
         if self.segment_len < 0:
@@ -132,6 +138,7 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         check_positive(self, "max_running", "likely_tokens")
+        check_at_most(self, "max_running", MAX_RUNNING)
         if self.kv_slots < 0:
             raise UsageError(f"kv_slots is {self.kv_slots}; it must be 0 (by the free memory) or positive")
         if not 0 < self.kv_memory_share <= 1:
@@ -177,9 +184,10 @@ class LinkConfig:
     def __post_init__(self) -> None:
         check_positive(self, "start_timeout_s", "stall_timeout_s", "heartbeat_timeout_s")
         check_not_negative(self, "rejoin_timeout_s")
-        if self.heartbeat_timeout_s < MIN_HEARTBEAT_TIMEOUT_S:
-            raise UsageError(
-                f"heartbeat_timeout_s is {self.heartbeat_timeout_s}; it must be at least {MIN_HEARTBEAT_TIMEOUT_S}"
+        if not MIN_HEARTBEAT_TIMEOUT_S <= self.heartbeat_timeout_s <= MAX_HEARTBEAT_TIMEOUT_S:
+            raise FieldError(
+                "heartbeat_timeout_s",
+                f"is {self.heartbeat_timeout_s}; it must lie in {MIN_HEARTBEAT_TIMEOUT_S}..{MAX_HEARTBEAT_TIMEOUT_S}",
             )
 
     @property

@@ -86,6 +86,13 @@ def described(error: Exception) -> str:
     return str(error) if isinstance(error, FlowspecError) else f"{type(error).__name__}: {error}"
 
 
-def first_line(error: Exception) -> str:
+def shortened(text: str, limit: int = 300) -> str:
+    """Somebody else's text for one line of a log or a message: control characters escaped, and cut."""
+    kept = text[:limit].encode("utf-8", "backslashreplace").decode()
+    kept = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in kept)
+    return kept if len(text) <= limit else f"{kept}... ({len(text)} characters)"
+
+
+def first_line(error: BaseException) -> str:
     """Of another library's error, whose text may be a page."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

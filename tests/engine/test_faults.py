@@ -114,7 +114,7 @@ def test_three_hundred_requests_of_which_a_tenth_fail_inside(checkpoint_dir: Cal
             assert got == expected[kind]
     told = {str(got) for got in outcomes if isinstance(got, RequestError)}
     assert any("ZeroDivisionError: a bug in expand" in text for text in told)
-    assert any("worker 1 cannot go on with this request: IndexError" in text for text in told)
+    assert any("worker 1 cannot go on with this request: there is no token 1000000" in text for text in told)
 
 
 def test_an_error_reaches_the_caller_of_a_model_which_goes_on(checkpoint_dir: Callable[[str], Path]) -> None:

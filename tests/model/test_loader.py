@@ -217,7 +217,7 @@ def test_other_architectures_are_refused(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"quantization_config": {"quant_method": "gptq"}}, "quantised"),
-        ({"hidden_size": "wide"}, "no valid Llama config"),
+        ({"hidden_size": "wide"}, "hidden_size is 'wide'; it must be a whole number"),
         ({"model_type": None}, "model_type is None"),
     ],
 )

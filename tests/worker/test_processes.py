@@ -20,11 +20,13 @@ import fork_server
 from flowspec import LLM, SamplingParams
 from flowspec.cluster.local import LocalProcesses
 from flowspec.config import LinkConfig
-from flowspec.errors import UsageError, WorkerError
+from flowspec.errors import ModelError, UsageError, WorkerError
+from flowspec.model.loader import Checkpoint
 from flowspec.wire.codec import Codec
 from flowspec.wire.messages import PROTOCOL_VERSION, Alive, Configure, Failure, Loading, Ready, Stop, ToDriver
 from pump import Pump
 from server_process import forked_workers
+from tiny_models import make_checkpoint
 from worker_process import WorkerProcess
 
 PROMPT_IDS = [1, 4, 2, 1, 4, 2, 3]
@@ -198,6 +200,16 @@ def _send_garbage(address: str) -> None:
         dealer.send_multipart(frames)
     dealer.close()
     context.term()
+
+
+def test_a_worker_with_other_weights_of_the_same_shape_is_an_error(
+    checkpoint_dir: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, remote_workers: list[str]
+) -> None:
+    """On one machine the same path holds the same files, so the driver names another one."""
+    other = make_checkpoint(tmp_path / "other", "llama", seed=7)
+    monkeypatch.setattr(Checkpoint, "full_name", str(other))
+    with pytest.raises(ModelError, match=rf"worker 1 .{remote_workers[0]}. holds other weights .*copy the same model"):
+        LLM(checkpoint_dir("llama"), workers=remote_workers[:2], draft="none", link=LINK)
 
 
 def test_a_worker_that_never_comes_up_is_an_error_in_time(checkpoint_dir: Callable[[str], Path]) -> None:

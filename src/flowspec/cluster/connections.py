@@ -15,9 +15,10 @@ from typing import Any, Protocol
 import zmq
 
 from flowspec.cluster.bring_up import BringUp
+from flowspec.cluster.replies import Replies
 from flowspec.config import LinkConfig
 from flowspec.core import DType, Partition, Weights
-from flowspec.errors import BusyError, UsageError, WorkerError
+from flowspec.errors import BusyError, ProtocolError, UsageError, WorkerError
 from flowspec.wire.actor import Route, Send
 from flowspec.wire.messages import (
     PROTOCOL_VERSION,
@@ -41,6 +42,8 @@ _CHECK_INTERVAL_S = 0.1
 _NUM_TRIPS = 8
 _READY_POLL_S = 0.2
 _LINK_TIMEOUT_S = 20.0  # in which a worker reaches the next one, once both are there
+_BUSY_PATIENCE_S = 5.0  # until a worker must be free
+_ASK_INTERVAL_S = 0.2
 
 
 class Connections(Protocol):
@@ -139,9 +142,13 @@ class RunningWorkers:
 class RemoteConnections:
     """Connections to worker processes, local or elsewhere, for one session."""
 
-    def __init__(self, launcher: Launcher, config: LinkConfig) -> None:
-        """``close`` closes the launcher too, and so does an exception here."""
+    def __init__(self, launcher: Launcher, config: LinkConfig, replies: Replies | None = None) -> None:
+        """``close`` closes the launcher too, and so does an exception here.
+
+        ``replies``: what workers may say; ``None`` where they are emulated, and this program's own.
+        """
         self._config = config
+        self._replies = replies
         self._launcher = launcher
         self._session = uuid.uuid4().hex
         self._context: zmq.Context[Any] = zmq.Context()
@@ -157,16 +164,18 @@ class RemoteConnections:
         self._is_over = False
         self.bring_up = BringUp(len(launcher.addresses), time.monotonic())
         self._controls: list[Connection] = []
+        self._configures: list[Configure] = []  # what each worker is asked for
         try:
-            for address in launcher.addresses:
-                self._controls.append(self._connect(address, "control"))
+            for place, address in enumerate(launcher.addresses, start=1):
+                self._controls.append(self._connect(address, "control", place))
             self._data = self._connect(launcher.addresses[0], "data")
         except BaseException:
             self.close()
             raise
 
-    def _connect(self, address: str, kind: Any) -> Connection:
-        connection = Connection(self._context, address, self._session, kind, self._config.heartbeat_s)
+    def _connect(self, address: str, kind: Any, place: int = 0) -> Connection:
+        heartbeat_s = self._config.heartbeat_s
+        connection = Connection(self._context, address, self._session, kind, heartbeat_s, place=place)
         for end in connection.sockets:
             self._poller.register(end, zmq.POLLIN)
         return connection
@@ -193,35 +202,53 @@ class RemoteConnections:
         """Tell every worker which stage to load, whom to pass it on to, what device to play, and where hints are."""
         addresses = self._launcher.addresses
         for index, (connection, layers) in enumerate(zip(self._controls, partition.stages, strict=True)):
-            connection.send(
-                Configure(
-                    PROTOCOL_VERSION,
-                    index + 1,
-                    model,
-                    layers.start,
-                    layers.end,
-                    dtype,
-                    addresses[index + 1] if index + 1 < len(addresses) else None,
-                    self._config.heartbeat_s,
-                    emulation,
-                    hints,
-                    self._config.int8_wire,
-                    weights,
-                )
+            configure = Configure(
+                PROTOCOL_VERSION,
+                index + 1,
+                model,
+                layers.start,
+                layers.end,
+                dtype,
+                addresses[index + 1] if index + 1 < len(addresses) else None,
+                self._config.heartbeat_s,
+                emulation,
+                hints,
+                self._config.int8_wire,
+                weights,
             )
+            self._configures.append(configure)
+            connection.send(configure)
 
     def await_ready(self, progress: LoadProgress) -> list[Ready]:
         """Each has loaded its stage by then, and reached the next worker."""
-        while (ready := self.poll_ready(progress, _READY_POLL_S)) is None:
-            deadline_s = time.monotonic() - self._config.start_timeout_s
-            self.check_silent(self.bring_up.silent_since(deadline_s))
-        return ready
+        patience_s = max(_BUSY_PATIENCE_S, 4 * self._config.heartbeat_s)  # a driver that was killed is missed after 3
+        busy_until_s = time.monotonic() + patience_s
+        while True:
+            try:
+                if (ready := self.poll_ready(progress, _READY_POLL_S)) is not None:
+                    return ready
+            except BusyError as error:  # it may not have heard yet that the driver before has ended
+                if time.monotonic() > busy_until_s:
+                    raise
+                time.sleep(_ASK_INTERVAL_S)
+                for stage in error.stages:
+                    self._controls[stage - 1].send(self._configures[stage - 1])
+            self.check_silent(self.bring_up.silent_since(time.monotonic() - self._config.start_timeout_s))
 
     def poll_ready(self, progress: LoadProgress, timeout_s: float) -> list[Ready] | None:
-        """As ``await_ready``, but for so long; ``None`` when there is still somebody to wait for."""
+        """As ``await_ready``, but for so long; ``None`` when there is still somebody to wait for.
+
+        Raises ``BusyError`` at once.
+        """
+        busy: dict[int, Busy] = {}
         for stage, message in self._receive(timeout_s):
+            if isinstance(message, Busy):
+                busy[stage] = message
             self.bring_up.note(stage, message, time.monotonic())
             progress(self.bring_up.fraction)
+        if busy:
+            reasons = "; ".join(f"{self._name(stage)} is busy: {message.reason}" for stage, message in busy.items())
+            raise BusyError(reasons, list(busy))
         if (stage := self.bring_up.unlinked_since(time.monotonic() - _LINK_TIMEOUT_S)) is not None:
             address = self._launcher.addresses[stage]
             raise WorkerError(
@@ -231,6 +258,9 @@ class RemoteConnections:
             )
         return self.bring_up.ready
 
+    def _name(self, stage: int) -> str:
+        return f"worker {stage} ({self._controls[stage - 1].address})"
+
     def check_silent(self, silent: Sequence[int]) -> None:
         """Raises ``WorkerError`` for workers of which there has been no sign for too long.
 
@@ -238,7 +268,7 @@ class RemoteConnections:
         """
         if not silent:
             return
-        names = ", ".join(f"worker {stage} ({self._controls[stage - 1].address})" for stage in silent)
+        names = ", ".join(map(self._name, silent))
         are_up = all(self._controls[stage - 1].is_up for stage in silent)
         question = (
             "does it hang while it loads?"
@@ -273,7 +303,7 @@ class RemoteConnections:
             self._woken_end.recv(4096)
         received: list[tuple[int, ToDriver]] = []
         for index, connection in enumerate(self._controls, start=1):
-            while (arrived := connection.receive()) is not None:
+            while (arrived := self._read(connection, index)) is not None:
                 message, num_bytes = arrived
                 self._num_bytes += num_bytes
                 if isinstance(message, Echo):
@@ -283,6 +313,18 @@ class RemoteConnections:
         if timeout_s > 0 or time.monotonic() - self._last_check > _CHECK_INTERVAL_S:
             self._check_workers()
         return received
+
+    def _read(self, connection: Connection, stage: int) -> tuple[ToDriver, int] | None:
+        """A message that may be believed."""
+        try:
+            if (arrived := connection.receive()) is not None and self._replies is not None:
+                self._replies.check(arrived[0], stage)
+        except ProtocolError as error:
+            raise ProtocolError(
+                f"worker {stage} ({connection.address}) breaks the protocol: {error}; install the same flowspec "
+                "version on both, and let nobody else at that address"
+            ) from None
+        return arrived
 
     def probe(self) -> None:
         self._probe_sent_s = time.perf_counter()
@@ -336,7 +378,5 @@ def _raise_failure(message: ToDriver, index: int, address: str) -> ToDriver:
             if message.lost_next:
                 raise WorkerError(f"lost worker {index + 1}, as worker {index} ({address}) says", [index + 1])
             raise WorkerError(f"worker {index} ({address}) failed: {message.text}", [index])
-        case Busy():
-            raise BusyError(f"worker {index} ({address}) is busy: {message.reason}", [index])
         case _:
             return message

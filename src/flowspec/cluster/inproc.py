@@ -15,6 +15,7 @@ from flowspec.wire.actor import Send
 from flowspec.wire.messages import Ready, ToDriver
 from flowspec.wire.transport import DRIVER, InprocNetwork
 from flowspec.worker.actor import Worker
+from flowspec.worker.checks import Limits
 
 
 class InprocConnections:
@@ -33,7 +34,9 @@ class InprocConnections:
         for index, layers in enumerate(partition.stages, start=1):
             hinter = None if hints is None else load_hinter(hints, checkpoint, layers.end, dtype, device)
             stage = load_stage(checkpoint, layers, dtype, weights, device)
-            self.workers.append(Worker(stage, index, time.perf_counter, hinter=hinter, layers=str(layers)))
+            self.workers.append(
+                Worker(stage, index, time.perf_counter, hinter=hinter, layers=str(layers), limits=Limits.of(checkpoint))
+            )
         self._network = InprocNetwork(len(partition))
 
     @property

@@ -199,10 +199,10 @@ class Engine:
     def status(self) -> Status:
         """How things are now. Any thread may ask."""
         return Status(
-            len(self._running),
+            0 if self._is_closed else len(self._running),
             len(self._waiting),
             self.num_slots,
-            self._driver.budget.num_held,
+            0 if self._is_closed else self._driver.budget.num_held,
             time.monotonic() - self._last_news if self._running else 0.0,
             self._telemetry.stages(self.pipeline, self._recovery.state_of),
             self._recovery.problem,

@@ -13,9 +13,11 @@ import torch
 from flowspec.cluster.connections import Connections, Launcher, LoadProgress, RemoteConnections, RunningWorkers
 from flowspec.cluster.inproc import InprocConnections
 from flowspec.cluster.local import LocalProcesses, local_threads, num_cores
+from flowspec.cluster.replies import Replies
 from flowspec.config import EngineConfig, LinkConfig
 from flowspec.core import DType, Partition, Weights
-from flowspec.errors import UsageError
+from flowspec.errors import ModelError, ProtocolError, UsageError
+from flowspec.model.fingerprint import fingerprint
 from flowspec.model.loader import Checkpoint
 from flowspec.schedule.pace import MeasuredCosts
 from flowspec.wire.messages import Ready
@@ -41,6 +43,9 @@ class PipelineSpec:
     def __post_init__(self) -> None:
         if self.workers is not None and (self.in_process or not self.workers):
             raise UsageError("workers: name at least one address, and do not ask for in_process too")
+        addresses = list(self.workers or ())
+        if twice := [address for place, address in enumerate(addresses) if address in addresses[:place]]:
+            raise UsageError(f"workers: {twice[0]} is named twice; a worker runs one stage, so give each address once")
         if self.in_process and self.link.int8_wire:
             raise UsageError("int8_wire: there is no wire in one process; leave in_process or int8_wire out")
         if self.workers is not None and len(self.workers) != len(self.partition):
@@ -91,11 +96,25 @@ class Pipeline:
         self.use(self.connections.await_ready(progress))
 
     def use(self, ready: list[Ready]) -> None:
-        """All workers are ready, and have said so."""
+        """All workers are ready, and have said so. Raises ``WorkerError`` and ``ModelError`` for what they say."""
         self.ready = ready
+        if self.spec.workers is not None:
+            self._check_weights(self.spec.checkpoint)
         if self.spec.can_measure:
+            if silent := [ready.stage for ready in self.ready if not ready.forward_s]:
+                raise ProtocolError(f"worker {silent[0]} has not measured its forward; is it of this version?")
             item_bytes = 1 if self.spec.link.int8_wire else getattr(torch, self.spec.dtype).itemsize
             self.costs = MeasuredCosts(self.ready, self.spec.checkpoint.hidden_size * item_bytes)
+
+    def _check_weights(self, checkpoint: Checkpoint) -> None:
+        """Raises ``ModelError`` for a worker whose files are of another model: its text would be fluent and wrong."""
+        for ready, layers, address in zip(self.ready, self.partition.stages, self.addresses, strict=True):
+            ours = fingerprint(checkpoint, layers)
+            if ours and ready.fingerprint and ours != ready.fingerprint:
+                raise ModelError(
+                    f"worker {ready.stage} ({address}) holds other weights as {checkpoint.full_name} than this device "
+                    f"(layers {layers}); copy the same model to both"
+                )
 
     def num_slots(self, config: EngineConfig) -> int | None:
         """Rows that every worker's caches have room for; workers here share the memory. ``None``: unknown."""
@@ -147,7 +166,8 @@ def connect(spec: PipelineSpec, launcher: Launcher) -> RemoteConnections:
 
     Raises ``UsageError``; the launcher is closed then.
     """
-    connections = RemoteConnections(launcher, spec.link)
+    sizes = spec.checkpoint.hidden_size, spec.checkpoint.vocab_size, getattr(torch, spec.dtype)
+    connections = RemoteConnections(launcher, spec.link, Replies(len(spec.partition), *sizes))
     try:
         connections.configure(
             spec.checkpoint.full_name, spec.partition, spec.dtype, hints=spec.hints, weights=spec.weights

@@ -27,7 +27,6 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -37,6 +36,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRot
 
 from flowspec.core import DType
 from flowspec.errors import ModelError, first_line
+from flowspec.model.config_file import check_config
 from flowspec.model.kv_cache import CACHE_ARGUMENT
 from flowspec.model.tensor_files import save_tensors
 
@@ -190,9 +190,12 @@ def _read_config(path: Path) -> LlamaConfig:
         values = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(values, dict):
             raise ValueError("no JSON object")
+        check_config({**values, "head_dim": None}, str(path))  # which need not be right: see above
         # The head is a Llama layer whatever the target's family; only the sizes are taken from its name's config.
         config = LlamaConfig.from_dict({key: value for key, value in values.items() if key != "model_type"})
-    except (ValueError, TypeError, KeyError, ArithmeticError, StrictDataclassError) as error:
+    except ModelError:
+        raise
+    except Exception as error:  # whatever transformers meets in what somebody has written
         raise ModelError(f"{path} is no valid model config ({first_line(error)}); fetch the file again") from error
     rope: Any = config.rope_parameters
     rope_type = rope["rope_type"]

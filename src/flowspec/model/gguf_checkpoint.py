@@ -28,6 +28,7 @@ from flowspec.model.gguf_header import Header, TensorPlace
 from flowspec.model.gguf_tokenizer import set_pre_tokenizer
 from flowspec.model.loader import Checkpoint
 from flowspec.model.packed import GROUP, Bits, PackedWeight
+from flowspec.model.tensor_files import StoredTensor
 
 GGUF_SUFFIX = ".gguf"
 
@@ -121,6 +122,16 @@ class GGUFCheckpoint(Checkpoint):
     def shard_of(self, tensor_name: str) -> str:
         return self._place(tensor_name).path.name
 
+    @property
+    def revision(self) -> str:
+        """A file has none."""
+        return ""
+
+    def stored(self, name: str) -> StoredTensor:
+        place = self._place(name)
+        num_rows = int(np.prod(place.shape[:-1], dtype=np.int64))
+        return StoredTensor(place.path, place.offset, num_rows * place.row_bytes, place.kind.name, place.shape)
+
     def tensors(self, names: Iterable[str], dtype: DType, device: torch.device | str) -> Iterator[tuple[str, Tensor]]:
         wanted = getattr(torch, dtype)
         for name in names:
@@ -149,7 +160,9 @@ class GGUFCheckpoint(Checkpoint):
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         try:
-            tokenizer = AutoTokenizer.from_pretrained(self._path.parent, gguf_file=self._path.name)
+            tokenizer = AutoTokenizer.from_pretrained(
+                self._path.parent, gguf_file=self._path.name, trust_remote_code=False
+            )
         except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             raise ModelError(
                 f"{self.name}: its tokenizer cannot be loaded ({first_line(error)}); convert the model again, or use "

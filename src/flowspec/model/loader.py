@@ -15,19 +15,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from flowspec.core import DType, SamplingParams
-from flowspec.errors import ModelError, UsageError, first_line
+from flowspec.errors import ModelError, UsageError, first_line, shortened
+from flowspec.model.config_file import check_config
 from flowspec.model.demo_pair import DEMO, demo_directory, demo_draft_directory
 from flowspec.model.families import EMBEDDING, LM_HEAD, PREFIX, family_of
 from flowspec.model.hub import fetch
 from flowspec.model.packed import Bits
 from flowspec.model.source import TensorSource
-from flowspec.model.tensor_files import open_tensors, read_tensor
+from flowspec.model.tensor_files import StoredTensor, open_tensors, read_tensor, stored_tensors
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+_SHARD = re.compile(r"[\w-][\w.-]*")  # beside the index: no path leads elsewhere
 _SNAPSHOT = re.compile(r"/models--(.+)/snapshots/[^/]+$")  # of the hub's cache
 
 
@@ -53,6 +54,7 @@ class Checkpoint(TensorSource):
         self.name = name
         self.config = config
         self._directory = directory  # None: on the hub
+        self._stored: dict[str, dict[str, StoredTensor]] = {}  # by file
 
     @classmethod
     def open(cls, name: str | Path) -> Checkpoint:
@@ -179,10 +181,32 @@ class Checkpoint(TensorSource):
             for name in shard_names:
                 yield name, read_tensor(path, name.removeprefix(self._left_out), dtype, device)
 
+    @property
+    def revision(self) -> str:
+        """Of a model at the hub: which one of its versions the files are; empty for files that nobody numbers."""
+        if self._directory is not None:
+            return ""
+        path = _find(self.name, None, "config.json")
+        return "" if path is None else path.parent.name
+
+    def stored(self, name: str) -> StoredTensor | None:
+        """Where a tensor of a local directory lies; ``None``: its file is not there."""
+        assert self._directory is not None, "what the hub holds has a revision"
+        path = self._directory / self.shard_of(name)
+        if not path.is_file():
+            return None
+        if path.name not in self._stored:
+            self._stored[path.name] = stored_tensors(path)
+        return self._stored[path.name].get(name.removeprefix(self._left_out))
+
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         try:
-            return AutoTokenizer.from_pretrained(self._directory or self.name)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            tokenizer = AutoTokenizer.from_pretrained(self._directory or self.name, trust_remote_code=False)
+            assert tokenizer.is_fast, "tokenizers of transformers' older kind are not read"
+            return tokenizer
+        except BaseException as error:  # a panic in the tokenizers library is no Exception
+            if isinstance(error, (KeyboardInterrupt, SystemExit)):
+                raise
             raise ModelError(
                 f"{self.name}: its tokenizer cannot be loaded ({first_line(error)}); tokenizer.json and "
                 "tokenizer_config.json belong beside config.json"
@@ -215,6 +239,12 @@ class Checkpoint(TensorSource):
         weight_map = _read_json(index).get("weight_map")
         if not isinstance(weight_map, dict):
             raise ModelError(f"{index}: no weight_map in it; download or copy the model again")
+        for name, shard in weight_map.items():
+            if not (isinstance(shard, str) and _SHARD.fullmatch(shard)):
+                told = shortened(repr(shard), 60)
+                raise ModelError(
+                    f"{index}: {shortened(name, 60)} is in {told}, which is no file beside it; download it again"
+                )
         return weight_map
 
 
@@ -243,7 +273,7 @@ def _find(name: str, directory: Path | None, filename: str) -> Path | None:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path} is no JSON file ({first_line(error)}); download or copy it again") from error
     if not isinstance(content, dict):
         raise ModelError(f"{path} holds no JSON object; download or copy it again")
@@ -255,7 +285,10 @@ def _read_config(path: Path) -> PreTrainedConfig:
     family = family_of(content.get("model_type"), str(path))
     if content.get("quantization_config"):
         raise ModelError(f"{path}: the checkpoint is quantised; use the original float checkpoint")
+    check_config(content, str(path))
     try:
-        return AutoConfig.from_pretrained(path.parent)
-    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
+        config = AutoConfig.from_pretrained(path.parent, trust_remote_code=False)
+    except Exception as error:  # whatever transformers meets in what somebody has written
         raise ModelError(f"{path} is no valid {family.title} config ({first_line(error)})") from error
+    check_config(config.to_dict(), str(path))  # what the file leaves out
+    return config

@@ -46,6 +46,16 @@ class SlotTable:
     def capacity(self) -> int:
         return len(self.positions)
 
+    @property
+    def num_nodes(self) -> int:
+        """That live and are not committed."""
+        return len(self._tree)
+
+    @property
+    def num_used(self) -> int:
+        """Slots that hold a row."""
+        return self.high_water - len(self._free)
+
     def slot_of(self, node_id: int) -> int | None:
         """The slot of a living node that is not committed, else None."""
         node = self._tree.get(node_id)
@@ -66,7 +76,7 @@ class SlotTable:
         """
         ids, parents = _as_list(node_ids), _as_list(parent_ids)
         if len(set(ids)) < len(ids) or not self._tree.keys().isdisjoint(ids):
-            raise ProtocolError(f"one of the nodes {ids} was sent twice; the request has to start again")
+            raise ProtocolError(f"one of the nodes {ids[:20]} was sent twice; the request has to start again")
         alive = self._alive_rows(ids, parents)
         slots = self._take_slots(len(alive))
         for row, slot in zip(alive, slots.tolist(), strict=True):
@@ -153,11 +163,11 @@ class SlotTable:
             node = self._tree.get(node_id)
             follows = node_id == self.root_id if above is None else node is not None and node.parent_id == above
             if node is None or not follows:
-                raise ProtocolError(f"commit of {path}: node {node_id} is unknown, or no next step from the root")
+                raise ProtocolError(f"commit of {path[:20]}: node {node_id} is unknown, or no next step from the root")
             above = node_id
         root = self._tree.get(root_id)
         if root is not None and (above is None or root.parent_id != above):
-            raise ProtocolError(f"commit of {path}: the new root {root_id} is no child of its last node")
+            raise ProtocolError(f"commit of {path[:20]}: the new root {root_id} is no child of its last node")
 
     def _drop_dead(self) -> list[int]:
         """Forget the tree nodes that do not descend from the root; return their slots."""

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from flowspec.core import DType, LayerRange
-from flowspec.errors import ModelError
+from flowspec.errors import ModelError, first_line
 from flowspec.model.attention import ATTENTION
 from flowspec.model.families import PREFIX, family_of, layer_prefix
 from flowspec.model.source import TensorSource
@@ -29,8 +29,14 @@ def checked_config(source: TensorSource, layers: LayerRange) -> PreTrainedConfig
 
 def bare_model(config: PreTrainedConfig, attention: str) -> Any:
     """The model below its lm_head, without values; ``attention``: the name of an attention function."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, attn_implementation=attention).model
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(
+                config, attn_implementation=attention, trust_remote_code=False
+            ).model
+    except Exception as error:  # whatever transformers meets in what somebody has written
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise ModelError(f"no model can be made by its config.json ({reason}); download or mend the file") from error
 
 
 def rotary_of(model: Any, config: PreTrainedConfig) -> nn.Module:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -13,6 +16,35 @@ from torch import Tensor
 
 from flowspec.core import DType
 from flowspec.errors import ModelError, first_line
+
+_MAX_HEADER_BYTES = 100_000_000  # as in safetensors
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor's bytes are in a file."""
+
+    path: Path
+    offset: int
+    num_bytes: int
+    kind: str  # of its numbers
+    shape: tuple[int, ...]
+
+
+def stored_tensors(path: Path) -> dict[str, StoredTensor]:
+    """All tensors of a safetensors file, by name, without reading one; raises ``ModelError`` for a broken file."""
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header: dict[str, Any] = json.loads(file.read(length if length <= _MAX_HEADER_BYTES else 0))
+        header.pop("__metadata__", None)
+        found: dict[str, StoredTensor] = {}
+        for name, entry in header.items():
+            start, end = entry["data_offsets"]
+            found[name] = StoredTensor(path, 8 + length + start, end - start, entry["dtype"], tuple(entry["shape"]))
+        return found
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ModelError(f"{path} is truncated or damaged ({first_line(error)}); download or copy it again") from error
 
 
 def open_tensors(path: Path) -> safe_open:

@@ -11,6 +11,7 @@ import torch
 from flowspec.config import TreeConfig
 from flowspec.core import Ending, FinishReason, TokenLogprobs
 from flowspec.draft.base import Accepted, Draft, DraftSource, ReusableDraft
+from flowspec.errors import ProtocolError
 from flowspec.request.outbox import Outbox
 from flowspec.request.prefix_cache import CachedPrefix, CacheEntry
 from flowspec.request.request import Common, Request
@@ -191,8 +192,10 @@ class Generation:
 
     def receive(self, result: Result) -> None:
         """Keep the final hidden states and logits of the rows that are still alive."""
-        if self.in_flight.pop(result.segment_id, None) is None:
+        sent = self.in_flight.pop(result.segment_id, None)
+        if sent is None:
             return  # everything in it died while it was under way
+        self._check(result, sent)
         self.stats.timings.append(tuple(result.timings))
         if result.num_prefix:
             self._receive_prompt(result)
@@ -206,6 +209,19 @@ class Generation:
         self.stats.verified += 1
         if (segment := self.stats.by_segment.get(result.segment_id)) is not None:
             segment.num_verified = len(hidden)
+
+    def _check(self, result: Result, sent: Ints) -> None:
+        """Against what is known to have been sent. Raises ``ProtocolError``."""
+        num_prefix, problem = int((sent < len(self._text_ids) - 1).sum()), ""
+        if result.num_prefix != num_prefix:
+            problem = f"a result has {result.num_prefix} prefix rows where {num_prefix} were sent"
+        node_ids = np.array(result.node_ids, dtype=np.int64)
+        if self._feature_layers and num_prefix and not np.array_equal(node_ids[:num_prefix], sent[:num_prefix]):
+            problem = "a result lacks rows of the prompt"
+        if len(np.setdiff1d(np.intersect1d(node_ids, self.tree.node_ids), sent)):
+            problem = "a result has rows that its segment did not have"
+        if problem:
+            raise ProtocolError(f"worker {result.timings[-1].stage} breaks the protocol: {problem}")
 
     def _receive_prompt(self, result: Result) -> None:
         self.num_prompt_verified += result.num_prefix

@@ -19,6 +19,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import Receive, Scope, Send
 
 from flowspec import __version__
+from flowspec.complaints import Complaints
 from flowspec.config import ServerConfig
 from flowspec.core import SamplingParams
 from flowspec.engine.engine import Engine
@@ -26,7 +27,7 @@ from flowspec.errors import TOO_LONG, FlowspecError, UsageError, WorkerError
 from flowspec.server import replies
 from flowspec.server.answer import Answer
 from flowspec.server.feed import Feed
-from flowspec.server.guard import Guard
+from flowspec.server.guard import Guard, Hosts
 from flowspec.server.metrics import Metrics
 from flowspec.server.replies import Chats, Completions, Json
 from flowspec.server.schemas import (
@@ -65,6 +66,7 @@ class Api:
         self.metrics.watch(self.service)
         self.defaults = engine.served_defaults
         self.start_s = int(time())
+        self._complaints = Complaints(logger)
         if (problem := engine.model.chat_template.problem) is not None:
             logger.warning("warning: %s cannot chat: %s", model, problem)
 
@@ -84,7 +86,7 @@ class Api:
     ) -> Response:
         """Run ``n`` choices of each prompt and answer at once, or as a stream."""
         if unknown := body.unknown_fields():
-            logger.warning("ignored unknown fields: %s", ", ".join(unknown))
+            self._complaints.warn(f"ignored unknown fields: {', '.join(unknown[:20])}")
         jobs: list[tuple[tuple[int, ...], SamplingParams]] = []
         for prompt_ids in prompts:
             wanted = self._max_tokens(prompt_ids, max_tokens)
@@ -197,7 +199,7 @@ def create_app(engine: Engine, config: ServerConfig, feed: Feed | None = None, m
     _add_service_routes(app, api)
     if feed is not None:
         _add_dashboard_routes(app, feed)
-    app.add_middleware(Guard, config.api_key, config.max_body_bytes)
+    app.add_middleware(Guard, config.api_key, config.max_body_bytes, Hosts.of(config))
     if config.cors_origins:  # before the guard: a browser's preflight brings no key
         app.add_middleware(CORSMiddleware, config.cors_origins, allow_methods=["*"], allow_headers=["*"])
     return app

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+import h11
 import uvicorn
 from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from flowspec.errors import UsageError
 
 SWITCH_INTERVAL_S = 0.001  # the engine's thread yields to the event loop this soon, not after Python's 5 ms
+HEADER_TIMEOUT_S = 20.0  # from the connection's beginning, or the last answer's end, to the end of the headers
+BODY_TIMEOUT_S = 60.0  # from there to the body's end
 GRACE_S = 2  # for open streams when the server ends
 
 
@@ -44,6 +50,43 @@ class Listening:
         self.socket.close()
 
 
+class ImpatientProtocol(H11Protocol):
+    """A client that does not get to the end of its request is cut off; uvicorn alone waits for it for ever."""
+
+    _timer: asyncio.TimerHandle | None = None
+    _state: Any = None  # of the request, that the timer is for
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._watch()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop()
+        super().connection_lost(exc)
+
+    def _watch(self) -> None:
+        """A timer for the headers, and another one for the body."""
+        state = self.conn.their_state
+        if state is not self._state:
+            self._stop()
+            if state in (h11.IDLE, h11.SEND_BODY):
+                seconds = HEADER_TIMEOUT_S if state is h11.IDLE else BODY_TIMEOUT_S
+                self._timer, self._state = self.loop.call_later(seconds, self._give_up), state
+
+    def _stop(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self._state = None
+
+    def _give_up(self) -> None:
+        if not self.transport.is_closing():
+            self.transport.close()
+
+
 class _Server(uvicorn.Server):
     """Ends the application's work before it waits for open streams, which end with it."""
 
@@ -73,6 +116,7 @@ def run(app: FastAPI, listening: Listening, verbose: bool = False, announce: Cal
         timeout_graceful_shutdown=GRACE_S,
         server_header=False,
         h11_max_incomplete_event_size=64 * 1024,
+        http=ImpatientProtocol,
     )
     server = _Server(config, announce)
 

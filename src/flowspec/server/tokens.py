@@ -1,10 +1,11 @@
-"""Texts and chats to token ids and back, for an event loop. One tokenizer, one thread at a time."""
+"""Texts and chats to token ids and back, for an event loop: nothing long is done in it, and nothing waits for that."""
 
 from __future__ import annotations
 
 import asyncio
-import threading
+import functools
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from flowspec.engine.engine import Engine
@@ -20,7 +21,11 @@ class Tokens:
         self._tokenizer: Any = engine.model.tokenizer
         self._vocab_size = engine.model.checkpoint.vocab_size
         self._chat_template = engine.model.chat_template
-        self._lock = threading.Lock()
+        self._tokenizer(
+            "x", verbose=False
+        )  # which undoes settings of its file: from here on, calls change nothing in it
+        self._few = ThreadPoolExecutor(2, "flowspec-long-text")  # long texts wait for each other
+        self._chats = ThreadPoolExecutor(4, "flowspec-chat")
 
     async def encode(self, prompt: str | Sequence[int], add_special_tokens: bool = True) -> tuple[int, ...]:
         """Raises ``UsageError`` for an empty prompt."""
@@ -33,8 +38,10 @@ class Tokens:
 
     async def encode_chat(self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> tuple[int, ...]:
         """As ``ChatTemplate.encode``: raises ``UsageError``."""
-        size = sum(len(str(message["content"])) for message in messages)
-        return tuple(await self._run(lambda: self._chat_template.encode(messages, options), size))
+        is_long = sum(len(str(message["content"])) for message in messages) > INLINE_CHARS
+        executor = self._few if is_long else self._chats  # a template is a program, and may take its time
+        call = functools.partial(self._chat_template.encode, messages, options)
+        return tuple(await asyncio.get_running_loop().run_in_executor(executor, call))
 
     async def decode(self, token_ids: Sequence[int]) -> str:
         """Special tokens included. Raises ``UsageError`` for an id outside of the vocabulary."""
@@ -43,8 +50,4 @@ class Tokens:
         return await self._run(lambda: self._tokenizer.decode(list(token_ids)), len(token_ids))
 
     async def _run(self, call: Callable[[], T], size: int) -> T:
-        def locked() -> T:
-            with self._lock:
-                return call()
-
-        return locked() if size <= INLINE_CHARS else await asyncio.to_thread(locked)
+        return call() if size <= INLINE_CHARS else await asyncio.get_running_loop().run_in_executor(self._few, call)

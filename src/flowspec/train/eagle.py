@@ -137,7 +137,9 @@ def load_model(name: str | Path, dtype: torch.dtype) -> PreTrainedModel:
         return _dequantised(checkpoint, dtype)
     directory = demo_directory() if str(name) == DEMO else Path(name).expanduser()
     try:
-        return AutoModelForCausalLM.from_pretrained(directory if directory.is_dir() else str(name), dtype=dtype)
+        return AutoModelForCausalLM.from_pretrained(
+            directory if directory.is_dir() else str(name), dtype=dtype, trust_remote_code=False
+        )
     except (OSError, ValueError, RuntimeError) as error:
         message = str(error).splitlines()[0]
         raise ModelError(f"{checkpoint.name} cannot be loaded ({message}); fetch its files again") from None

@@ -14,11 +14,12 @@ import msgspec
 import torch
 from torch import Tensor
 
-from flowspec.errors import ProtocolError
-from flowspec.wire.messages import Message, ToDriver, ToWorker
+from flowspec.errors import ProtocolError, shortened
+from flowspec.wire.messages import Configure, Message, ToDriver, ToWorker
 
 _INT8 = "int8/"  # before the name of the dtype that was quantised
 _SCALE_BYTES = 4
+_MAX_CONFIGURE_BYTES = 2**18  # the file of an emulated cluster is in it
 
 
 class Codec:
@@ -38,6 +39,7 @@ class Codec:
         self._buffers: list[Any] = []
         self._encoder = msgspec.msgpack.Encoder(enc_hook=self._encode_tensor)
         self._to_worker = msgspec.msgpack.Decoder(ToWorker, dec_hook=self._decode_tensor)
+        self._configure = msgspec.msgpack.Decoder(Configure)
         self._to_driver = msgspec.msgpack.Decoder(ToDriver, dec_hook=self._decode_tensor)
 
     def encode(self, message: Message) -> list[Any]:
@@ -50,6 +52,12 @@ class Codec:
         """Raises ``ProtocolError`` for anything but one well-formed message to a worker."""
         return self._decode(self._to_worker, frames)
 
+    def decode_configure(self, frames: Sequence[Any]) -> Configure:
+        """All that somebody without a session may say: whatever else comes is not even looked into."""
+        if len(frames) != 1 or len(frames[0]) > _MAX_CONFIGURE_BYTES:
+            raise ProtocolError("somebody without a session sends what can begin none")
+        return self._decode(self._configure, frames)
+
     def decode_to_driver(self, frames: Sequence[Any]) -> ToDriver:
         """Raises ``ProtocolError`` for anything but one well-formed message to the driver."""
         return self._decode(self._to_driver, frames)
@@ -61,7 +69,9 @@ class Codec:
         try:
             message = decoder.decode(frames[0])
         except (msgspec.DecodeError, ValueError, RuntimeError) as error:
-            raise ProtocolError(f"not a flowspec message ({error}); is the peer of this version?") from None
+            raise ProtocolError(
+                f"not a flowspec message ({shortened(str(error))}); is the peer of this version?"
+            ) from None
         finally:
             num_left, self._buffers = len(self._buffers), []
         if num_left:

@@ -19,6 +19,7 @@ PROTOCOL_VERSION = 8
 NO_PARENT = -1  # the parent id of a request's first token
 LOADED = 1.0  # the fraction of a stage that is all of it
 LAST_STEP = 2**62  # the step after which no segment of a request waits any more
+MAX_ID = 2**62  # ids, epochs and the like are below
 
 
 class Timing(NamedTuple):
@@ -208,6 +209,7 @@ class Ready(Message, frozen=True):
     link_bytes_per_s: float | None = None  # to the next worker; ``None``: unknown, or the last one
     slot_bytes: int = 0  # of one row's keys and values in all layers of the stage
     free_bytes: int = 0  # of the device's memory, once the weights are loaded; 0: unknown
+    fingerprint: str = ""  # of the stage's weights, as the worker's files hold them; empty: unknown
 
 
 class Result(Message, frozen=True):

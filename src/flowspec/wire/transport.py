@@ -21,8 +21,10 @@ from zmq.utils.monitor import recv_monitor_message
 from flowspec.errors import UsageError
 from flowspec.wire.actor import Route, Send
 from flowspec.wire.codec import Codec
-from flowspec.wire.messages import Message, ToDriver
+from flowspec.wire.messages import Configure, Message, ToDriver
 
+MAX_MESSAGE_BYTES = 2**28  # of a frame; a peer that sends more is cut off before it is read
+_MAX_QUEUED = 4096  # messages of one connection that a worker has not read, or its peer; a stranger's pile up no higher
 DRIVER = 0  # the place of the driver; workers are 1, 2, ...
 
 # --- one process ---------------------------------------------------------------------------------------------------
@@ -95,8 +97,12 @@ def tcp_endpoint(address: str) -> str:
     return f"tcp://{host}:{port}"
 
 
-def _identity(session: str, kind: str) -> bytes:
-    return f"{session}:{kind}".encode()
+def identity_of(session: str, kind: Literal["control", "data"], place: int = 0) -> bytes:
+    """Of a connection: a worker listens to two of its session alone. ``place``: of a control connection's other end.
+
+    So a worker that is named twice, in two spellings, can tell its driver.
+    """
+    return f"{session}:{kind}{place or ''}".encode()
 
 
 def session_of(identity: bytes) -> str:
@@ -107,6 +113,7 @@ def session_of(identity: bytes) -> str:
 def _set_common_options(socket: zmq.Socket[bytes], heartbeat_s: float) -> None:
     socket.linger = 0
     socket.sndhwm = socket.rcvhwm = 0  # what is in flight is bounded by the schedule
+    socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
     heartbeat_ms = int(heartbeat_s * 1000)
     socket.setsockopt(zmq.HEARTBEAT_IVL, heartbeat_ms)
     socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 2 * heartbeat_ms)  # from a ping on, which may come one heartbeat late
@@ -123,6 +130,7 @@ class Connection:
         kind: Literal["control", "data"],
         heartbeat_s: float,
         int8_wire: bool = False,
+        place: int = 0,
     ) -> None:
         """Raises ``UsageError`` for what is no address; an address where nobody listens is found out by waiting."""
         endpoint = tcp_endpoint(address)
@@ -131,7 +139,7 @@ class Connection:
         self.is_lost = False
         self._socket = context.socket(zmq.DEALER)
         _set_common_options(self._socket, heartbeat_s)
-        self._socket.setsockopt(zmq.IDENTITY, _identity(session, kind))
+        self._socket.setsockopt(zmq.IDENTITY, identity_of(session, kind, place))
         self._socket.reconnect_ivl = 100
         self._socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)  # with back-off up to there
         self._monitor = self._socket.get_monitor_socket(_EVENTS)
@@ -187,8 +195,10 @@ class Listener:
         endpoint = tcp_endpoint(address)
         self._socket = context.socket(zmq.ROUTER)
         _set_common_options(self._socket, heartbeat_s)
+        self._socket.sndhwm = self._socket.rcvhwm = _MAX_QUEUED
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
+        # No ROUTER_HANDOVER: a second connection with the name of one that is up is nobody's, and cannot take a session
+        # over; and with heartbeats on this side, handover ends the process in an assertion of libzmq.
         self._codec = Codec()
         try:
             self._socket.bind(endpoint)
@@ -219,6 +229,10 @@ class Listener:
     def decode(self, frames: list[Any]) -> Message:
         """Raises ``ProtocolError``."""
         return self._codec.decode_to_worker(frames)
+
+    def decode_configure(self, frames: list[Any]) -> Configure:
+        """Of somebody who has no session yet. Raises ``ProtocolError``."""
+        return self._codec.decode_configure(frames)
 
     def reply(self, identity: bytes, message: Message) -> bool:
         """Answer on a connection; False when its other end is gone."""

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowspec.errors import ProtocolError, described
+from flowspec.errors import ProtocolError, described, shortened
 from flowspec.model.stage import Stage
 from flowspec.wire.actor import Route, Send
 from flowspec.wire.messages import (
@@ -31,6 +31,7 @@ from flowspec.wire.messages import (
     Step,
     Timing,
 )
+from flowspec.worker.checks import Checks, Limits
 from flowspec.worker.hints import HINT_SHARE, Hinter, Hints
 from flowspec.worker.placed import Ints, Placed, place
 from flowspec.worker.requests import RequestMessage, Requests
@@ -73,11 +74,13 @@ class Worker:
         hint_share: float = HINT_SHARE,
         forward_s: Callable[[int], float] | None = None,
         layers: str = "",
+        limits: Limits | None = None,
     ) -> None:
         """``patience_s``: a forward looks for commits after as long, between layers; ``None``: never.
 
         ``hint_share``: of a forward's time that a hint may take at most, or none is made. ``forward_s``: of so many
         rows; requests share no forward where it is unknown. ``layers``: the stage's, for whoever looks for a fault.
+        ``limits``: of its model.
         """
         self.link_bytes = 0  # received on the data path; the shell counts
         self._stage = stage
@@ -87,6 +90,7 @@ class Worker:
         self._patience_s = math.inf if patience_s is None else patience_s
         self._forward_s = forward_s
         self._requests = Requests(stage)
+        self._checks = Checks(stage, index, limits or Limits(), self._requests)
         self._hints = None if hinter is None else Hints(hinter, hint_share, clock)
         self._queue: deque[DataMessage] = deque()
         self._running: _Forward | None = None
@@ -98,16 +102,25 @@ class Worker:
     def on_message(self, message: Message) -> list[Send]:
         """Raises ``ProtocolError`` for a message that no worker takes."""
         match message:
-            case Commit() | End() | Step():
+            case Commit() | End() | Step() | Open() | Segment() | Reserve() | Close():
                 try:
-                    self._requests.control(message)
+                    self._take(message)
                 except ProtocolError as error:
                     self._fail(message, error)
-            case Open() | Segment() | Reserve() | Close() | Forget():
+            case Forget():
                 self._queue.append(message)
             case _:
                 raise ProtocolError(f"a worker takes no {type(message).__name__} during a session")
         return self._take_failures()
+
+    def _take(self, message: RequestMessage) -> None:
+        """A segment that breaks the protocol goes no further; what ends a request always does."""
+        if not isinstance(message, Close):
+            self._checks.check(message)
+        if isinstance(message, (Commit, End, Step)):
+            self._requests.control(message)
+        else:
+            self._queue.append(message)
 
     def on_idle(self) -> list[Send] | None:
         """Go on with the forward under way, else work off the oldest queued message that may run; ``None``: no work."""
@@ -168,7 +181,10 @@ class Worker:
     def _place(self, segment: Segment) -> Placed | None:
         try:
             request = self._requests.find(segment)
-            return None if request is None else place(segment, request, self._stage.is_first)
+            if request is None:
+                return None
+            self._checks.check_place(segment, request.cache.slots)
+            return place(segment, request)
         except Exception as error:
             self._fail(segment, error)
             return None
@@ -270,7 +286,7 @@ class Worker:
         if (request := self._requests.find(message)) is not None:
             request.is_over = True
         told = "".join(traceback.format_exception(error))
-        failed = Failed(message.request_id, message.epoch, self._index, described(error), told)
+        failed = Failed(message.request_id, message.epoch, self._index, shortened(described(error)), told)
         self._failures.append(Send(Route.DRIVER, failed))
 
     def _take_failures(self) -> list[Send]:

@@ -13,9 +13,11 @@ import torch
 
 from flowspec.core import LayerRange
 from flowspec.model.backends import load_stage, open_checkpoint
+from flowspec.model.fingerprint import fingerprint
 from flowspec.model.hint_head import load_hinter
 from flowspec.model.stage import Stage
 from flowspec.wire.messages import Configure
+from flowspec.worker.checks import Limits
 from flowspec.worker.hints import Hinter
 from flowspec.worker.measure import measure_forward
 
@@ -31,6 +33,8 @@ class Loaded:
     stage: Stage
     hinter: Hinter | None
     forward_s: list[tuple[int, float]]  # as in ``Ready``; empty for a device that is played
+    limits: Limits
+    fingerprint: str  # as in ``Ready``
 
 
 class StageLoader:
@@ -58,7 +62,8 @@ class StageLoader:
         hinter = None
         if configure.hints is not None:
             hinter = load_hinter(configure.hints, source, layers.end, configure.dtype, self.device)
-        loaded = Loaded(stage, hinter, measure_forward(stage) if configure.emulation is None else [])
+        forward_s = measure_forward(stage) if configure.emulation is None else []
+        loaded = Loaded(stage, hinter, forward_s, Limits.of(source), fingerprint(source, layers))
         self._kept = key, loaded
         return loaded
 

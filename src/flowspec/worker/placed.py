@@ -10,7 +10,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from flowspec.errors import ProtocolError
 from flowspec.model.stage import Part
 from flowspec.wire.messages import Result, Segment, Timing
 from flowspec.worker.requests import OpenRequest
@@ -70,16 +69,11 @@ class Placed:
         return Result(segment.request_id, segment.epoch, segment.segment_id, node_ids, num_prefix, hidden, timings)
 
 
-def place(segment: Segment, request: OpenRequest, is_first: bool) -> Placed | None:
-    """Give slots to the rows that are alive; ``None`` if none is, unless the segment travels for the beat.
-
-    Raises ``ProtocolError`` for what the stage, the first one or not, cannot take.
-    """
+def place(segment: Segment, request: OpenRequest) -> Placed | None:
+    """Give slots to the rows that are alive; ``None`` if none is, unless the segment travels for the beat."""
     if request.is_over:
         none = np.zeros(0, dtype=np.int64)
         return None if segment.gate is None else Placed(segment, request, none, none)
-    if is_first != (segment.token_ids is not None):
-        raise ProtocolError("token ids belong on the first stage, hidden states on the others")
     table, num_prefix = request.cache.slots, segment.num_prefix
     prefix_slots = table.append_prefix(segment.positions[:num_prefix])
     kept, slots = table.place(

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -17,8 +19,9 @@ import torch
 import zmq
 from msgspec.structs import replace
 
-from flowspec.core import LayerRange, interpolate
-from flowspec.errors import FlowspecError, ProtocolError, UsageError, WorkerError, described
+from flowspec.complaints import Complaints
+from flowspec.core import interpolate
+from flowspec.errors import FlowspecError, ProtocolError, UsageError, WorkerError, described, shortened
 from flowspec.model.loader import check_device
 from flowspec.model.stage import Stage
 from flowspec.wire.actor import Actor, Route, Send
@@ -30,6 +33,7 @@ from flowspec.wire.messages import (
     Configure,
     Echo,
     Emulation,
+    Failed,
     Failure,
     Loading,
     Message,
@@ -37,16 +41,19 @@ from flowspec.wire.messages import (
     Ready,
     Stop,
 )
-from flowspec.wire.transport import Connection, Listener, session_of
+from flowspec.wire.transport import Connection, Listener, identity_of, session_of
 from flowspec.worker.actor import Worker
+from flowspec.worker.checks import check_configure
 from flowspec.worker.hints import Hinter
-from flowspec.worker.kept import StageLoader
+from flowspec.worker.kept import Loaded, StageLoader
 from flowspec.worker.measure import LinkMeter, free_bytes, peak_memory_bytes
 
 logger = logging.getLogger("flowspec.worker")
 
 _LOADING_INTERVAL_S = 0.5
 _LONGEST_WAIT_S = 0.5
+_MAX_READ = 64  # messages between two pieces of work: a flood of strangers' takes a share of the time, and not all
+_SESSION_NAME = re.compile(r"[\w-]{1,64}", re.ASCII)
 
 
 class WorkerActor(Actor, Protocol):
@@ -80,6 +87,10 @@ class _Session:
     worker: WorkerActor | None = None  # once the stage is loaded
     ready: Ready | None = None  # what the driver will be told when the next worker is reached, and the link measured
 
+    def owns(self, identity: bytes) -> bool:
+        """Whether a connection is its driver's, or that of the worker before."""
+        return identity in (self.driver, identity_of(self.name, "data"))
+
 
 class WorkerProcess:
     """Serves sessions on one address until it is told to end."""
@@ -98,6 +109,9 @@ class WorkerProcess:
         self._poller = zmq.Poller()
         self._poller.register(self._listener.socket, zmq.POLLIN)
         self._session: _Session | None = None
+        self._last_session = ""  # the name of the one before
+        self._early: deque[tuple[bytes, list[Any]]] = deque()  # messages of our session that came while it was loading
+        self._complaints = Complaints(logger)
         self._last_alive = 0.0
 
     @property
@@ -122,8 +136,11 @@ class WorkerProcess:
         self._context.term()
 
     def _step(self) -> None:
-        """Read all that has arrived, do one piece of work, and look whether the driver lives."""
-        while (received := self._listener.receive()) is not None:
+        """Read what has arrived, do one piece of work, and look whether the driver lives."""
+        for _ in range(_MAX_READ):
+            received = self._early.popleft() if self._early else self._listener.receive()
+            if received is None:
+                break
             self._handle(*received)
         session = self._session
         sends = session.worker.on_idle() if session is not None and session.worker is not None else None
@@ -138,29 +155,40 @@ class WorkerProcess:
             self._poller.poll(int(wait_s * 1000))
 
     def _handle(self, identity: bytes, frames: list[Any]) -> None:
-        session, sender = self._session, session_of(identity)
-        is_ours = session is not None and sender == session.name
-        try:
-            message = self._listener.decode(frames)
-        except ProtocolError as error:
-            if is_ours:
-                raise
-            logger.warning("dropped a message from a stranger: %s", error)
+        session = self._session
+        if session is None or not session.owns(identity):
+            self._handle_stranger(identity, frames)
             return
-        match message:
-            case Configure() if session is None:
-                self._begin(sender, identity, message)
+        match message := self._listener.decode(frames):
             case Configure():
-                self._listener.reply(identity, Busy("another driver uses this worker; try again when it has ended"))
-            case Probe() if is_ours:
+                self._listener.reply(identity, Busy(f"it has stage {session.stage} already; give each worker once"))
+            case Probe():
                 self._listener.reply(identity, Echo(message.number, time.perf_counter()))
-            case Stop() if is_ours:
+            case Stop():
                 raise _SessionOver("the driver has finished")
-            case _ if session is not None and is_ours and session.worker is not None:
+            case _ if session.worker is not None:
                 session.worker.link_bytes += 0 if identity == session.driver else sum(len(f) for f in frames)
                 self._dispatch(session.worker.on_message(message))
             case _:
-                logger.debug("dropped a %s of another session", type(message).__name__)
+                logger.debug("dropped a %s before the stage is loaded", type(message).__name__)
+
+    def _handle_stranger(self, identity: bytes, frames: list[Any]) -> None:
+        """Of another session than ours: it may ask to begin one, and nothing else."""
+        name = session_of(identity)
+        try:
+            configure = self._listener.decode_configure(frames)
+            if not _SESSION_NAME.fullmatch(name):
+                raise ProtocolError("its session has no name")
+        except ProtocolError as error:
+            if name != self._last_session:  # what was under way when it ended is no wonder
+                self._complaints.warn(f"dropped a message of {shortened(name, 40)!r}: {error}")
+            return
+        if self._session is None:
+            self._begin(name, identity, configure)
+        elif self._session.name == name:
+            self._listener.reply(identity, Busy(f"it has stage {self._session.stage} already; give each worker once"))
+        else:
+            self._listener.reply(identity, Busy("another driver uses this worker; try again when it has ended"))
 
     def _begin(self, name: str, driver: bytes, configure: Configure) -> None:
         """Load the stage, unless it is still there from the last session, and connect to the next worker.
@@ -173,25 +201,26 @@ class WorkerProcess:
                 f"worker {configure.stage} speaks protocol {PROTOCOL_VERSION}, the driver {configure.version}; "
                 "install the same flowspec version on both"
             )
+        check_configure(configure, self.endpoint)
+        if configure.emulation is not None and self._emulate is None:
+            raise UsageError(f"worker {configure.stage} plays no device; flowspec emulate starts workers of its own")
         self._tell_driver(Loading(0.0))
         if configure.next_address is not None:
             session.link = self._connect(name, configure.next_address, configure)
             session.meter = LinkMeter() if configure.emulation is None else None
-        layers = LayerRange(configure.start_layer, configure.end_layer)
-        progress = _Throttled(_LOADING_INTERVAL_S, lambda done: self._tell_driver(Loading(done)))
-        loaded = self._loader.load(configure, progress)
-        stage = loaded.stage
-        session.worker = self._make_worker(configure, layers, stage, loaded.hinter, loaded.forward_s)
+        loaded = self._loader.load(configure, _Throttled(_LOADING_INTERVAL_S, self._tell_progress))
+        session.worker = self._make_worker(configure, loaded)
         session.ready = Ready(
             configure.stage,
-            stage.weights_bytes,
+            loaded.stage.weights_bytes,
             peak_memory_bytes(),
             forward_s=loaded.forward_s,
-            slot_bytes=stage.slot_bytes,
+            slot_bytes=loaded.stage.slot_bytes,
             free_bytes=free_bytes(torch.device(self._device)),
+            fingerprint=loaded.fingerprint,
         )
         self._tell_driver(Loading(LOADED))
-        logger.info("layers %s of %s are ready", layers, configure.model)
+        logger.info("layers %d:%d of %s are ready", configure.start_layer, configure.end_layer, configure.model)
 
     def _connect(self, name: str, address: str, configure: Configure) -> Connection:
         link = Connection(self._context, address, name, "data", configure.heartbeat_s, configure.int8_wire)
@@ -199,28 +228,32 @@ class WorkerProcess:
             self._poller.register(socket, zmq.POLLIN)
         return link
 
-    def _make_worker(
-        self,
-        configure: Configure,
-        layers: LayerRange,
-        stage: Stage,
-        hinter: Hinter | None,
-        forward_s: list[tuple[int, float]],
-    ) -> WorkerActor:
-        """``forward_s``: as in ``Ready``."""
+    def _tell_progress(self, done: float) -> None:
+        """And read meanwhile: what strangers send must not pile up."""
+        self._tell_driver(Loading(done))
+        assert self._session is not None
+        for _ in range(_MAX_READ * _MAX_READ):
+            if (received := self._listener.receive()) is None:
+                break
+            if self._session.owns(received[0]):
+                self._early.append(received)
+            else:
+                self._handle_stranger(*received)
+
+    def _make_worker(self, configure: Configure, loaded: Loaded) -> WorkerActor:
         index = configure.stage
         if configure.emulation is None:
             return Worker(
-                stage,
+                loaded.stage,
                 index,
                 time.perf_counter,
-                hinter=hinter,
-                forward_s=lambda num_rows: interpolate(forward_s, num_rows),
-                layers=str(layers),
+                hinter=loaded.hinter,
+                forward_s=lambda num_rows: interpolate(loaded.forward_s, num_rows),
+                layers=f"{configure.start_layer}:{configure.end_layer}",
+                limits=loaded.limits,
             )
-        if self._emulate is None:
-            raise UsageError(f"worker {index} plays no device; flowspec emulate starts workers of its own")
-        return self._emulate(stage, index, configure.emulation, hinter)
+        assert self._emulate is not None, "checked before"
+        return self._emulate(loaded.stage, index, configure.emulation, loaded.hinter)
 
     def _tend_link(self) -> None:
         """Reach the next worker and measure the link; then tell the driver that all is ready.
@@ -262,6 +295,8 @@ class WorkerProcess:
 
     def _tell_driver(self, message: Message) -> None:
         assert self._session is not None
+        if isinstance(message, Failed):
+            self._complaints.warn(f"request {message.request_id} failed: {message.text}")
         self._last_alive = time.monotonic()
         if not self._listener.reply(self._session.driver, message):
             raise _SessionOver("the driver is gone")
@@ -281,7 +316,7 @@ class WorkerProcess:
 
     def _report(self, error: Exception) -> None:
         text = described(error)
-        logger.warning("session failed: %s", text)
+        self._complaints.warn(f"session failed: {text}")
         logger.debug("", exc_info=error)
         if self._session is not None:
             is_usage, lost_next = isinstance(error, UsageError), isinstance(error, _LinkLostError)
@@ -298,6 +333,8 @@ class WorkerProcess:
                 if socket in self._poller:
                     self._poller.unregister(socket)
             self._session.link.close()
+        self._early.clear()
+        self._last_session = "" if self._session is None else self._session.name
         self._session = None
 
 

@@ -37,6 +37,10 @@ class Requests:
         self._cached: dict[int, StageCache] = {}  # of requests that have ended
         self._ended: deque[tuple[int, int]] = deque(maxlen=_MAX_ENDED)  # whose ``End`` overtook their ``Open``, maybe
 
+    def __contains__(self, request_id: int) -> bool:
+        """Whether it is open, in whatever epoch."""
+        return request_id in self._open
+
     @property
     def num_open(self) -> int:
         return len(self._open)
@@ -68,7 +72,11 @@ class Requests:
                 pass
 
     def open(self, message: Open) -> None:
-        """Raises ``ProtocolError`` where the cache that it wants to take over is not there."""
+        """Raises ``ProtocolError`` where the cache that it wants to take over is not there, or it is open already."""
+        if (before := self._open.get(message.request_id)) is not None and before.epoch >= message.epoch:
+            raise ProtocolError(f"request {message.request_id} is open already, in epoch {before.epoch}")
+        if not {FINAL}.issuperset(message.feature_layers):
+            raise ProtocolError(f"request {message.request_id} wants outputs of layers {message.feature_layers[:20]}")
         if message.cached_by is None:
             cache = self._stage.open_cache(message.root_id)
         elif message.cached_by in self._cached:
@@ -78,8 +86,6 @@ class Requests:
             raise ProtocolError(
                 f"request {message.request_id} wants the cache of {message.cached_by}, which is not kept"
             )
-        if not {FINAL}.issuperset(message.feature_layers):
-            raise ProtocolError(f"request {message.request_id} wants outputs of layers {message.feature_layers}")
         cache.slots.limit = message.slot_limit
         is_over = (message.request_id, message.epoch) in self._ended
         self._open[message.request_id] = OpenRequest(

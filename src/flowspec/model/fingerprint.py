@@ -1,0 +1,65 @@
+"""Whether two devices hold the same model: a digest of its config and of samples of a stage's tensors.
+
+Each tensor gives its name, type, shape, and bytes spread over all of it. A fine-tune changes nearly all tensors, so the
+samples tell it from its base, and nothing large is read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from flowspec.core import LayerRange
+from flowspec.errors import ModelError, first_line
+from flowspec.model.families import EMBEDDING, layer_prefix
+from flowspec.model.loader import Checkpoint
+from flowspec.model.tensor_files import StoredTensor
+
+_NUM_SAMPLES = 8  # of a tensor, from its first bytes to its last ones
+_SAMPLE_BYTES = 8192
+_NO_WEIGHTS = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")  # say nothing of the model
+_NORM = "model.norm."
+
+
+def fingerprint(checkpoint: Checkpoint, layers: LayerRange) -> str:
+    """Of a stage; empty where some of its tensors are not on this device. Raises ``ModelError``."""
+    digest = hashlib.sha256(_config_bytes(checkpoint.config.to_dict()))
+    digest.update(checkpoint.revision.encode())
+    if not checkpoint.revision:
+        for name in _names(checkpoint, layers):
+            stored = checkpoint.stored(name)
+            if stored is None:
+                return ""
+            digest.update(f"{name} {stored.kind} {stored.shape}".encode())
+            for sample in _samples(stored):
+                digest.update(sample)
+    return digest.hexdigest()[:32]
+
+
+def _config_bytes(config: dict[str, Any]) -> bytes:
+    told = {name: value for name, value in config.items() if name not in _NO_WEIGHTS}
+    return json.dumps(told, sort_keys=True, default=str).encode()
+
+
+def _names(checkpoint: Checkpoint, layers: LayerRange) -> list[str]:
+    """Of the tensors that the stage runs."""
+    prefixes = [layer_prefix(index) for index in range(layers.start, layers.end)]
+    prefixes += [EMBEDDING] if layers.start == 0 else []
+    prefixes += [_NORM] if layers.end == checkpoint.num_layers else []
+    return sorted(name for name in checkpoint.tensor_names() if name.startswith(tuple(prefixes)))
+
+
+def _samples(stored: StoredTensor) -> Iterator[bytes]:
+    try:
+        with stored.path.open("rb") as file:
+            if stored.num_bytes <= _NUM_SAMPLES * _SAMPLE_BYTES:
+                file.seek(stored.offset)
+                yield file.read(stored.num_bytes)
+                return
+            for number in range(_NUM_SAMPLES):
+                file.seek(stored.offset + number * (stored.num_bytes - _SAMPLE_BYTES) // (_NUM_SAMPLES - 1))
+                yield file.read(_SAMPLE_BYTES)
+    except OSError as error:
+        raise ModelError(f"{stored.path} cannot be read ({first_line(error)}); check its permissions") from error
