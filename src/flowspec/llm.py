@@ -69,8 +69,8 @@ class LLM:
     Args:
         model: a directory, a .gguf file, a hub name (``owner/model``), ``"smollm2"`` once that was fetched, or
             ``"demo"``.
-        draft: ``"auto"`` (the head that belongs to the model, else n-grams), ``"none"``, ``"ngram"``, the directory of
-            an EAGLE head, or a draft source of your own.
+        draft: ``"auto"`` (the head that belongs to the model where it pays, else n-grams), ``"none"``, ``"ngram"``, the
+            directory of an EAGLE head, or a draft source of your own.
         draft_dtype: ``"int8"`` quantises the weights of a draft head, which are then read faster; guesses may get
             slightly worse, the text stays the same. ``"auto"`` is ``dtype``, or int8 where ``weights`` are integers.
         stages: how many stages, 4 at most by default; the layers are shared out evenly.

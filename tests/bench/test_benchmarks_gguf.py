@@ -9,8 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from gguf import GGMLQuantizationType as Kind
 
+from flowspec.model.backends import open_checkpoint
+from flowspec.model.eagle_head import EagleHead
+from flowspec.train.eagle import head_config
 from tiny_gguf import write_text_gguf
 
 pytest.importorskip("openvino")
@@ -48,3 +52,17 @@ def test_the_quality_benchmark_prints_json(model: Path) -> None:
     exact, int8, int4 = (figures["weights"][name] for name in ("float", "int8", "int4"))
     assert exact["same_best_token"] == 1 and int8["same_best_token"] > 0.9 and 0 < int4["same_best_token"] < 1
     assert abs(int8["perplexity"] / exact["perplexity"] - 1) < 0.05
+
+
+def test_the_chat_draft_benchmark_prints_json(model: Path, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(model)
+    head = EagleHead(head_config(checkpoint.config), torch.zeros(checkpoint.vocab_size, checkpoint.config.hidden_size))
+    head.token_ids = torch.arange(0, checkpoint.vocab_size, 2)
+    head.save(tmp_path / "draft")
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("the old man\nand the sea\n")
+    sizes = ("--num-prompts", "2", "--max-new-tokens", "12", "--temperatures", "0,1")
+    found = run("chat_draft.py", str(model), "--draft", str(tmp_path / "draft"), "--prompts", str(prompts), *sizes)
+    assert [row["temperature"] for row in found["figures"]] == [0.0, 1.0]
+    for row in found["figures"]:
+        assert row["tokens_per_pass"] >= 1 and len(row["top_1_by_level"]) == 8

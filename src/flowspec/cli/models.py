@@ -11,7 +11,7 @@ from flowspec.cli.options import Verbose
 from flowspec.cli.terminal import errors_in_one_line, print_table, progress_bar, stdout
 from flowspec.errors import UsageError
 from flowspec.model.demo_pair import DEMO, demo_directory, demo_draft_directory
-from flowspec.model.fetched import FETCHED, fetch
+from flowspec.model.fetched import FETCHED, fetch, is_for_own_devices
 
 models = typer.Typer(rich_markup_mode=None)
 
@@ -26,6 +26,8 @@ def show(context: typer.Context) -> None:
         if model.is_cached:
             directory = model.path.parent
             draft = "head" if (model.draft_directory / "config.json").is_file() else "ngram"
+            if draft == "head" and is_for_own_devices(model.draft_directory):
+                draft = "head for --workers, ngram here"
             cells.append([model.name, _megabytes(directory), draft, str(directory)])
     size = _megabytes(demo_directory(), demo_draft_directory())
     cells.append([DEMO, size, "head", str(demo_directory())])

@@ -12,6 +12,7 @@ from flowspec.draft.ngram import NgramSource
 from flowspec.errors import UsageError
 from flowspec.model.backends import load_head
 from flowspec.model.eagle_head import EagleHead
+from flowspec.model.fetched import is_for_own_devices
 from flowspec.model.int8 import Int8TargetHead, can_quantize, quantize_head
 from flowspec.model.loader import Checkpoint
 from flowspec.model.target_head import FewTokensHead, LogitsHead, TargetHead
@@ -21,15 +22,16 @@ ChosenDraft: TypeAlias = Literal["none", "ngram"] | Path | DraftSource
 
 
 def choose_draft(
-    checkpoint: Checkpoint, draft: str | Path | DraftSource, draft_dtype: DraftDType = "auto"
+    checkpoint: Checkpoint, draft: str | Path | DraftSource, draft_dtype: DraftDType = "auto", is_local: bool = False
 ) -> ChosenDraft:
     """Find what is meant, without loading it; ``auto`` is the head that belongs to the model, else n-grams.
 
+    ``is_local``: all workers are on the driver's machine, where not every head pays.
     Raises ``UsageError``, also for int8 where there is no head.
     """
     if draft_dtype not in get_args(DraftDType):
         raise UsageError(f"draft_dtype is {draft_dtype!r}; it must be 'auto' or 'int8'")
-    chosen = _find_draft(checkpoint, draft)
+    chosen = _find_draft(checkpoint, draft, is_local)
     if draft_dtype == "int8" and not isinstance(chosen, Path):
         name = chosen if isinstance(chosen, str) else chosen.name
         raise UsageError(
@@ -38,7 +40,7 @@ def choose_draft(
     return chosen
 
 
-def _find_draft(checkpoint: Checkpoint, draft: str | Path | DraftSource) -> ChosenDraft:
+def _find_draft(checkpoint: Checkpoint, draft: str | Path | DraftSource, is_local: bool) -> ChosenDraft:
     if not isinstance(draft, (str, Path)):
         return draft
     match str(draft):
@@ -48,7 +50,8 @@ def _find_draft(checkpoint: Checkpoint, draft: str | Path | DraftSource) -> Chos
             return "ngram"
         case "auto":
             own = checkpoint.draft_directory
-            return own if (own / "config.json").is_file() else "ngram"
+            is_of_use = (own / "config.json").is_file() and not (is_local and is_for_own_devices(own))
+            return own if is_of_use else "ngram"
         case name:
             directory = Path(name).expanduser()
             if not directory.is_dir():

@@ -64,7 +64,7 @@ def open_engine(spec: EngineSpec) -> Engine:
     where = PipelineSpec(
         checkpoint, partition, spec.workers, spec.in_process, spec.dtype, spec.device, weights, spec.link, spec.names
     )
-    draft = choose_draft(checkpoint, spec.draft, spec.draft_dtype)
+    draft = choose_draft(checkpoint, spec.draft, spec.draft_dtype, is_local=spec.workers is None)
     hints = where.num_parallel == len(partition) if spec.hints is None else spec.hints
     if hints and isinstance(draft, Path):
         where = replace(where, hints=draft_for_workers(draft))

@@ -101,6 +101,15 @@ def draft_directory_of(path: Path) -> Path:
     return found[0] if found else path.parent / "draft"
 
 
+def is_for_own_devices(draft: Path) -> bool:
+    """Whether a draft head pays only where workers do not share the driver's machine.
+
+    Such are those that ship: the models that are fetched are so small that guesses for nothing beat better ones, as
+    long as a token's way through the stages is short. ``flowspec bench --draft DIR`` measures it.
+    """
+    return any(draft == model.draft_directory != model.path.parent / "draft" for model in FETCHED.values())
+
+
 def talking_model() -> str:
     """The model for conversations where the user names none: one that talks, if it was fetched, else the toy."""
     return SMOLLM2 if FETCHED[SMOLLM2].is_cached else DEMO

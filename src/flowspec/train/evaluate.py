@@ -201,7 +201,7 @@ def _measure(
     features = hidden_states[-1]
     num_tokens = num_passes = 0
     for row_ids, row_features in zip(token_ids, features, strict=True):
-        run_tokens, run_passes = _run_with_trees(head, lm_head, row_ids, row_features, config)
+        run_tokens, run_passes = run_with_trees(head, lm_head, row_ids, row_features, config)
         num_tokens += run_tokens
         num_passes += run_passes
     draft_ranks = _draft_ranks(head, lm_head, token_ids, features, config)
@@ -306,7 +306,7 @@ def _share(hits: Tensor) -> float:
     return hits.float().mean().item() if hits.numel() else 0.0
 
 
-def _run_with_trees(
+def run_with_trees(
     head: EagleHead, lm_head: torch.nn.Module, token_ids: Tensor, features: Tensor, config: EvaluationConfig
 ) -> tuple[int, int]:
     """New tokens and target passes of one text [T] with features [T, H], a fresh tree for every pass."""
