@@ -72,7 +72,8 @@ class Server:
 
     @property
     def num_running(self) -> int:
-        return httpx.get(f"{self.url}/health?verbose=1", timeout=10).json()["running"]
+        headers = {"authorization": f"Bearer {KEY}"}
+        return httpx.get(f"{self.url}/health?verbose=1", headers=headers, timeout=10).json()["running"]
 
     def complete(self, prompt: str, max_tokens: int) -> str:
         body = {"prompt": prompt, "max_tokens": max_tokens, "temperature": 0}

@@ -126,7 +126,9 @@ def test_two_connections_with_one_name_do_not_abort_the_worker(
         older.send_frames(b"4")
         older.close(linger_s=0.2)
         time.sleep(0.1)
+        time.sleep(1.2 if heartbeat_ms == 0 else 0)
         younger.close()
+    time.sleep(2.5)  # the worker's own heartbeat
     end(begin(context, worker.address, checkpoint_dir("llama"), "after"))
 
 

@@ -9,13 +9,13 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from flowspec.config import MAX_HEARTBEAT_S, MIN_HEARTBEAT_S
 from flowspec.core import MAX_ROWS, MAX_RUNNING
 from flowspec.errors import ProtocolError, UsageError, shortened
-from flowspec.model.loader import Checkpoint
 from flowspec.model.slots import SlotTable
 from flowspec.model.stage import Stage
 from flowspec.wire.messages import (
@@ -33,6 +33,9 @@ from flowspec.wire.messages import (
 )
 from flowspec.wire.transport import tcp_endpoint
 from flowspec.worker.requests import RequestMessage, Requests
+
+if TYPE_CHECKING:
+    from flowspec.model.loader import Checkpoint  # with it comes transformers, which simulations do without
 
 _MAX_STAGES = 4096
 _MAX_NAME_LEN = 4096  # as of a path
