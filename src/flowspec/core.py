@@ -30,7 +30,7 @@ class Ending(Enum):
 
 FINAL = -1  # in place of a layer's index: the hidden states behind the last layer and the final norm
 MAX_SEED = 2**64 - 1
-MAX_ROWS = 4096  # of a segment, and of what a request holds uncommitted at a worker: masks grow with their square
+MAX_ROWS = 8192  # of a segment, and of what a request holds uncommitted at a worker: masks grow with their square
 MAX_RUNNING = 1024  # requests at once
 MAX_LOGPROBS = 20
 MAX_STOPS = 16
