@@ -34,6 +34,7 @@ CONFINED = {
     "transformers": {"model", "train", "engine"},
     "huggingface_hub": {"model"},
     "openvino": {"model.openvino_graph"},
+    "numba": {"model.slot_kernel"},
     "gguf": {"model"},
 }
 

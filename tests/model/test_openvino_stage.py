@@ -174,7 +174,7 @@ def test_halves_on_the_way_are_the_same_for_every_partition(checkpoint_dir: Call
         rows = torch.tensor([3, 1, 4, 1, 5])
         for layers in Partition.parse(partition).stages:
             stage = OpenVinoStage.load(checkpoint, layers, "bfloat16", 8)
-            assert stage.dtype == torch.bfloat16 and stage.slot_bytes == 2 * 2 * 2 * 8 * len(layers)
+            assert stage.dtype == torch.bfloat16 and stage.slot_bytes == 4 * 2 * 2 * 8 * len(layers)
             cache = stage.open_cache()
             rows = forward(stage, rows, cache.slots.append_prefix(range(5)), cache)
         texts.append(rows)
@@ -217,9 +217,7 @@ def test_what_this_machine_lacks_is_an_error(
     with pytest.raises(UsageError, match="int8 weights are for processors, and the device is cuda:0"):
         choose_weights(checkpoint, "int8", "cuda:0")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(
-        UsageError, match=r"int8 weights need OpenVINO, which is not installed; install flowspec\[cpu\]"
-    ):
+    with pytest.raises(UsageError, match=r"int8 weights need OpenVINO and numba, .*; install flowspec\[cpu\]"):
         choose_weights(checkpoint, "int8", "cpu")
 
 

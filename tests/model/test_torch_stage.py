@@ -207,10 +207,10 @@ def test_a_missing_window_would_be_noticed(windowed: Reference, tmp_path: Path) 
 def test_a_window_over_slots_instead_of_positions_would_be_noticed(
     windowed: Reference, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def by_slot(part: Part, window: int | None, device: torch.device) -> Any:
+    def by_slot(part: Part, window: int | None) -> Any:
         table = part.cache.slots
         positions, table.positions = table.positions, np.arange(table.capacity)
-        mask = masks_of(part, window, device)
+        mask = masks_of(part, window)
         table.positions = positions
         return mask
 

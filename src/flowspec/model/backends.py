@@ -59,12 +59,12 @@ def choose_weights(checkpoint: Checkpoint, weights: Weights, device: str) -> Wei
 
 
 def _has_kernels() -> bool:
-    return importlib.util.find_spec("openvino") is not None
+    return all(importlib.util.find_spec(name) is not None for name in ("openvino", "numba"))
 
 
 def _check_kernels(weights: Weights) -> None:
     if weights in _BITS and not _has_kernels():
-        raise UsageError(f"{weights} weights need OpenVINO, which is not installed; install flowspec[cpu]")
+        raise UsageError(f"{weights} weights need OpenVINO and numba, which are not installed; install flowspec[cpu]")
 
 
 def load_stage(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from flowspec.model.families import FAMILIES, FULL, SLIDING
@@ -31,6 +32,11 @@ class AttentionShape:
     group: int  # query heads that share a key head
     head_dim: int
 
+    @property
+    def num_heads(self) -> int:
+        """Of queries."""
+        return self.num_kv_heads * self.group
+
     @classmethod
     def of(cls, config: PreTrainedConfig, layers: LayerRange) -> AttentionShape:
         types = FAMILIES[config.model_type].layer_types(config)[layers.start : layers.end]
@@ -48,18 +54,13 @@ class LayersStage:
     """The layers ``[start, end)`` of a model. It keeps nothing between segments but its weights."""
 
     def __init__(self, config: PreTrainedConfig, layers: LayerRange, dtype: torch.dtype) -> None:
-        """``dtype``: of hidden states, keys and values."""
+        """``dtype``: of hidden states."""
         self.layers = layers
         self.hidden_size: int = config.hidden_size
         self.is_first = layers.start == 0
         self.is_last = layers.end == config.num_hidden_layers
         self.dtype = dtype
         self.attention = AttentionShape.of(config, layers)
-        self.slot_bytes = self.attention.slot_bytes(dtype)
-
-    def open_cache(self, root_id: int | None = None) -> KVCache:
-        """An empty cache for one request."""
-        return KVCache(self.layers.start, len(self.layers), root_id)
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class ForwardRows:
         """Not of a part without rows."""
         positions = np.concatenate([part.cache.slots.positions[part.slots] for part in parts])
         all_masks = [
-            {name: mask.repeat(1, 1, shape.group, 1) for name, mask in masks_of(part, shape.window, device).items()}
+            {name: _by_heads(mask, shape.group, device) for name, mask in masks_of(part, shape.window).items()}
             for part in parts
         ]
         for part in parts:
@@ -89,11 +90,16 @@ class ForwardRows:
         return cls(inputs.to(device), torch.from_numpy(positions)[None].to(device), masks, cache)
 
 
-def masks_of(part: Part, window: int | None, device: torch.device) -> dict[str, Any]:
-    """By type of layer [1, 1, n, high_water]; a window counts positions, since slots have no order."""
+def masks_of(part: Part, window: int | None) -> dict[str, NDArray[np.bool_]]:
+    """By type of layer [n, high_water]; a window counts positions, since slots have no order."""
     table: SlotTable = part.cache.slots
     masks = {FULL: table.rows_mask(part.slots)}
     if window is not None:
         distances = table.positions[part.slots][:, None] - table.positions[: table.high_water]
         masks[SLIDING] = masks[FULL] & (distances < window)
-    return {name: torch.from_numpy(rows)[None, None].to(device) for name, rows in masks.items()}
+    return masks
+
+
+def _by_heads(mask: NDArray[np.bool_], group: int, device: torch.device) -> Tensor:
+    """[n, slots] -> [1, 1, group * n, slots], as ``attention.attend`` takes it."""
+    return torch.from_numpy(mask).to(device).repeat(1, 1, group, 1)

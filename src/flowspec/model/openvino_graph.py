@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any, TypeAlias
 
@@ -31,7 +31,6 @@ Model: Any = openvino.Model  # whose stubs do not fit themselves
 
 CUT = "flowspec-cut"  # the name, at transformers, of an attention at which layers are cut
 
-Arrays: TypeAlias = list[NDArray[np.float32]]
 Weight: TypeAlias = Tensor | PackedWeight
 
 _EXAMPLE_ROWS = 3
@@ -39,8 +38,17 @@ _EXAMPLE_ROWS = 3
 _ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 
 
+class Buffer:
+    """Rows that graphs read and write in place."""
+
+    def __init__(self, *shape: int) -> None:
+        """[n, ...], of zeros."""
+        self.rows: NDArray[np.float32] = np.zeros(shape, dtype=np.float32)
+        self.tensor = openvino.Tensor(self.rows, shared_memory=True)
+
+
 class Graph:
-    """One compiled graph; its results are overwritten by the next call."""
+    """One compiled graph."""
 
     def __init__(self, model: Any, widths: Sequence[int], threads: int) -> None:
         """``model``: of OpenVINO, with a dynamic number of rows. ``widths``: of its inputs.
@@ -55,16 +63,28 @@ class Graph:
             "DYNAMIC_QUANTIZATION_GROUP_SIZE": GROUP,
         }
         self._request = _core().compile_model(model, "CPU", options).create_infer_request()
-        self._num_results = len(model.outputs)
+        self._inputs: list[Buffer | None] = [None] * len(widths)
+        self._results: list[Buffer | None] = [None] * len(model.outputs)
+        self._shapes = [[size.get_length() for size in list(each.partial_shape)[1:]] for each in model.outputs]
         for count in _ROWS:
-            self([np.zeros((count, width), dtype=np.float32) for width in widths])
+            self([Buffer(count, width) for width in widths], self.results(count))
 
-    def __call__(self, inputs: Arrays) -> Arrays:
-        """``inputs``: contiguous. Neither they nor the results are copied."""
-        for index, rows in enumerate(inputs):
-            self._request.set_input_tensor(index, openvino.Tensor(rows, shared_memory=True))
+    def results(self, count: int) -> list[Buffer]:
+        """New buffers for the results of so many rows."""
+        return [Buffer(count, *shape) for shape in self._shapes]
+
+    def __call__(self, inputs: Sequence[Buffer], results: Sequence[Buffer]) -> None:
+        """Buffers of as many rows, none of them twice. Only those that are not the last call's cost time to name."""
+        _bind(self._request.set_input_tensor, self._inputs, inputs)
+        _bind(self._request.set_output_tensor, self._results, results)
         self._request.infer()
-        return [self._request.get_output_tensor(index).data for index in range(self._num_results)]
+
+
+def _bind(name: Callable[[int, openvino.Tensor], None], bound: list[Buffer | None], buffers: Sequence[Buffer]) -> None:
+    for index, buffer in enumerate(buffers):
+        if bound[index] is not buffer:
+            name(index, buffer.tensor)
+            bound[index] = buffer
 
 
 def filled_up(num_rows: int) -> int:

@@ -1,31 +1,32 @@
-"""A stage on a processor's integer kernels: OpenVINO graphs between attentions, which are torch's, over the slots.
+"""A stage on a processor's integer kernels: OpenVINO graphs between attentions, which are our own kernel's.
 
 The rows of a segment do not change each other's bits, whatever slots they have: what plain decoding with the same
-weights gives, every schedule gives. The graphs compute in float32; ``dtype`` is that of hidden states and caches.
+weights gives, every schedule gives. All is computed, and cached, in float32; ``dtype`` is that of hidden states between
+stages.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from flowspec.core import DType, LayerRange
-from flowspec.model.attention import attend
 from flowspec.model.families import EMBEDDING, PREFIX, layer_prefix
-from flowspec.model.forward_rows import ForwardRows, LayersStage
-from flowspec.model.openvino_graph import CUT, Between, Graph, Template, Weight, filled_up, linear
+from flowspec.model.forward_rows import LayersStage, masks_of
+from flowspec.model.openvino_graph import CUT, Between, Buffer, Graph, Template, Weight, filled_up, linear
 from flowspec.model.packed import Bits
+from flowspec.model.slot_cache import Paths, SlotCache
 from flowspec.model.source import TensorSource
-from flowspec.model.stage import Part
+from flowspec.model.stage import Part, forward
 from flowspec.model.stage_weights import bare_model, check_nothing_ignored, checked_config, rotary_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
-
-_CPU = torch.device("cpu")
 
 
 class OpenVinoStage(LayersStage):
@@ -42,11 +43,13 @@ class OpenVinoStage(LayersStage):
     ) -> None:
         """Use ``load`` to make a stage. ``embedding`` [V, H]: of the first one."""
         super().__init__(config, layers, getattr(torch, dtype))
+        self.slot_bytes = self.attention.slot_bytes(torch.float32)
         self.weights_bytes = graphs.weights_bytes + (0 if embedding is None else embedding.nbytes)
         self._graphs = graphs.compiled
         self._scaling = graphs.scaling
         self._embedding = embedding
         self._rotary = rotary
+        self._buffers: dict[int, _Buffers] = {}  # by their number of rows
 
     @classmethod
     def load(
@@ -65,7 +68,15 @@ class OpenVinoStage(LayersStage):
         model = bare_model(config, CUT)
         graphs = _Graphs(source, layers, bits, model, progress)
         embedding = source.load_embedding(dtype, "cpu") if layers.start == 0 else None
-        return cls(config, layers, dtype, graphs, embedding, rotary_of(model, config))
+        stage = cls(config, layers, dtype, graphs, embedding, rotary_of(model, config))
+        row = torch.zeros(1, stage.hidden_size) if layers.start else torch.zeros(1, dtype=torch.long)
+        cache = stage.open_cache()
+        forward(stage, row, cache.slots.append_prefix([0]), cache)  # it has the attention kernel compiled, or read
+        return stage
+
+    def open_cache(self, root_id: int | None = None) -> SlotCache:
+        """An empty cache for one request."""
+        return SlotCache(len(self.layers), self.attention.num_kv_heads, self.attention.head_dim, root_id)
 
     @torch.inference_mode()
     def steps(self, parts: Sequence[Part]) -> Generator[Tensor | None]:
@@ -73,20 +84,70 @@ class OpenVinoStage(LayersStage):
         if not len(parts[0].slots):
             yield torch.empty(0, self.hidden_size, dtype=self.dtype)
             return
-        rows = ForwardRows.of(parts, self.attention, _CPU)
-        num_rows = len(rows.inputs)
-        hidden = rows.inputs if self._embedding is None else self._embedding[rows.inputs]
-        cos, sin = (_filled(part[0]) for part in self._rotary(torch.empty(0), rows.positions))
-        states = _filled(hidden.float())
-        heads = self._graphs[0]([states, cos, sin])
-        for index, (graph, layer_type) in enumerate(zip(self._graphs[1:], self.attention.types, strict=True)):
+        requests = _rows_of(parts, self.attention.window)
+        inputs = torch.cat([part.inputs for part in parts])
+        positions = torch.cat([torch.from_numpy(part.cache.slots.positions[part.slots]) for part in parts])
+        num_rows = len(inputs)
+        buffers = self._buffers_for(num_rows)
+        _fill(buffers.hidden[0], inputs if self._embedding is None else self._embedding[inputs])
+        for buffer, part in zip(buffers.rotation, self._rotary(torch.empty(0), positions[None]), strict=True):
+            _fill(buffer, part[0])
+        first, *others = self._graphs
+        first([buffers.hidden[0], *buffers.rotation], buffers.heads)
+        for index, (graph, layer_type) in enumerate(zip(others, self.attention.types, strict=True)):
             if index:
                 yield None
-            query, key, value = (torch.from_numpy(part)[:num_rows].transpose(0, 1)[None] for part in heads)
-            keys, values = rows.cache.update(key.to(self.dtype), value.to(self.dtype), self.layers.start + index)
-            attended = attend(query, keys, values, rows.masks[layer_type], self._scaling, is_order_free=True)
-            states, *heads = graph([states, _filled(attended.reshape(num_rows, -1)), cos, sin])
-        yield torch.from_numpy(states)[:num_rows].to(self.dtype, copy=True)
+            for request in requests:
+                request.attend(index, layer_type, buffers, self._scaling)
+            before, after = buffers.hidden[index % 2], buffers.hidden[(index + 1) % 2]
+            following = buffers.heads if index + 1 < len(others) else []
+            graph([before, buffers.attended, *buffers.rotation], [after, *following])
+        hidden = buffers.hidden[len(others) % 2]
+        yield torch.from_numpy(hidden.rows)[:num_rows].to(self.dtype, copy=True)
+
+    def _buffers_for(self, num_rows: int) -> _Buffers:
+        count = filled_up(num_rows)
+        if count not in self._buffers:
+            shape = self.attention
+            hidden = Buffer(count, self.hidden_size), Buffer(count, self.hidden_size)
+            rotation = Buffer(count, shape.head_dim), Buffer(count, shape.head_dim)
+            attended = Buffer(count, shape.num_heads * shape.head_dim)
+            self._buffers[count] = _Buffers(hidden, rotation, self._graphs[0].results(count), attended)
+        return self._buffers[count]
+
+
+class _Buffers(NamedTuple):
+    """What graphs read and write in a forward, for one number of rows; more of these than it has do not matter."""
+
+    hidden: tuple[Buffer, Buffer]  # one is read while the other is written
+    rotation: tuple[Buffer, Buffer]  # cosines and sines
+    heads: list[Buffer]  # queries, keys and values
+    attended: Buffer
+
+
+class _RequestRows(NamedTuple):
+    """The rows of one request in a forward."""
+
+    rows: slice
+    slots: NDArray[np.int64]
+    paths: dict[str, Paths]  # by type of layer
+    cache: SlotCache
+
+    def attend(self, layer: int, layer_type: str, buffers: _Buffers, scaling: float) -> None:
+        query, key, value = (buffer.rows[self.rows] for buffer in buffers.heads)
+        attended = buffers.attended.rows[self.rows]
+        self.cache.attend(layer, (query, key, value), self.slots, self.paths[layer_type], scaling, attended)
+
+
+def _rows_of(parts: Sequence[Part], window: int | None) -> list[_RequestRows]:
+    requests: list[_RequestRows] = []
+    end = 0
+    for part in parts:
+        begin, end = end, end + len(part.slots)
+        positions = part.cache.slots.positions
+        paths = {name: Paths.of(mask, positions) for name, mask in masks_of(part, window).items()}
+        requests.append(_RequestRows(slice(begin, end), part.slots, paths, part.cache))
+    return requests
 
 
 class OpenVinoHead:
@@ -102,8 +163,11 @@ class OpenVinoHead:
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """[n, H] -> [n, V]."""
-        (logits,) = self._graph([_filled(hidden.cpu().float())])
-        return torch.from_numpy(logits)[: len(hidden)].clone()
+        rows = Buffer(filled_up(len(hidden)), hidden.shape[1])
+        _fill(rows, hidden.cpu())
+        (logits,) = self._graph.results(len(rows.rows))
+        self._graph([rows], [logits])
+        return torch.from_numpy(logits.rows)[: len(hidden)]
 
 
 class _Graphs:
@@ -174,9 +238,5 @@ def _template(between: Between, attention: Any, source: TensorSource) -> Templat
     return _templates[key]
 
 
-def _filled(rows: Tensor) -> Any:
-    """Rows [n, ...] as an array, with as many behind them as a graph wants."""
-    count = filled_up(len(rows))
-    if count > len(rows):
-        rows = torch.cat([rows, rows.new_zeros(count - len(rows), *rows.shape[1:])])
-    return rows.contiguous().numpy()
+def _fill(buffer: Buffer, rows: Tensor) -> None:
+    torch.from_numpy(buffer.rows)[: len(rows)] = rows

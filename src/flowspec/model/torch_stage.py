@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from flowspec.core import DType, LayerRange
 from flowspec.model.forward_rows import ForwardRows, LayersStage
-from flowspec.model.kv_cache import CACHE_ARGUMENT
+from flowspec.model.kv_cache import CACHE_ARGUMENT, KVCache
 from flowspec.model.source import TensorSource
 from flowspec.model.stage import Part
 from flowspec.model.stage_weights import checked_config, load_modules
@@ -30,6 +30,7 @@ class TorchStage(LayersStage):
         weight = next(modules.parameters())
         super().__init__(config, layers, weight.dtype)
         self.device = weight.device
+        self.slot_bytes = self.attention.slot_bytes(weight.dtype)
         self.weights_bytes = sum(weight.nbytes for weight in modules.parameters())
         self._layers = list(modules["layers"].children())
         self._embedding = modules["embed_tokens"] if self.is_first else None
@@ -51,6 +52,10 @@ class TorchStage(LayersStage):
         """
         config = checked_config(source, layers)
         return cls(config, layers, load_modules(source, config, layers, dtype, device, progress))
+
+    def open_cache(self, root_id: int | None = None) -> KVCache:
+        """An empty cache for one request."""
+        return KVCache(self.layers.start, len(self.layers), root_id)
 
     @torch.inference_mode()
     def steps(self, parts: Sequence[Part]) -> Generator[Tensor | None]:

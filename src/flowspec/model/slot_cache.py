@@ -1,0 +1,85 @@
+"""Keys and values of one request for ``slot_kernel``, and what the rows of a segment see of them."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flowspec.model import slot_kernel
+from flowspec.model.slot_kernel import BLOCK, UNROLL
+from flowspec.model.slots import SlotTable
+
+Floats = NDArray[np.float32]
+
+
+class Paths(NamedTuple):
+    """What rows see: row i the slots ``slots[starts[i]:starts[i + 1]]``, by position."""
+
+    starts: NDArray[np.int64]  # [n + 1]
+    slots: NDArray[np.int32]
+    num_shared: int  # so many of its first ones are the same for all rows
+
+    @classmethod
+    def of(cls, mask: NDArray[np.bool_], positions: NDArray[np.int64]) -> Paths:
+        """``mask``: of n rows over all slots, [n, slots]; ``positions``: by slot."""
+        order = np.argsort(positions[: mask.shape[1]], kind="stable")
+        by_position = mask[:, order]
+        rows, places = np.nonzero(by_position)
+        starts = np.searchsorted(rows, np.arange(len(mask) + 1))
+        num_seeing = by_position.sum(axis=0)
+        seen_by_all = num_seeing == len(mask)
+        is_first_part = np.cumsum((num_seeing > 0) & ~seen_by_all) == 0
+        num_shared = int((seen_by_all & is_first_part).sum())
+        return cls(starts, order[places].astype(np.int32), num_shared)
+
+
+class SlotCache:
+    """Keys and values of one request in the layers of one stage, in float32, in the form that the kernel reads.
+
+    The table decides which slot a row has. Arrays are made at a layer's first row and grown with the table; dead slots
+    are reused and never given back.
+    """
+
+    def __init__(self, num_layers: int, num_kv_heads: int, head_dim: int, root_id: int | None = None) -> None:
+        self.slots = SlotTable(root_id)
+        parts = -(-head_dim // UNROLL)
+        self._keys: list[Floats] = [np.zeros((num_kv_heads, 0, parts, UNROLL, BLOCK), np.float32)] * num_layers
+        self._values: list[Floats] = [np.zeros((num_kv_heads, 0, head_dim), np.float32)] * num_layers
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(array.nbytes for array in (*self._keys, *self._values))
+
+    def attend(
+        self,
+        layer: int,
+        heads: tuple[Floats, Floats, Floats],
+        slots: NDArray[np.int64],
+        paths: Paths,
+        scaling: float,
+        attended: Floats,
+    ) -> None:
+        """Write the rows of a segment into their slots of a layer, and what they see there into ``attended``.
+
+        ``layer``: counted within the stage. ``heads``: queries [n, heads, d], keys and values [n, kv_heads, d].
+        ``attended`` [n, heads * d].
+        """
+        self._grow(layer)
+        keys, values = self._keys[layer], self._values[layer]
+        slot_kernel.attend(*heads, slots, *paths, keys, values, scaling, attended)
+
+    def _grow(self, layer: int) -> None:
+        num_blocks = -(-self.slots.capacity // BLOCK)
+        self._keys[layer] = _with_length(self._keys[layer], num_blocks)
+        self._values[layer] = _with_length(self._values[layer], num_blocks * BLOCK)
+
+
+def _with_length(array: Any, length: int) -> Any:
+    """With so many blocks or slots in its second axis, new ones with zeros, as what the kernel may read must be."""
+    if array.shape[1] == length:
+        return array
+    grown = np.zeros((array.shape[0], length, *array.shape[2:]), array.dtype)
+    grown[:, : array.shape[1]] = array
+    return grown
