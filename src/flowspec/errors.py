@@ -81,6 +81,12 @@ class NumericalError(RequestError):
     """The model's numbers have overflowed or are damaged: no token can be chosen by them."""
 
 
+def require(is_so: bool, problem: str) -> None:
+    """Raises ``ProtocolError`` where it is not so."""
+    if not is_so:
+        raise ProtocolError(problem)
+
+
 def described(error: Exception) -> str:
     """In one text: an error of ours says all, any other one needs its type."""
     return str(error) if isinstance(error, FlowspecError) else f"{type(error).__name__}: {error}"

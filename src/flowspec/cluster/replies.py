@@ -12,7 +12,7 @@ from itertools import pairwise
 
 import torch
 
-from flowspec.errors import ProtocolError
+from flowspec.errors import ProtocolError, require
 from flowspec.wire.messages import (
     Broken,
     Echo,
@@ -49,60 +49,55 @@ class Replies:
             case Ready():
                 self._check_ready(message, stage)
             case Loading():
-                _require(0 <= message.fraction <= 1, f"it has loaded {message.fraction} of its stage")
+                require(0 <= message.fraction <= 1, f"it has loaded {message.fraction} of its stage")
             case Broken() | Failed():
-                _require(message.stage == stage, f"it speaks for worker {message.stage}")
+                require(message.stage == stage, f"it speaks for worker {message.stage}")
             case Echo():
-                _require(math.isfinite(message.clock_s), f"its clock shows {message.clock_s}")
+                require(math.isfinite(message.clock_s), f"its clock shows {message.clock_s}")
             case Stamped():
                 raise ProtocolError("it plays a device of an emulated cluster")
             case _:
                 pass
 
     def _check_result(self, result: Result, stage: int) -> None:
-        _require(stage == self.num_stages, "it sends results, and only the last one does")
+        require(stage == self.num_stages, "it sends results, and only the last one does")
         shape, ids = tuple(result.hidden.shape), result.node_ids
-        _require(
+        require(
             shape == (len(ids), self.hidden_size) and result.hidden.dtype == self.dtype,
             f"its hidden states are {result.hidden.dtype} {list(shape)}, not {self.dtype} of width {self.hidden_size}",
         )
-        _require(all(left < right for left, right in pairwise(ids)), "the node ids of a result do not grow")
-        _require(not ids or 0 <= ids[0] <= ids[-1] < _MAX_COUNT, "a result has a node id that is none")
-        _require(result.num_prefix >= 0, f"a result has {result.num_prefix} prefix rows")
+        _check_ids(ids, "result")
+        require(result.num_prefix >= 0, f"a result has {result.num_prefix} prefix rows")
         self._check_timings(result.timings)
 
     def _check_timings(self, timings: Sequence[Timing]) -> None:
         stages = [timing.stage for timing in timings]
-        _require(stages == list(range(1, self.num_stages + 1)), f"a result's timings are of the stages {stages[:20]}")
+        require(stages == list(range(1, self.num_stages + 1)), f"a result's timings are of the stages {stages[:20]}")
         for timing in timings:
             is_time = math.isfinite(timing.start_s) and timing.start_s <= timing.end_s < math.inf
             is_count = 0 <= timing.num_rows <= timing.num_shared < _MAX_COUNT and 0 <= timing.link_bytes < _MAX_COUNT
-            _require(is_time and is_count, f"a result has the impossible timing {tuple(timing)}")
+            require(is_time and is_count, f"a result has the impossible timing {tuple(timing)}")
 
     def _check_hint(self, hint: Hint, stage: int) -> None:
-        _require(stage < self.num_stages, "it sends hints, and the last one has none")
-        ids = hint.node_ids
-        _require(all(left < right for left, right in pairwise(ids)), "the node ids of a hint do not grow")
-        _require(not ids or 0 <= ids[0] <= ids[-1] < _MAX_COUNT, "a hint has a node id that is none")
+        require(stage < self.num_stages, "it sends hints, and the last one has none")
+        _check_ids(hint.node_ids, "hint")
         for tokens, logprobs in zip(hint.token_ids, hint.logprobs, strict=True):
-            _require(len(tokens) <= _MAX_HINTS, f"a hint names {len(tokens)} tokens for one row")
-            _require(all(0 <= token < self.vocab_size for token in tokens), "a hint names a token that is none")
-            _require(not any(math.isnan(logprob) for logprob in logprobs), "a hint is not a number")
+            require(len(tokens) <= _MAX_HINTS, f"a hint names {len(tokens)} tokens for one row")
+            require(all(0 <= token < self.vocab_size for token in tokens), "a hint names a token that is none")
+            require(not any(math.isnan(logprob) for logprob in logprobs), "a hint is not a number")
 
     def _check_ready(self, ready: Ready, stage: int) -> None:
-        _require(ready.stage == stage, f"it has loaded stage {ready.stage}")
+        require(ready.stage == stage, f"it has loaded stage {ready.stage}")
         counts = (ready.weight_bytes, ready.peak_memory_bytes, ready.slot_bytes, ready.free_bytes)
-        _require(all(0 <= count < _MAX_COUNT for count in counts), f"its memory is {counts}")
+        require(all(0 <= count < _MAX_COUNT for count in counts), f"its memory is {counts}")
         rows = [num_rows for num_rows, _ in ready.forward_s]
-        _require(
-            rows == sorted(set(rows)) and all(0 < num < _MAX_COUNT for num in rows), f"it has measured {rows[:20]}"
-        )
+        require(rows == sorted(set(rows)) and all(0 < num < _MAX_COUNT for num in rows), f"it has measured {rows[:20]}")
         seconds = [taken_s for _, taken_s in ready.forward_s]
-        _require(all(0 < taken_s < math.inf for taken_s in seconds), "a forward that it has measured took no time")
+        require(all(0 < taken_s < math.inf for taken_s in seconds), "a forward that it has measured took no time")
         rate = ready.link_bytes_per_s
-        _require(rate is None or 0 < rate < math.inf, f"its link carries {rate} bytes a second")
+        require(rate is None or 0 < rate < math.inf, f"its link carries {rate} bytes a second")
 
 
-def _require(is_so: bool, problem: str) -> None:
-    if not is_so:
-        raise ProtocolError(problem)
+def _check_ids(ids: Sequence[int], what: str) -> None:
+    require(all(left < right for left, right in pairwise(ids)), f"the node ids of a {what} do not grow")
+    require(not ids or 0 <= ids[0] <= ids[-1] < _MAX_COUNT, f"a {what} has a node id that is none")

@@ -218,7 +218,8 @@ class Generation:
         node_ids = np.array(result.node_ids, dtype=np.int64)
         if self._feature_layers and num_prefix and not np.array_equal(node_ids[:num_prefix], sent[:num_prefix]):
             problem = "a result lacks rows of the prompt"
-        if len(np.setdiff1d(np.intersect1d(node_ids, self.tree.node_ids), sent)):
+        foreign = np.setdiff1d(node_ids, sent)  # none, but for a worker that is broken
+        if len(foreign) and np.isin(foreign, self.tree.node_ids).any():
             problem = "a result has rows that its segment did not have"
         if problem:
             raise ProtocolError(f"worker {result.timings[-1].stage} breaks the protocol: {problem}")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,7 @@ class Target:
         model = load_model(name, torch.bfloat16)
         return cls(model.to("cuda" if torch.cuda.is_available() else "cpu"), compiled=compiled)  # pyright: ignore[reportArgumentType]
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """Tells one target's weights from another's."""
         digest = hashlib.sha256()

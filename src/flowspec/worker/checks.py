@@ -15,7 +15,7 @@ import numpy as np
 
 from flowspec.config import MAX_HEARTBEAT_S, MIN_HEARTBEAT_S
 from flowspec.core import MAX_ROWS, MAX_RUNNING
-from flowspec.errors import ProtocolError, UsageError, shortened
+from flowspec.errors import ProtocolError, UsageError, require, shortened
 from flowspec.model.slots import SlotTable
 from flowspec.model.stage import Stage
 from flowspec.wire.messages import (
@@ -77,15 +77,15 @@ class Checks:
                 self._check_rows(message)
             case Open():
                 _check_id("root", message.root_id)
-                _require(message.num_cached >= 0, f"{message.num_cached} tokens of a cache are wanted")
+                require(message.num_cached >= 0, f"{message.num_cached} tokens of a cache are wanted")
                 self._check_slots(message.slot_limit)
                 is_known = message.request_id in self._requests
-                _require(is_known or self._requests.num_open < MAX_RUNNING, f"{MAX_RUNNING} requests are open already")
+                require(is_known or self._requests.num_open < MAX_RUNNING, f"{MAX_RUNNING} requests are open already")
             case Commit():
-                _require(0 < len(message.prefix_ids) <= MAX_ROWS, f"a commit of {len(message.prefix_ids)} nodes")
+                require(0 < len(message.prefix_ids) <= MAX_ROWS, f"a commit of {len(message.prefix_ids)} nodes")
                 _check_id("root", message.root_id)
             case Step():
-                _require(abs(message.number) <= LAST_STEP, f"there is no step {message.number}")
+                require(abs(message.number) <= LAST_STEP, f"there is no step {message.number}")
             case Reserve():
                 self._check_slots(message.slot_limit)
             case End() | Close():
@@ -94,35 +94,35 @@ class Checks:
     def check_place(self, segment: Segment, table: SlotTable) -> None:
         """Against what the request has, when the segment's turn has come."""
         num_rows = len(segment.node_ids)
-        _require(table.num_nodes + num_rows <= MAX_ROWS, f"more than {MAX_ROWS} nodes are not committed")
+        require(table.num_nodes + num_rows <= MAX_ROWS, f"more than {MAX_ROWS} nodes are not committed")
         most = self._limits.num_slots
-        _require(table.num_used + num_rows <= most, f"the request holds more than the {most} slots of a text")
+        require(table.num_used + num_rows <= most, f"the request holds more than the {most} slots of a text")
         for parent_id, position in zip(segment.parent_ids, segment.positions, strict=True):
             if (slot := table.slot_of(parent_id)) is not None and table.positions[slot] + 1 != position:
                 raise ProtocolError(f"a node stands at position {position}, its parent at {table.positions[slot]}")
 
     def _check_slots(self, slot_limit: int) -> None:
         most = self._limits.num_slots
-        _require(0 <= slot_limit <= most, f"a cache of {slot_limit} slots is wanted; no text needs more than {most}")
+        require(0 <= slot_limit <= most, f"a cache of {slot_limit} slots is wanted; no text needs more than {most}")
 
     def _check_rows(self, segment: Segment) -> None:
         num_rows, stage, limits = len(segment.node_ids), self._stage, self._limits
-        _require(num_rows <= MAX_ROWS, f"a segment of {num_rows} rows; the most is {MAX_ROWS}")
+        require(num_rows <= MAX_ROWS, f"a segment of {num_rows} rows; the most is {MAX_ROWS}")
         _check_id("segment", segment.segment_id)
         _check_range("node id", segment.node_ids, 0, MAX_ID)
         _check_range("parent id", segment.parent_ids, NO_PARENT, MAX_ID)
         _check_range("position", segment.positions, 0, limits.num_positions + MAX_ROWS)
         _check_prefix(segment)
         stages = [timing.stage for timing in segment.timings]
-        _require(stages == list(range(1, self._index)), f"its timings are of the stages {stages[:20]}")
+        require(stages == list(range(1, self._index)), f"its timings are of the stages {stages[:20]}")
         gate = segment.gate
-        _require(gate is None or abs(gate) < LAST_STEP, f"there is no step {gate}")
-        _require(stage.is_first == (segment.hidden is None), "token ids are for the first stage alone")
+        require(gate is None or abs(gate) < LAST_STEP, f"there is no step {gate}")
+        require(stage.is_first == (segment.hidden is None), "token ids are for the first stage alone")
         if segment.token_ids is not None:
             _check_range("token", segment.token_ids, 0, limits.vocab_size)
         if (hidden := segment.hidden) is not None:
             fits = tuple(hidden.shape) == (num_rows, stage.hidden_size) and hidden.dtype == stage.dtype
-            _require(fits, f"hidden states are {hidden.dtype} {list(hidden.shape)}, not {stage.dtype} of width "
+            require(fits, f"hidden states are {hidden.dtype} {list(hidden.shape)}, not {stage.dtype} of width "
                      f"{stage.hidden_size}")  # fmt: skip
 
 
@@ -130,7 +130,7 @@ def _check_prefix(segment: Segment) -> None:
     """A chain; and in the tree, where a parent is in the same segment, its child is one position further."""
     positions = np.array(segment.positions, dtype=np.int64)
     steps = np.diff(positions[: segment.num_prefix])
-    _require(bool((steps == 1).all()), "the positions of a prompt do not follow each other")
+    require(bool((steps == 1).all()), "the positions of a prompt do not follow each other")
     place = dict(zip(segment.node_ids, segment.positions, strict=True))
     for parent_id, position in zip(segment.parent_ids, segment.positions, strict=True):
         if parent_id in place and place[parent_id] + 1 != position:
@@ -140,13 +140,13 @@ def _check_prefix(segment: Segment) -> None:
 def check_configure(configure: Configure, endpoint: str) -> None:
     """``endpoint``: where this worker listens."""
     stage, heartbeat_s = configure.stage, configure.heartbeat_s
-    _require(1 <= stage <= _MAX_STAGES, f"there is no stage {stage}")
-    _require(MIN_HEARTBEAT_S <= heartbeat_s <= MAX_HEARTBEAT_S, f"a heartbeat of {heartbeat_s} s is none")
+    require(1 <= stage <= _MAX_STAGES, f"there is no stage {stage}")
+    require(MIN_HEARTBEAT_S <= heartbeat_s <= MAX_HEARTBEAT_S, f"a heartbeat of {heartbeat_s} s is none")
     start, end = configure.start_layer, configure.end_layer
-    _require(0 <= start < end < MAX_ID and (start == 0) == (stage == 1), f"stage {stage} has no layers {start}:{end}")
+    require(0 <= start < end < MAX_ID and (start == 0) == (stage == 1), f"stage {stage} has no layers {start}:{end}")
     for name in (configure.model, configure.hints):
         fits = name is None or (0 < len(name) <= _MAX_NAME_LEN and name.isprintable())
-        _require(fits, f"{shortened(name or '', 60)!r} is the name of no model")
+        require(fits, f"{shortened(name or '', 60)!r} is the name of no model")
     if configure.next_address is not None:
         _check_next_address(configure.next_address, endpoint)
 
@@ -163,20 +163,15 @@ def _check_next_address(address: str, endpoint: str) -> None:
         fits = endpoint.startswith("ipc://") and path.parent == own.parent and path.name.isalnum()
     else:
         fits = bool(_HOST_AND_PORT.fullmatch(wanted)) and 0 < int(wanted.rpartition(":")[2]) < 2**16
-    _require(fits, told)
-    _require(wanted != endpoint, f"{address} is this worker's own address; give each worker's once")
+    require(fits, told)
+    require(wanted != endpoint, f"{address} is this worker's own address; give each worker's once")
 
 
 def _check_id(kind: str, number: int) -> None:
-    _require(0 <= number < MAX_ID, f"there is no {kind} {number}")
+    require(0 <= number < MAX_ID, f"there is no {kind} {number}")
 
 
 def _check_range(kind: str, numbers: Sequence[int], least: int, end: int) -> None:
     if numbers and not least <= min(numbers) <= max(numbers) < end:
         wrong = next(number for number in numbers if not least <= number < end)
         raise ProtocolError(f"there is no {kind} {wrong}; they lie in {least}..{end - 1}")
-
-
-def _require(is_so: bool, problem: str) -> None:
-    if not is_so:
-        raise ProtocolError(problem)

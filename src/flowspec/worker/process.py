@@ -161,7 +161,7 @@ class WorkerProcess:
             return
         match message := self._listener.decode(frames):
             case Configure():
-                self._listener.reply(identity, Busy(f"it has stage {session.stage} already; give each worker once"))
+                self._refuse_twice(identity, session)
             case Probe():
                 self._listener.reply(identity, Echo(message.number, time.perf_counter()))
             case Stop():
@@ -186,9 +186,12 @@ class WorkerProcess:
         if self._session is None:
             self._begin(name, identity, configure)
         elif self._session.name == name:
-            self._listener.reply(identity, Busy(f"it has stage {self._session.stage} already; give each worker once"))
+            self._refuse_twice(identity, self._session)
         else:
             self._listener.reply(identity, Busy("another driver uses this worker; try again when it has ended"))
+
+    def _refuse_twice(self, identity: bytes, session: _Session) -> None:
+        self._listener.reply(identity, Busy(f"it has stage {session.stage} already; give each worker once"))
 
     def _begin(self, name: str, driver: bytes, configure: Configure) -> None:
         """Load the stage, unless it is still there from the last session, and connect to the next worker.
