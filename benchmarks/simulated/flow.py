@@ -46,7 +46,7 @@ def parts(lab: Lab) -> str:
 
 
 def bound(lab: Lab) -> str:
-    """How far ``flow`` is from what its pipeline could give."""
+    """How far ``flow`` is from what its pipeline and its draft's candidates could give, and where its time goes."""
     few = lab.options.few
     rows: list[list[str]] = []
     bars: dict[str, dict[str, float]] = {}
@@ -55,44 +55,26 @@ def bound(lab: Lab) -> str:
             free = replace(spec, ours=DriverCosts(0.0, 0.0, 0.0, hop_ms=spec.ours.hop_ms))
             actual = Case(spec, ("flow",), quality=quality, num_prompts=few)
             no_driver = replace(actual, cluster=free, flags="free driver")
-            oracle = replace(no_driver, quality=f"{quality}-oracle", flags="free driver, oracle")
-            all_ms = [1e3 / speeds["flow"] for speeds in lab.speeds([actual, no_driver, oracle])]
-            useful, wasted = busy_shares(lab, oracle)
-            losses = {
-                "useful forwards": all_ms[2] * useful,
-                "wasted forwards": all_ms[2] * wasted,
-                "waiting": all_ms[2] * (1 - useful - wasted),
-                "misses": all_ms[1] - all_ms[2],
-                "driver": all_ms[0] - all_ms[1],
-            }
-            bars[f"{spec.name}\n{quality}"] = losses
-            share = f"{100 * all_ms[2] / all_ms[0]:.0f} %"
-            rows.append([spec.name, quality, f"{1e3 / all_ms[0]:.2f}", f"{1e3 / all_ms[2]:.2f}", share])
-            rows[-1] += [f"{ms:.1f}" for ms in losses.values()]
-    title = "Time per token of flow, by what it is spent on; greedy, same engine"
+            foreseen = replace(no_driver, quality=f"{quality}-clairvoyant", flags="free driver, clairvoyant draft")
+            speeds = [runs["flow"] for runs in lab.speeds([actual, no_driver, foreseen])]
+            useful, wasted = busy_shares(lab, actual)
+            shares = {"useful forwards": useful, "wasted forwards": wasted, "waiting": 1 - useful - wasted}
+            bars[f"{spec.name}\n{quality}"] = {name: 1e3 / speeds[0] * share for name, share in shares.items()}
+            rows.append([spec.name, quality, *(f"{each:.2f}" for each in speeds), f"{speeds[0] / speeds[2]:.2f}"])
+            rows[-1] += [f"{100 * share:.0f} %" for share in shares.values()]
+    title = "Time per token of flow, by what its busiest stage does; greedy, same engine"
     plots.stacked(lab.plot_path("bound"), bars, "ms per token, as a share of the whole", title)
-    headers = [
-        "cluster",
-        "draft",
-        "flow, tokens/s",
-        "bound",
-        "share",
-        "useful",
-        "wasted",
-        "waiting",
-        "misses",
-        "driver",
-    ]
+    headers = ["cluster", "draft", "flow, tokens/s", "free driver", "ceiling", "share", "useful", "wasted", "waiting"]
     return "\n\n".join(
         [
-            "The bound is `flow` with a driver whose work takes no time, and a draft whose list of children always "
-            "contains the target's token, though not always first. What `flow` takes more than that is parted into "
-            "the driver's work (what is gained when it is free) and misses (what is gained by the oracle's draft); the "
-            "bound's own time into forwards of the busiest stage with and without an accepted row, and the rest of its "
-            f"time, in which it waits. Milliseconds per token; greedy, {few} prompts.",
+            "The ceiling is `flow` with a driver whose work takes no time, and a clairvoyant draft: it knows which of "
+            "the real one's candidates is the target's token, if any is. No ranking of the same candidates does "
+            "better, and none does as well, since a draft knows probabilities alone. `share` is `flow`'s part of it. "
+            "Of the time of `flow`'s busiest stage: forwards with an accepted row, those without, and the rest, in "
+            f"which it waits. Greedy, {few} prompts.",
             markdown_table(headers, rows),
             code(section_command("bound", lab.options)),
-            image("bound", "time per token by what it is spent on"),
+            image("bound", "time per token by what the busiest stage does"),
         ]
     )
 

@@ -22,7 +22,7 @@ SECTIONS: Mapping[str, tuple[str, Callable[[Lab], str]]] = {
     "engine": ("All schedules with their default settings", rivals.engine),
     "sensitivity": ("What `flow` has to know", sensitivity.sensitivity),
     "parts": ("`flow` without one of its parts", flow.parts),
-    "bound": ("How far from the bound", flow.bound),
+    "bound": ("How far from the ceiling", flow.bound),
     "demo": ("Real tokens", rivals.demo),
     "whole": ("The whole against FlowSpec as published", whole.whole),
     "timeline": ("A timeline", flow.timeline),

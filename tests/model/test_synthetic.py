@@ -33,7 +33,7 @@ def contexts_of(num: int, seed: int = 3) -> NDArray[np.int64]:
     return np.random.default_rng(seed).integers(-(2**63), 2**63, size=(num, 2), dtype=np.int64)
 
 
-DRAFTS = [name for name, own in QUALITIES.items() if not own.has_truth]  # an oracle knows more than its scores say
+DRAFTS = [name for name, own in QUALITIES.items() if not own.is_clairvoyant]  # which has no scores of its own
 
 
 def guesses(language: Language, staleness: int) -> tuple[float, float]:
@@ -42,6 +42,20 @@ def guesses(language: Language, staleness: int) -> tuple[float, float]:
     token_ids, logprobs = language.draft(contexts, np.full(NUM_CONTEXTS, staleness), top_k=1)
     targets = language.target_logits(contexts).argmax(axis=1)
     return float((token_ids[:, 0] == targets).mean()), float(np.exp(logprobs[:, 0]).mean())
+
+
+@pytest.mark.parametrize("staleness", [1, 9])
+def test_a_clairvoyant_draft_is_right_wherever_its_candidates_are(staleness: int) -> None:
+    contexts = contexts_of(2000)
+    own, foreseeing = (Language(quality(name)) for name in ("eagle1", "eagle1-clairvoyant"))
+    truths = own.target_logits(contexts).argmax(axis=1)
+    candidates = own.candidates(contexts)[0][:, :NUM_CANDIDATES]
+    is_candidate = (candidates == truths[:, None]).any(axis=1)
+    assert 0.9 < is_candidate.mean() < 1
+    token_ids, logprobs = foreseeing.draft(contexts, np.full(2000, staleness), top_k=4)
+    assert np.array_equal(token_ids[:, 0] == truths, is_candidate)
+    assert np.array_equal(np.exp(logprobs[:, 0]) > 0.9, is_candidate) and (logprobs[:, 1:] < -10).all()
+    assert all(len(set(row)) == 4 for row in token_ids.tolist())
 
 
 @pytest.mark.parametrize(

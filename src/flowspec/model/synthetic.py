@@ -35,6 +35,7 @@ STYLE_LEN = 8  # the first tokens of a text decide how predictable all of it is
 # guess, another of its first NUM_LISTED, or none of them: of greedy and of sampled text, which repeats itself less.
 # Measured on the demo pair (benchmarks/demo_draft.py).
 NUM_LISTED = 10
+FORESEEN_WRONG = -12.0  # a clairvoyant draft's log-probability of what it knows to be wrong
 HINT_STRAY = 0.15  # of wrong guesses lie outside the draft's list
 HINT_DEPTHS = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
 GREEDY_HINT_RATES = (
@@ -69,7 +70,7 @@ class DraftQuality:
     style_deviation: float = 0.3  # of texts: a shift of the best token's logit
     sharpness: float = 0.6  # of the target's probability lies on its greedy token
     flatness: float = 0.05  # of it is spread over all tokens, which no draft can foresee
-    has_truth: bool = False  # an oracle's: its last guess is the greedy token, where that is none of the others
+    is_clairvoyant: bool = False  # it knows which of its candidates, if any, is the greedy token
 
     def deviation(self, staleness: NDArray[np.int64]) -> Floats:
         """Of the logits' noise after so many steps of extrapolation; 1 is fresh."""
@@ -86,7 +87,10 @@ QUALITIES = {
     "demo": DraftQuality("demo", 0.75, (14.0, 0.35), (2.4, 1.1), 0.0, 0.3, trained_steps=16, own_noise=0.25),
     "ideal": DraftQuality("ideal", 0.6, (12.0, 0.5), (2.2, 1.3), 0.17, 0.0),
 }
-QUALITIES |= {f"{name}-oracle": replace(own, name=f"{name}-oracle", has_truth=True) for name, own in QUALITIES.items()}
+QUALITIES |= {
+    f"{name}-clairvoyant": replace(own, name=f"{name}-clairvoyant", is_clairvoyant=True)
+    for name, own in QUALITIES.items()
+}
 # Of the demo pair's sampled text; the other calibrations stand for the same draft at every temperature.
 SAMPLED_QUALITIES = {
     "demo": DraftQuality("demo", 0.3, (12.0, 0.7), (1.4, 1.8), 0.15, 0.3, trained_steps=16, own_noise=0.22),
@@ -210,10 +214,9 @@ class Language:
             np.take_along_axis(token_ids, best, axis=1),
             np.take_along_axis(logprobs, best, axis=1),
         )
-        if self.quality.has_truth:
+        if self.quality.is_clairvoyant:
             truths = self.target_logits(contexts).argmax(axis=1)
-            lacks = ~(best_ids == truths[:, None]).any(axis=1)
-            best_ids[lacks, -1] = truths[lacks]
+            _foresee(truths, (token_ids == truths[:, None]).any(axis=1), best_ids, best_logprobs)
         return best_ids, best_logprobs
 
     def hints(self, contexts: NDArray[np.int64], depth: float) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
@@ -244,6 +247,19 @@ class Language:
             float((self.draft(contexts, np.full(num_contexts, step), top_k=1)[0][:, 0] == targets).mean())
             for step in range(1, num_steps + 1)
         ]
+
+
+def _foresee(
+    truths: NDArray[np.int64], is_candidate: NDArray[np.bool_], token_ids: NDArray[np.int64], logprobs: Floats
+) -> None:
+    """Change guesses [n, k] in place: ``truths`` [n] that are candidates come first, all else is hardly probable."""
+    is_truth = token_ids == truths[:, None]
+    places = np.where(is_truth.any(axis=1), is_truth.argmax(axis=1), token_ids.shape[1] - 1)
+    rows = np.flatnonzero(is_candidate)
+    token_ids[rows, places[rows]] = token_ids[rows, 0]
+    token_ids[rows, 0] = truths[rows]
+    logprobs[:] = FORESEEN_WRONG
+    logprobs[rows, 0] = 0.0
 
 
 @dataclass
