@@ -26,6 +26,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # these have it from the process th
     user_cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     os.environ.setdefault("MPLCONFIGDIR", str(Path(user_cache, "matplotlib")))
     os.environ |= {"XDG_CACHE_HOME": tempfile.mkdtemp(prefix="flowspec-tests-"), "PIP_NO_INDEX": "1"}
+    os.environ["XDG_STATE_HOME"] = os.environ["XDG_CACHE_HOME"]  # and nobody has joined a cluster
     atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 torch.set_num_threads(1)
 if fork_server.is_possible:

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 from functools import cached_property
+from pathlib import Path
 
 import psutil
 
+from flowspec.wire.key_file import STATE_VARIABLE
 from logged_process import LoggedProcess
 
 
 class WorkerProcess:
     """Started at once; whoever asks for its address waits until it listens."""
 
-    def __init__(self, host: str = "127.0.0.1", port: int = 0) -> None:
-        self._running = LoggedProcess(["worker", "--threads", "1", "--listen", f"{host}:{port}"], "listening on")
+    def __init__(self, host: str = "127.0.0.1", port: int = 0, *arguments: str, state: Path | None = None) -> None:
+        """``state``: the folder of its keys."""
+        command = ["worker", "--threads", "1", "--listen", f"{host}:{port}", *arguments]
+        environment = os.environ if state is None else {**os.environ, STATE_VARIABLE: str(state)}
+        self._running = LoggedProcess(command, "listening on", env=environment)
 
     @property
     def log(self) -> str:

@@ -180,6 +180,7 @@ class LinkConfig:
     heartbeat_timeout_s: float = 3.0  # a device that answers no heartbeat for this long is lost
     rejoin_timeout_s: float = 60.0  # requests wait this long for a lost device to come back; 0: not at all
     int8_wire: bool = False  # hidden states travel between workers in int8: fewer bytes, and not bit-exact
+    insecure: bool = False  # without keys and encryption, to workers on other machines too
 
     def __post_init__(self) -> None:
         check_positive(self, "start_timeout_s", "stall_timeout_s", "heartbeat_timeout_s")

@@ -121,7 +121,8 @@ def test_a_port_in_use_is_one_line(run: Run) -> None:
 
 
 def test_a_worker_warns_when_the_network_can_reach_it() -> None:
-    worker = subprocess.Popen([*COMMAND, "worker", "--listen", "0.0.0.0:0"], stderr=subprocess.PIPE, text=True)
+    command = [*COMMAND, "worker", "--listen", "0.0.0.0:0", "--insecure"]
+    worker = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert worker.stderr is not None
     lines = [worker.stderr.readline() for _ in range(2)]
     worker.terminate()

@@ -13,6 +13,7 @@ import typer
 from flowspec import __version__
 from flowspec.cli.bench import bench
 from flowspec.cli.chat import chat
+from flowspec.cli.cluster import cluster
 from flowspec.cli.demo import demo
 from flowspec.cli.emulate import emulate
 from flowspec.cli.generate import generate
@@ -30,6 +31,7 @@ for command in (generate, demo, chat, serve, worker, simulate, bench, emulate, t
     compares = command in (simulate, bench)
     app.command(epilog=SCHEDULES_BELOW if compares else None)(takes_groups(command))
 app.add_typer(models, name="models")
+app.add_typer(cluster, name="cluster")
 
 
 def _print_version(wanted: bool) -> None:

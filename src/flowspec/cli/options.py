@@ -203,6 +203,9 @@ class StageOptions:
     dtype: DtypeOption = Dtype.float32
     device: Device = "cpu"
     int8_wire: Int8Wire = False
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Connect to workers elsewhere without keys and encryption.")
+    ] = False
     timeout: Timeout = LinkConfig.stall_timeout_s
     heartbeat_timeout: Annotated[
         float, typer.Option(metavar="SECONDS", help="A device that does not answer for this long is lost.")
@@ -240,6 +243,7 @@ class StageOptions:
                 heartbeat_timeout_s=self.heartbeat_timeout,
                 rejoin_timeout_s=self.rejoin_timeout,
                 int8_wire=self.int8_wire,
+                insecure=self.insecure,
             ),
         }
 

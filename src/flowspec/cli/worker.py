@@ -3,19 +3,33 @@
 from __future__ import annotations
 
 import logging
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from flowspec.cli.options import Device, Threads, Verbose
 from flowspec.cli.terminal import errors_in_one_line
 from flowspec.config import LinkConfig
+from flowspec.errors import UsageError
+
+if TYPE_CHECKING:
+    from flowspec.worker.door import Keys
 
 
 def worker(
     listen: Annotated[
         str, typer.Option(metavar="HOST:PORT", help="Where to wait for a driver; port 0 is any free one.")
     ] = "127.0.0.1:7070",
+    join: Annotated[
+        str | None,
+        typer.Option(metavar="TOKEN", help="Join the cluster whose token this is; needed once, see flowspec cluster."),
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Of this device in the cluster.", show_default="the machine's")
+    ] = None,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Let in anybody who reaches the address, without encryption.")
+    ] = False,
     threads: Threads = 0,
     device: Device = "cpu",
     verbose: Verbose = False,
@@ -26,20 +40,40 @@ def worker(
 
         logger = logging.getLogger("flowspec")
         logger.setLevel(logging.DEBUG if verbose else logging.INFO)
-        _warn_if_open(listen)
+        listen, keys = _joined(listen, join, name, insecure)
         serve(
             listen,
             heartbeat_s=LinkConfig().heartbeat_s,
             threads=threads,
             device=device,
             announce=lambda endpoint: logger.info("listening on %s; end it with Ctrl-C", endpoint),
+            keys=keys,
         )
 
 
-def _warn_if_open(listen: str) -> None:
-    host = listen.rpartition(":")[0].strip("[]")
-    if host.startswith("127.") or host in ("localhost", "::1"):
-        return
-    logging.getLogger("flowspec").warning(
-        "warning: %s is open to the network without password or encryption; use it in networks that you trust", listen
-    )
+def _joined(listen: str, join: str | None, name: str | None, insecure: bool) -> tuple[str, Keys | None]:
+    """Where to listen, and by which keys; waits for the driver where it has not let this device join yet."""
+    from flowspec.wire.key_file import state_folder
+    from flowspec.wire.transport import is_local
+    from flowspec.worker.door import Keys
+    from flowspec.worker.member import Member, device_name
+
+    if insecure:
+        if join is not None:
+            raise UsageError("give --join or --insecure, not both")
+        if not is_local(listen):
+            logging.getLogger("flowspec").warning(
+                "warning: %s is open to the network without password or encryption; use it in networks that you trust",
+                listen,
+            )
+        return listen, None
+    member = Member.open(state_folder()) if join is None else Member.join(state_folder(), join)
+    if member is not None:
+        listen = member.await_driver(listen, device_name(name))
+        return listen, Keys(member.own, member.driver_key)
+    if not is_local(listen):
+        raise UsageError(
+            f"{listen} is open to the network, and this device has joined no cluster: give --join with the token that "
+            "flowspec cluster init prints on the driver; or --insecure, in a network that you trust"
+        )
+    return listen, None

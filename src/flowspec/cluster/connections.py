@@ -20,6 +20,7 @@ from flowspec.config import LinkConfig
 from flowspec.core import DType, Partition, Weights
 from flowspec.errors import BusyError, ProtocolError, UsageError, WorkerError
 from flowspec.wire.actor import Route, Send
+from flowspec.wire.curve import Security
 from flowspec.wire.messages import (
     PROTOCOL_VERSION,
     Busy,
@@ -106,6 +107,11 @@ class Launcher(Protocol):
         """Of the workers, in pipeline order."""
         ...
 
+    @property
+    def security(self) -> Security | None:
+        """What proves both ends of connections to them; ``None`` on this machine, or where the user wants none."""
+        ...
+
     def check(self) -> None:
         """Raises ``WorkerError`` when a worker is known to have ended."""
 
@@ -124,6 +130,7 @@ class RunningWorkers:
     """A ``Launcher`` for workers that somebody else has started, and that wait for a driver again afterwards."""
 
     addresses: Sequence[str]
+    security: Security | None = None
 
     def check(self) -> None:
         """Their connections tell."""
@@ -175,7 +182,9 @@ class RemoteConnections:
 
     def _connect(self, address: str, kind: Any, place: int = 0) -> Connection:
         heartbeat_s = self._config.heartbeat_s
-        connection = Connection(self._context, address, self._session, kind, heartbeat_s, place=place)
+        security = self._launcher.security
+        keys = None if security is None else (security.own, security.keys[address])
+        connection = Connection(self._context, address, self._session, kind, heartbeat_s, place=place, keys=keys)
         for end in connection.sockets:
             self._poller.register(end, zmq.POLLIN)
         return connection
@@ -200,7 +209,8 @@ class RemoteConnections:
         weights: Weights = "float",
     ) -> None:
         """Tell every worker which stage to load, whom to pass it on to, what device to play, and where hints are."""
-        addresses = self._launcher.addresses
+        addresses, security = self._launcher.addresses, self._launcher.security
+        keys = [None if security is None else security.keys[address] for address in addresses]
         for index, (connection, layers) in enumerate(zip(self._controls, partition.stages, strict=True)):
             configure = Configure(
                 PROTOCOL_VERSION,
@@ -215,6 +225,8 @@ class RemoteConnections:
                 hints,
                 self._config.int8_wire,
                 weights,
+                keys[index + 1] if index + 1 < len(addresses) else None,
+                keys[index - 1] if index else None,
             )
             self._configures.append(configure)
             connection.send(configure)
@@ -273,7 +285,7 @@ class RemoteConnections:
         question = (
             "does it hang while it loads?"
             if are_up
-            else "is 'flowspec worker' running there, and is the address right?"
+            else "is 'flowspec worker' running there, is the address right, and are its keys those that have joined?"
         )
         raise WorkerError(f"no sign of {names} for {self._config.start_timeout_s:.0f} s; {question}", silent)
 

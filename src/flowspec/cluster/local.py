@@ -27,6 +27,8 @@ class LocalProcesses:
     ends, that child forks its successor at once, on the same address.
     """
 
+    security = None  # nobody else can open their sockets
+
     def __init__(self, num_workers: int, threads: int, device: str, module: str = "flowspec.worker.local") -> None:
         """``module``: that forks them; see there."""
         self._folder = SocketFolder()

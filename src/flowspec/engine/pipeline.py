@@ -13,6 +13,7 @@ import torch
 from flowspec.cluster.connections import Connections, Launcher, LoadProgress, RemoteConnections, RunningWorkers
 from flowspec.cluster.inproc import InprocConnections
 from flowspec.cluster.local import LocalProcesses, local_threads, num_cores
+from flowspec.cluster.membership import security_of
 from flowspec.cluster.replies import Replies
 from flowspec.config import EngineConfig, LinkConfig
 from flowspec.core import DType, Partition, Weights
@@ -20,6 +21,7 @@ from flowspec.errors import ModelError, ProtocolError, UsageError
 from flowspec.model.fingerprint import fingerprint
 from flowspec.model.loader import Checkpoint
 from flowspec.schedule.pace import MeasuredCosts
+from flowspec.wire.key_file import state_folder
 from flowspec.wire.messages import Ready
 
 DEFAULT_STAGES = 4
@@ -153,7 +155,8 @@ def open_pipeline(spec: PipelineSpec) -> Pipeline:
         workers = InprocConnections(spec.checkpoint, spec.partition, spec.dtype, spec.device, spec.hints, spec.weights)
         return Pipeline(spec, workers)
     if spec.workers is not None:
-        launcher = RunningWorkers(spec.workers)
+        security = security_of(spec.workers, state_folder(), spec.link.insecure)
+        launcher = RunningWorkers(spec.workers, security)
     else:
         threads = local_threads(len(spec.partition))
         launcher = LocalProcesses(len(spec.partition), threads, spec.device)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from flowspec.core import DType, Weights
 
-PROTOCOL_VERSION = 8
+PROTOCOL_VERSION = 9
 NO_PARENT = -1  # the parent id of a request's first token
 LOADED = 1.0  # the fraction of a stage that is all of it
 LAST_STEP = 2**62  # the step after which no segment of a request waits any more
@@ -65,6 +65,8 @@ class Configure(Message, frozen=True):
     hints: str | None = None  # the draft's directory, as the worker finds it, if hints are wanted
     int8_wire: bool = False  # hidden states go to the next worker in int8
     weights: Weights = "float"  # of linear layers; never ``auto``
+    next_key: str | None = None  # by which the next worker proves itself, where both have joined a cluster
+    previous_key: str | None = None  # of the worker that will connect to this one
 
 
 class Commit(Message, frozen=True):

@@ -5,15 +5,19 @@ and a control connection to every other worker; worker i makes a data connection
 the control connection of the last worker, so the driver binds nothing and may sit behind a firewall.
 
 Every connection names its session; a worker listens to one session at a time and drops what belongs to another.
+Between machines all are encrypted, and both ends proved by keys (``wire.curve``).
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import ipaddress
+import time
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import zmq
 from zmq.utils.monitor import recv_monitor_message
@@ -21,6 +25,7 @@ from zmq.utils.monitor import recv_monitor_message
 from flowspec.errors import UsageError
 from flowspec.wire.actor import Route, Send
 from flowspec.wire.codec import Codec
+from flowspec.wire.curve import KeyPair, secure_connection, secure_listener
 from flowspec.wire.messages import Configure, Message, ToDriver
 
 MAX_MESSAGE_BYTES = 2**28  # of a frame; a peer that sends more is cut off before it is read
@@ -83,8 +88,10 @@ class InprocNetwork:
 
 # --- ZeroMQ --------------------------------------------------------------------------------------------------------
 
-_LOST = zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+_REFUSED = zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH  # ZeroMQ does not try again
+_LOST = zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | _REFUSED
 _EVENTS = zmq.EVENT_HANDSHAKE_SUCCEEDED | _LOST
+_RETRY_S = 0.2
 
 
 def tcp_endpoint(address: str) -> str:
@@ -95,6 +102,20 @@ def tcp_endpoint(address: str) -> str:
     if not (colon and host and port.isdecimal() and int(port) < 65536):
         raise UsageError(f"address {address!r} is not HOST:PORT, as in 192.168.1.20:7070")
     return f"tcp://{host}:{port}"
+
+
+def is_local(address: str) -> bool:
+    """Whether an address is of this machine alone."""
+    endpoint = tcp_endpoint(address)
+    if endpoint.startswith("ipc://"):
+        return True
+    host = endpoint.removeprefix("tcp://").rpartition(":")[0].strip("[]")
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def identity_of(session: str, kind: Literal["control", "data"], place: int = 0) -> bytes:
@@ -131,21 +152,29 @@ class Connection:
         heartbeat_s: float,
         int8_wire: bool = False,
         place: int = 0,
+        keys: tuple[KeyPair, str] | None = None,
     ) -> None:
-        """Raises ``UsageError`` for what is no address; an address where nobody listens is found out by waiting."""
-        endpoint = tcp_endpoint(address)
+        """``keys``: this end's, and the worker's public one; ``None``: neither encrypted nor authenticated.
+
+        Raises ``UsageError`` for what is no address; an address where nobody listens, or somebody with another key,
+        is found out by waiting.
+        """
+        self._endpoint = tcp_endpoint(address)
         self.address = address
         self.is_up = False
         self.is_lost = False
         self._socket = context.socket(zmq.DEALER)
         _set_common_options(self._socket, heartbeat_s)
+        if keys is not None:
+            secure_connection(self._socket, *keys)
         self._socket.setsockopt(zmq.IDENTITY, identity_of(session, kind, place))
         self._socket.reconnect_ivl = 100
         self._socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)  # with back-off up to there
         self._monitor = self._socket.get_monitor_socket(_EVENTS)
         self._codec = Codec(int8_wire)
+        self._retry_s: float | None = None  # when to connect again, after a refusal
         try:
-            self._socket.connect(endpoint)
+            self._socket.connect(self._endpoint)
         except zmq.ZMQError as error:
             self.close()
             raise UsageError(f"cannot connect to {address}: {error.strerror or error}") from None
@@ -156,9 +185,10 @@ class Connection:
         return [self._socket, self._monitor]
 
     def send(self, message: Message) -> int:
-        """Queue a message; returns its bytes."""
+        """Queue a message; returns its bytes. It is dropped where the other end has refused the connection."""
         frames = self._codec.encode(message)
-        self._socket.send_multipart(frames, copy=False)
+        with contextlib.suppress(zmq.Again):  # there is no limit to what is queued
+            self._socket.send_multipart(frames, zmq.NOBLOCK, copy=False)
         return sum(len(frame) for frame in frames)
 
     def receive(self) -> tuple[ToDriver, int] | None:
@@ -170,13 +200,23 @@ class Connection:
         return self._codec.decode_to_driver([frame.buffer for frame in frames]), sum(len(frame) for frame in frames)
 
     def check(self) -> None:
-        """Read the monitor: sets ``is_up`` once connected, and ``is_lost`` when a connection that was up is gone."""
+        """Read the monitor: sets ``is_up`` once connected, and ``is_lost`` when a connection that was up is gone.
+
+        Who is refused tries again, which ZeroMQ does not: a worker may not know yet whom it is to let in.
+        """
         while self._monitor.poll(0):
             event = recv_monitor_message(self._monitor)["event"]
             if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
                 self.is_up = True
             elif event & _LOST and self.is_up:
                 self.is_lost = True
+            elif event & _REFUSED:
+                self._retry_s = time.monotonic() + _RETRY_S
+        if self._retry_s is not None and time.monotonic() >= self._retry_s:
+            self._retry_s = None
+            with contextlib.suppress(zmq.ZMQError):  # it may be gone already
+                self._socket.disconnect(self._endpoint)
+            self._socket.connect(self._endpoint)
 
     def close(self, linger_s: float = 0.0) -> None:
         """``linger_s``: how long messages that are still queued may take to leave. Safe to call twice."""
@@ -187,27 +227,51 @@ class Connection:
         self._socket.close(linger=int(linger_s * 1000))
 
 
+class Sender(NamedTuple):
+    """Of a message that a listener has received."""
+
+    identity: bytes
+    key: str | None  # that has proved it; ``None`` on a listener without keys
+
+
+def _key_of(frame: zmq.Frame) -> str | None:
+    """Which the gate has let in."""
+    try:
+        return str(frame["User-Id"])
+    except zmq.ZMQError:
+        return None
+
+
+def bind(socket: zmq.Socket[bytes], address: str) -> None:
+    """Closes the socket, and raises ``UsageError``, for what is no address or cannot be bound."""
+    try:
+        socket.bind(tcp_endpoint(address))
+    except UsageError:
+        socket.close()
+        raise
+    except zmq.ZMQError as error:
+        socket.close()
+        hint = {errno.EADDRINUSE: "the port is in use; choose another"}.get(
+            error.errno or 0, "is it an address of this machine?"
+        )
+        raise UsageError(f"cannot listen on {address}: {error.strerror or error}; {hint}") from None
+
+
 class Listener:
     """A worker's bound socket: takes messages of all connections, answers on the drivers' control connections."""
 
-    def __init__(self, context: zmq.Context[Any], address: str, heartbeat_s: float) -> None:
-        """Raises ``UsageError`` for what is no address, or cannot be bound."""
-        endpoint = tcp_endpoint(address)
+    def __init__(self, context: zmq.Context[Any], address: str, heartbeat_s: float, own: KeyPair | None = None) -> None:
+        """``own``: takes only those whom the context's ``Gate`` lets in. Raises ``UsageError`` as ``bind``."""
         self._socket = context.socket(zmq.ROUTER)
         _set_common_options(self._socket, heartbeat_s)
         self._socket.sndhwm = self._socket.rcvhwm = _MAX_QUEUED
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        if own is not None:
+            secure_listener(self._socket, own)
         # No ROUTER_HANDOVER: a second connection with the name of one that is up is nobody's, and cannot take a session
         # over; and with heartbeats on this side, handover ends the process in an assertion of libzmq.
         self._codec = Codec()
-        try:
-            self._socket.bind(endpoint)
-        except zmq.ZMQError as error:
-            self._socket.close()
-            hint = {errno.EADDRINUSE: "the port is in use; choose another"}.get(
-                error.errno or 0, "is it an address of this machine?"
-            )
-            raise UsageError(f"cannot listen on {address}: {error.strerror or error}; {hint}") from None
+        bind(self._socket, address)
 
     @property
     def socket(self) -> zmq.Socket[bytes]:
@@ -218,13 +282,13 @@ class Listener:
         """Where it listens, with the port that the system chose for port 0."""
         return self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
 
-    def receive(self) -> tuple[bytes, list[Any]] | None:
-        """(the sender's identity, the frames); ``None`` when nothing is waiting."""
+    def receive(self) -> tuple[Sender, list[Any]] | None:
+        """The frames and whose they are; ``None`` when nothing is waiting."""
         try:
             identity, *frames = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
         except zmq.Again:
             return None
-        return identity.bytes, [frame.buffer for frame in frames]
+        return Sender(identity.bytes, _key_of(identity)), [frame.buffer for frame in frames]
 
     def decode(self, frames: list[Any]) -> Message:
         """Raises ``ProtocolError``."""

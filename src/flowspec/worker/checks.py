@@ -18,6 +18,7 @@ from flowspec.core import MAX_ROWS, MAX_RUNNING
 from flowspec.errors import ProtocolError, UsageError, require, shortened
 from flowspec.model.slots import SlotTable
 from flowspec.model.stage import Stage
+from flowspec.wire.curve import is_key
 from flowspec.wire.messages import (
     LAST_STEP,
     MAX_ID,
@@ -147,6 +148,8 @@ def check_configure(configure: Configure, endpoint: str) -> None:
     for name in (configure.model, configure.hints):
         fits = name is None or (0 < len(name) <= _MAX_NAME_LEN and name.isprintable())
         require(fits, f"{shortened(name or '', 60)!r} is the name of no model")
+    for key in (configure.next_key, configure.previous_key):
+        require(key is None or is_key(key), "a worker's key is none")
     if configure.next_address is not None:
         _check_next_address(configure.next_address, endpoint)
 

@@ -41,9 +41,10 @@ from flowspec.wire.messages import (
     Ready,
     Stop,
 )
-from flowspec.wire.transport import Connection, Listener, identity_of, session_of
+from flowspec.wire.transport import Connection, Sender, identity_of, session_of
 from flowspec.worker.actor import Worker
 from flowspec.worker.checks import check_configure
+from flowspec.worker.door import Door, Keys
 from flowspec.worker.hints import Hinter
 from flowspec.worker.kept import Loaded, StageLoader
 from flowspec.worker.measure import LinkMeter, free_bytes, peak_memory_bytes
@@ -95,14 +96,22 @@ class _Session:
 class WorkerProcess:
     """Serves sessions on one address until it is told to end."""
 
-    def __init__(self, address: str, heartbeat_s: float, device: str = "cpu", emulate: Emulate | None = None) -> None:
+    def __init__(
+        self,
+        address: str,
+        heartbeat_s: float,
+        device: str = "cpu",
+        emulate: Emulate | None = None,
+        keys: Keys | None = None,
+    ) -> None:
         """``emulate``: of workers that play devices. Raises ``UsageError`` when the address cannot be bound."""
         self._context: zmq.Context[Any] = zmq.Context()
         try:
-            self._listener = Listener(self._context, address, heartbeat_s)
+            self._door = Door(self._context, address, heartbeat_s, keys)
         except BaseException:
             self._context.term()
             raise
+        self._listener = self._door.listener
         self._device = device
         self._loader = StageLoader(device)
         self._emulate = emulate
@@ -110,7 +119,7 @@ class WorkerProcess:
         self._poller.register(self._listener.socket, zmq.POLLIN)
         self._session: _Session | None = None
         self._last_session = ""  # the name of the one before
-        self._early: deque[tuple[bytes, list[Any]]] = deque()  # messages of our session that came while it was loading
+        self._early: deque[tuple[Sender, list[Any]]] = deque()  # messages of our session that came while it was loading
         self._complaints = Complaints(logger)
         self._last_alive = 0.0
 
@@ -132,7 +141,7 @@ class WorkerProcess:
 
     def close(self) -> None:
         self._end_session()
-        self._listener.close(linger_s=1.0)
+        self._door.close()
         self._context.term()
 
     def _step(self) -> None:
@@ -154,10 +163,10 @@ class WorkerProcess:
             wait_s = min(_LONGEST_WAIT_S, max(0.0, wake_s - time.monotonic()))
             self._poller.poll(int(wait_s * 1000))
 
-    def _handle(self, identity: bytes, frames: list[Any]) -> None:
-        session = self._session
+    def _handle(self, sender: Sender, frames: list[Any]) -> None:
+        session, identity = self._session, sender.identity
         if session is None or not session.owns(identity):
-            self._handle_stranger(identity, frames)
+            self._handle_stranger(sender, frames)
             return
         match message := self._listener.decode(frames):
             case Configure():
@@ -172,10 +181,11 @@ class WorkerProcess:
             case _:
                 logger.debug("dropped a %s before the stage is loaded", type(message).__name__)
 
-    def _handle_stranger(self, identity: bytes, frames: list[Any]) -> None:
+    def _handle_stranger(self, sender: Sender, frames: list[Any]) -> None:
         """Of another session than ours: it may ask to begin one, and nothing else."""
-        name = session_of(identity)
+        identity, name = sender.identity, session_of(sender.identity)
         try:
+            self._door.check_driver(sender)
             configure = self._listener.decode_configure(frames)
             if not _SESSION_NAME.fullmatch(name):
                 raise ProtocolError("its session has no name")
@@ -207,6 +217,7 @@ class WorkerProcess:
         check_configure(configure, self.endpoint)
         if configure.emulation is not None and self._emulate is None:
             raise UsageError(f"worker {configure.stage} plays no device; flowspec emulate starts workers of its own")
+        self._door.open_for(configure)
         self._tell_driver(Loading(0.0))
         if configure.next_address is not None:
             session.link = self._connect(name, configure.next_address, configure)
@@ -226,7 +237,8 @@ class WorkerProcess:
         logger.info("layers %d:%d of %s are ready", configure.start_layer, configure.end_layer, configure.model)
 
     def _connect(self, name: str, address: str, configure: Configure) -> Connection:
-        link = Connection(self._context, address, name, "data", configure.heartbeat_s, configure.int8_wire)
+        keys = self._door.keys_to_next(configure)
+        link = Connection(self._context, address, name, "data", configure.heartbeat_s, configure.int8_wire, keys=keys)
         for socket in link.sockets:
             self._poller.register(socket, zmq.POLLIN)
         return link
@@ -238,7 +250,7 @@ class WorkerProcess:
         for _ in range(_MAX_READ * _MAX_READ):
             if (received := self._listener.receive()) is None:
                 break
-            if self._session.owns(received[0]):
+            if self._session.owns(received[0].identity):
                 self._early.append(received)
             else:
                 self._handle_stranger(*received)
@@ -336,6 +348,7 @@ class WorkerProcess:
                 if socket in self._poller:
                     self._poller.unregister(socket)
             self._session.link.close()
+        self._door.shut()
         self._early.clear()
         self._last_session = "" if self._session is None else self._session.name
         self._session = None
@@ -363,12 +376,13 @@ def serve(
     device: str,
     announce: Callable[[str], None] | None = None,
     emulate: Emulate | None = None,
+    keys: Keys | None = None,
 ) -> None:
     """Run a worker until interrupted. ``announce`` is called with the endpoint once it listens."""
     check_device(device)
     if threads:
         torch.set_num_threads(threads)
-    process = WorkerProcess(address, heartbeat_s, device, emulate)
+    process = WorkerProcess(address, heartbeat_s, device, emulate, keys)
     try:
         if announce is not None:
             announce(process.endpoint)

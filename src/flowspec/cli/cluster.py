@@ -1,0 +1,87 @@
+"""The command ``cluster``: which devices may be used, and by which keys they and this driver know each other."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from flowspec.cli.terminal import errors_in_one_line
+from flowspec.errors import UsageError
+
+if TYPE_CHECKING:
+    from flowspec.cluster.membership import Membership
+
+cluster = typer.Typer(no_args_is_help=True, help="The devices of this driver's cluster: join, list, remove.")
+
+_MINUTES = typer.Option("--minutes", metavar="N", min=1, max=60 * 24 * 30, help="For which the token is valid.")
+_JOIN = """On each device, once: flowspec worker --listen HOST:PORT --join {token}
+Then here: flowspec cluster add HOST:PORT, or start with --workers or --cluster. Valid for {minutes} minutes."""
+
+
+@cluster.command()
+def init(minutes: Annotated[int, _MINUTES] = 60) -> None:
+    """Make this driver's keys, unless it has some, and print a token by which devices join."""
+    with errors_in_one_line(False):
+        from flowspec.cluster.membership import Membership
+        from flowspec.wire.key_file import state_folder
+
+        membership = Membership.init(state_folder())
+        typer.echo(_JOIN.format(token=membership.new_token(60 * minutes), minutes=minutes))
+
+
+@cluster.command()
+def token(minutes: Annotated[int, _MINUTES] = 60) -> None:
+    """Print a new token; the one before is no longer valid."""
+    with errors_in_one_line(False):
+        typer.echo(_JOIN.format(token=_opened().new_token(60 * minutes), minutes=minutes))
+
+
+@cluster.command()
+def add(address: Annotated[str, typer.Argument(metavar="HOST:PORT")]) -> None:
+    """Let the device join that waits there with the token."""
+    with errors_in_one_line(False):
+        typer.echo(f"{_opened().let_join(address)} has joined")
+
+
+@cluster.command()
+def status() -> None:
+    """List the devices that have joined, and whether each one answers."""
+    with errors_in_one_line(False):
+        from flowspec.cluster.membership import answers
+
+        membership = _opened()
+        if not membership.devices:
+            typer.echo("no device has joined; flowspec cluster token says how")
+        for name, device in membership.devices.items():
+            state = "answers" if answers(membership, device) else "does not answer, or has other keys"
+            typer.echo(f"{name}  {device.address}  key {device.key[:8]}  {state}")
+
+
+@cluster.command()
+def remove(name: str) -> None:
+    """Use a device no more. It still believes this driver; rotate-keys ends that for all devices."""
+    with errors_in_one_line(False):
+        _opened().remove(name)
+        typer.echo(f"removed {name}")
+
+
+@cluster.command("rotate-keys")
+def rotate_keys() -> None:
+    """Make new keys: no device knows this driver any more, and all have to join again."""
+    with errors_in_one_line(False):
+        membership = _opened()
+        membership.rotate()
+        typer.echo("new keys; flowspec cluster token prints a token by which devices join again")
+
+
+def _opened() -> Membership:
+    logging.getLogger("flowspec").setLevel(logging.WARNING)  # what is done is printed
+    from flowspec.cluster.membership import Membership
+    from flowspec.wire.key_file import state_folder
+
+    membership = Membership.open(state_folder())
+    if membership is None:
+        raise UsageError("there is no cluster yet; make one with flowspec cluster init")
+    return membership
