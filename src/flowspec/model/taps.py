@@ -1,0 +1,82 @@
+"""What a stage adds to the features of a draft that reads several of the target's layers, as EAGLE-3 does.
+
+The first thing such a draft does is linear, ``fc([h_a; h_b; h_c])``: each stage multiplies the streams that it has by
+their own block of ``fc`` and adds to one vector that travels with the row. Sums are made in the layers' order, and
+rounded to the stage's dtype after each addition, so that no partition changes a bit of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from flowspec.core import TapShape
+
+
+class Linear(Protocol):
+    """A block of ``fc``, however it is computed."""
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """[n, H] -> [n, D]."""
+        ...
+
+
+class TorchLinear:
+    """In floats, on a torch device."""
+
+    def __init__(self, weight: Tensor, device: torch.device | str) -> None:
+        """``weight`` [D, H]."""
+        self._weight = weight.to(device)
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        return torch.nn.functional.linear(rows.to(self._weight.device, self._weight.dtype), self._weight)
+
+
+class Taps:
+    """Of one stage: the blocks of the layers that it has."""
+
+    def __init__(self, shape: TapShape, blocks: Mapping[int, Linear]) -> None:
+        """``blocks``: by layer, those of ``TapShape.of_stage``, or none."""
+        self.shape = shape
+        self._blocks = blocks
+
+    def begins(self) -> bool:
+        """Whether nothing has been added before this stage."""
+        first = self.shape.layers[0]
+        return first in self._blocks
+
+    def share(self, layer: int, rows: Tensor) -> Tensor | None:
+        """What the rows [n, H] of the stream that enters a layer add, [n, width]; ``None``: nothing.
+
+        In the rows' dtype.
+        """
+        block = self._blocks.get(layer)
+        if block is None:
+            return None
+        shape, dtype = self.shape, rows.dtype
+        squares = rows.float().square()
+        if shape.norm_eps is not None:
+            rows = (rows.float() * torch.rsqrt(squares.mean(-1, keepdim=True) + shape.norm_eps)).to(dtype)
+        share = block(rows).to(dtype)
+        if shape.has_squares:
+            mean = squares.mean(-1, keepdim=True) / len(shape.layers)
+            share = torch.cat((share, mean.to(share.device, dtype)), dim=-1)
+        return share
+
+
+class TapSum:
+    """The running sum of one forward's rows."""
+
+    def __init__(self, taps: Taps, total: Tensor | None) -> None:
+        """``total`` [n, width]: of the stages before; ``None`` where this one begins."""
+        self._taps = taps
+        self.total = total
+
+    def __call__(self, layer: int, rows: Tensor) -> None:
+        """A stage has the stream [n, H] that enters a layer."""
+        share = self._taps.share(layer, rows)
+        if share is not None:
+            self.total = share if self.total is None else self.total.to(share.device) + share
