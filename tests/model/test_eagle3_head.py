@@ -75,7 +75,7 @@ def layers_of(form: Eagle3Form) -> tuple[int, ...] | None:
 def sums_of(form: Eagle3Format, streams: tuple[Tensor, ...]) -> Tensor:
     """What stages would add up; ``streams``: as transformers' ``output_hidden_states``."""
     blocks = {layer: TorchLinear(form.block(layer, torch.float32), "cpu") for layer in form.taps.layers}
-    total = TapSum(Taps(form.taps, blocks), None)
+    total = TapSum(Taps(form.taps, blocks, torch.float32, is_begun=False), None)
     for layer, rows in enumerate(streams):
         total(layer, rows)
     assert total.total is not None

@@ -161,6 +161,14 @@ class ModelOptions:
         str, typer.Option(help="auto, none, ngram, or the directory of an EAGLE head that fits the model.")
     ] = "auto"
     draft_dtype: DraftDtypeOption = DraftDtype.auto
+    draft_layers: Annotated[
+        str | None,
+        typer.Option(
+            metavar="A,B,C",
+            help="Layers whose input an EAGLE-3 head reads, where its config is wrong.",
+            show_default="as its config says",
+        ),
+    ] = None
     schedule: Schedule = "auto"
     tree_top_k: TreeTopK = TreeConfig.top_k
     tree_depth: TreeDepth = TreeConfig.depth
@@ -178,6 +186,7 @@ class ModelOptions:
             "model": default_model if self.model is None else self.model,
             "draft": self.draft,
             "draft_dtype": self.draft_dtype.value,
+            "draft_layers": None if self.draft_layers is None else _layers(self.draft_layers),
             "schedule": self.schedule,
             "schedule_config": ScheduleConfig(flow=tree, pipeline=PipelineConfig(segment_len=self.segment_len)),
         }
@@ -311,6 +320,13 @@ class SamplingOptions:
 
 
 DEFAULT_MODEL, DEFAULT_STAGE_OPTIONS, DEFAULT_SAMPLING = ModelOptions(), StageOptions(), SamplingOptions()
+
+
+def _layers(text: str) -> list[int]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise UsageError(f"--draft-layers {text!r} is no list of layers, as in 2,16,29")
+    return [int(part) for part in parts]
 
 
 def _logit_bias(text: str) -> tuple[int, float]:

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import zmq
+from torch import Tensor
 
 from flowspec.cluster.bring_up import BringUp
 from flowspec.cluster.replies import Replies
 from flowspec.config import LinkConfig
-from flowspec.core import DType, Partition, Weights
+from flowspec.core import DType, LayerRange, Partition, TapShape, Weights
 from flowspec.errors import BusyError, ProtocolError, UsageError, WorkerError
 from flowspec.wire.actor import Route, Send
 from flowspec.wire.messages import (
@@ -27,9 +28,11 @@ from flowspec.wire.messages import (
     Echo,
     Emulation,
     Failure,
+    Loading,
     Probe,
     Ready,
     Stop,
+    TapBlock,
     ToDriver,
 )
 from flowspec.wire.transport import Connection
@@ -37,6 +40,7 @@ from flowspec.wire.transport import Connection
 logger = logging.getLogger("flowspec.cluster")
 
 LoadProgress = Callable[[float], None]
+Blocks = Callable[[int], Tensor]  # a layer -> what the stream that enters it is multiplied by, for a draft
 
 _CHECK_INTERVAL_S = 0.1
 _NUM_TRIPS = 8
@@ -44,6 +48,7 @@ _READY_POLL_S = 0.2
 _LINK_TIMEOUT_S = 20.0  # in which a worker reaches the next one, once both are there
 _BUSY_PATIENCE_S = 5.0  # until a worker must be free
 _ASK_INTERVAL_S = 0.2
+_BLOCK_BYTES = 2**22  # of one ``TapBlock``
 
 
 class Connections(Protocol):
@@ -165,6 +170,8 @@ class RemoteConnections:
         self.bring_up = BringUp(len(launcher.addresses), time.monotonic())
         self._controls: list[Connection] = []
         self._configures: list[Configure] = []  # what each worker is asked for
+        self._blocks: Blocks | None = None  # of what they add up for a draft
+        self._blocks_sent: set[int] = set()  # to these stages
         try:
             for place, address in enumerate(launcher.addresses, start=1):
                 self._controls.append(self._connect(address, "control", place))
@@ -198,9 +205,14 @@ class RemoteConnections:
         emulation: Emulation | None = None,
         hints: str | None = None,
         weights: Weights = "float",
+        taps: TapShape | None = None,
+        blocks: Blocks | None = None,
     ) -> None:
-        """Tell every worker which stage to load, whom to pass it on to, what device to play, and where hints are."""
-        addresses = self._launcher.addresses
+        """Tell every worker which stage to load, whom to pass it on to, what device to play, and where hints are.
+
+        ``taps``: what they add up for a draft, with the ``blocks`` of its first matrix, which they get in time.
+        """
+        addresses, self._blocks = self._launcher.addresses, blocks
         for index, (connection, layers) in enumerate(zip(self._controls, partition.stages, strict=True)):
             configure = Configure(
                 PROTOCOL_VERSION,
@@ -215,6 +227,7 @@ class RemoteConnections:
                 hints,
                 self._config.int8_wire,
                 weights,
+                taps,
             )
             self._configures.append(configure)
             connection.send(configure)
@@ -244,6 +257,8 @@ class RemoteConnections:
         for stage, message in self._receive(timeout_s):
             if isinstance(message, Busy):
                 busy[stage] = message
+            elif isinstance(message, Loading):  # it is ours
+                self._send_blocks(stage)
             self.bring_up.note(stage, message, time.monotonic())
             progress(self.bring_up.fraction)
         if busy:
@@ -257,6 +272,20 @@ class RemoteConnections:
                 [stage],
             )
         return self.bring_up.ready
+
+    def _send_blocks(self, stage: int) -> None:
+        """Once in a session, in messages that a slow link's heartbeats find a way between."""
+        asked = self._configures[stage - 1]
+        if asked.taps is None or self._blocks is None or stage in self._blocks_sent:
+            return
+        self._blocks_sent.add(stage)
+        layers = LayerRange(asked.start_layer, asked.end_layer)
+        for layer in asked.taps.of_stage(layers, is_last=stage == len(self._configures)):
+            block = self._blocks(layer)
+            num_rows = max(1, _BLOCK_BYTES // (block.shape[1] * block.itemsize))
+            for first_row in range(0, len(block), num_rows):
+                part = TapBlock(layer, first_row, block[first_row : first_row + num_rows])
+                self._controls[stage - 1].send(part)
 
     def _name(self, stage: int) -> str:
         return f"worker {stage} ({self._controls[stage - 1].address})"

@@ -42,7 +42,10 @@ class DriverModel:
         weights: Weights = "float",
         taps: Eagle3Format | None = None,
     ) -> DriverModel:
-        """``taps``: what ``draft.catalogue.read_taps`` has found. Raises ``ModelError`` and ``UsageError`` for files that cannot be used."""
+        """``taps``: what ``draft.catalogue.read_taps`` has found.
+
+        Raises ``ModelError`` and ``UsageError`` for files that cannot be used.
+        """
         tokenizer = checkpoint.load_tokenizer()
         template = ChatTemplate(tokenizer, checkpoint.title)
         head = load_head(checkpoint, dtype, weights, device)

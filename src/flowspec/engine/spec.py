@@ -33,6 +33,7 @@ class EngineSpec:
     _: KW_ONLY
     draft: str | Path | DraftSource = "auto"
     draft_dtype: DraftDType = "auto"
+    draft_layers: Sequence[int] | None = None
     stages: int | None = None
     partition: str | Partition | None = None
     workers: Sequence[str] | None = None
@@ -61,11 +62,10 @@ def open_engine(spec: EngineSpec) -> Engine:
     num_workers = None if spec.workers is None else len(spec.workers)
     partition = choose_partition(checkpoint, spec.stages, spec.partition, num_workers)
     weights = choose_weights(checkpoint, spec.weights, spec.device)
-    where = PipelineSpec(
-        checkpoint, partition, spec.workers, spec.in_process, spec.dtype, spec.device, weights, spec.link, spec.names
-    )
     draft = choose_draft(checkpoint, spec.draft, spec.draft_dtype, is_local=spec.workers is None)
-    taps = read_taps(draft, checkpoint)
+    taps = read_taps(draft, checkpoint, spec.draft_layers)
+    places = spec.workers, spec.in_process
+    where = PipelineSpec(checkpoint, partition, *places, spec.dtype, spec.device, weights, spec.link, spec.names, taps)
     hints = where.num_parallel == len(partition) if spec.hints is None else spec.hints
     if hints and isinstance(draft, Path):
         where = replace(where, hints=draft_for_workers(draft))

@@ -17,9 +17,9 @@ from flowspec.model.attention import attend
 from flowspec.model.families import EMBEDDING, PREFIX, layer_prefix
 from flowspec.model.forward_rows import ForwardRows, LayersStage
 from flowspec.model.openvino_graph import CUT, Between, Graph, Template, Weight, filled_up, linear
-from flowspec.model.packed import Bits
+from flowspec.model.packed import Bits, PackedWeight
 from flowspec.model.source import TensorSource
-from flowspec.model.stage import Part
+from flowspec.model.stage import Part, Watch
 from flowspec.model.stage_weights import bare_model, check_nothing_ignored, checked_config, rotary_of
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ class OpenVinoStage(LayersStage):
         return cls(config, layers, dtype, graphs, embedding, rotary_of(model, config))
 
     @torch.inference_mode()
-    def steps(self, parts: Sequence[Part]) -> Generator[Tensor | None]:
+    def steps(self, parts: Sequence[Part], watch: Watch | None = None) -> Generator[Tensor | None]:
         """With a pause before each attention but the first."""
         if not len(parts[0].slots):
             yield torch.empty(0, self.hidden_size, dtype=self.dtype)
@@ -82,11 +82,29 @@ class OpenVinoStage(LayersStage):
         for index, (graph, layer_type) in enumerate(zip(self._graphs[1:], self.attention.types, strict=True)):
             if index:
                 yield None
+            if watch is not None:
+                watch(self.layers.start + index, torch.from_numpy(states)[:num_rows])
             query, key, value = (torch.from_numpy(part)[:num_rows].transpose(0, 1)[None] for part in heads)
             keys, values = rows.cache.update(key.to(self.dtype), value.to(self.dtype), self.layers.start + index)
             attended = attend(query, keys, values, rows.masks[layer_type], self._scaling, is_order_free=True)
             states, *heads = graph([states, _filled(attended.reshape(num_rows, -1)), cos, sin])
+        if watch is not None and self.is_last:
+            watch(self.layers.end, torch.from_numpy(heads[0])[:num_rows])
         yield torch.from_numpy(states)[:num_rows].to(self.dtype, copy=True)
+
+
+class OpenVinoLinear:
+    """A matrix on the integer kernels; what a row's product is does not depend on the rows beside it."""
+
+    def __init__(self, weight: PackedWeight) -> None:
+        """``weight`` [N, K]."""
+        self._graph = linear(weight, torch.get_num_threads())
+
+    @torch.inference_mode()
+    def __call__(self, rows: Tensor) -> Tensor:
+        """[n, K] -> float32 [n, N]."""
+        (product,) = self._graph([_filled(rows.cpu().float())])
+        return torch.from_numpy(product)[: len(rows)].clone()
 
 
 class OpenVinoHead:
@@ -97,13 +115,11 @@ class OpenVinoHead:
         weight = source.packed_lm_head(bits)
         if token_ids is not None:
             weight = weight.rows(token_ids.numpy())
-        self._graph = linear(weight, torch.get_num_threads())
+        self._linear = OpenVinoLinear(weight)
 
-    @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """[n, H] -> [n, V]."""
-        (logits,) = self._graph([_filled(hidden.cpu().float())])
-        return torch.from_numpy(logits)[: len(hidden)].clone()
+        return self._linear(hidden)
 
 
 class _Graphs:

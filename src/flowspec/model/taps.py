@@ -38,42 +38,39 @@ class TorchLinear:
 class Taps:
     """Of one stage: the blocks of the layers that it has."""
 
-    def __init__(self, shape: TapShape, blocks: Mapping[int, Linear]) -> None:
-        """``blocks``: by layer, those of ``TapShape.of_stage``, or none."""
+    def __init__(self, shape: TapShape, blocks: Mapping[int, Linear], dtype: torch.dtype, is_begun: bool) -> None:
+        """``blocks``: by layer, those of ``TapShape.of_stage``, or none. ``dtype``: of sums.
+
+        ``is_begun``: stages before this one have added something.
+        """
         self.shape = shape
+        self.dtype = dtype
+        self.is_begun = is_begun
+        self.has_blocks = bool(blocks)
         self._blocks = blocks
 
-    def begins(self) -> bool:
-        """Whether nothing has been added before this stage."""
-        first = self.shape.layers[0]
-        return first in self._blocks
-
     def share(self, layer: int, rows: Tensor) -> Tensor | None:
-        """What the rows [n, H] of the stream that enters a layer add, [n, width]; ``None``: nothing.
-
-        In the rows' dtype.
-        """
+        """What the rows [n, H] of the stream that enters a layer add, [n, width]; ``None``: nothing."""
         block = self._blocks.get(layer)
         if block is None:
             return None
-        shape, dtype = self.shape, rows.dtype
-        squares = rows.float().square()
+        shape, squares = self.shape, rows.float().square()
         if shape.norm_eps is not None:
-            rows = (rows.float() * torch.rsqrt(squares.mean(-1, keepdim=True) + shape.norm_eps)).to(dtype)
-        share = block(rows).to(dtype)
+            rows = (rows.float() * torch.rsqrt(squares.mean(-1, keepdim=True) + shape.norm_eps)).to(rows.dtype)
+        share = block(rows).to(self.dtype)
         if shape.has_squares:
             mean = squares.mean(-1, keepdim=True) / len(shape.layers)
-            share = torch.cat((share, mean.to(share.device, dtype)), dim=-1)
+            share = torch.cat((share, mean.to(share.device, self.dtype)), dim=-1)
         return share
 
 
 class TapSum:
     """The running sum of one forward's rows."""
 
-    def __init__(self, taps: Taps, total: Tensor | None) -> None:
-        """``total`` [n, width]: of the stages before; ``None`` where this one begins."""
+    def __init__(self, taps: Taps, before: Tensor | None) -> None:
+        """``before`` [n, width]: what the stages before have added; ``None``: nothing."""
+        self.total = before
         self._taps = taps
-        self.total = total
 
     def __call__(self, layer: int, rows: Tensor) -> None:
         """A stage has the stream [n, H] that enters a layer."""

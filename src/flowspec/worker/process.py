@@ -40,6 +40,7 @@ from flowspec.wire.messages import (
     Probe,
     Ready,
     Stop,
+    TapBlock,
 )
 from flowspec.wire.transport import Connection, Listener, identity_of, session_of
 from flowspec.worker.actor import Worker
@@ -47,6 +48,7 @@ from flowspec.worker.checks import check_configure
 from flowspec.worker.hints import Hinter
 from flowspec.worker.kept import Loaded, StageLoader
 from flowspec.worker.measure import LinkMeter, free_bytes, peak_memory_bytes
+from flowspec.worker.taps import TapBlocks
 
 logger = logging.getLogger("flowspec.worker")
 
@@ -85,6 +87,9 @@ class _Session:
     link: Connection | None = None  # to the next worker
     meter: LinkMeter | None = None  # of the link; ``None``: there is nothing to measure
     worker: WorkerActor | None = None  # once the stage is loaded
+    configure: Configure | None = None  # what was asked for, once that is loaded
+    loaded: Loaded | None = None
+    blocks: TapBlocks | None = None  # of a draft that reads several layers; it comes when the stage is loaded
     ready: Ready | None = None  # what the driver will be told when the next worker is reached, and the link measured
 
     def owns(self, identity: bytes) -> bool:
@@ -166,6 +171,9 @@ class WorkerProcess:
                 self._listener.reply(identity, Echo(message.number, time.perf_counter()))
             case Stop():
                 raise _SessionOver("the driver has finished")
+            case TapBlock() if session.blocks is not None:
+                session.blocks.take(message)
+                self._make_worker(session)
             case _ if session.worker is not None:
                 session.worker.link_bytes += 0 if identity == session.driver else sum(len(f) for f in frames)
                 self._dispatch(session.worker.on_message(message))
@@ -204,12 +212,16 @@ class WorkerProcess:
         check_configure(configure, self.endpoint)
         if configure.emulation is not None and self._emulate is None:
             raise UsageError(f"worker {configure.stage} plays no device; flowspec emulate starts workers of its own")
+        if configure.emulation is not None and configure.taps is not None:
+            raise UsageError("workers that play devices serve no draft that reads several layers; use another draft")
         self._tell_driver(Loading(0.0))
         if configure.next_address is not None:
             session.link = self._connect(name, configure.next_address, configure)
             session.meter = LinkMeter() if configure.emulation is None else None
         loaded = self._loader.load(configure, _Throttled(_LOADING_INTERVAL_S, self._tell_progress))
-        session.worker = self._make_worker(configure, loaded)
+        session.configure, session.loaded = configure, loaded
+        session.blocks = None if configure.taps is None else TapBlocks(configure, configure.taps, loaded.stage)
+        self._make_worker(session)
         session.ready = Ready(
             configure.stage,
             loaded.stage.weights_bytes,
@@ -240,10 +252,18 @@ class WorkerProcess:
             else:
                 self._handle_stranger(*received)
 
-    def _make_worker(self, configure: Configure, loaded: Loaded) -> WorkerActor:
-        index = configure.stage
+    def _make_worker(self, session: _Session) -> None:
+        """Once it has all that its driver was to send."""
+        configure, loaded, blocks = session.configure, session.loaded, session.blocks
+        assert configure is not None and loaded is not None, "the stage is loaded"
+        if blocks is not None and not blocks.is_complete:
+            return
+        index, taps = configure.stage, None
+        if blocks is not None:
+            taps = blocks.make_taps(configure, self._device)
+            session.blocks = None
         if configure.emulation is None:
-            return Worker(
+            session.worker = Worker(
                 loaded.stage,
                 index,
                 time.perf_counter,
@@ -251,9 +271,11 @@ class WorkerProcess:
                 forward_s=lambda num_rows: interpolate(loaded.forward_s, num_rows),
                 layers=f"{configure.start_layer}:{configure.end_layer}",
                 limits=loaded.limits,
+                taps=taps,
             )
+            return
         assert self._emulate is not None, "checked before"
-        return self._emulate(loaded.stage, index, configure.emulation, loaded.hinter)
+        session.worker = self._emulate(loaded.stage, index, configure.emulation, loaded.hinter)
 
     def _tend_link(self) -> None:
         """Reach the next worker and measure the link; then tell the driver that all is ready.
@@ -267,7 +289,7 @@ class WorkerProcess:
         while session.link is not None and (arrived := session.link.receive()) is not None:
             if meter is not None and isinstance(arrived[0], Echo):  # else nobody waits for it any more
                 meter.on_echo(arrived[0], time.monotonic())
-        if ready is None:
+        if ready is None or session.worker is None:
             return
         if session.link is None or meter is None:
             self._tell_ready(session, ready)
