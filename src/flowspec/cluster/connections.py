@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import zmq
-from torch import Tensor
 
 from flowspec.cluster.bring_up import BringUp
 from flowspec.cluster.replies import Replies
+from flowspec.cluster.tap_blocks import Blocks, tap_blocks
 from flowspec.config import LinkConfig
-from flowspec.core import DType, LayerRange, Partition, TapShape, Weights
+from flowspec.core import DType, Partition, TapShape, Weights
 from flowspec.errors import BusyError, ProtocolError, UsageError, WorkerError
 from flowspec.wire.actor import Route, Send
 from flowspec.wire.messages import (
@@ -32,7 +32,6 @@ from flowspec.wire.messages import (
     Probe,
     Ready,
     Stop,
-    TapBlock,
     ToDriver,
 )
 from flowspec.wire.transport import Connection
@@ -40,7 +39,6 @@ from flowspec.wire.transport import Connection
 logger = logging.getLogger("flowspec.cluster")
 
 LoadProgress = Callable[[float], None]
-Blocks = Callable[[int], Tensor]  # a layer -> what the stream that enters it is multiplied by, for a draft
 
 _CHECK_INTERVAL_S = 0.1
 _NUM_TRIPS = 8
@@ -48,7 +46,6 @@ _READY_POLL_S = 0.2
 _LINK_TIMEOUT_S = 20.0  # in which a worker reaches the next one, once both are there
 _BUSY_PATIENCE_S = 5.0  # until a worker must be free
 _ASK_INTERVAL_S = 0.2
-_BLOCK_BYTES = 2**22  # of one ``TapBlock``
 
 
 class Connections(Protocol):
@@ -171,7 +168,7 @@ class RemoteConnections:
         self._controls: list[Connection] = []
         self._configures: list[Configure] = []  # what each worker is asked for
         self._blocks: Blocks | None = None  # of what they add up for a draft
-        self._blocks_sent: set[int] = set()  # to these stages
+        self._have_blocks: set[int] = set()  # stages
         try:
             for place, address in enumerate(launcher.addresses, start=1):
                 self._controls.append(self._connect(address, "control", place))
@@ -257,8 +254,8 @@ class RemoteConnections:
         for stage, message in self._receive(timeout_s):
             if isinstance(message, Busy):
                 busy[stage] = message
-            elif isinstance(message, Loading):  # it is ours
-                self._send_blocks(stage)
+            elif isinstance(message, Loading) and self._blocks is not None and stage not in self._have_blocks:
+                self._send_blocks(stage, self._blocks)
             self.bring_up.note(stage, message, time.monotonic())
             progress(self.bring_up.fraction)
         if busy:
@@ -273,19 +270,10 @@ class RemoteConnections:
             )
         return self.bring_up.ready
 
-    def _send_blocks(self, stage: int) -> None:
-        """Once in a session, in messages that a slow link's heartbeats find a way between."""
-        asked = self._configures[stage - 1]
-        if asked.taps is None or self._blocks is None or stage in self._blocks_sent:
-            return
-        self._blocks_sent.add(stage)
-        layers = LayerRange(asked.start_layer, asked.end_layer)
-        for layer in asked.taps.of_stage(layers, is_last=stage == len(self._configures)):
-            block = self._blocks(layer)
-            num_rows = max(1, _BLOCK_BYTES // (block.shape[1] * block.itemsize))
-            for first_row in range(0, len(block), num_rows):
-                part = TapBlock(layer, first_row, block[first_row : first_row + num_rows])
-                self._controls[stage - 1].send(part)
+    def _send_blocks(self, stage: int, blocks: Blocks) -> None:
+        self._have_blocks.add(stage)
+        for part in tap_blocks(self._configures[stage - 1], stage == len(self._configures), blocks):
+            self._controls[stage - 1].send(part)
 
     def _name(self, stage: int) -> str:
         return f"worker {stage} ({self._controls[stage - 1].address})"

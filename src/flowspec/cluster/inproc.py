@@ -6,7 +6,8 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from flowspec.cluster.connections import Blocks, LoadProgress, Trip
+from flowspec.cluster.connections import LoadProgress, Trip
+from flowspec.cluster.tap_blocks import Blocks
 from flowspec.core import DType, Partition, TapShape, Weights
 from flowspec.model.backends import load_stage, make_taps
 from flowspec.model.hint_head import load_hinter
