@@ -173,7 +173,7 @@ class WorkerProcess:
                 raise _SessionOver("the driver has finished")
             case TapBlock() if session.blocks is not None:
                 session.blocks.take(message)
-                self._make_worker(session)
+                self._end_loading(session)
             case _ if session.worker is not None:
                 session.worker.link_bytes += 0 if identity == session.driver else sum(len(f) for f in frames)
                 self._dispatch(session.worker.on_message(message))
@@ -221,18 +221,7 @@ class WorkerProcess:
         loaded = self._loader.load(configure, _Throttled(_LOADING_INTERVAL_S, self._tell_progress))
         session.configure, session.loaded = configure, loaded
         session.blocks = None if configure.taps is None else TapBlocks(configure, configure.taps, loaded.stage)
-        self._make_worker(session)
-        session.ready = Ready(
-            configure.stage,
-            loaded.stage.weights_bytes,
-            peak_memory_bytes(),
-            forward_s=loaded.forward_s,
-            slot_bytes=loaded.stage.slot_bytes,
-            free_bytes=free_bytes(torch.device(self._device)),
-            fingerprint=loaded.fingerprint,
-        )
-        self._tell_driver(Loading(LOADED))
-        logger.info("layers %d:%d of %s are ready", configure.start_layer, configure.end_layer, configure.model)
+        self._end_loading(session)
 
     def _connect(self, name: str, address: str, configure: Configure) -> Connection:
         link = Connection(self._context, address, name, "data", configure.heartbeat_s, configure.int8_wire)
@@ -252,18 +241,30 @@ class WorkerProcess:
             else:
                 self._handle_stranger(*received)
 
-    def _make_worker(self, session: _Session) -> None:
-        """Once it has all that its driver was to send."""
+    def _end_loading(self, session: _Session) -> None:
+        """As soon as it has all that its driver was to send."""
         configure, loaded, blocks = session.configure, session.loaded, session.blocks
         assert configure is not None and loaded is not None, "the stage is loaded"
         if blocks is not None and not blocks.is_complete:
             return
-        index, taps = configure.stage, None
-        if blocks is not None:
-            taps = blocks.make_taps(configure, self._device)
-            session.blocks = None
+        session.worker = self._make_worker(configure, loaded, blocks)
+        session.blocks = None
+        session.ready = Ready(
+            configure.stage,
+            loaded.stage.weights_bytes,
+            peak_memory_bytes(),
+            forward_s=loaded.forward_s,
+            slot_bytes=loaded.stage.slot_bytes,
+            free_bytes=free_bytes(torch.device(self._device)),
+            fingerprint=loaded.fingerprint,
+        )
+        self._tell_driver(Loading(LOADED))
+        logger.info("layers %d:%d of %s are ready", configure.start_layer, configure.end_layer, configure.model)
+
+    def _make_worker(self, configure: Configure, loaded: Loaded, blocks: TapBlocks | None) -> WorkerActor:
+        index = configure.stage
         if configure.emulation is None:
-            session.worker = Worker(
+            return Worker(
                 loaded.stage,
                 index,
                 time.perf_counter,
@@ -271,11 +272,10 @@ class WorkerProcess:
                 forward_s=lambda num_rows: interpolate(loaded.forward_s, num_rows),
                 layers=f"{configure.start_layer}:{configure.end_layer}",
                 limits=loaded.limits,
-                taps=taps,
+                taps=None if blocks is None else blocks.make_taps(configure, self._device),
             )
-            return
         assert self._emulate is not None, "checked before"
-        session.worker = self._emulate(loaded.stage, index, configure.emulation, loaded.hinter)
+        return self._emulate(loaded.stage, index, configure.emulation, loaded.hinter)
 
     def _tend_link(self) -> None:
         """Reach the next worker and measure the link; then tell the driver that all is ready.
@@ -289,7 +289,7 @@ class WorkerProcess:
         while session.link is not None and (arrived := session.link.receive()) is not None:
             if meter is not None and isinstance(arrived[0], Echo):  # else nobody waits for it any more
                 meter.on_echo(arrived[0], time.monotonic())
-        if ready is None or session.worker is None:
+        if ready is None:
             return
         if session.link is None or meter is None:
             self._tell_ready(session, ready)
