@@ -95,6 +95,11 @@ def test_features_of_impossible_sizes_are_refused(shape: TapShape) -> None:
         check_configure(replace(CONFIGURE, taps=shape), "tcp://127.0.0.1:1")
 
 
+def test_features_wider_than_any_draft_are_refused_before_memory_is_asked_for() -> None:
+    with pytest.raises(ProtocolError, match="of width 257 are wanted, of a model of 32"):
+        TapBlocks(CONFIGURE, TapShape((3,), 257), SmallStage())  # type: ignore[arg-type]
+
+
 # --- a worker with features ---
 
 OPEN = Open(0, 0, 2, [1, 3, 5])

@@ -54,14 +54,19 @@ class Taps:
         block = self._blocks.get(layer)
         if block is None:
             return None
-        shape, squares = self.shape, rows.float().square()
+        shape = self.shape
         if shape.norm_eps is not None:
-            rows = (rows.float() * torch.rsqrt(squares.mean(-1, keepdim=True) + shape.norm_eps)).to(rows.dtype)
+            rows = (rows.float() * torch.rsqrt(_mean_square(rows) + shape.norm_eps)).to(rows.dtype)
         share = block(rows).to(self.dtype)
         if shape.has_squares:
-            mean = squares.mean(-1, keepdim=True) / len(shape.layers)
+            mean = _mean_square(rows) / len(shape.layers)
             share = torch.cat((share, mean.to(share.device, self.dtype)), dim=-1)
         return share
+
+
+def _mean_square(rows: Tensor) -> Tensor:
+    """float32 [n, 1] of [n, H]."""
+    return rows.float().square().mean(-1, keepdim=True)
 
 
 class TapSum:

@@ -12,12 +12,19 @@ from flowspec.model.stage import Stage
 from flowspec.model.taps import Taps
 from flowspec.wire.messages import Configure, TapBlock
 
+_MOST_TIMES = 8  # as wide as the model
+
 
 class TapBlocks:
     """Of one session: what has come of the matrices of this stage's tapped layers."""
 
     def __init__(self, configure: Configure, shape: TapShape, stage: Stage) -> None:
-        """``shape``: of ``configure``, which has passed ``checks.check_configure``."""
+        """``shape``: of ``configure``, which has passed ``checks.check_configure``.
+
+        Raises ``ProtocolError`` for features that are wider than any draft of this model.
+        """
+        if shape.num_outputs > _MOST_TIMES * stage.hidden_size:
+            raise ProtocolError(f"features of width {shape.num_outputs} are wanted, of a model of {stage.hidden_size}")
         self.shape = shape
         self._layers = LayerRange(configure.start_layer, configure.end_layer)
         self._stage = stage
