@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from test_recovery import KILL, LINK, Fault, run
 
-from engines import engine_of
+from engines import Fault, engine_of, run
 from flowspec import LLM, SamplingParams
 from flowspec.config import LinkConfig
 from flowspec.emulation.checkpoint_pair import CheckpointPair
@@ -18,6 +18,7 @@ from flowspec.errors import ModelError, UsageError
 from tiny_eagle3 import Eagle3Form, write_eagle3
 from worker_process import WorkerProcess
 
+LINK = LinkConfig(start_timeout_s=60, stall_timeout_s=60, heartbeat_timeout_s=1.5, rejoin_timeout_s=60)
 PROMPT = (1, 4, 2, 1, 4, 2, 3, 9, 9)
 PARAMS = SamplingParams(24, 0.8, seed=5)
 LAYERS = (2, 4, 5)
@@ -81,7 +82,7 @@ def test_requests_go_on_when_a_worker_has_died(checkpoint_dir: Callable[[str], P
     directory = checkpoint_dir("qwen3")
     with engine_of(directory, draft=directory / "eagle3", stages=3, link=LINK, schedule="flow") as engine:
         job = engine.submit(PROMPT, PARAMS)
-        run(engine, [job], [Fault(8, 2, KILL)])
+        run(engine, [job], [Fault(8, 2, signal.SIGKILL)])
         assert job.output_ids == expected
         again = engine.submit(PROMPT, PARAMS)
         run(engine, [again])
