@@ -15,6 +15,7 @@ import torch
 from hypothesis import settings
 
 import fork_server
+from tiny_eagle3 import Eagle3Form, write_eagle3
 from tiny_models import make_checkpoint, make_draft_head
 
 if TYPE_CHECKING:
@@ -37,13 +38,17 @@ settings.load_profile("flowspec")
 
 @pytest.fixture(scope="session")
 def checkpoint_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The directory of a family's tiny checkpoint, made on first use; a random EAGLE head lies in ``draft``."""
+    """The directory of a family's tiny checkpoint, made on first use.
+
+    A random EAGLE head lies in ``draft``, an EAGLE-3 head in ``eagle3``.
+    """
     made: dict[str, Path] = {}
 
     def get(family: str) -> Path:
         if family not in made:
             made[family] = make_checkpoint(tmp_path_factory.mktemp(family), family)
             make_draft_head(made[family] / "draft")
+            write_eagle3(made[family] / "eagle3", Eagle3Form("specforge"))
         return made[family]
 
     return get

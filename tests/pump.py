@@ -12,15 +12,19 @@ from typing import Any
 import torch
 
 from flowspec.config import LockstepConfig, PipelineConfig, ScheduleConfig, TreeConfig
-from flowspec.core import Partition, SamplingParams
+from flowspec.core import LayerRange, Partition, SamplingParams
 from flowspec.draft.base import DraftSource
+from flowspec.draft.catalogue import load_draft, read_taps
 from flowspec.draft.eagle import EagleSource
 from flowspec.draft.ngram import NgramSource
 from flowspec.driver import Driver
+from flowspec.model.backends import make_taps
+from flowspec.model.eagle3_format import Eagle3Format
 from flowspec.model.eagle_head import EagleHead
 from flowspec.model.hint_head import HintHead
 from flowspec.model.loader import Checkpoint
 from flowspec.model.stage import Stage
+from flowspec.model.taps import Taps
 from flowspec.model.target_head import TargetHead
 from flowspec.model.torch_stage import TorchStage
 from flowspec.request.generation import Generation
@@ -64,6 +68,8 @@ class Pump:
         checkpoint = Checkpoint.open(directory)
         partition = Partition.even(checkpoint.num_layers, num_stages)
         lm_head = checkpoint.load_lm_head("float32", "cpu")
+        directory_of_head = directory / draft if isinstance(draft, str) else directory
+        taps = read_taps(directory_of_head, checkpoint) if draft == "eagle3" else None
         self.workers: list[Worker] = []
         self.stages: list[Any] = []
         for index, layers in enumerate(partition.stages, start=1):
@@ -71,13 +77,18 @@ class Pump:
             self.stages.append(wrap_stage(stage))
             lens = HintHead.logit_lens(layers.end, torch.ones(stage.hidden_size), lm_head, 1, 1e-6).eval()
             hinter, forward_s = lens if hints else None, (lambda num_rows: 1.0) if shares_forwards else None
-            worker = Worker(self.stages[-1], index, time.perf_counter, patience_s, hinter, math.inf, forward_s)
-            self.workers.append(worker)
+            when = time.perf_counter, patience_s, hinter, math.inf, forward_s
+            self.workers.append(Worker(self.stages[-1], index, *when, taps=_taps_of(taps, layers, stage)))
         head = TargetHead(lm_head)
-        source = draft if not isinstance(draft, str) else _source(draft, directory, checkpoint, head)
+        if taps is not None:
+            source = load_draft(directory_of_head, checkpoint, head, "float32", "cpu", taps=taps)
+        else:
+            source = draft if not isinstance(draft, str) else _source(draft, directory, checkpoint, head)
         config = ScheduleConfig(tree, lockstep=LockstepConfig(replace(tree, size=tree.size + 1)), pipeline=pipeline)
         positions = checkpoint.max_positions
-        self.driver = Driver(Common(head, pipeline, positions, time.perf_counter, keeps_caches=keeps_caches), source)
+        common = Common(head, pipeline, positions, time.perf_counter, keeps_caches=keeps_caches)
+        tapped = () if taps is None else taps.taps.layers
+        self.driver = Driver(common, source, tapped=tapped)
         self.make_schedule = lambda: make_schedule(schedule, config, num_stages)
         self.network = InprocNetwork(num_stages)
         self.generations: list[Generation] = []
@@ -137,6 +148,13 @@ class Pump:
     def check_integrity(self) -> None:
         for worker in self.workers:
             worker.check_integrity()
+
+
+def _taps_of(form: Eagle3Format | None, layers: LayerRange, stage: Stage) -> Taps | None:
+    if form is None:
+        return None
+    blocks = {layer: form.block(layer, torch.float32) for layer in form.taps.of_stage(layers, stage.is_last)}
+    return make_taps(form.taps, layers, blocks, "float32", "float", "cpu")
 
 
 def _source(name: str, directory: Path, checkpoint: Checkpoint, head: TargetHead) -> DraftSource | None:

@@ -27,6 +27,7 @@ from flowspec.toml_table import Table
 from flowspec.train.hints import HintRecipe
 from house import LEVELS, diagram
 from logged_process import LoggedProcess
+from tiny_eagle3 import write_eagle3
 from tiny_models import make_checkpoint, make_draft_head, write_target_and_text
 
 if sys.version_info >= (3, 11):
@@ -112,6 +113,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (place / name).symlink_to(ROOT / name)
     make_checkpoint(place / "Llama-3.2-3B", "llama", num_hidden_layers=28)
     make_draft_head(place / "EAGLE-head")
+    write_eagle3(place / "EAGLE-3-head")
     (place / "prompt.txt").write_text("t1 t4 t2")
     (place / "made").mkdir()
     target, text = write_target_and_text(place / "made")

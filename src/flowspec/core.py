@@ -107,6 +107,33 @@ class Partition:
             raise UsageError(f"partition {self} covers {self.num_layers} layers, but the model has {num_layers}")
 
 
+@dataclass(frozen=True)
+class TapShape:
+    """What the stages add up for a draft that reads several of the target's layers: one running sum, row by row.
+
+    ``layers``, ascending: layer k stands for the stream that enters layer k, which layer k - 1 has put out; 0 is the
+    embedding's output, the number of layers the last one's, before the final norm. Each of them is multiplied by its
+    block of the draft's first matrix, and the products are added in this order.
+    ``norm_eps``: the streams are RMS-normed first (without a weight: that is in the block).
+    ``has_squares``: one more column adds up their mean squares, over all of them.
+    """
+
+    layers: tuple[int, ...]
+    width: int  # of the sum, that column included
+    norm_eps: float | None = None
+    has_squares: bool = False
+
+    @property
+    def num_outputs(self) -> int:
+        """Rows of a block."""
+        return self.width - self.has_squares
+
+    def of_stage(self, stage: LayerRange, is_last: bool) -> tuple[int, ...]:
+        """Those that a stage adds: of the streams that enter its layers, and of the one behind the last layer."""
+        end = stage.end + is_last
+        return tuple(layer for layer in self.layers if stage.start <= layer < end)
+
+
 @checked_class
 @dataclass(frozen=True)
 class SamplingParams:

@@ -44,15 +44,17 @@ class Driver:
         num_slots: int | None = None,
         likely_tokens: int = EngineConfig.likely_tokens,
         num_stages: int = 1,
+        tapped: tuple[int, ...] = (),
     ) -> None:
         """``num_slots``: rows that the caches of a worker have room for; ``None``: nobody counts.
 
         ``likely_tokens``: of an answer, that a request has room for when it starts.
+        ``tapped``: the target's layers whose features the workers add up.
         """
-        if source is not None and not {FINAL}.issuperset(source.feature_layers):
+        if source is not None and source.feature_layers not in ((), (FINAL,), tapped):
             raise UsageError(
-                f"draft {source.name} reads the outputs of layers {list(source.feature_layers)}; workers return those "
-                "of the final norm alone, so use another draft"
+                f"draft {source.name} reads the layers {list(source.feature_layers)}, and these workers give it none "
+                "of them; use another draft here"
             )
         self._common = common
         self._source = source

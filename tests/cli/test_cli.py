@@ -71,6 +71,11 @@ def test_json_is_one_object_and_nothing_else(run: Run, checkpoint_dir: Callable[
         (["t1", "--device", "nonsense"], "device 'nonsense' cannot be used here"),
         (["t1", "--stages", "2", "--workers", "127.0.0.1:1"], "give one of --stages, --workers and --cluster"),
         (["t1", "--cluster", "/no/such.toml"], "give the path of a file"),
+        (["t1", "--draft-layers", "2,x"], "--draft-layers '2,x' is no list of layers, as in 2,16,29"),
+        (
+            ["t1", "--draft-layers", "1,2,3"],
+            "draft_layers are for EAGLE-3 heads, and the draft is none; leave them out",
+        ),
         (["t1", "--logit-bias", "hot"], "--logit-bias 'hot' is not ID:BIAS"),
         (["t1", "--min-p", "2"], "min_p is 2.0"),
         (["t1", "--repetition-penalty", "0"], "repetition_penalty is 0.0"),

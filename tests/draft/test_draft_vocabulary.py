@@ -44,7 +44,8 @@ def test_the_draft_guesses_these_tokens_as_the_target_would(model: Path, weights
     checkpoint = open_checkpoint(model)
     head = load_head(checkpoint, "float32", weights, "cpu")
     source = load_draft(model.parent / "draft", checkpoint, head, "float32", "cpu", weights=weights)
-    assert isinstance(source, EagleSource) and source.head.token_ids is not None
+    assert isinstance(source, EagleSource) and isinstance(source.head, EagleHead)
+    assert source.head.token_ids is not None
     rows = torch.randn(4, checkpoint.config.hidden_size, generator=torch.Generator().manual_seed(0))
     whole, few = head.logits(rows), source.lm_head.logits(rows)
     kept = source.head.token_ids

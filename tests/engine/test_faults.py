@@ -23,7 +23,7 @@ from flowspec.draft.base import Accepted, Draft
 from flowspec.draft.ngram import NgramSource
 from flowspec.engine.engine import Engine
 from flowspec.errors import FlowspecError, NumericalError, RequestError
-from flowspec.model.stage import Part, Stage, StageCache
+from flowspec.model.stage import Part, Stage, StageCache, Watch
 from flowspec.sampling import Sampler
 from flowspec.server.service import Service, Ticket
 from flowspec.tree import DraftTree, Ints
@@ -168,12 +168,12 @@ class FaultyStage:
     def open_cache(self, root_id: int | None = None) -> StageCache:
         return self._stage.open_cache(root_id)
 
-    def steps(self, parts: Sequence[Part]) -> Generator[torch.Tensor | None]:
+    def steps(self, parts: Sequence[Part], watch: Watch | None = None) -> Generator[torch.Tensor | None]:
         self.num_rows.append(sum(len(part.slots) for part in parts))
         yield None
         if any(self.is_first and bool((part.inputs == SENDS).any()) for part in parts):
             raise MemoryError("no memory for this one")
-        yield from self._stage.steps(parts)
+        yield from self._stage.steps(parts, watch)
 
 
 def test_in_a_forward_that_requests_share_only_the_faulty_one_fails(checkpoint_dir: Callable[[str], Path]) -> None:

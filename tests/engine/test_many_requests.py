@@ -158,7 +158,7 @@ def test_outputs_of_layers_that_a_worker_does_not_return_are_refused_at_both_end
     assert isinstance(failed, Failed) and failed.request_id == 1 and "layers [2, -1]" in failed.text
     source = NgramSource()
     source.feature_layers = (2, 3)
-    with pytest.raises(UsageError, match=r"draft ngram reads the outputs of layers \[2, 3\]"):
+    with pytest.raises(UsageError, match=r"draft ngram reads the layers \[2, 3\], and these workers give it none"):
         Pump(checkpoint_dir("llama"), 1, source)
 
 

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
 
-from engines import engine_of
+from engines import Fault, engine_of, hit, launcher_of, run
 from flowspec import LLM, SamplingParams
-from flowspec.cluster.local import LocalProcesses
 from flowspec.config import LinkConfig
 from flowspec.engine.engine import Engine
 from flowspec.engine.job import Job
@@ -26,27 +23,6 @@ PROMPT = (1, 4, 2, 1, 4, 2, 3)
 KILL, STOP = signal.SIGKILL, signal.SIGSTOP
 
 
-@dataclass(frozen=True)
-class Fault:
-    num_tokens: int  # of all requests together, after which it happens
-    stage: int
-    signal: signal.Signals
-
-
-def launcher_of(engine: Engine) -> LocalProcesses:
-    launcher = engine.pipeline.launcher
-    assert isinstance(launcher, LocalProcesses)
-    return launcher
-
-
-def hit(engine: Engine, stage: int, sent: signal.Signals) -> None:
-    """Send a signal to a stage's worker, once there is one."""
-    while stage not in launcher_of(engine).pids:
-        engine.step(0.05)
-    with contextlib.suppress(ProcessLookupError):  # it has ended, and the engine has not read that yet
-        os.kill(launcher_of(engine).pids[stage], sent)
-
-
 def kill_on(engine: Engine, stage: int, how_often: int) -> None:
     """Step for ever; kill a stage's worker whenever there is another one."""
     killed: set[int] = set()
@@ -56,16 +32,6 @@ def kill_on(engine: Engine, stage: int, how_often: int) -> None:
             killed.add(pid)
             os.kill(pid, KILL)
         engine.step(0.05)
-
-
-def run(engine: Engine, jobs: Sequence[Job], faults: Sequence[Fault] = ()) -> None:
-    """To the end of all, with faults on their way."""
-    left = list(faults)
-    while not all(job.is_finished for job in jobs):
-        engine.step()
-        if left and sum(len(job.output_ids) for job in jobs) >= left[0].num_tokens:
-            hit(engine, left[0].stage, left.pop(0).signal)
-    assert not left, "a fault came too late"
 
 
 def test_no_token_is_lost_doubled_or_changed_when_workers_die_or_stop(checkpoint_dir: Callable[[str], Path]) -> None:

@@ -56,6 +56,7 @@ BAD: dict[str, tuple[ToDriver, int]] = {
     "another stage's numbers": (Broken(0, 0, 1, "0:2", []), 2),
     "a clock that stands at infinity": (Echo(0, math.inf), 1),
     "a stamp": (Stamped(0.0, 0.0, RESULT), 2),
+    "features that nobody wants": (replace(RESULT, features=torch.zeros(2, 5)), 2),
 }
 
 
@@ -94,3 +95,12 @@ def test_a_result_that_does_not_fit_what_was_sent_ends_its_request(
     pump.network.take = spoiled  # type: ignore[method-assign]
     with pytest.raises(ProtocolError, match="worker 2 breaks the protocol: a result has"):
         pump.run()
+
+
+def test_features_have_the_width_and_dtype_of_the_sessions_draft() -> None:
+    replies = Replies(2, 8, 96, torch.float32, taps_width=5)
+    replies.check(replace(RESULT, features=torch.zeros(2, 5)), 2)
+    replies.check(RESULT, 2)  # of a request without the draft
+    for features in (torch.zeros(2, 4), torch.zeros(2, 5, dtype=torch.bfloat16)):
+        with pytest.raises(ProtocolError, match="its features are"):
+            replies.check(replace(RESULT, features=features), 2)

@@ -12,6 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import DynamicCache, LlamaConfig
 
 from flowspec.errors import ModelError
+from flowspec.model.draft_files import DraftFiles
+from flowspec.model.eagle3_format import kind_of
 from flowspec.model.eagle_head import EagleHead
 
 VOCAB, HIDDEN = 50, 16
@@ -338,11 +340,9 @@ def test_a_head_of_another_target_is_refused(head: EagleHead, embedding: torch.T
         load(tmp_path, torch.zeros(VOCAB + 1, HIDDEN))
 
 
-@pytest.mark.parametrize("key", ["midlayer__self_attn__q_proj__weight", "d2t", "fc__weight"])
-def test_eagle3_heads_are_said_to_be_unsupported(
-    head: EagleHead, embedding: torch.Tensor, tmp_path: Path, key: str
-) -> None:
+@pytest.mark.parametrize("key", ["midlayer__hidden_norm__weight", "d2t", "fc__weight"])
+def test_eagle3_heads_are_told_apart(head: EagleHead, tmp_path: Path, key: str) -> None:
     head.save(tmp_path)
+    assert kind_of(DraftFiles(tmp_path)) == "eagle"
     rewrite(tmp_path, **{key: torch.zeros(HIDDEN, 3 * HIDDEN)})
-    with pytest.raises(ModelError, match="EAGLE-3"):
-        load(tmp_path, embedding)
+    assert kind_of(DraftFiles(tmp_path)) == "eagle3"

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flowspec.core import FINAL
+from flowspec.core import FINAL, TapShape
 from flowspec.errors import ProtocolError
 from flowspec.wire.codec import Codec
 from flowspec.wire.messages import (
@@ -37,6 +37,7 @@ from flowspec.wire.messages import (
     Stamped,
     Step,
     Stop,
+    TapBlock,
     Timing,
 )
 
@@ -77,6 +78,24 @@ def test_a_result_survives_the_wire(ids: list[int], dtype: torch.dtype, width: i
     assert_equal(Codec().decode_to_driver(wire(result)), result)
 
 
+@given(IDS, DTYPES, st.integers(0, 8), st.integers(0, 8))
+def test_features_survive_the_wire(ids: list[int], dtype: torch.dtype, width: int, num_prefix: int) -> None:
+    num_prefix = min(num_prefix, len(ids))
+    features, hidden = torch.randn(len(ids), width).to(dtype), torch.randn(len(ids), 4).to(dtype)
+    segment = Segment(3, 1, 9, ids, [i - 1 for i in ids], ids, num_prefix, None, hidden, [], features=features)
+    assert_equal(Codec().decode_to_worker(wire(segment)), segment)
+    result = Result(3, 0, 2, ids, num_prefix, hidden[num_prefix:], [], features)
+    assert_equal(Codec().decode_to_driver(wire(result)), result)
+    block = TapBlock(4, 7, hidden)
+    assert_equal(Codec().decode_to_worker(wire(block)), block)
+
+
+@pytest.mark.parametrize(("num_hidden", "num_features"), [(3, 3), (1, 2), (0, 3)])
+def test_a_result_whose_features_and_states_do_not_fit_its_rows_is_refused(num_hidden: int, num_features: int) -> None:
+    with pytest.raises(ValueError, match="result: "):
+        Result(0, 0, 0, [1, 2, 3], 2, torch.ones(num_hidden, 4), [], torch.ones(num_features, 5))
+
+
 @given(IDS, DTYPES, st.integers(0, 8), st.integers(-9, 9))
 def test_hidden_states_in_int8_are_at_most_half_a_scale_off(
     ids: list[int], dtype: torch.dtype, width: int, exponent: int
@@ -99,6 +118,7 @@ def test_hidden_states_in_int8_are_at_most_half_a_scale_off(
     [
         Configure(1, 2, "demo", 0, 2, "float32", "10.0.0.2:7070", 2.0),
         Configure(1, 4, "demo", 6, 8, "bfloat16", None, 2.0),
+        Configure(1, 1, "demo", 0, 8, "float32", None, 2.0, taps=TapShape((1, 4), 65, 1e-5, has_squares=True)),
         Configure(1, 1, "demo", 0, 8, "float32", None, 2.0, Emulation("[model]", 2.5, 17.25, 4.0)),
         Commit(5, 0, [3, 7], 9),
         Step(5, 0, 2**62),

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import zmq
 from msgspec.structs import replace
 
 from flowspec import LLM, SamplingParams
 from flowspec.config import LinkConfig
+from flowspec.core import TapShape
 from flowspec.errors import UsageError, WorkerError
 from flowspec.wire.codec import Codec
 from flowspec.wire.messages import (
@@ -34,6 +36,7 @@ from flowspec.wire.messages import (
     Ready,
     Segment,
     Stop,
+    TapBlock,
 )
 from worker_process import WorkerProcess
 
@@ -269,3 +272,27 @@ def test_a_huge_frame_of_a_stranger_is_dropped_unread(
     end(driver)
     stranger.close()
     assert worker.process.memory_info().rss - before < 200 * 2**20
+
+
+def test_blocks_of_a_draft_are_waited_for_and_held_against_what_was_said(
+    context: zmq.Context[Any], worker: WorkerProcess, checkpoint_dir: Callable[[str], Path]
+) -> None:
+    """A worker is ready when it has them; one that does not fit ends the session, and no other one."""
+    directory, taps = checkpoint_dir("llama"), TapShape((2, 6), 24)
+    for shape, expected in ((torch.ones(12, 32), Ready), (torch.ones(12, 33), Failure)):
+        end(begin(context, worker.address, directory, "before"))
+        peer = None
+        for attempt in range(100):
+            peer = Peer(context, worker.address, f"blocks{attempt}:control".encode())
+            peer.send(configure(directory, taps=taps))
+            if not isinstance(peer.answer(timeout_s=1.0), Busy):
+                break
+            peer.close()
+        assert peer is not None
+        parts = [TapBlock(layer, first_row, shape) for layer in taps.layers for first_row in (0, 12)]
+        peer.send(*parts[:3])
+        assert expected is Failure or peer.answer(timeout_s=0.5) is None, "a part is missing"
+        peer.send(parts[3])
+        assert isinstance(peer.answer(), expected)
+        end(peer)
+    end(begin(context, worker.address, directory, "after"))

@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flowspec.cli.options import DEFAULT_STAGE_OPTIONS, DraftDtype, Dtype, StageOptions, Verbose, changed
+from flowspec.cli.options import (
+    DEFAULT_STAGE_OPTIONS,
+    DraftDtype,
+    DraftLayersOption,
+    Dtype,
+    StageOptions,
+    Verbose,
+    changed,
+)
 from flowspec.cli.study import (
     SYNTHETIC,
     StudyOptions,
@@ -23,6 +31,7 @@ from flowspec.cli.study import (
     wanted_prompts,
 )
 from flowspec.cli.terminal import TerminalProgress, errors_in_one_line, print_table, progress_bar, stdout
+from flowspec.cli.values import draft_layers as layers_of
 from flowspec.config import EngineConfig, ScheduleConfig
 from flowspec.core import SamplingParams
 from flowspec.errors import UsageError
@@ -49,6 +58,7 @@ def bench(
     options: StudyOptions = _DEFAULTS,
     temperatures: Annotated[str, typer.Option(help="Comma list; 0 is greedy.")] = "0,1",
     stage_options: StageOptions = DEFAULT_STAGE_OPTIONS,
+    draft_layers: DraftLayersOption = None,
     repeats: Annotated[int, typer.Option(help="Runs of each prompt in real time; the median one is kept.")] = 1,
     out: Annotated[Path, typer.Option(help="Where the files go.", metavar="DIR")] = Path("bench-results"),
     sweep: Annotated[
@@ -64,9 +74,8 @@ def bench(
     with errors_in_one_line(verbose), progress_bar() as progress:
         all_temperatures, stages = _temperatures(temperatures), stage_options.stages
         if cluster_file is not None:
-            here_only = ["--repeats"] * (repeats != 1) + changed(
-                replace(stage_options, stages=None), DEFAULT_STAGE_OPTIONS
-            )
+            here_only = ["--repeats"] * (repeats != 1) + ["--draft-layers"] * (draft_layers is not None)
+            here_only += changed(replace(stage_options, stages=None), DEFAULT_STAGE_OPTIONS)
             if here_only:
                 raise UsageError(f"{here_only[0]} is for runs in real time; leave it or the cluster file out")
             study = options.study(cluster_file, stages)
@@ -79,7 +88,7 @@ def bench(
             raise UsageError(f"{simulated[0]} is for the simulator; name a cluster file too")
         if repeats < 1:
             raise UsageError(f"--repeats is {repeats}; it must be at least 1")
-        here = _Here.of(options, stage_options, repeats)
+        here = _Here.of(options, stage_options, repeats, layers_of(draft_layers))
         _bench_here(_Output(out, trace, here.title, None, here.model), here, all_temperatures, progress)
 
 
@@ -117,6 +126,7 @@ class _Here:
     model: str
     draft: str
     draft_dtype: DraftDtype
+    draft_layers: list[int] | None
     stage_options: StageOptions
     arguments: dict[str, Any]  # of ``LLM``, by ``stage_options``
     schedule_config: ScheduleConfig
@@ -127,7 +137,9 @@ class _Here:
     repeats: int
 
     @classmethod
-    def of(cls, options: StudyOptions, stage_options: StageOptions, repeats: int) -> _Here:
+    def of(
+        cls, options: StudyOptions, stage_options: StageOptions, repeats: int, draft_layers: list[int] | None
+    ) -> _Here:
         """Raises ``UsageError``."""
         model = "demo" if options.model is None else options.model
         if model == SYNTHETIC:
@@ -137,6 +149,7 @@ class _Here:
             model,
             "auto" if options.draft is None else options.draft,
             options.draft_dtype,
+            draft_layers,
             stage_options,
             stage_options.arguments(),
             options.schedule_config(),
@@ -170,6 +183,7 @@ def _bench_here(output: _Output, here: _Here, temperatures: Sequence[float], pro
         here.model,
         draft=here.draft,
         draft_dtype=here.draft_dtype.value,
+        draft_layers=here.draft_layers,
         schedule_config=here.schedule_config,
         config=config,
         progress=progress,
@@ -181,6 +195,7 @@ def _bench_here(output: _Output, here: _Here, temperatures: Sequence[float], pro
             "num_prompts": len(here.prompts),
             "repeats": here.repeats,
             "draft": here.draft,
+            "draft_layers": here.draft_layers,
             "int8_draft": here.draft_dtype == DraftDtype.int8,
             "schedule_config": asdict(here.schedule_config),
             "workers": here.arguments["workers"],

@@ -17,6 +17,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from flowspec.cli.values import draft_layers, logit_bias
 from flowspec.cluster.device_list import DeviceList
 from flowspec.config import LinkConfig, PipelineConfig, ScheduleConfig, TreeConfig
 from flowspec.core import Partition, SamplingParams
@@ -65,6 +66,15 @@ Threads = Annotated[int, typer.Option(help="Torch threads; 0 leaves the choice t
 Device = Annotated[str, typer.Option(help="Torch device, as cpu or cuda:0; of the driver and the workers here.")]
 DraftDtypeOption = Annotated[
     DraftDtype, typer.Option(help="Of a draft head's weights: auto is the model's, int8 half as much to read.")
+]
+DraftLayersOption = Annotated[
+    str | None,
+    typer.Option(
+        "--draft-layers",
+        metavar="A,B,C",
+        help="Layers whose input an EAGLE-3 head reads, where its config is wrong.",
+        show_default="as its config says",
+    ),
 ]
 Stages = Annotated[
     int | None,
@@ -161,6 +171,7 @@ class ModelOptions:
         str, typer.Option(help="auto, none, ngram, or the directory of an EAGLE head that fits the model.")
     ] = "auto"
     draft_dtype: DraftDtypeOption = DraftDtype.auto
+    draft_layers: DraftLayersOption = None
     schedule: Schedule = "auto"
     tree_top_k: TreeTopK = TreeConfig.top_k
     tree_depth: TreeDepth = TreeConfig.depth
@@ -178,6 +189,7 @@ class ModelOptions:
             "model": default_model if self.model is None else self.model,
             "draft": self.draft,
             "draft_dtype": self.draft_dtype.value,
+            "draft_layers": draft_layers(self.draft_layers),
             "schedule": self.schedule,
             "schedule_config": ScheduleConfig(flow=tree, pipeline=PipelineConfig(segment_len=self.segment_len)),
         }
@@ -309,20 +321,12 @@ class SamplingOptions:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         values["max_tokens"] = values.pop("max_new_tokens")
         values["stop"] = tuple(self.stop or ()) or None
-        values["logit_bias"] = tuple(_logit_bias(text) for text in self.logit_bias or ()) or None
+        values["logit_bias"] = tuple(logit_bias(text) for text in self.logit_bias or ()) or None
         values["ignore_eos"] = self.ignore_eos or None
         return {name: value for name, value in values.items() if value is not None}
 
 
 DEFAULT_MODEL, DEFAULT_STAGE_OPTIONS, DEFAULT_SAMPLING = ModelOptions(), StageOptions(), SamplingOptions()
-
-
-def _logit_bias(text: str) -> tuple[int, float]:
-    token_id, _, bias = text.partition(":")
-    try:
-        return int(token_id), float(bias)
-    except ValueError:
-        raise UsageError(f"--logit-bias {text!r} is not ID:BIAS, as in 198:-100") from None
 
 
 def tree_changes(

@@ -15,12 +15,13 @@ from typing import Any, Protocol
 import zmq
 
 from flowspec.cluster.bring_up import BringUp
+from flowspec.cluster.launcher import Launcher
 from flowspec.cluster.replies import Replies
+from flowspec.cluster.tap_blocks import Blocks, tap_blocks
 from flowspec.config import LinkConfig
-from flowspec.core import DType, Partition, Weights
+from flowspec.core import DType, Partition, TapShape, Weights
 from flowspec.errors import BusyError, ProtocolError, UsageError, WorkerError
 from flowspec.wire.actor import Route, Send
-from flowspec.wire.curve import Security
 from flowspec.wire.messages import (
     PROTOCOL_VERSION,
     Busy,
@@ -28,6 +29,7 @@ from flowspec.wire.messages import (
     Echo,
     Emulation,
     Failure,
+    Loading,
     Probe,
     Ready,
     Stop,
@@ -99,53 +101,6 @@ class Trip:
         return self.clock_offset_s if abs(self.clock_offset_s) > self.round_trip_s / 2 else 0.0
 
 
-class Launcher(Protocol):
-    """Who has the workers' processes: it has started them here, or knows where they run."""
-
-    @property
-    def addresses(self) -> Sequence[str]:
-        """Of the workers, in pipeline order."""
-        ...
-
-    @property
-    def security(self) -> Security | None:
-        """What proves both ends of connections to them; ``None`` on this machine, or where the user wants none."""
-        ...
-
-    def check(self) -> None:
-        """Raises ``WorkerError`` when a worker is known to have ended."""
-
-    def age_s(self, stage: int) -> float | None:
-        """For how long its process has been running; ``None`` where nobody knows."""
-
-    def replace(self, stages: Sequence[int]) -> None:
-        """These workers answer no more: start others in their places, where they are this launcher's own."""
-
-    def close(self) -> None:
-        """End what was started for this driver alone; returns when it has ended."""
-
-
-@dataclass(frozen=True)
-class RunningWorkers:
-    """A ``Launcher`` for workers that somebody else has started, and that wait for a driver again afterwards."""
-
-    addresses: Sequence[str]
-    security: Security | None = None
-
-    def check(self) -> None:
-        """Their connections tell."""
-
-    def age_s(self, stage: int) -> float | None:
-        """Nobody knows."""
-        return None
-
-    def replace(self, stages: Sequence[int]) -> None:
-        """That is for those who have started them; connections find whoever listens there."""
-
-    def close(self) -> None:
-        """They go on."""
-
-
 class RemoteConnections:
     """Connections to worker processes, local or elsewhere, for one session."""
 
@@ -172,6 +127,8 @@ class RemoteConnections:
         self.bring_up = BringUp(len(launcher.addresses), time.monotonic())
         self._controls: list[Connection] = []
         self._configures: list[Configure] = []  # what each worker is asked for
+        self._blocks: Blocks | None = None  # of what they add up for a draft
+        self._have_blocks: set[int] = set()  # stages
         try:
             for place, address in enumerate(launcher.addresses, start=1):
                 self._controls.append(self._connect(address, "control", place))
@@ -207,9 +164,14 @@ class RemoteConnections:
         emulation: Emulation | None = None,
         hints: str | None = None,
         weights: Weights = "float",
+        taps: TapShape | None = None,
+        blocks: Blocks | None = None,
     ) -> None:
-        """Tell every worker which stage to load, whom to pass it on to, what device to play, and where hints are."""
-        addresses, security = self._launcher.addresses, self._launcher.security
+        """Tell every worker which stage to load, whom to pass it on to, what device to play, and where hints are.
+
+        ``taps``: what they add up for a draft, with the ``blocks`` of its first matrix, which they get in time.
+        """
+        addresses, security, self._blocks = self._launcher.addresses, self._launcher.security, blocks
         keys = [None if security is None else security.keys[address] for address in addresses]
         for index, (connection, layers) in enumerate(zip(self._controls, partition.stages, strict=True)):
             configure = Configure(
@@ -225,6 +187,7 @@ class RemoteConnections:
                 hints,
                 self._config.int8_wire,
                 weights,
+                taps,
                 keys[index + 1] if index + 1 < len(addresses) else None,
                 keys[index - 1] if index else None,
             )
@@ -256,6 +219,8 @@ class RemoteConnections:
         for stage, message in self._receive(timeout_s):
             if isinstance(message, Busy):
                 busy[stage] = message
+            elif isinstance(message, Loading) and self._blocks is not None and stage not in self._have_blocks:
+                self._send_blocks(stage, self._blocks)
             self.bring_up.note(stage, message, time.monotonic())
             progress(self.bring_up.fraction)
         if busy:
@@ -269,6 +234,11 @@ class RemoteConnections:
                 [stage],
             )
         return self.bring_up.ready
+
+    def _send_blocks(self, stage: int, blocks: Blocks) -> None:
+        self._have_blocks.add(stage)
+        for part in tap_blocks(self._configures[stage - 1], stage == len(self._configures), blocks):
+            self._controls[stage - 1].send(part)
 
     def _name(self, stage: int) -> str:
         return f"worker {stage} ({self._controls[stage - 1].address})"

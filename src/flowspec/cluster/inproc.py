@@ -7,8 +7,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from flowspec.cluster.connections import LoadProgress, Trip
-from flowspec.core import DType, Partition, Weights
-from flowspec.model.backends import load_stage
+from flowspec.cluster.tap_blocks import Blocks
+from flowspec.core import DType, Partition, TapShape, Weights
+from flowspec.model.backends import load_stage, make_taps
 from flowspec.model.hint_head import load_hinter
 from flowspec.model.loader import Checkpoint
 from flowspec.wire.actor import Send
@@ -29,13 +30,21 @@ class InprocConnections:
         device: str,
         hints: str | None = None,
         weights: Weights = "float",
+        taps: TapShape | None = None,
+        blocks: Blocks | None = None,
     ) -> None:
+        """``taps`` and ``blocks``: as ``RemoteConnections.configure`` takes them."""
         self.workers: list[Worker] = []
         for index, layers in enumerate(partition.stages, start=1):
             hinter = None if hints is None else load_hinter(hints, checkpoint, layers.end, dtype, device)
             stage = load_stage(checkpoint, layers, dtype, weights, device)
+            own = None
+            if taps is not None and blocks is not None:
+                matrices = {layer: blocks(layer) for layer in taps.of_stage(layers, stage.is_last)}
+                own = make_taps(taps, layers, matrices, dtype, weights, device)
+            limits = Limits.of(checkpoint)
             self.workers.append(
-                Worker(stage, index, time.perf_counter, hinter=hinter, layers=str(layers), limits=Limits.of(checkpoint))
+                Worker(stage, index, time.perf_counter, hinter=hinter, layers=str(layers), limits=limits, taps=own)
             )
         self._network = InprocNetwork(len(partition))
 

@@ -38,6 +38,7 @@ class Replies:
     hidden_size: int
     vocab_size: int
     dtype: torch.dtype  # of hidden states
+    taps_width: int | None = None  # of the features that the stages add up; ``None``: none are
 
     def check(self, message: ToDriver, stage: int) -> None:
         """Raises ``ProtocolError`` for what no worker of this stage says."""
@@ -61,11 +62,17 @@ class Replies:
 
     def _check_result(self, result: Result, stage: int) -> None:
         require(stage == self.num_stages, "it sends results, and only the last one does")
-        shape, ids = tuple(result.hidden.shape), result.node_ids
+        shape, ids, features = tuple(result.hidden.shape), result.node_ids, result.features
         require(
-            shape == (len(ids), self.hidden_size) and result.hidden.dtype == self.dtype,
+            shape[1:] == (self.hidden_size,) and result.hidden.dtype == self.dtype,
             f"its hidden states are {result.hidden.dtype} {list(shape)}, not {self.dtype} of width {self.hidden_size}",
         )
+        if features is not None:
+            shape = tuple(features.shape)
+            require(
+                shape[1:] == (self.taps_width,) and features.dtype == self.dtype,
+                f"its features are {features.dtype} {list(shape)}, not {self.dtype} of width {self.taps_width or 0}",
+            )
         _check_ids(ids, "result")
         require(result.num_prefix >= 0, f"a result has {result.num_prefix} prefix rows")
         self._check_timings(result.timings)

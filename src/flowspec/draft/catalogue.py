@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, TypeAlias, get_args
+
+import torch
 
 from flowspec.core import DraftDType, DType, Weights
 from flowspec.draft.base import DraftSource
@@ -11,6 +14,9 @@ from flowspec.draft.eagle import EagleSource
 from flowspec.draft.ngram import NgramSource
 from flowspec.errors import UsageError
 from flowspec.model.backends import load_head
+from flowspec.model.draft_files import DraftFiles
+from flowspec.model.eagle3_format import HEAD, Eagle3Format, kind_of
+from flowspec.model.eagle3_head import Eagle3Head, NormedHead
 from flowspec.model.eagle_head import EagleHead
 from flowspec.model.fetched import is_for_own_devices
 from flowspec.model.int8 import Int8TargetHead, can_quantize, quantize_head
@@ -59,6 +65,22 @@ def _find_draft(checkpoint: Checkpoint, draft: str | Path | DraftSource, is_loca
             return directory
 
 
+def read_taps(
+    chosen: ChosenDraft, checkpoint: Checkpoint, draft_layers: Sequence[int] | None = None
+) -> Eagle3Format | None:
+    """The checkpoint of an EAGLE-3 head, whose features the target's stages add up; ``None`` for any other draft.
+
+    ``draft_layers``: of the target, that it reads, where its config is wrong or silent. Raises ``UsageError``.
+    """
+    files = DraftFiles(chosen) if isinstance(chosen, Path) else None
+    if files is not None and kind_of(files) == "eagle3":
+        sizes = checkpoint.num_layers, checkpoint.hidden_size, checkpoint.vocab_size
+        return Eagle3Format.read(files, *sizes, draft_layers)
+    if draft_layers is not None:
+        raise UsageError("draft_layers are for EAGLE-3 heads, and the draft is none; leave them out")
+    return None
+
+
 def load_draft(
     chosen: ChosenDraft,
     checkpoint: Checkpoint,
@@ -68,18 +90,21 @@ def load_draft(
     is_coupled: bool = True,
     draft_dtype: DraftDType = "auto",
     weights: Weights = "float",
+    taps: Eagle3Format | None = None,
 ) -> DraftSource | None:
     """``None`` when nothing is to be drafted. ``is_coupled``: see ``EagleSource``.
 
     ``weights``: of the target, and so of ``head``. ``draft_dtype``: int8 quantises the draft head and a copy of the
     lm_head, ``head`` itself stays as it is; auto does so where the target is in integers too, and the kernels can.
-    Raises ``UsageError``.
+    ``taps``: what ``read_taps`` has found. Raises ``UsageError``.
     """
     match chosen:
         case "none":
             return None
         case "ngram":
             return NgramSource()
+        case Path() if taps is not None:
+            return _load_eagle3(taps, checkpoint, head, dtype, device, is_coupled, draft_dtype, weights)
         case Path():
             eagle_head = EagleHead.load(chosen, checkpoint.load_embedding(dtype, device), dtype, device)
             token_ids = eagle_head.token_ids
@@ -93,3 +118,28 @@ def load_draft(
             return EagleSource(eagle_head, lm_head, is_coupled)
         case _:
             return chosen
+
+
+def _load_eagle3(
+    form: Eagle3Format,
+    checkpoint: Checkpoint,
+    head: LogitsHead,
+    dtype: DType,
+    device: str,
+    is_coupled: bool,
+    draft_dtype: DraftDType,
+    weights: Weights,
+) -> EagleSource:
+    """Arguments as in ``load_draft``; the target's lm_head serves where the file has none."""
+    draft_head = Eagle3Head.load(form, checkpoint.load_embedding(dtype, device), dtype, device)
+    lm_head = head
+    if HEAD in form.names:
+        lm_head = TargetHead(form.tensor(HEAD).to(device, getattr(torch, dtype)))
+    if draft_dtype == "int8" or (weights != "float" and can_quantize(draft_head)):
+        quantize_head(draft_head)
+        if isinstance(lm_head, TargetHead):
+            lm_head = Int8TargetHead(lm_head.weight)
+    if (token_ids := form.token_ids(checkpoint.vocab_size)) is not None:
+        lm_head = FewTokensHead(lm_head, token_ids, checkpoint.vocab_size)
+    logits = NormedHead(draft_head, lm_head)
+    return EagleSource(draft_head, logits, is_coupled, "eagle3", form.taps.layers)

@@ -1,14 +1,18 @@
-"""Drafts with an EAGLE-1/2 head (arXiv 2401.15077, 2406.16858), pass by pass, into one continuous tree.
+"""Drafts with an EAGLE-1/2 or EAGLE-3 head (arXiv 2401.15077, 2406.16858, 2503.01840), pass by pass, into one tree.
 
 The head predicts the next feature from a token and the feature before it. The row of node n takes n's token and its
 parent's feature, gives n's own feature, and the target's lm_head turns that into n's children. A verified parent has a
 true feature; else it is the head's prediction, and n's staleness counts the predictions since the last true one.
+
+An EAGLE-3 head is no prediction of features: it is fed with its own output all the same, and its true features are sums
+that the target's stages have made.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -17,7 +21,7 @@ from torch import Tensor
 from flowspec.core import FINAL, SamplingParams
 from flowspec.draft.base import Accepted, ReusableDraft, steady_steps
 from flowspec.model.attention import ATTENTION
-from flowspec.model.eagle_head import EagleHead
+from flowspec.model.eagle_head import DraftCache
 from flowspec.model.kv_cache import KVCache
 from flowspec.model.target_head import LogitsHead
 from flowspec.sampling import Sampler
@@ -27,14 +31,41 @@ from flowspec.wire.messages import NO_PARENT
 GREEDY = Sampler(SamplingParams())  # knows of no noise
 
 
+class DraftHead(Protocol):
+    """``EagleHead``, or ``Eagle3Head``."""
+
+    config: Any  # transformers', of its layers
+    embedding: Tensor  # [V, D]
+
+    def __call__(
+        self,
+        token_ids: Tensor,
+        features: Tensor,
+        position_ids: Tensor,
+        attention_mask: Tensor,
+        cache: DraftCache | None = None,
+        /,
+    ) -> Tensor:
+        """As ``EagleHead.forward``."""
+        ...
+
+    def features_of(self, read: Tensor, /) -> Tensor:
+        """What came of the target's layers [n, width] -> features [n, D]."""
+        ...
+
+
 class EagleSource:
     """A loaded head, shared by all requests."""
 
-    name = "eagle"
-    feature_layers: tuple[int, ...] = (FINAL,)
-
-    def __init__(self, head: EagleHead, lm_head: LogitsHead, is_coupled: bool = True) -> None:
-        """``lm_head``: the target's, or a cheaper copy.
+    def __init__(
+        self,
+        head: DraftHead,
+        lm_head: LogitsHead,
+        is_coupled: bool = True,
+        name: str = "eagle",
+        feature_layers: tuple[int, ...] = (FINAL,),
+    ) -> None:
+        """``lm_head``: of the head's outputs; the target's, or a cheaper copy.
 
         ``is_coupled``: guess with the noise of the draws to come; off for comparison with systems that do not.
         """
@@ -42,6 +73,8 @@ class EagleSource:
         self.head = head
         self.lm_head = lm_head
         self.is_coupled = is_coupled
+        self.name = name
+        self.feature_layers = feature_layers
         self.steady_steps = steady_steps(getattr(head.config, "hit_rates", ()))
 
     def open(self, prompt_ids: Sequence[int], sampler: Sampler, top_k: int) -> EagleDraft:
@@ -68,7 +101,7 @@ class EagleDraft:
         self._top_k = top_k
         self._sampler = sampler
         self._prompt_ids = prompt_ids
-        self._cache = KVCache(0, 1, root_id=len(prompt_ids) - 1)
+        self._cache = KVCache(0, source.head.config.num_hidden_layers, root_id=len(prompt_ids) - 1)
         self._features = source.head.embedding.new_zeros(0, source.head.embedding.shape[1])
         self._true_rows: list[_TrueRow] = []  # a chain that ends in the root
         self._root_position = len(prompt_ids) - 2  # the rotary position of the root's row
@@ -88,7 +121,7 @@ class EagleDraft:
         """Run the rows of the tokens behind these; the root's own waits for the first pass."""
         self._true_rows += [
             _TrueRow(node_id + 1, self._prompt_ids[node_id + 1], node_id, feature)
-            for node_id, feature in zip(node_ids, features, strict=True)
+            for node_id, feature in zip(node_ids, self._head.features_of(features), strict=True)
         ]
         root_row = self._true_rows.pop() if node_ids[-1] == self._root_position else None
         if self._true_rows:
@@ -104,7 +137,7 @@ class EagleDraft:
         slots = [table.slot_of(node_id) for node_id in node_ids]
         # Nodes are drafted from the root down, so the ones that the head knows are the path's beginning.
         table.commit([i for i, slot in zip(accepted.node_ids, slots, strict=False) if slot is not None], tree.root_id)
-        for i, feature in enumerate(accepted.features, start=1):
+        for i, feature in enumerate(self._head.features_of(accepted.features), start=1):
             self._root_position += 1
             self._true_rows.append(_TrueRow(node_ids[i], token_ids[i], self._root_position, feature, slots[i]))
 

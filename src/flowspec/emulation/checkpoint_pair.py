@@ -8,6 +8,8 @@ from pathlib import Path
 from flowspec.core import DraftDType, Partition
 from flowspec.draft.catalogue import choose_draft, load_draft
 from flowspec.errors import UsageError
+from flowspec.model.draft_files import DraftFiles
+from flowspec.model.eagle3_format import kind_of
 from flowspec.model.hint_head import load_hinter
 from flowspec.model.loader import Checkpoint
 from flowspec.model.stage import Stage
@@ -24,6 +26,11 @@ class CheckpointPair:
         self.checkpoint = Checkpoint.open(model)
         head = TargetHead(self.checkpoint.load_lm_head("float32", "cpu"))
         chosen = choose_draft(self.checkpoint, draft, draft_dtype)
+        if isinstance(chosen, Path) and kind_of(DraftFiles(chosen)) == "eagle3":
+            raise UsageError(
+                f"{chosen} is an EAGLE-3 head, which simulations and emulations do not run; give an EAGLE-1 or EAGLE-2 "
+                "head, ngram or none, or measure in real time with bench"
+            )
         self.head = head
         self.source = load_draft(chosen, self.checkpoint, head, "float32", "cpu", is_coupled, draft_dtype)
         self.max_positions = self.checkpoint.max_positions

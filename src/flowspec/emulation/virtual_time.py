@@ -15,7 +15,7 @@ from random import Random
 from torch import Tensor
 
 from flowspec.emulation.costs import EmulatedModel, LinkModel
-from flowspec.model.stage import Part, Stage, StageCache
+from flowspec.model.stage import Part, Stage, StageCache, Watch
 from flowspec.request.records import Span
 from flowspec.wire.actor import Actor, Send
 from flowspec.wire.codec import Codec
@@ -108,9 +108,9 @@ class EmulatedStage:
     def open_cache(self, root_id: int | None = None) -> StageCache:
         return self._stage.open_cache(root_id)
 
-    def steps(self, parts: Sequence[Part]) -> Generator[Tensor | None]:
+    def steps(self, parts: Sequence[Part], watch: Watch | None = None) -> Generator[Tensor | None]:
         """The emulated device pauses ``PAUSES`` times, evenly."""
-        *_, hidden = self._stage.steps(parts)
+        *_, hidden = self._stage.steps(parts, watch)
         num_rows = sum(len(part.slots) for part in parts)
         if num_rows:
             context_len = sum(part.cache.slots.high_water for part in parts)

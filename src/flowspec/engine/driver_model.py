@@ -10,6 +10,7 @@ from flowspec.core import DraftDType, DType, Weights
 from flowspec.draft.base import DraftSource
 from flowspec.draft.catalogue import ChosenDraft, load_draft
 from flowspec.model.backends import load_head
+from flowspec.model.eagle3_format import Eagle3Format
 from flowspec.model.loader import Checkpoint
 from flowspec.model.target_head import LogitsHead
 from flowspec.text import Vocabulary
@@ -39,12 +40,16 @@ class DriverModel:
         device: str = "cpu",
         draft_dtype: DraftDType = "auto",
         weights: Weights = "float",
+        taps: Eagle3Format | None = None,
     ) -> DriverModel:
-        """Raises ``ModelError`` and ``UsageError`` for files that cannot be used."""
+        """``taps``: what ``draft.catalogue.read_taps`` has found.
+
+        Raises ``ModelError`` and ``UsageError`` for files that cannot be used.
+        """
         tokenizer = checkpoint.load_tokenizer()
         template = ChatTemplate(tokenizer, checkpoint.title)
         head = load_head(checkpoint, dtype, weights, device)
-        source = load_draft(draft, checkpoint, head, dtype, device, draft_dtype=draft_dtype, weights=weights)
+        source = load_draft(draft, checkpoint, head, dtype, device, draft_dtype=draft_dtype, weights=weights, taps=taps)
         # Configs, tokenizer and template of a fine-tune often say different ones.
         own = tokenizer.eos_token_id
         ends = checkpoint.all_eos_token_ids | template.end_ids | ({own} if isinstance(own, int) else frozenset())

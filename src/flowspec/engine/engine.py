@@ -75,7 +75,9 @@ class Engine:
             config.keeps_caches,
         )
         num_slots, num_stages = pipeline.num_slots(config), len(pipeline.partition)
-        self._driver = Driver(common, model.source, num_slots, config.likely_tokens, num_stages)
+        taps = pipeline.spec.taps
+        tapped = () if taps is None else taps.taps.layers
+        self._driver = Driver(common, model.source, num_slots, config.likely_tokens, num_stages, tapped)
 
     @property
     def schedule_name(self) -> str:

@@ -9,15 +9,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
-from flowspec.cluster.connections import Connections, Launcher, LoadProgress, RemoteConnections, RunningWorkers
+from flowspec.cluster.connections import Connections, LoadProgress, RemoteConnections
 from flowspec.cluster.inproc import InprocConnections
+from flowspec.cluster.launcher import Launcher, RunningWorkers
 from flowspec.cluster.local import LocalProcesses, local_threads, num_cores
 from flowspec.cluster.membership import security_of
 from flowspec.cluster.replies import Replies
 from flowspec.config import EngineConfig, LinkConfig
 from flowspec.core import DType, Partition, Weights
 from flowspec.errors import ModelError, ProtocolError, UsageError
+from flowspec.model.eagle3_format import Eagle3Format
 from flowspec.model.fingerprint import fingerprint
 from flowspec.model.loader import Checkpoint
 from flowspec.schedule.pace import MeasuredCosts
@@ -40,6 +43,7 @@ class PipelineSpec:
     weights: Weights = "float"  # of linear layers; never ``auto``
     link: LinkConfig = field(default_factory=LinkConfig)
     names: Sequence[str] | None = None  # of the workers' devices, for people
+    taps: Eagle3Format | None = None  # of a draft whose features the stages add up
     hints: str | None = None  # the directory of hint heads, as workers find it, if they are to give hints
 
     def __post_init__(self) -> None:
@@ -60,6 +64,11 @@ class PipelineSpec:
         worker = f"worker {stage}"
         name = self.names[stage - 1] if self.names else worker
         return worker if name == worker else f"{worker} ({name})"
+
+    def tap_block(self, layer: int) -> Tensor:
+        """For the worker that has the layer, in its dtype."""
+        assert self.taps is not None, "nobody asks for it"
+        return self.taps.block(layer, getattr(torch, self.dtype))
 
     @property
     def num_parallel(self) -> int:
@@ -106,7 +115,8 @@ class Pipeline:
             if silent := [ready.stage for ready in self.ready if not ready.forward_s]:
                 raise ProtocolError(f"worker {silent[0]} has not measured its forward; is it of this version?")
             item_bytes = 1 if self.spec.link.int8_wire else getattr(torch, self.spec.dtype).itemsize
-            self.costs = MeasuredCosts(self.ready, self.spec.checkpoint.hidden_size * item_bytes)
+            features = 0 if self.spec.taps is None else self.spec.taps.taps.width
+            self.costs = MeasuredCosts(self.ready, (self.spec.checkpoint.hidden_size + features) * item_bytes)
 
     def _check_weights(self, checkpoint: Checkpoint) -> None:
         """Raises ``ModelError`` for a worker whose files are of another model: its text would be fluent and wrong."""
@@ -152,7 +162,9 @@ def open_pipeline(spec: PipelineSpec) -> Pipeline:
     Raises ``UsageError`` and ``WorkerError``; nothing is left running then.
     """
     if spec.in_process:
-        workers = InprocConnections(spec.checkpoint, spec.partition, spec.dtype, spec.device, spec.hints, spec.weights)
+        taps = None if spec.taps is None else spec.taps.taps
+        where = spec.checkpoint, spec.partition, spec.dtype, spec.device
+        workers = InprocConnections(*where, spec.hints, spec.weights, taps, spec.tap_block)
         return Pipeline(spec, workers)
     if spec.workers is not None:
         security = security_of(spec.workers, state_folder(), spec.link.insecure)
@@ -170,10 +182,18 @@ def connect(spec: PipelineSpec, launcher: Launcher) -> RemoteConnections:
     Raises ``UsageError``; the launcher is closed then.
     """
     sizes = spec.checkpoint.hidden_size, spec.checkpoint.vocab_size, getattr(torch, spec.dtype)
-    connections = RemoteConnections(launcher, spec.link, Replies(len(spec.partition), *sizes))
+    taps = None if spec.taps is None else spec.taps.taps
+    replies = Replies(len(spec.partition), *sizes, None if taps is None else taps.width)
+    connections = RemoteConnections(launcher, spec.link, replies)
     try:
         connections.configure(
-            spec.checkpoint.full_name, spec.partition, spec.dtype, hints=spec.hints, weights=spec.weights
+            spec.checkpoint.full_name,
+            spec.partition,
+            spec.dtype,
+            hints=spec.hints,
+            weights=spec.weights,
+            taps=taps,
+            blocks=spec.tap_block,
         )
     except BaseException:
         connections.close()

@@ -9,7 +9,7 @@ from pathlib import Path
 from flowspec.config import EngineConfig, LinkConfig, ScheduleConfig
 from flowspec.core import DraftDType, DType, Partition, Weights
 from flowspec.draft.base import DraftSource
-from flowspec.draft.catalogue import choose_draft
+from flowspec.draft.catalogue import choose_draft, read_taps
 from flowspec.engine.driver_model import DriverModel
 from flowspec.engine.engine import Engine
 from flowspec.engine.pipeline import PipelineSpec, choose_partition, open_pipeline
@@ -33,6 +33,7 @@ class EngineSpec:
     _: KW_ONLY
     draft: str | Path | DraftSource = "auto"
     draft_dtype: DraftDType = "auto"
+    draft_layers: Sequence[int] | None = None
     stages: int | None = None
     partition: str | Partition | None = None
     workers: Sequence[str] | None = None
@@ -61,16 +62,16 @@ def open_engine(spec: EngineSpec) -> Engine:
     num_workers = None if spec.workers is None else len(spec.workers)
     partition = choose_partition(checkpoint, spec.stages, spec.partition, num_workers)
     weights = choose_weights(checkpoint, spec.weights, spec.device)
-    where = PipelineSpec(
-        checkpoint, partition, spec.workers, spec.in_process, spec.dtype, spec.device, weights, spec.link, spec.names
-    )
     draft = choose_draft(checkpoint, spec.draft, spec.draft_dtype, is_local=spec.workers is None)
+    taps = read_taps(draft, checkpoint, spec.draft_layers)
+    places = spec.workers, spec.in_process
+    where = PipelineSpec(checkpoint, partition, *places, spec.dtype, spec.device, weights, spec.link, spec.names, taps)
     hints = where.num_parallel == len(partition) if spec.hints is None else spec.hints
     if hints and isinstance(draft, Path):
         where = replace(where, hints=draft_for_workers(draft))
     pipeline = open_pipeline(where)
     try:
-        model = DriverModel.load(checkpoint, draft, spec.dtype, spec.device, spec.draft_dtype, weights)
+        model = DriverModel.load(checkpoint, draft, spec.dtype, spec.device, spec.draft_dtype, weights, taps)
         pipeline.await_ready(lambda done: spec.progress("loading", done))
         return Engine(pipeline, model, spec.schedule, spec.schedule_config, spec.config)
     except BaseException:

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from flowspec.core import DType, LayerRange, Weights
+from flowspec.core import DType, LayerRange, TapShape, Weights
 from flowspec.errors import UsageError
 from flowspec.model.fetched import FETCHED, path_of
 from flowspec.model.gguf_checkpoint import GGUF_SUFFIX, GGUFCheckpoint
 from flowspec.model.loader import Checkpoint
-from flowspec.model.packed import Bits
+from flowspec.model.packed import Bits, pack
 from flowspec.model.source import TensorSource
 from flowspec.model.stage import Stage
+from flowspec.model.taps import Linear, Taps, TorchLinear
 from flowspec.model.target_head import LogitsHead, TargetHead
 from flowspec.model.torch_stage import TorchStage
 
@@ -86,6 +87,24 @@ def load_stage(
     from flowspec.model.openvino_stage import OpenVinoStage  # here: it is optional
 
     return OpenVinoStage.load(source, layers, dtype, _BITS[weights], progress)
+
+
+def make_taps(
+    shape: TapShape, layers: LayerRange, blocks: Mapping[int, Tensor], dtype: DType, weights: Weights, device: str
+) -> Taps:
+    """The share of the stage with these layers in a draft's features, on what the stage runs on.
+
+    ``blocks``: matrices [D, H] by layer. In integers they have 8 bits, so that a row's bits are its own.
+    """
+    linears: dict[int, Linear]
+    if weights not in _BITS:
+        linears = {layer: TorchLinear(block, device) for layer, block in blocks.items()}
+    else:
+        _check_kernels(weights)
+        from flowspec.model.openvino_stage import OpenVinoLinear  # here: it is optional
+
+        linears = {layer: OpenVinoLinear(pack(block, 8)) for layer, block in blocks.items()}
+    return Taps(shape, linears, getattr(torch, dtype), is_begun=shape.layers[0] < layers.start)
 
 
 def load_head(

@@ -20,27 +20,22 @@ from __future__ import annotations
 
 import json
 import os
-import zipfile
 from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import LlamaConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
 from flowspec.core import DType
-from flowspec.errors import ModelError, first_line
-from flowspec.model.config_file import check_config
+from flowspec.errors import ModelError
+from flowspec.model.draft_files import CONFIG, SAFETENSORS, DraftFiles, check_fits, layer_config, take_head_dim
 from flowspec.model.kv_cache import CACHE_ARGUMENT
-from flowspec.model.tensor_files import save_tensors
+from flowspec.model.tensor_files import open_tensors, save_tensors
 
-_CONFIG, _SAFETENSORS, _BIN = "config.json", "model.safetensors", "pytorch_model.bin"
 _VOCABULARY, _TOKEN_IDS = "vocabulary.safetensors", "token_ids"
 _EMBEDDING = "embed_tokens.weight"
 _IGNORED = ("rotary_emb.inv_freq", "lm_head.weight")  # recomputed; the target's own
@@ -49,7 +44,6 @@ _ATTENTION, _MLP = "layers.0.self_attn.", "layers.0.mlp."
 _QUERY = f"{_ATTENTION}q_proj"
 _INPUTS = frozenset({_QUERY, f"{_ATTENTION}k_proj", f"{_ATTENTION}v_proj"})
 _OUTPUT = f"{_ATTENTION}o_proj"
-_EAGLE3_KEYS = ("midlayer.", "d2t", "t2d")
 
 
 class DraftCache(Protocol):
@@ -119,6 +113,10 @@ class EagleHead(nn.Module):
             **{CACHE_ARGUMENT: cache},
         )
 
+    def features_of(self, read: Tensor) -> Tensor:
+        """What came of the target's final norm [n, H] is a feature as it is."""
+        return read
+
     @classmethod
     def load(cls, directory: Path, embedding: Tensor, dtype: DType, device: torch.device | str) -> EagleHead:
         """Read a published or a trained head for the target whose embedding is ``embedding`` [V, H].
@@ -126,36 +124,35 @@ class EagleHead(nn.Module):
         Raises ``ModelError`` for a missing, truncated or unsupported checkpoint, and for one of another target.
         """
         torch_dtype: torch.dtype = getattr(torch, dtype)
-        config = _read_config(directory / _CONFIG)
-        path = _weights_path(directory)
-        weights = _read_weights(path)
-        _check_version(path, weights)
-        _check_fits(directory, config, embedding)
-        if _EMBEDDING in weights:
-            own = weights[_EMBEDDING]
-            if own.shape != embedding.shape:
-                raise ModelError(_wrong_shape(path, _EMBEDDING, own, embedding))
-            embedding = own
-        _take_head_dim(config, weights)
+        files = DraftFiles(directory)
+        config = layer_config(files.config, files.config_path, LlamaConfig)
+        shapes = files.shapes
+        check_fits(directory, config, *embedding.shape)
+        if _EMBEDDING in shapes:
+            if shapes[_EMBEDDING] != tuple(embedding.shape):
+                raise files.wrong_shape(_EMBEDDING, tuple(embedding.shape))
+            embedding = files.tensor(_EMBEDDING)
+        take_head_dim(config, shapes.get(f"{_QUERY}.weight"))
         with torch.device("meta"):
-            biases = {name.removesuffix(_BIAS) for name in weights if name.endswith(_BIAS)}
+            biases = {name.removesuffix(_BIAS) for name in shapes if name.endswith(_BIAS)}
             head = cls(config, embedding.to(device, torch_dtype), biases)
         head.rotary_emb = LlamaRotaryEmbedding(config).to(device)
         expected = head.state_dict()
-        missing = sorted(expected.keys() - weights.keys())
+        missing = sorted(expected.keys() - shapes.keys())
         if missing:
             raise ModelError(
-                f"{path} lacks {', '.join(missing)}; this is no EAGLE-1/2 head of the sizes in {_CONFIG}, "
+                f"{files.path} lacks {', '.join(missing)}; this is no EAGLE-1/2 head of the sizes in {CONFIG}, "
                 "or the download is incomplete"
             )
         known = expected.keys() | {_EMBEDDING}
-        unknown = sorted(name for name in weights if name not in known and not name.endswith(_IGNORED))
+        unknown = sorted(name for name in shapes if name not in known and not name.endswith(_IGNORED))
         if unknown:
-            raise ModelError(f"{path} has unknown tensors {', '.join(unknown[:4])}; give an EAGLE-1 or EAGLE-2 head")
+            raise ModelError(f"{files.path} has unknown tensors {', '.join(unknown[:4])}; give an EAGLE head")
         for name, tensor in expected.items():
-            if weights[name].shape != tensor.shape:
-                raise ModelError(_wrong_shape(path, name, weights[name], tensor))
-        head.load_state_dict({name: weights[name].to(device, torch_dtype) for name in expected}, assign=True)
+            if shapes[name] != tuple(tensor.shape):
+                raise files.wrong_shape(name, tuple(tensor.shape))
+        weights = {name: files.tensor(name).to(device, torch_dtype) for name in expected}
+        head.load_state_dict(weights, assign=True)
         head.token_ids = _read_vocabulary(directory / _VOCABULARY, len(embedding))
         return head.eval().requires_grad_(False)
 
@@ -175,36 +172,12 @@ class EagleHead(nn.Module):
         }
         config.pop("_name_or_path", None)
         text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-        save_tensors(directory / _SAFETENSORS, self.state_dict(), dtype)
+        save_tensors(directory / SAFETENSORS, self.state_dict(), dtype)
         if self.token_ids is not None:
             save_tensors(directory / _VOCABULARY, {_TOKEN_IDS: self.token_ids}, torch.int32)
-        partial = directory / f".{_CONFIG}.partial"
+        partial = directory / f".{CONFIG}.partial"
         partial.write_text(text, encoding="utf-8")
-        os.replace(partial, directory / _CONFIG)
-
-
-def _read_config(path: Path) -> LlamaConfig:
-    if not path.is_file():
-        raise ModelError(f"{path.parent} has no {_CONFIG}; give the directory of an EAGLE-1/2 head")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(values, dict):
-            raise ValueError("no JSON object")
-        check_config({**values, "head_dim": None}, str(path))  # which need not be right: see above
-        # The head is a Llama layer whatever the target's family; only the sizes are taken from its name's config.
-        config = LlamaConfig.from_dict({key: value for key, value in values.items() if key != "model_type"})
-    except ModelError:
-        raise
-    except Exception as error:  # whatever transformers meets in what somebody has written
-        raise ModelError(f"{path} is no valid model config ({first_line(error)}); fetch the file again") from error
-    rope: Any = config.rope_parameters
-    rope_type = rope["rope_type"]
-    if rope_type not in ("default", *ROPE_INIT_FUNCTIONS):
-        raise ModelError(
-            f"{path}: rotary scaling {rope_type!r} is unknown; known are {', '.join(ROPE_INIT_FUNCTIONS)}: mend "
-            "rope_scaling there, or take it out if the head was trained without"
-        )
-    return config
+        os.replace(partial, directory / CONFIG)
 
 
 def _flagged_biases(config: LlamaConfig) -> set[str]:
@@ -218,38 +191,12 @@ def _flagged_biases(config: LlamaConfig) -> set[str]:
     return {name for name, has_bias in flags.items() if has_bias}
 
 
-def _take_head_dim(config: LlamaConfig, weights: dict[str, Tensor]) -> None:
-    """From the rows of ``q_proj``; EAGLE's rule where that is no size of a head, and the shape is an error later."""
-    queries = weights.get(f"{_QUERY}.weight")
-    num_rows = len(queries) if queries is not None and queries.ndim == 2 else 0
-    head_dim, rest = divmod(num_rows, config.num_attention_heads)
-    is_size = head_dim > 0 and head_dim % 2 == 0 and not rest  # rotary embeddings turn pairs
-    config.head_dim = head_dim if is_size else config.hidden_size // config.num_attention_heads
-
-
-def _weights_path(directory: Path) -> Path:
-    for name in (_SAFETENSORS, _BIN):
-        if (directory / name).is_file():
-            return directory / name
-    raise ModelError(f"{directory} has neither {_SAFETENSORS} nor {_BIN}; fetch or train the head again")
-
-
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    try:
-        if path.name == _SAFETENSORS:
-            return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"{path} is truncated or no safetensors file ({error}); fetch the file again") from error
-    except Exception as error:  # torch.load raises whatever the broken bytes lead to
-        raise ModelError(f"{path} is truncated or holds more than tensors ({error}); fetch the file again") from error
-
-
 def _read_vocabulary(path: Path, vocab_size: int) -> Tensor | None:
     """int64 [N]; ``None`` without a file."""
     if not path.is_file():
         return None
-    token_ids = _read_weights(path).get(_TOKEN_IDS)
+    with open_tensors(path) as file:
+        token_ids = file.get_tensor(_TOKEN_IDS) if _TOKEN_IDS in file.keys() else None  # noqa: SIM118
     is_list = token_ids is not None and token_ids.ndim == 1 and not token_ids.is_floating_point() and len(token_ids) > 0
     if token_ids is None or not is_list:
         raise ModelError(f"{path} holds no list of {_TOKEN_IDS}; fetch it again, or remove it to draft with all tokens")
@@ -260,32 +207,3 @@ def _read_vocabulary(path: Path, vocab_size: int) -> Tensor | None:
             "the target, or remove the file to draft with all tokens"
         )
     return token_ids
-
-
-def _check_version(path: Path, weights: dict[str, Tensor]) -> None:
-    fc = weights.get("fc.weight")
-    # EAGLE-3 joins the features of three layers before it meets the embedding.
-    is_three_wide = fc is not None and fc.ndim == 2 and fc.shape[1] == 3 * fc.shape[0]
-    if is_three_wide or any(key.startswith(_EAGLE3_KEYS) for key in weights):
-        raise ModelError(f"{path} is an EAGLE-3 head, which is not supported yet; give an EAGLE-1 or EAGLE-2 head")
-
-
-def _check_fits(directory: Path, config: LlamaConfig, embedding: Tensor) -> None:
-    vocab_size, hidden_size = embedding.shape
-    if config.hidden_size != hidden_size:
-        raise ModelError(
-            f"the head in {directory} has hidden size {config.hidden_size}, the target {hidden_size}; "
-            "give a head that was trained for this target"
-        )
-    if config.vocab_size != vocab_size:
-        raise ModelError(
-            f"the head in {directory} has a vocabulary of {config.vocab_size}, the target of {vocab_size}; "
-            "give a head that was trained for this target"
-        )
-
-
-def _wrong_shape(path: Path, name: str, found: Tensor, wanted: Tensor) -> str:
-    return (
-        f"{path}: {name} has shape {list(found.shape)}, but {list(wanted.shape)} is needed; {_CONFIG}, weights and "
-        "target do not belong together, so fetch the head again, config and weights from one place"
-    )

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from flowspec.errors import UsageError
+from flowspec.model.eagle3_head import Eagle3Head
 from flowspec.model.eagle_head import EagleHead
 
 _DTYPE = torch.bfloat16
@@ -65,7 +66,7 @@ def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat([(rows / divisor).round_().to(torch.int8) for rows, divisor in parts]), scales
 
 
-def can_quantize(head: EagleHead) -> bool:
+def can_quantize(head: EagleHead | Eagle3Head) -> bool:
     """Whether ``quantize_head`` would do it."""
     linears = [module for module in head.modules() if isinstance(module, nn.Linear)]
     try:
@@ -76,7 +77,7 @@ def can_quantize(head: EagleHead) -> bool:
     return True
 
 
-def quantize_head(head: EagleHead) -> None:
+def quantize_head(head: EagleHead | Eagle3Head) -> None:
     """Replace ``fc`` and all projections of a loaded head by int8 ones; norms, biases and embedding stay.
 
     Raises ``UsageError`` as ``Int8Linear`` does.

@@ -116,7 +116,8 @@ class Between(nn.Module):
 
     Inputs, a row each: hidden states behind the layer before (or of the embedding), what was attended to, cosines and
     sines of the positions. Results: hidden states, then queries, keys and values of the next attention, by heads. At
-    the ends of a stage, the attended and the hidden states, or queries, keys and values, are left out.
+    the ends of a stage, the attended and the hidden states, or queries, keys and values, are left out. Where the final
+    norm is, the hidden states that go into it are the second result.
     """
 
     def __init__(self, before: nn.Module | None, after: nn.Module | None, norm: nn.Module | None) -> None:
@@ -141,6 +142,8 @@ class Between(nn.Module):
             hidden = _run(before, hidden, rotation, attended[0])
             norm = self._parts.get("norm")
             results.append((hidden if norm is None else norm(hidden))[0])
+            if norm is not None:
+                results.append(hidden[0])
         if after := self._parts.get("after"):
             try:
                 _run(after, hidden, rotation, None)

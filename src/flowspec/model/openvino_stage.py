@@ -19,10 +19,10 @@ from flowspec.core import DType, LayerRange
 from flowspec.model.families import EMBEDDING, PREFIX, layer_prefix
 from flowspec.model.forward_rows import LayersStage, masks_of
 from flowspec.model.openvino_graph import CUT, Between, Buffer, Graph, Template, Weight, filled_up, linear
-from flowspec.model.packed import Bits
+from flowspec.model.packed import Bits, PackedWeight
 from flowspec.model.slot_cache import Paths, SlotCache
 from flowspec.model.source import TensorSource
-from flowspec.model.stage import Part, forward
+from flowspec.model.stage import Part, Watch, forward
 from flowspec.model.stage_weights import bare_model, check_nothing_ignored, checked_config, rotary_of
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ class OpenVinoStage(LayersStage):
         return SlotCache(len(self.layers), self.attention.num_kv_heads, self.attention.head_dim, root_id)
 
     @torch.inference_mode()
-    def steps(self, parts: Sequence[Part]) -> Generator[Tensor | None]:
+    def steps(self, parts: Sequence[Part], watch: Watch | None = None) -> Generator[Tensor | None]:
         """With a pause before each attention but the first."""
         if not len(parts[0].slots):
             yield torch.empty(0, self.hidden_size, dtype=self.dtype)
@@ -97,11 +97,15 @@ class OpenVinoStage(LayersStage):
         for index, (graph, layer_type) in enumerate(zip(others, self.attention.types, strict=True)):
             if index:
                 yield None
+            before, after = buffers.hidden[index % 2], buffers.hidden[(index + 1) % 2]
+            if watch is not None:
+                watch(self.layers.start + index, torch.from_numpy(before.rows)[:num_rows])
             for request in requests:
                 request.attend(index, layer_type, buffers, self._scaling)
-            before, after = buffers.hidden[index % 2], buffers.hidden[(index + 1) % 2]
-            following = buffers.heads if index + 1 < len(others) else []
+            following = buffers.heads if index + 1 < len(others) else buffers.unnormed
             graph([before, buffers.attended, *buffers.rotation], [after, *following])
+        if watch is not None and self.is_last:
+            watch(self.layers.end, torch.from_numpy(buffers.unnormed[0].rows)[:num_rows])
         hidden = buffers.hidden[len(others) % 2]
         yield torch.from_numpy(hidden.rows)[:num_rows].to(self.dtype, copy=True)
 
@@ -112,7 +116,9 @@ class OpenVinoStage(LayersStage):
             hidden = Buffer(count, self.hidden_size), Buffer(count, self.hidden_size)
             rotation = Buffer(count, shape.head_dim), Buffer(count, shape.head_dim)
             attended = Buffer(count, shape.num_heads * shape.head_dim)
-            self._buffers[count] = _Buffers(hidden, rotation, self._graphs[0].results(count), attended)
+            self._buffers[count] = _Buffers(
+                hidden, rotation, self._graphs[0].results(count), attended, self._graphs[-1].results(count)[1:]
+            )
         return self._buffers[count]
 
 
@@ -123,6 +129,7 @@ class _Buffers(NamedTuple):
     rotation: tuple[Buffer, Buffer]  # cosines and sines
     heads: list[Buffer]  # queries, keys and values
     attended: Buffer
+    unnormed: list[Buffer]  # of a last stage: hidden states before the final norm
 
 
 class _RequestRows(NamedTuple):
@@ -150,6 +157,23 @@ def _rows_of(parts: Sequence[Part], window: int | None) -> list[_RequestRows]:
     return requests
 
 
+class OpenVinoLinear:
+    """A matrix on the integer kernels; what a row's product is does not depend on the rows beside it."""
+
+    def __init__(self, weight: PackedWeight) -> None:
+        """``weight`` [N, K]."""
+        self._graph = linear(weight, torch.get_num_threads())
+
+    @torch.inference_mode()
+    def __call__(self, rows: Tensor) -> Tensor:
+        """[n, K] -> float32 [n, N]."""
+        filled = Buffer(filled_up(len(rows)), rows.shape[1])
+        _fill(filled, rows.cpu())
+        (product,) = self._graph.results(len(filled.rows))
+        self._graph([filled], [product])
+        return torch.from_numpy(product.rows)[: len(rows)]
+
+
 class OpenVinoHead:
     """The target's lm_head in 8 or 4 bits; what a row's logits are does not depend on the rows beside it."""
 
@@ -158,16 +182,11 @@ class OpenVinoHead:
         weight = source.packed_lm_head(bits)
         if token_ids is not None:
             weight = weight.rows(token_ids.numpy())
-        self._graph = linear(weight, torch.get_num_threads())
+        self._linear = OpenVinoLinear(weight)
 
-    @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """[n, H] -> [n, V]."""
-        rows = Buffer(filled_up(len(hidden)), hidden.shape[1])
-        _fill(rows, hidden.cpu())
-        (logits,) = self._graph.results(len(rows.rows))
-        self._graph([rows], [logits])
-        return torch.from_numpy(logits.rows)[: len(hidden)]
+        return self._linear(hidden)
 
 
 class _Graphs:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Generator, Sequence
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -11,6 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flowspec.model.slots import SlotTable
+
+# The stream [all rows, H] that enters a layer, by the model's index of it; behind the last layer: the number of layers.
+Watch: TypeAlias = Callable[[int, Tensor], None]
 
 
 class StageCache(Protocol):
@@ -44,8 +47,11 @@ class Stage(Protocol):
         """An empty cache for one request."""
         ...
 
-    def steps(self, parts: Sequence[Part]) -> Generator[Tensor | None]:
+    def steps(self, parts: Sequence[Part], watch: Watch | None = None) -> Generator[Tensor | None]:
         """Rows that have slots -> their hidden states [all rows, H], part by part, after a ``None`` for each pause.
+
+        ``watch`` is shown what enters each layer, and on the last stage what leaves the last one, before the norm; it
+        may keep nothing of what it is shown.
 
         Only a part that is alone may be empty, and no cache may occur twice. Until it ends, nothing may be placed in
         the caches; what is committed meanwhile does not concern it.

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from flowspec.errors import UsageError
 from flowspec.model.slots import SlotTable
-from flowspec.model.stage import Part
+from flowspec.model.stage import Part, Watch
 
 VOCAB_SIZE = 64
 NUM_CANDIDATES = 24  # tokens of a context that a draft may propose
@@ -286,8 +286,8 @@ class SyntheticStage:
         slots = SlotTable(root_id)
         return SyntheticCache(slots, np.zeros((slots.capacity, 2), dtype=np.int64))
 
-    def steps(self, parts: Sequence[Part]) -> Generator[Tensor | None]:
-        """All at once: there is nothing to pause for."""
+    def steps(self, parts: Sequence[Part], watch: Watch | None = None) -> Generator[Tensor | None]:
+        """All at once: there is nothing to pause for, and no layer to watch."""
         yield torch.cat([self.forward(*part) for part in parts])
 
     def forward(self, inputs: Tensor, slots: NDArray[np.int64], cache: SyntheticCache) -> Tensor:

@@ -15,7 +15,7 @@ from flowspec.core import DType, LayerRange
 from flowspec.model.forward_rows import ForwardRows, LayersStage
 from flowspec.model.kv_cache import CACHE_ARGUMENT, KVCache
 from flowspec.model.source import TensorSource
-from flowspec.model.stage import Part
+from flowspec.model.stage import Part, Watch
 from flowspec.model.stage_weights import checked_config, load_modules
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class TorchStage(LayersStage):
         return KVCache(self.layers.start, len(self.layers), root_id)
 
     @torch.inference_mode()
-    def steps(self, parts: Sequence[Part]) -> Generator[Tensor | None]:
+    def steps(self, parts: Sequence[Part], watch: Watch | None = None) -> Generator[Tensor | None]:
         """With a pause after each layer but the last."""
         if not len(parts[0].slots):
             yield torch.empty(0, self.hidden_size, dtype=self.dtype, device=self.device)
@@ -70,6 +70,8 @@ class TorchStage(LayersStage):
         for index, (layer, layer_type) in enumerate(zip(self._layers, self.attention.types, strict=True)):
             if index:
                 yield None
+            if watch is not None:
+                watch(self.layers.start + index, hidden[0])
             hidden = layer(
                 hidden,
                 attention_mask=rows.masks[layer_type],
@@ -78,4 +80,6 @@ class TorchStage(LayersStage):
                 position_embeddings=rotation,
                 **{CACHE_ARGUMENT: rows.cache},
             )
+        if watch is not None and self.is_last:
+            watch(self.layers.end, hidden[0])
         yield (hidden if self._norm is None else self._norm(hidden))[0]

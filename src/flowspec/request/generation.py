@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from flowspec.config import TreeConfig
-from flowspec.core import Ending, FinishReason, TokenLogprobs
+from flowspec.core import FINAL, Ending, FinishReason, TokenLogprobs
 from flowspec.draft.base import Accepted, Draft, DraftSource, ReusableDraft
 from flowspec.errors import ProtocolError
 from flowspec.request.outbox import Outbox
@@ -199,13 +199,16 @@ class Generation:
         self.stats.timings.append(tuple(result.timings))
         if result.num_prefix:
             self._receive_prompt(result)
-        node_ids = np.array(result.node_ids, dtype=np.int64)
+        first = len(result.node_ids) - len(result.hidden)  # prefix rows have features alone, where there are such
+        node_ids = np.array(result.node_ids[first:], dtype=np.int64)
         alive = np.isin(node_ids, self.tree.node_ids, assume_unique=True)
         if not alive.any():
             return
-        hidden = result.hidden[torch.from_numpy(alive)]
+        kept = torch.from_numpy(alive)
+        hidden = result.hidden[kept]
+        features = None if result.features is None else result.features[first:][kept]
         with self._work(Work.LM_HEAD, len(hidden)):
-            self._verifier.receive(node_ids[alive].tolist(), hidden, result.segment_id)
+            self._verifier.receive(node_ids[alive].tolist(), hidden, result.segment_id, features)
         self.stats.verified += 1
         if (segment := self.stats.by_segment.get(result.segment_id)) is not None:
             segment.num_verified = len(hidden)
@@ -218,6 +221,8 @@ class Generation:
         node_ids = np.array(result.node_ids, dtype=np.int64)
         if self._feature_layers and num_prefix and not np.array_equal(node_ids[:num_prefix], sent[:num_prefix]):
             problem = "a result lacks rows of the prompt"
+        if (result.features is not None) != bool(self._feature_layers and self._feature_layers != (FINAL,)):
+            problem = "a result has features that nobody wants, or lacks them"
         foreign = np.setdiff1d(node_ids, sent)  # none, but for a worker that is broken
         if len(foreign) and np.isin(foreign, self.tree.node_ids).any():
             problem = "a result has rows that its segment did not have"
@@ -227,7 +232,8 @@ class Generation:
     def _receive_prompt(self, result: Result) -> None:
         self.num_prompt_verified += result.num_prefix
         if self._draft is not None and self._feature_layers:
-            self._draft.read_prompt(result.node_ids[: result.num_prefix], result.hidden[: result.num_prefix])
+            features = result.hidden if result.features is None else result.features
+            self._draft.read_prompt(result.node_ids[: result.num_prefix], features[: result.num_prefix])
 
     def verify(self) -> Verdict | None:
         """Follow the target from the root through the verified nodes; ``None`` when the root's logits are not here.

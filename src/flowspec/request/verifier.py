@@ -30,7 +30,8 @@ class Verdict:
 class _Verified(NamedTuple):
     """A node whose hidden state has come back."""
 
-    feature: Tensor  # [hidden size]
+    hidden: Tensor  # [hidden size]
+    feature: Tensor  # that a draft reads, [hidden size] or of a width of its own
     logits: Tensor  # [vocabulary]
     segment_id: int  # that it came in
 
@@ -49,10 +50,15 @@ class Verifier:
     def __len__(self) -> int:
         return len(self._verified)
 
-    def receive(self, node_ids: Sequence[int], hidden: Tensor, segment_id: int) -> None:
-        """These nodes' final hidden states [nodes, hidden size] have come back."""
-        for node_id, feature, logits in zip(node_ids, hidden, self._head.logits(hidden), strict=True):
-            self._verified[node_id] = _Verified(feature, logits, segment_id)
+    def receive(self, node_ids: Sequence[int], hidden: Tensor, segment_id: int, features: Tensor | None = None) -> None:
+        """These nodes' final hidden states [nodes, hidden size] have come back.
+
+        ``features`` [nodes, width]: what the draft reads instead of them.
+        """
+        features = hidden if features is None else features
+        rows = zip(node_ids, hidden, features, self._head.logits(hidden), strict=True)
+        for node_id, state, feature, logits in rows:
+            self._verified[node_id] = _Verified(state, feature, logits, segment_id)
 
     def knows(self, node_id: int) -> bool:
         return node_id in self._verified
@@ -87,7 +93,7 @@ class Verifier:
         """The target's token behind the root and ``path``, by what was verified there."""
         position = prefix_len + len(path) + 1
         try:
-            finite_array(verified.feature, "hidden states after the last layer", position)
+            finite_array(verified.hidden, "hidden states after the last layer", position)
             return self._sampler.token(verified.logits, position, path)
         except NumericalError as error:
             where = "" if self._broken is None else f"; first seen after layers {self._broken.layers}"

@@ -13,7 +13,7 @@ from typing import NamedTuple, TypeAlias
 import msgspec
 from torch import Tensor
 
-from flowspec.core import DType, Weights
+from flowspec.core import DType, TapShape, Weights
 
 PROTOCOL_VERSION = 9
 NO_PARENT = -1  # the parent id of a request's first token
@@ -65,8 +65,21 @@ class Configure(Message, frozen=True):
     hints: str | None = None  # the draft's directory, as the worker finds it, if hints are wanted
     int8_wire: bool = False  # hidden states go to the next worker in int8
     weights: Weights = "float"  # of linear layers; never ``auto``
+    taps: TapShape | None = None  # what all stages add up for the draft; ``TapBlock``s of this one's layers follow
     next_key: str | None = None  # by which the next worker proves itself, where both have joined a cluster
     previous_key: str | None = None  # of the worker that will connect to this one
+
+
+class TapBlock(Message, frozen=True):
+    """Rows of the matrix [``TapShape.num_outputs``, hidden size] by which the stream that enters a layer is multiplied.
+
+    They come in order, in the stage's dtype, once the worker has said that it is ``Loading``; it is ready when it has
+    all rows of all of its layers.
+    """
+
+    layer: int
+    first_row: int
+    weight: Tensor  # [rows, hidden size]
 
 
 class Commit(Message, frozen=True):
@@ -106,7 +119,8 @@ class Stop(Message, frozen=True):
 class Open(Message, frozen=True):
     """Begins a request, or a new epoch of it.
 
-    ``feature_layers``: of the target, whose outputs the draft reads, of prefix rows too; ``FINAL`` alone, or none.
+    ``feature_layers``: of the target, that the draft reads, of prefix rows too: ``FINAL`` alone, those of
+    ``Configure.taps``, or none.
     ``want_hints``: of workers that can send ``Hint``s.
     ``cached_by``: an ended request whose cache this one takes over; its first ``num_cached`` tokens are this one's too.
     ``slot_limit``: that the cache may grow to, until ``Reserve`` allows more; 0: unknown.
@@ -143,6 +157,7 @@ class Segment(Message, frozen=True):
     hidden: Tensor | None
     timings: list[Timing]
     gate: int | None = None
+    features: Tensor | None = None  # [rows, width of the taps], as far as they are added up; ``None``: nothing yet
 
     def __post_init__(self) -> None:
         num_rows = len(self.node_ids)
@@ -157,6 +172,8 @@ class Segment(Message, frozen=True):
         rows = self.token_ids if self.token_ids is not None else self.hidden
         if rows is not None and len(rows) != num_rows:
             raise ValueError(f"segment: {len(rows)} inputs for {num_rows} nodes")
+        if self.features is not None and len(self.features) != num_rows:
+            raise ValueError(f"segment: {len(self.features)} features for {num_rows} nodes")
 
 
 class Reserve(Message, frozen=True):
@@ -215,7 +232,10 @@ class Ready(Message, frozen=True):
 
 
 class Result(Message, frozen=True):
-    """The final hidden states [rows, hidden size] of a segment's rows that are still alive, from the last worker."""
+    """The final hidden states [rows, hidden size] of a segment's rows that are still alive, from the last worker.
+
+    With ``features`` [rows, width of the taps], prefix rows have these alone: nobody asks for their hidden states.
+    """
 
     request_id: int
     epoch: int
@@ -224,10 +244,15 @@ class Result(Message, frozen=True):
     num_prefix: int
     hidden: Tensor
     timings: list[Timing]
+    features: Tensor | None = None
 
     def __post_init__(self) -> None:
-        if self.hidden.ndim != 2 or len(self.hidden) != len(self.node_ids):
-            raise ValueError(f"result: hidden states {tuple(self.hidden.shape)} for {len(self.node_ids)} nodes")
+        num_rows = len(self.node_ids)
+        num_hidden = num_rows if self.features is None else max(0, num_rows - self.num_prefix)
+        if self.hidden.ndim != 2 or len(self.hidden) != num_hidden:
+            raise ValueError(f"result: hidden states {tuple(self.hidden.shape)} for {num_hidden} nodes")
+        if self.features is not None and (self.features.ndim != 2 or len(self.features) != num_rows):
+            raise ValueError(f"result: features {tuple(self.features.shape)} for {num_rows} nodes")
 
 
 class Hint(Message, frozen=True):
@@ -317,7 +342,7 @@ class Stamped(Message, frozen=True):
 
 DataMessage: TypeAlias = Open | Segment | Reserve | Close | Forget
 ToWorker: TypeAlias = (
-    Configure | Commit | End | Step | Stop | Open | Segment | Reserve | Close | Forget | Probe | Stamped
+    Configure | TapBlock | Commit | End | Step | Stop | Open | Segment | Reserve | Close | Forget | Probe | Stamped
 )
 ToDriver: TypeAlias = (
     Loading | Ready | Hint | Broken | Result | Failed | Closed | Alive | Busy | Failure | Echo | Stamped

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from flowspec.errors import ProtocolError, described, shortened
-from flowspec.model.stage import Stage
+from flowspec.model.stage import Stage, Watch
+from flowspec.model.taps import Taps, TapSum
 from flowspec.wire.actor import Route, Send
 from flowspec.wire.messages import (
     Broken,
@@ -46,6 +47,7 @@ class _Forward:
     segments: list[Placed]
     steps: Generator[Tensor | None]
     start_s: float
+    features: TapSum | None  # ``None``: nobody wants any
 
 
 class Worker:
@@ -75,12 +77,13 @@ class Worker:
         forward_s: Callable[[int], float] | None = None,
         layers: str = "",
         limits: Limits | None = None,
+        taps: Taps | None = None,
     ) -> None:
         """``patience_s``: a forward looks for commits after as long, between layers; ``None``: never.
 
         ``hint_share``: of a forward's time that a hint may take at most, or none is made. ``forward_s``: of so many
         rows; requests share no forward where it is unknown. ``layers``: the stage's, for whoever looks for a fault.
-        ``limits``: of its model.
+        ``limits``: of its model. ``taps``: of the session's draft, if it reads several layers.
         """
         self.link_bytes = 0  # received on the data path; the shell counts
         self._stage = stage
@@ -89,8 +92,9 @@ class Worker:
         self._clock = clock
         self._patience_s = math.inf if patience_s is None else patience_s
         self._forward_s = forward_s
-        self._requests = Requests(stage)
-        self._checks = Checks(stage, index, limits or Limits(), self._requests)
+        self._taps = taps
+        self._requests = Requests(stage, () if taps is None else taps.shape.layers)
+        self._checks = Checks(stage, index, limits or Limits(), self._requests, taps)
         self._hints = None if hinter is None else Hints(hinter, hint_share, clock)
         self._queue: deque[DataMessage] = deque()
         self._running: _Forward | None = None
@@ -183,7 +187,7 @@ class Worker:
             request = self._requests.find(segment)
             if request is None:
                 return None
-            self._checks.check_place(segment, request.cache.slots)
+            self._checks.check_place(segment, request)
             return place(segment, request)
         except Exception as error:
             self._fail(segment, error)
@@ -212,8 +216,21 @@ class Worker:
         return companions
 
     def _start(self, segments: list[Placed]) -> list[Send]:
-        self._running = _Forward(segments, _steps(self._stage, segments), self._clock())
+        features = self._features_of(segments)
+        watch = features if self._taps is not None and self._taps.has_blocks else None
+        self._running = _Forward(segments, _steps(self._stage, segments, watch), self._clock(), features)
         return self._go_on(self._running)
+
+    def _features_of(self, segments: list[Placed]) -> TapSum | None:
+        """What the stages before have added up for all rows; ``None`` when nobody wants features."""
+        taps = self._taps
+        if taps is None or not any(placed.request.want_taps for placed in segments):
+            return None
+        # A segment without a row meets no layer: its sum is complete as it is.
+        if not taps.is_begun and not (taps.has_blocks and not any(len(placed.rows) for placed in segments)):
+            return TapSum(taps, None)
+        width = taps.shape.width
+        return TapSum(taps, torch.cat([placed.features(width, taps.dtype) for placed in segments]))
 
     def _go_on(self, forward: _Forward) -> list[Send]:
         """Run some layers, unless all rows have died meanwhile; pass the living rows on when it was the last one."""
@@ -242,13 +259,15 @@ class Worker:
         """Each segment goes its own way."""
         lengths = [len(placed.rows) for placed in forward.segments]
         end_s = self._clock()
+        total = None if forward.features is None else forward.features.total
+        all_features = [None] * len(lengths) if total is None else total.split(lengths)
         sends: list[Send] = []
-        for placed, rows in zip(forward.segments, hidden.split(lengths), strict=True):
+        for placed, rows, features in zip(forward.segments, hidden.split(lengths), all_features, strict=True):
             timing = Timing(self._index, len(placed.rows), forward.start_s, end_s, self.link_bytes, sum(lengths))
-            sends += self._pass_on(placed, rows, timing)
+            sends += self._pass_on(placed, rows, timing, features if placed.request.want_taps else None)
         return sends
 
-    def _pass_on(self, placed: Placed, hidden: Tensor, timing: Timing) -> list[Send]:
+    def _pass_on(self, placed: Placed, hidden: Tensor, timing: Timing, features: Tensor | None) -> list[Send]:
         """Nothing, when a free segment's rows have all died meanwhile."""
         living = placed.living()
         if not len(living) and placed.segment.gate is None:
@@ -256,10 +275,11 @@ class Worker:
         rows = placed.rows[living]
         if len(rows) < len(placed.rows):
             hidden = hidden[torch.from_numpy(living)]
+            features = None if features is None else features[torch.from_numpy(living)]
         sends = self._find_broken(placed.segment, rows, hidden)
         if self._stage.is_last:
-            return [*sends, Send(Route.DRIVER, placed.result(rows, hidden, timing))]
-        passed_on = placed.passed_on(rows, hidden, timing)
+            return [*sends, Send(Route.DRIVER, placed.result(rows, hidden, timing, features))]
+        passed_on = placed.passed_on(rows, hidden, timing, features)
         if self._hints is not None and placed.request.want_hints:
             self._hints.offer(passed_on, timing.end_s - timing.start_s)
         return [*sends, Send(Route.NEXT, passed_on)]
@@ -308,9 +328,9 @@ class Worker:
         return self._requests.num_cached
 
 
-def _steps(stage: Stage, segments: list[Placed]) -> Generator[Tensor | None]:
+def _steps(stage: Stage, segments: list[Placed], watch: Watch | None) -> Generator[Tensor | None]:
     """A generator of our own, so that inputs that cannot be joined are found where a forward's faults are.
 
     It does not know the worker, whose caches are free as soon as its session is over.
     """
-    yield from stage.steps([placed.part() for placed in segments])
+    yield from stage.steps([placed.part() for placed in segments], watch)

@@ -8,16 +8,17 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from flowspec.config import MAX_HEARTBEAT_S, MIN_HEARTBEAT_S
-from flowspec.core import MAX_ROWS, MAX_RUNNING
+from flowspec.core import MAX_ROWS, MAX_RUNNING, TapShape
 from flowspec.errors import ProtocolError, UsageError, require, shortened
-from flowspec.model.slots import SlotTable
 from flowspec.model.stage import Stage
+from flowspec.model.taps import Taps
 from flowspec.wire.curve import is_key
 from flowspec.wire.messages import (
     LAST_STEP,
@@ -33,13 +34,14 @@ from flowspec.wire.messages import (
     Step,
 )
 from flowspec.wire.transport import tcp_endpoint
-from flowspec.worker.requests import RequestMessage, Requests
+from flowspec.worker.requests import OpenRequest, RequestMessage, Requests
 
 if TYPE_CHECKING:
     from flowspec.model.loader import Checkpoint  # with it comes transformers, which simulations do without
 
 _MAX_STAGES = 4096
 _MAX_NAME_LEN = 4096  # as of a path
+_MAX_TAPS, _MAX_WIDTH = 64, 2**16  # layers that a draft reads, and the width of its features
 _HOST_AND_PORT = re.compile(r"tcp://(\[[0-9A-Fa-f:.]+(%\w+)?\]|[\w.-]+):\d{1,5}")
 
 
@@ -63,8 +65,9 @@ class Limits:
 class Checks:
     """Of one worker's stage."""
 
-    def __init__(self, stage: Stage, index: int, limits: Limits, requests: Requests) -> None:
+    def __init__(self, stage: Stage, index: int, limits: Limits, requests: Requests, taps: Taps | None = None) -> None:
         self._stage = stage
+        self._taps = taps
         self._index = index
         self._limits = limits
         self._requests = requests
@@ -92,8 +95,11 @@ class Checks:
             case End() | Close():
                 pass
 
-    def check_place(self, segment: Segment, table: SlotTable) -> None:
+    def check_place(self, segment: Segment, request: OpenRequest) -> None:
         """Against what the request has, when the segment's turn has come."""
+        table, has_features = request.cache.slots, segment.features is not None
+        is_begun = request.want_taps and self._taps is not None and self._taps.is_begun
+        require(has_features == is_begun, f"it {'has' if has_features else 'lacks'} features of the stages before")
         num_rows = len(segment.node_ids)
         require(table.num_nodes + num_rows <= MAX_ROWS, f"more than {MAX_ROWS} nodes are not committed")
         most = self._limits.num_slots
@@ -125,6 +131,10 @@ class Checks:
             fits = tuple(hidden.shape) == (num_rows, stage.hidden_size) and hidden.dtype == stage.dtype
             require(fits, f"hidden states are {hidden.dtype} {list(hidden.shape)}, not {stage.dtype} of width "
                      f"{stage.hidden_size}")  # fmt: skip
+        if (features := segment.features) is not None:
+            width = 0 if self._taps is None else self._taps.shape.width
+            fits = tuple(features.shape) == (num_rows, width) and features.dtype == stage.dtype
+            require(fits, f"features are {features.dtype} {list(features.shape)}, not {stage.dtype} of width {width}")
 
 
 def _check_prefix(segment: Segment) -> None:
@@ -145,6 +155,8 @@ def check_configure(configure: Configure, endpoint: str) -> None:
     require(MIN_HEARTBEAT_S <= heartbeat_s <= MAX_HEARTBEAT_S, f"a heartbeat of {heartbeat_s} s is none")
     start, end = configure.start_layer, configure.end_layer
     require(0 <= start < end < MAX_ID and (start == 0) == (stage == 1), f"stage {stage} has no layers {start}:{end}")
+    if configure.taps is not None:
+        _check_taps(configure.taps)
     for name in (configure.model, configure.hints):
         fits = name is None or (0 < len(name) <= _MAX_NAME_LEN and name.isprintable())
         require(fits, f"{shortened(name or '', 60)!r} is the name of no model")
@@ -152,6 +164,14 @@ def check_configure(configure: Configure, endpoint: str) -> None:
         require(key is None or is_key(key), "a worker's key is none")
     if configure.next_address is not None:
         _check_next_address(configure.next_address, endpoint)
+
+
+def _check_taps(taps: TapShape) -> None:
+    layers, eps = taps.layers, taps.norm_eps
+    ascend = all(left < right for left, right in pairwise(layers))
+    require(0 < len(layers) <= _MAX_TAPS and ascend and layers[0] >= 0, f"nobody reads the layers {layers[:20]}")
+    require(0 < taps.num_outputs < taps.width + 1 <= _MAX_WIDTH, f"features of width {taps.width} are wanted")
+    require(eps is None or 0 < eps < 1, f"a norm with {eps} is none")
 
 
 def _check_next_address(address: str, endpoint: str) -> None:

@@ -17,7 +17,8 @@ import threading
 import time
 
 from flowspec.config import LinkConfig
-from flowspec.worker.process import Emulate, serve
+from flowspec.worker.process import serve
+from flowspec.worker.session import Emulate
 
 _YOUNG_S = 2.0  # one that ends sooner would only end again
 _YOUNG_WAIT_S = 0.5  # before its successor

@@ -34,6 +34,13 @@ class Placed:
             inputs = inputs[torch.from_numpy(self.rows)]
         return Part(inputs, self.slots, self.request.cache)
 
+    def features(self, width: int, dtype: torch.dtype) -> Tensor:
+        """What the stages before have added up for the rows that are run; zeros for a request that wants none."""
+        features = self.segment.features
+        if features is None:
+            return torch.zeros(len(self.rows), width, dtype=dtype)
+        return features if len(self.rows) == len(features) else features[torch.from_numpy(self.rows)]
+
     def living(self) -> Ints:
         """Which of the rows are alive; prefix rows live as long as the request."""
         if self.request.is_over:
@@ -42,8 +49,8 @@ class Placed:
         is_alive = [row < num_prefix or slots.slot_of(ids[row]) is not None for row in self.rows.tolist()]
         return np.flatnonzero(is_alive)
 
-    def passed_on(self, rows: Ints, hidden: Tensor, timing: Timing) -> Segment:
-        """For the next worker: these rows, and their hidden states."""
+    def passed_on(self, rows: Ints, hidden: Tensor, timing: Timing, features: Tensor | None) -> Segment:
+        """For the next worker: these rows, their hidden states, and the draft's features as far as they are known."""
         segment = self.segment
         return Segment(
             segment.request_id,
@@ -57,16 +64,22 @@ class Placed:
             hidden=hidden,
             timings=[*segment.timings, timing],
             gate=None if segment.gate is None else segment.gate + 1,
+            features=features,
         )
 
-    def result(self, rows: Ints, hidden: Tensor, timing: Timing) -> Result:
-        """For the driver: these rows, and their final hidden states; those of the prefix only where they are wanted."""
+    def result(self, rows: Ints, hidden: Tensor, timing: Timing, features: Tensor | None) -> Result:
+        """For the driver: these rows, and their final hidden states; those of the prefix only where they are wanted.
+
+        A draft with features of its own has no use for the prefix's hidden states.
+        """
         segment = self.segment
         node_ids, num_prefix = [segment.node_ids[row] for row in rows], segment.num_prefix
         if not self.request.want_features:
-            node_ids, hidden = node_ids[num_prefix:], hidden[num_prefix:]
-        timings = [*segment.timings, timing]
-        return Result(segment.request_id, segment.epoch, segment.segment_id, node_ids, num_prefix, hidden, timings)
+            node_ids = node_ids[num_prefix:]
+        if not self.request.want_features or features is not None:
+            hidden = hidden[num_prefix:]
+        timings, ids = [*segment.timings, timing], (segment.request_id, segment.epoch, segment.segment_id)
+        return Result(*ids, node_ids, num_prefix, hidden, timings, features)
 
 
 def place(segment: Segment, request: OpenRequest) -> Placed | None:

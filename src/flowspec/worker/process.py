@@ -12,8 +12,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import zmq
@@ -21,10 +20,9 @@ from msgspec.structs import replace
 
 from flowspec.complaints import Complaints
 from flowspec.core import interpolate
-from flowspec.errors import FlowspecError, ProtocolError, UsageError, WorkerError, described, shortened
+from flowspec.errors import FlowspecError, ProtocolError, UsageError, described, shortened
 from flowspec.model.loader import check_device
-from flowspec.model.stage import Stage
-from flowspec.wire.actor import Actor, Route, Send
+from flowspec.wire.actor import Route, Send
 from flowspec.wire.messages import (
     LOADED,
     PROTOCOL_VERSION,
@@ -32,7 +30,6 @@ from flowspec.wire.messages import (
     Busy,
     Configure,
     Echo,
-    Emulation,
     Failed,
     Failure,
     Loading,
@@ -40,14 +37,16 @@ from flowspec.wire.messages import (
     Probe,
     Ready,
     Stop,
+    TapBlock,
 )
-from flowspec.wire.transport import Connection, Sender, identity_of, session_of
+from flowspec.wire.transport import Connection, Sender, session_of
 from flowspec.worker.actor import Worker
 from flowspec.worker.checks import check_configure
 from flowspec.worker.door import Door, Keys
-from flowspec.worker.hints import Hinter
 from flowspec.worker.kept import Loaded, StageLoader
 from flowspec.worker.measure import LinkMeter, free_bytes, peak_memory_bytes
+from flowspec.worker.session import Emulate, LinkLostError, Session, SessionOver, WorkerActor
+from flowspec.worker.taps import TapBlocks
 
 logger = logging.getLogger("flowspec.worker")
 
@@ -55,42 +54,6 @@ _LOADING_INTERVAL_S = 0.5
 _LONGEST_WAIT_S = 0.5
 _MAX_READ = 64  # messages between two pieces of work: a flood of strangers' takes a share of the time, and not all
 _SESSION_NAME = re.compile(r"[\w-]{1,64}", re.ASCII)
-
-
-class WorkerActor(Actor, Protocol):
-    """``worker.actor.Worker``, or what plays one; its clock is the monotonic one."""
-
-    link_bytes: int  # received on the data path: this shell counts
-
-
-# A stage, its index, and what device to play -> the actor that does.
-Emulate = Callable[[Stage, int, Emulation, Hinter | None], WorkerActor]
-
-
-class _LinkLostError(WorkerError):
-    """The next worker is gone."""
-
-
-class _SessionOver(Exception):  # noqa: N818 - not an error
-    """The driver is gone or has said goodbye: free everything and wait for the next one."""
-
-
-@dataclass
-class _Session:
-    """One driver's use of this worker."""
-
-    name: str
-    driver: bytes  # identity of its control connection
-    stage: int
-    heartbeat_s: float
-    link: Connection | None = None  # to the next worker
-    meter: LinkMeter | None = None  # of the link; ``None``: there is nothing to measure
-    worker: WorkerActor | None = None  # once the stage is loaded
-    ready: Ready | None = None  # what the driver will be told when the next worker is reached, and the link measured
-
-    def owns(self, identity: bytes) -> bool:
-        """Whether a connection is its driver's, or that of the worker before."""
-        return identity in (self.driver, identity_of(self.name, "data"))
 
 
 class WorkerProcess:
@@ -117,7 +80,7 @@ class WorkerProcess:
         self._emulate = emulate
         self._poller = zmq.Poller()
         self._poller.register(self._listener.socket, zmq.POLLIN)
-        self._session: _Session | None = None
+        self._session: Session | None = None
         self._last_session = ""  # the name of the one before
         self._early: deque[tuple[Sender, list[Any]]] = deque()  # messages of our session that came while it was loading
         self._complaints = Complaints(logger)
@@ -132,7 +95,7 @@ class WorkerProcess:
         while True:
             try:
                 self._step()
-            except _SessionOver as ended:
+            except SessionOver as ended:
                 logger.info("session ended: %s; waiting for a driver", ended)
                 self._end_session()
             except Exception as error:  # the one broad catch: whatever it is, the driver must hear of it
@@ -174,7 +137,10 @@ class WorkerProcess:
             case Probe():
                 self._listener.reply(identity, Echo(message.number, time.perf_counter()))
             case Stop():
-                raise _SessionOver("the driver has finished")
+                raise SessionOver("the driver has finished")
+            case TapBlock() if session.blocks is not None:
+                session.blocks.take(message)
+                self._end_loading(session)
             case _ if session.worker is not None:
                 session.worker.link_bytes += 0 if identity == session.driver else sum(len(f) for f in frames)
                 self._dispatch(session.worker.on_message(message))
@@ -200,7 +166,7 @@ class WorkerProcess:
         else:
             self._listener.reply(identity, Busy("another driver uses this worker; try again when it has ended"))
 
-    def _refuse_twice(self, identity: bytes, session: _Session) -> None:
+    def _refuse_twice(self, identity: bytes, session: Session) -> None:
         self._listener.reply(identity, Busy(f"it has stage {session.stage} already; give each worker once"))
 
     def _begin(self, name: str, driver: bytes, configure: Configure) -> None:
@@ -208,7 +174,7 @@ class WorkerProcess:
 
         The driver is told that all is ready by ``_tend_link``.
         """
-        self._session = session = _Session(name, driver, configure.stage, configure.heartbeat_s)
+        self._session = session = Session(name, driver, configure.stage, configure.heartbeat_s)
         if configure.version != PROTOCOL_VERSION:
             raise UsageError(
                 f"worker {configure.stage} speaks protocol {PROTOCOL_VERSION}, the driver {configure.version}; "
@@ -217,24 +183,17 @@ class WorkerProcess:
         check_configure(configure, self.endpoint)
         if configure.emulation is not None and self._emulate is None:
             raise UsageError(f"worker {configure.stage} plays no device; flowspec emulate starts workers of its own")
+        if configure.emulation is not None and configure.taps is not None:
+            raise UsageError("workers that play devices serve no draft that reads several layers; use another draft")
         self._door.open_for(configure)
         self._tell_driver(Loading(0.0))
         if configure.next_address is not None:
             session.link = self._connect(name, configure.next_address, configure)
             session.meter = LinkMeter() if configure.emulation is None else None
         loaded = self._loader.load(configure, _Throttled(_LOADING_INTERVAL_S, self._tell_progress))
-        session.worker = self._make_worker(configure, loaded)
-        session.ready = Ready(
-            configure.stage,
-            loaded.stage.weights_bytes,
-            peak_memory_bytes(),
-            forward_s=loaded.forward_s,
-            slot_bytes=loaded.stage.slot_bytes,
-            free_bytes=free_bytes(torch.device(self._device)),
-            fingerprint=loaded.fingerprint,
-        )
-        self._tell_driver(Loading(LOADED))
-        logger.info("layers %d:%d of %s are ready", configure.start_layer, configure.end_layer, configure.model)
+        session.configure, session.loaded = configure, loaded
+        session.blocks = None if configure.taps is None else TapBlocks(configure, configure.taps, loaded.stage)
+        self._end_loading(session)
 
     def _connect(self, name: str, address: str, configure: Configure) -> Connection:
         keys = self._door.keys_to_next(configure)
@@ -255,7 +214,27 @@ class WorkerProcess:
             else:
                 self._handle_stranger(*received)
 
-    def _make_worker(self, configure: Configure, loaded: Loaded) -> WorkerActor:
+    def _end_loading(self, session: Session) -> None:
+        """As soon as it has all that its driver was to send."""
+        configure, loaded, blocks = session.configure, session.loaded, session.blocks
+        assert configure is not None and loaded is not None, "the stage is loaded"
+        if blocks is not None and not blocks.is_complete:
+            return
+        session.worker = self._make_worker(configure, loaded, blocks)
+        session.blocks = None
+        session.ready = Ready(
+            configure.stage,
+            loaded.stage.weights_bytes,
+            peak_memory_bytes(),
+            forward_s=loaded.forward_s,
+            slot_bytes=loaded.stage.slot_bytes,
+            free_bytes=free_bytes(torch.device(self._device)),
+            fingerprint=loaded.fingerprint,
+        )
+        self._tell_driver(Loading(LOADED))
+        logger.info("layers %d:%d of %s are ready", configure.start_layer, configure.end_layer, configure.model)
+
+    def _make_worker(self, configure: Configure, loaded: Loaded, blocks: TapBlocks | None) -> WorkerActor:
         index = configure.stage
         if configure.emulation is None:
             return Worker(
@@ -266,6 +245,7 @@ class WorkerProcess:
                 forward_s=lambda num_rows: interpolate(loaded.forward_s, num_rows),
                 layers=f"{configure.start_layer}:{configure.end_layer}",
                 limits=loaded.limits,
+                taps=None if blocks is None else blocks.make_taps(configure, self._device),
             )
         assert self._emulate is not None, "checked before"
         return self._emulate(loaded.stage, index, configure.emulation, loaded.hinter)
@@ -291,7 +271,7 @@ class WorkerProcess:
         elif meter.is_done:
             self._tell_ready(session, replace(ready, link_bytes_per_s=meter.bytes_per_s))
 
-    def _tell_ready(self, session: _Session, ready: Ready) -> None:
+    def _tell_ready(self, session: Session, ready: Ready) -> None:
         logger.debug("measured %s", ready)
         session.ready = session.meter = None
         self._tell_driver(ready)
@@ -314,7 +294,7 @@ class WorkerProcess:
             self._complaints.warn(f"request {message.request_id} failed: {message.text}")
         self._last_alive = time.monotonic()
         if not self._listener.reply(self._session.driver, message):
-            raise _SessionOver("the driver is gone")
+            raise SessionOver("the driver is gone")
 
     def _check_peers(self) -> None:
         """A silent driver is asked for a sign of life now and then; a lost link ends the session."""
@@ -325,7 +305,7 @@ class WorkerProcess:
             session.link.check()
             if session.link.is_lost:
                 next_worker = f"worker {session.stage + 1} ({session.link.address})"
-                raise _LinkLostError(f"lost the connection to {next_worker}; has it ended?")
+                raise LinkLostError(f"lost the connection to {next_worker}; has it ended?")
         if time.monotonic() - self._last_alive >= session.heartbeat_s:
             self._tell_driver(Alive())
 
@@ -334,7 +314,7 @@ class WorkerProcess:
         self._complaints.warn(f"session failed: {text}")
         logger.debug("", exc_info=error)
         if self._session is not None:
-            is_usage, lost_next = isinstance(error, UsageError), isinstance(error, _LinkLostError)
+            is_usage, lost_next = isinstance(error, UsageError), isinstance(error, LinkLostError)
             self._listener.reply(
                 self._session.driver, Failure(text, traceback.format_exc(), is_usage, lost_next=lost_next)
             )

@@ -23,6 +23,7 @@ class OpenRequest:
     epoch: int
     cache: StageCache
     want_features: bool  # of prefix rows too
+    want_taps: bool  # they are what the stages add up
     want_hints: bool
     step: int = 0  # the newest step of a lock-step schedule
     is_over: bool = False  # all of its rows are dead, whatever the cache says
@@ -31,8 +32,10 @@ class OpenRequest:
 class Requests:
     """Who holds a cache of the stage."""
 
-    def __init__(self, stage: Stage) -> None:
+    def __init__(self, stage: Stage, tapped: tuple[int, ...] = ()) -> None:
+        """``tapped``: the layers of which the session's stages add up features."""
         self._stage = stage
+        self._tapped = tapped
         self._open: dict[int, OpenRequest] = {}
         self._cached: dict[int, StageCache] = {}  # of requests that have ended
         self._ended: deque[tuple[int, int]] = deque(maxlen=_MAX_ENDED)  # whose ``End`` overtook their ``Open``, maybe
@@ -75,7 +78,9 @@ class Requests:
         """Raises ``ProtocolError`` where the cache that it wants to take over is not there, or it is open already."""
         if (before := self._open.get(message.request_id)) is not None and before.epoch >= message.epoch:
             raise ProtocolError(f"request {message.request_id} is open already, in epoch {before.epoch}")
-        if not {FINAL}.issuperset(message.feature_layers):
+        wanted = tuple(message.feature_layers)
+        want_taps = bool(wanted) and wanted == self._tapped
+        if not want_taps and not {FINAL}.issuperset(wanted):
             raise ProtocolError(f"request {message.request_id} wants outputs of layers {message.feature_layers[:20]}")
         if message.cached_by is None:
             cache = self._stage.open_cache(message.root_id)
@@ -89,7 +94,7 @@ class Requests:
         cache.slots.limit = message.slot_limit
         is_over = (message.request_id, message.epoch) in self._ended
         self._open[message.request_id] = OpenRequest(
-            message.epoch, cache, bool(message.feature_layers), message.want_hints, is_over=is_over
+            message.epoch, cache, bool(wanted), want_taps, message.want_hints, is_over=is_over
         )
 
     def reserve(self, message: Reserve) -> None:

@@ -1,0 +1,153 @@
+"""With an EAGLE-3 head too, every schedule and every number of stages gives the tokens of plain decoding."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
+
+from flowspec.config import PipelineConfig, ScheduleConfig
+from flowspec.core import SamplingParams
+from flowspec.schedule.catalogue import AUTO, SCHEDULES, make_schedule
+from pump import Pump, prompt_of
+from tiny_eagle3 import Eagle3Form, Reference, make_weights
+
+NUM_TOKENS = 24
+SMALL = PipelineConfig(segment_len=5, prefill_chunk=7)  # so that prompts and trees come in several segments
+TEMPERATURES = (0.0, 0.8)
+
+
+def params_at(temperature: float, max_tokens: int = NUM_TOKENS) -> SamplingParams:
+    return SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=11)
+
+
+@pytest.fixture(scope="session")
+def plain(checkpoint_dir: Callable[[str], Path]) -> Callable[[float, int, int], list[int]]:
+    """What ``ar`` gives on one stage: temperature, prompt length, number of tokens."""
+    answers: dict[tuple[float, int, int], list[int]] = {}
+
+    def get(temperature: float, prompt_len: int, max_tokens: int) -> list[int]:
+        key = temperature, prompt_len, max_tokens
+        if key not in answers:
+            pump = Pump(checkpoint_dir("qwen3"), 1, "none", "ar")
+            generation = pump.submit(prompt_of(prompt_len), params_at(temperature, max_tokens))
+            pump.run()
+            answers[key] = generation.output_ids
+        return answers[key]
+
+    return get
+
+
+@pytest.mark.parametrize(
+    ("schedule", "num_stages", "temperature"), list(itertools.product([*SCHEDULES, AUTO], (1, 2, 3), TEMPERATURES))
+)
+def test_tokens_are_those_of_plain_decoding(
+    checkpoint_dir: Callable[[str], Path],
+    plain: Callable[[float, int, int], list[int]],
+    schedule: str,
+    num_stages: int,
+    temperature: float,
+) -> None:
+    pump = Pump(checkpoint_dir("qwen3"), num_stages, "eagle3", schedule, pipeline=SMALL)
+    generation = pump.submit(prompt_of(20), params_at(temperature))
+    pump.run()
+    assert generation.output_ids == plain(temperature, 20, NUM_TOKENS)
+    assert bool(generation.stats.drafted) == (schedule != "ar")
+
+
+@pytest.mark.parametrize("prompt_len", [1, 2, 3, 7, 8, 15])
+def test_prompts_of_any_length_are_exact(
+    checkpoint_dir: Callable[[str], Path], plain: Callable[[float, int, int], list[int]], prompt_len: int
+) -> None:
+    pump = Pump(checkpoint_dir("qwen3"), 3, "eagle3", pipeline=SMALL)
+    generation = pump.submit(prompt_of(prompt_len), params_at(0.0, 12))
+    pump.run()
+    assert generation.output_ids == plain(0.0, prompt_len, 12)
+
+
+@settings(max_examples=15)
+@given(st.randoms(use_true_random=False), st.sampled_from(["flow", "lockstep", "pipedec"]))
+def test_any_order_of_events_gives_the_same_tokens(
+    checkpoint_dir: Callable[[str], Path], plain: Callable[[float, int, int], list[int]], random: Random, schedule: str
+) -> None:
+    pump = Pump(checkpoint_dir("qwen3"), 3, "eagle3", schedule, pipeline=SMALL)
+    generation = pump.submit(prompt_of(9), params_at(0.8, 12))
+    pump.run(random.randrange)
+    assert generation.output_ids == plain(0.8, 9, 12)
+
+
+def test_several_requests_and_those_without_a_draft_share_forwards(checkpoint_dir: Callable[[str], Path]) -> None:
+    prompts = [prompt_of(length, seed=length) for length in (4, 11, 18)]
+    answers: list[list[list[int]]] = []
+    for draft, num_stages in (("none", 1), ("eagle3", 3)):
+        pump = Pump(checkpoint_dir("mistral"), num_stages, draft, "ar" if draft == "none" else "flow", pipeline=SMALL)
+        generations = [pump.submit(prompt, params_at(0.0, 15)) for prompt in prompts]
+        pump.make_schedule = lambda: make_schedule("ar", ScheduleConfig(pipeline=SMALL), 3)  # whatever the draft
+        generations.append(pump.submit(prompts[0], params_at(0.8, 15)))
+        pump.run()
+        answers.append([generation.output_ids for generation in generations])
+    assert answers[0] == answers[1]
+
+
+def test_a_prompt_that_was_kept_is_taken_over_with_its_features(checkpoint_dir: Callable[[str], Path]) -> None:
+    directory, prompt = checkpoint_dir("qwen3"), prompt_of(20)
+    pump = Pump(directory, 3, "eagle3", pipeline=SMALL, keeps_caches=True)
+    first = pump.submit(prompt, params_at(0.0))
+    pump.run()
+    longer = [*prompt, *first.output_ids[:10], 5, 1]
+    second = pump.submit(longer, params_at(0.0))
+    pump.run()
+    assert second.num_cached > len(prompt)
+    alone = Pump(directory, 1, "none", "ar")
+    expected = alone.submit(longer, params_at(0.0))
+    alone.run()
+    assert second.output_ids == expected.output_ids
+
+
+class Recorder:
+    """A head, and the features that it was given of the prompt and the accepted tokens, in their order."""
+
+    def __init__(self, head: Any) -> None:
+        self._head = head
+        self.config, self.embedding = head.config, head.embedding
+        self.seen: list[torch.Tensor] = []
+
+    def __call__(self, *arguments: Any) -> torch.Tensor:
+        return self._head(*arguments)
+
+    def features_of(self, sums: torch.Tensor) -> torch.Tensor:
+        features = self._head.features_of(sums)
+        self.seen.append(features)
+        return features
+
+
+@pytest.mark.parametrize("schedule", ["flow", "serial", "lockstep"])
+def test_the_draft_reads_the_features_of_the_text_and_of_nothing_else(
+    checkpoint_dir: Callable[[str], Path], schedule: str
+) -> None:
+    """Whatever was pruned under way: in the end every token's features are transformers' own."""
+    directory, form = checkpoint_dir("llama"), Eagle3Form("specforge")
+    weights = make_weights(form, seed=1)
+    pump = Pump(directory, 3, "eagle3", schedule, pipeline=SMALL)
+    source: Any = pump.driver._source
+    source.head = recorder = Recorder(source.head)
+    prompt = prompt_of(20)
+    generation = pump.submit(prompt, params_at(0.8))
+    pump.run()
+    model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval().requires_grad_(False)
+    seen = torch.cat(recorder.seen)
+    text = torch.tensor([*prompt, *generation.output_ids])[: len(seen)]
+    states = model(text[None], output_hidden_states=True).hidden_states
+    reference = Reference(form, weights, model.model.embed_tokens.weight, model.lm_head.weight)
+    expected = reference.fused([states[layer][0] for layer in form.tapped])
+    assert len(seen) > len(prompt)
+    torch.testing.assert_close(seen, expected, atol=1e-3, rtol=1e-3)
+    assert generation.stats.accepted > 0
