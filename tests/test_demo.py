@@ -41,6 +41,12 @@ def test_streams_that_are_read_in_turn_lose_nothing() -> None:
         texts = ["", ""]
         for chunks in zip_longest(*streams):
             texts = [text + (chunk.text if chunk else "") for text, chunk in zip(texts, chunks, strict=True)]
+        # One ends in the other's steps, and is read afterwards.
+        short = llm.stream("import os", SamplingParams(max_tokens=6))
+        long = llm.stream("class A:", SamplingParams(max_tokens=60))
+        begun = next(short).text
+        assert sum(len(chunk.token_ids) for chunk in long) == 60
+        assert begun + "".join(chunk.text for chunk in short) == llm.generate("import os", SamplingParams(6)).text
     assert texts == alone
 
 

@@ -225,7 +225,9 @@ class LLM:
         chunk = TextChunk("", [])
         try:
             while not run.is_finished:
-                if run.job in self.engine.step():
+                if not run.has_news:  # else another stream's step has brought it
+                    self.engine.step()
+                if run.has_news:
                     chunk = run.read()
                     if run.job.error is not None:
                         raise run.job.error
@@ -282,6 +284,11 @@ class Run:
     def num_tokens(self) -> int:
         """That its text is made of, so far."""
         return self._num_read
+
+    @property
+    def has_news(self) -> bool:
+        """Whether there is something to read, or the job has ended."""
+        return self.job.is_finished or len(self.job.output_ids) > self._num_read
 
     def read(self) -> TextChunk:
         """What is new; a stop string ends the job."""
