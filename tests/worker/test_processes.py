@@ -23,7 +23,7 @@ from flowspec.config import LinkConfig
 from flowspec.errors import ModelError, UsageError, WorkerError
 from flowspec.model.loader import Checkpoint
 from flowspec.wire.codec import Codec
-from flowspec.wire.messages import PROTOCOL_VERSION, Alive, Configure, Failure, Loading, Ready, Stop, ToDriver
+from flowspec.wire.messages import LOADED, PROTOCOL_VERSION, Alive, Configure, Failure, Loading, Ready, Stop, ToDriver
 from pump import Pump
 from server_process import forked_workers
 from tiny_models import make_checkpoint
@@ -272,24 +272,40 @@ def test_a_worker_that_hangs_while_it_loads_is_an_error_in_time(checkpoint_dir: 
     context.term()
 
 
-def test_a_workers_own_mistake_reaches_the_driver_as_one_line(checkpoint_dir: Callable[[str], Path]) -> None:
-    """The model is readable at the driver, but not at the worker."""
+def said_by_a_worker(configure: Configure, last: type) -> list[ToDriver]:
+    """All that a new worker says of it, up to a message of this type."""
     processes = LocalProcesses(1, threads=1, device="cpu")
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     dealer = context.socket(zmq.DEALER)
     try:
         dealer.setsockopt(zmq.IDENTITY, b"me:control")
         dealer.connect(processes.addresses[0])
-        configure = Configure(PROTOCOL_VERSION, 1, "/no/such/model", 0, 2, "float32", None, 1.0)
         dealer.send_multipart([bytes(frame) for frame in Codec().encode(configure)])
         said: list[ToDriver] = []
-        while not isinstance(said[-1] if said else None, Failure):
+        while not isinstance(said[-1] if said else None, last):
             assert dealer.poll(60_000)
             said.append(Codec().decode_to_driver([bytearray(frame) for frame in dealer.recv_multipart()]))
-        first, failure = said
-        assert first == Loading(0.0), "it says at once that it is there"
-        assert "/no/such/model is not a directory" in failure.text and failure.user_error  # type: ignore[union-attr]
+        return said
     finally:
         dealer.close(linger=0)
         context.term()
         processes.close()
+
+
+def test_a_workers_own_mistake_reaches_the_driver_as_one_line(checkpoint_dir: Callable[[str], Path]) -> None:
+    """The model is readable at the driver, but not at the worker."""
+    configure = Configure(PROTOCOL_VERSION, 1, "/no/such/model", 0, 2, "float32", None, 1.0)
+    first, failure = said_by_a_worker(configure, Failure)
+    assert first == Loading(0.0), "it says at once that it is there"
+    assert "/no/such/model is not a directory" in failure.text and failure.user_error  # type: ignore[union-attr]
+
+
+def test_a_worker_has_loaded_when_it_has_done_all_and_not_when_the_weights_are_read(
+    checkpoint_dir: Callable[[str], Path],
+) -> None:
+    """Its kernels may be yet to be compiled: then the time in which it must reach the next worker has not begun."""
+    configure = Configure(PROTOCOL_VERSION, 1, str(checkpoint_dir("llama")), 0, 1, "float32", None, 1.0)
+    said = said_by_a_worker(configure, Ready)
+    fractions = [message.fraction for message in said if isinstance(message, Loading)]
+    assert len(fractions) > 2 and fractions == sorted(set(fractions))
+    assert fractions[0] == 0.0 and fractions[-1] == LOADED

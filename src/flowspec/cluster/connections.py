@@ -44,7 +44,7 @@ LoadProgress = Callable[[float], None]
 _CHECK_INTERVAL_S = 0.1
 _NUM_TRIPS = 8
 _READY_POLL_S = 0.2
-_LINK_TIMEOUT_S = 60.0  # in which a worker reaches the next one, once both are there
+_LINK_TIMEOUT_S = 20.0  # in which a worker reaches the next one, once both are there
 _BUSY_PATIENCE_S = 5.0  # until a worker must be free
 _ASK_INTERVAL_S = 0.2
 

@@ -51,12 +51,12 @@ class Membership:
             devices = {str(name): Device(**device) for name, device in keys["devices"].items()}
             if not all(is_key(key) for key in (keys["secret"], *(device.key for device in devices.values()))):
                 raise ValueError
-            token = None
+            own, token = KeyPair.of(keys["secret"]), None
             if (secret := keys["token"]) is not None and keys["expires_s"] >= time.time():
-                token = JoinToken(KeyPair.of(keys["secret"]).public, secret, keys["expires_s"])
+                token = JoinToken(own.public, secret, keys["expires_s"])
         except (KeyError, TypeError, ValueError, AttributeError, zmq.ZMQError):
             raise UsageError(f"{path} is damaged; delete it, run flowspec cluster init, and join anew") from None
-        return cls(path, KeyPair.of(keys["secret"]), token, devices)
+        return cls(path, own, token, devices)
 
     @classmethod
     def init(cls, folder: Path) -> Membership:
@@ -117,13 +117,17 @@ class Membership:
         self.own, self._token, self.devices = KeyPair.new(), None, {}
         self._save()
 
+    @property
+    def keys(self) -> dict[str, str]:
+        """Of the devices, by address."""
+        return {device.address: device.key for device in self.devices.values()}
+
     def security(self, addresses: Sequence[str]) -> Security:
         """For a session with these devices; those that wait to join do so now. Raises ``UsageError``."""
-        known = {device.address: device.key for device in self.devices.values()}
         for address in addresses:
-            if address not in known:
-                known[address] = self.devices[self.let_join(address)].key
-        return Security(self.own, {address: known[address] for address in addresses})
+            if address not in self.keys:
+                self.let_join(address)
+        return Security(self.own, self.keys)
 
 
 def answers(membership: Membership, device: Device, timeout_s: float = 2.0) -> bool:
@@ -151,7 +155,7 @@ def security_of(addresses: Sequence[str], folder: Path, insecure: bool) -> Secur
             logger.warning("warning: connections are neither encrypted nor authenticated")
         return None
     membership = Membership.open(folder)
-    known = () if membership is None else {device.address for device in membership.devices.values()}
+    known = {} if membership is None else membership.keys
     if all(is_local(address) and address not in known for address in addresses):
         return None
     if membership is None:

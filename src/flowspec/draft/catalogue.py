@@ -15,6 +15,7 @@ from flowspec.draft.ngram import NgramSource
 from flowspec.errors import UsageError
 from flowspec.model.backends import load_head
 from flowspec.model.draft_files import DraftFiles
+from flowspec.model.draft_head import DraftHead
 from flowspec.model.eagle3_format import HEAD, Eagle3Format, kind_of
 from flowspec.model.eagle3_head import Eagle3Head, NormedHead
 from flowspec.model.eagle_head import EagleHead
@@ -104,42 +105,23 @@ def load_draft(
         case "ngram":
             return NgramSource()
         case Path() if taps is not None:
-            return _load_eagle3(taps, checkpoint, head, dtype, device, is_coupled, draft_dtype, weights)
+            draft_head: DraftHead = Eagle3Head.load(taps, checkpoint.load_embedding(dtype, device), dtype, device)
+            token_ids, lm_head = taps.token_ids(checkpoint.vocab_size), head
+            if HEAD in taps.names:  # else the target's serves
+                lm_head = TargetHead(taps.tensor(HEAD).to(device, getattr(torch, dtype)))
         case Path():
-            eagle_head = EagleHead.load(chosen, checkpoint.load_embedding(dtype, device), dtype, device)
+            draft_head = eagle_head = EagleHead.load(chosen, checkpoint.load_embedding(dtype, device), dtype, device)
             token_ids = eagle_head.token_ids
             lm_head = head if token_ids is None else load_head(checkpoint, dtype, weights, device, token_ids)
-            if draft_dtype == "int8" or (weights != "float" and can_quantize(eagle_head)):
-                quantize_head(eagle_head)
-                if isinstance(lm_head, TargetHead):  # others are in integers themselves
-                    lm_head = Int8TargetHead(lm_head.weight)
-            if token_ids is not None:
-                lm_head = FewTokensHead(lm_head, token_ids, checkpoint.vocab_size)
-            return EagleSource(eagle_head, lm_head, is_coupled)
         case _:
             return chosen
-
-
-def _load_eagle3(
-    form: Eagle3Format,
-    checkpoint: Checkpoint,
-    head: LogitsHead,
-    dtype: DType,
-    device: str,
-    is_coupled: bool,
-    draft_dtype: DraftDType,
-    weights: Weights,
-) -> EagleSource:
-    """Arguments as in ``load_draft``; the target's lm_head serves where the file has none."""
-    draft_head = Eagle3Head.load(form, checkpoint.load_embedding(dtype, device), dtype, device)
-    lm_head = head
-    if HEAD in form.names:
-        lm_head = TargetHead(form.tensor(HEAD).to(device, getattr(torch, dtype)))
     if draft_dtype == "int8" or (weights != "float" and can_quantize(draft_head)):
         quantize_head(draft_head)
-        if isinstance(lm_head, TargetHead):
+        if isinstance(lm_head, TargetHead):  # others are in integers themselves
             lm_head = Int8TargetHead(lm_head.weight)
-    if (token_ids := form.token_ids(checkpoint.vocab_size)) is not None:
+    if token_ids is not None:
         lm_head = FewTokensHead(lm_head, token_ids, checkpoint.vocab_size)
-    logits = NormedHead(draft_head, lm_head)
-    return EagleSource(draft_head, logits, is_coupled, "eagle3", form.taps.layers)
+    if isinstance(draft_head, Eagle3Head):
+        assert taps is not None
+        return EagleSource(draft_head, NormedHead(draft_head, lm_head), is_coupled, "eagle3", taps.taps.layers)
+    return EagleSource(draft_head, lm_head, is_coupled)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -21,7 +20,7 @@ from torch import Tensor
 from flowspec.core import FINAL, SamplingParams
 from flowspec.draft.base import Accepted, ReusableDraft, steady_steps
 from flowspec.model.attention import ATTENTION
-from flowspec.model.eagle_head import DraftCache
+from flowspec.model.draft_head import DraftHead
 from flowspec.model.kv_cache import KVCache
 from flowspec.model.target_head import LogitsHead
 from flowspec.sampling import Sampler
@@ -29,29 +28,6 @@ from flowspec.tree import DraftTree, Ints
 from flowspec.wire.messages import NO_PARENT
 
 GREEDY = Sampler(SamplingParams())  # knows of no noise
-
-
-class DraftHead(Protocol):
-    """``EagleHead``, or ``Eagle3Head``."""
-
-    config: Any  # transformers', of its layers
-    embedding: Tensor  # [V, D]
-
-    def __call__(
-        self,
-        token_ids: Tensor,
-        features: Tensor,
-        position_ids: Tensor,
-        attention_mask: Tensor,
-        cache: DraftCache | None = None,
-        /,
-    ) -> Tensor:
-        """As ``EagleHead.forward``."""
-        ...
-
-    def features_of(self, read: Tensor, /) -> Tensor:
-        """What came of the target's layers [n, width] -> features [n, D]."""
-        ...
 
 
 class EagleSource:

@@ -9,16 +9,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlamaConfig, Qwen3Config
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
 from flowspec.core import DType
+from flowspec.model.draft_head import DraftHead
 from flowspec.model.eagle3_format import EMBEDDING, FC, FC_BIAS, HEAD, IDS, INPUT_NORM, Eagle3Format
-from flowspec.model.eagle_head import DraftCache
-from flowspec.model.kv_cache import CACHE_ARGUMENT
 from flowspec.model.target_head import LogitsHead
 
 _NOT_HERE = {FC, FC_BIAS, INPUT_NORM, EMBEDDING, HEAD, IDS}  # tensors of a checkpoint that are no part of the module
@@ -41,8 +39,8 @@ class FirstLayer(nn.Module):
         self.input_layernorm, self.post_attention_layernorm = layer.input_layernorm, layer.post_attention_layernorm
         self.hidden_norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def forward(self, embedded: Tensor, features: Tensor, **attention: Any) -> Tensor:
-        """Both [B, T, D] -> [B, T, D]; ``attention`` as a decoder layer takes it."""
+    def forward(self, embedded: Tensor, features: Tensor, use_cache: bool, **attention: Any) -> Tensor:
+        """Both [B, T, D] -> [B, T, D]; ``use_cache`` and ``attention`` as a decoder layer takes them."""
         normed = self.hidden_norm(features)
         residual = normed if self.norm_before_residual else features
         rows, _ = self.self_attn(hidden_states=torch.cat((self.input_layernorm(embedded), normed), dim=-1), **attention)
@@ -50,7 +48,7 @@ class FirstLayer(nn.Module):
         return residual + self.mlp(self.post_attention_layernorm(residual))
 
 
-class Eagle3Head(nn.Module):
+class Eagle3Head(DraftHead):
     """EAGLE-3 draft head: token and feature in, the state out that is the next row's feature.
 
     The row of token ``x[p]`` is fed with what the target's layers make of ``x[p-1]``, or, where that is not known yet,
@@ -58,7 +56,6 @@ class Eagle3Head(nn.Module):
     ``EagleHead``; only their differences matter.
     """
 
-    embedding: Tensor  # [V, D]
     fc_bias: Tensor | None  # [D]
 
     def __init__(
@@ -75,48 +72,30 @@ class Eagle3Head(nn.Module):
 
         ``norm_output``: rows are fed with what has passed the last norm.
         """
-        super().__init__()
-        config._attn_implementation = "sdpa"  # takes batches, and assumes nothing of rows where a mask is given
-        self.config = config
+        super().__init__(config, embedding)
         self.norm_output = norm_output
         self.norm_eps = norm_eps
-        self.register_buffer("embedding", embedding.detach(), persistent=False)
         self.register_buffer("fc_bias", None, persistent=False)
         more = [_decoder_layer(config, index) for index in range(1, config.num_hidden_layers)]
         self.layers = nn.ModuleList([FirstLayer(config, norm_before_residual), *more])
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        linears = [(name, module) for name, module in self.named_modules() if isinstance(module, nn.Linear)]
-        for name, linear in linears:
-            if (linear.bias is not None) != (name in biases):
-                self.set_submodule(name, nn.Linear(linear.in_features, linear.out_features, bias=name in biases))
+        self._set_biases(biases)
         self.rotary_emb = LlamaRotaryEmbedding(config)  # type: ignore[arg-type]
 
-    def forward(
-        self,
-        token_ids: Tensor,
-        features: Tensor,
-        position_ids: Tensor,
-        attention_mask: Tensor,
-        cache: DraftCache | None = None,
-    ) -> Tensor:
-        """The states [B, T, D] that predict the next tokens, and are fed back; arguments as in ``EagleHead``."""
-        rows = features
-        embedded = F.embedding(token_ids, self.embedding).to(rows.dtype)
-        attention: dict[str, Any] = {
-            "attention_mask": attention_mask,
-            "position_ids": position_ids,
-            "position_embeddings": self.rotary_emb(rows, position_ids),
-            CACHE_ARGUMENT: cache,
-        }
+    def _join(self, embedded: Tensor, features: Tensor) -> Tensor:
+        """They meet within the first layer."""
+        return features
+
+    def _run_layers(self, embedded: Tensor, rows: Tensor, attention: dict[str, Any]) -> Tensor:
         first, *more = self.layers
         rows = first(embedded, rows, **attention)
         for layer in more:
-            rows = layer(rows, use_cache=cache is not None, **attention)
+            rows = layer(rows, **attention)
         return self.norm(rows) if self.norm_output else rows
 
-    def features_of(self, sums: Tensor) -> Tensor:
+    def features_of(self, read: Tensor) -> Tensor:
         """What the stages have added up [n, width] -> features [n, D]."""
-        sums = sums.to(self.embedding.device)
+        sums = read.to(self.embedding.device)
         if self.norm_eps is not None:
             scales = torch.rsqrt(sums[:, -1:].float() + self.norm_eps)
             sums = (sums[:, :-1].float() * scales).to(sums.dtype)

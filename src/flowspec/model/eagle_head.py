@@ -22,10 +22,9 @@ import json
 import os
 from collections.abc import Sequence, Set
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
@@ -33,7 +32,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRot
 from flowspec.core import DType
 from flowspec.errors import ModelError
 from flowspec.model.draft_files import CONFIG, SAFETENSORS, DraftFiles, check_fits, layer_config, take_head_dim
-from flowspec.model.kv_cache import CACHE_ARGUMENT
+from flowspec.model.draft_head import DraftHead
 from flowspec.model.tensor_files import open_tensors, save_tensors
 
 _VOCABULARY, _TOKEN_IDS = "vocabulary.safetensors", "token_ids"
@@ -46,17 +45,7 @@ _INPUTS = frozenset({_QUERY, f"{_ATTENTION}k_proj", f"{_ATTENTION}v_proj"})
 _OUTPUT = f"{_ATTENTION}o_proj"
 
 
-class DraftCache(Protocol):
-    """Where the head keeps keys and values, [B, heads, rows, head size]; ``layer_idx`` is always 0."""
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, /, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Take the new rows; return all that the mask's columns speak of."""
-        ...
-
-
-class EagleHead(nn.Module):
+class EagleHead(DraftHead):
     """EAGLE-1/2 draft head: ``fc([embedding(x[t+1]); f[t]])`` -> one Llama decoder layer -> ``f^[t+1]``.
 
     The feature ``f`` is the target's output after its final norm; the target's ``lm_head`` turns ``f^`` into logits.
@@ -64,7 +53,6 @@ class EagleHead(nn.Module):
     are those of ``x[p+1]``.
     """
 
-    embedding: Tensor
     token_ids: Tensor | None = None  # [N], ascending: the only ones that are to be guessed, if not all
 
     def __init__(self, config: LlamaConfig, embedding: Tensor, biases: Set[str] | None = None) -> None:
@@ -72,46 +60,21 @@ class EagleHead(nn.Module):
 
         ``biases``: the names of the linear layers that have one; by default those that the config speaks of.
         """
-        super().__init__()
-        config._attn_implementation = "sdpa"  # takes batches, and assumes nothing of rows where a mask is given
+        super().__init__(config, embedding)
         size = config.hidden_size
-        self.config = config
-        self.register_buffer("embedding", embedding.detach(), persistent=False)
         biases = _flagged_biases(config) if biases is None else biases
         self.fc = nn.Linear(2 * size, size, bias="fc" in biases)
         layer: Any = LlamaDecoderLayer(config, layer_idx=0)
         layer.input_layernorm = nn.Identity()
         self.layers = nn.ModuleList([layer])
-        linears = [(name, module) for name, module in self.named_modules() if isinstance(module, nn.Linear)]
-        for name, linear in linears:
-            if (linear.bias is not None) != (name in biases):
-                self.set_submodule(name, nn.Linear(linear.in_features, linear.out_features, bias=name in biases))
+        self._set_biases(biases)
         self.rotary_emb = LlamaRotaryEmbedding(config)
 
-    def forward(
-        self,
-        token_ids: Tensor,
-        features: Tensor,
-        position_ids: Tensor,
-        attention_mask: Tensor,
-        cache: DraftCache | None = None,
-    ) -> Tensor:
-        """Predicted features [B, T, H].
+    def _join(self, embedded: Tensor, features: Tensor) -> Tensor:
+        return self.fc(torch.cat((embedded, features), dim=-1))
 
-        ``token_ids`` [B, T]; ``features`` [B, T, H], of the token before each; ``position_ids`` [B, T], the token's
-        position less one; ``attention_mask`` bool, [B or 1, 1, T, KV], true where a row sees a key. ``cache``:
-        anything with transformers' ``update(keys, values, layer_idx)``; it gets the new keys and values as layer 0's.
-        """
-        embedded = F.embedding(token_ids, self.embedding).to(features.dtype)
-        rows = self.fc(torch.cat((embedded, features), dim=-1))
-        return self.layers[0](
-            rows,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            use_cache=cache is not None,
-            position_embeddings=self.rotary_emb(rows, position_ids),
-            **{CACHE_ARGUMENT: cache},
-        )
+    def _run_layers(self, embedded: Tensor, rows: Tensor, attention: dict[str, Any]) -> Tensor:
+        return self.layers[0](rows, **attention)
 
     def features_of(self, read: Tensor) -> Tensor:
         """What came of the target's final norm [n, H] is a feature as it is."""

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from flowspec.errors import UsageError
-from flowspec.model.eagle3_head import Eagle3Head
-from flowspec.model.eagle_head import EagleHead
+from flowspec.model.draft_head import DraftHead
 
 _DTYPE = torch.bfloat16
 _BLOCK = 16  # columns that the kernel takes at a time; beyond the last whole block it reads other memory
@@ -66,7 +65,7 @@ def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat([(rows / divisor).round_().to(torch.int8) for rows, divisor in parts]), scales
 
 
-def can_quantize(head: EagleHead | Eagle3Head) -> bool:
+def can_quantize(head: DraftHead) -> bool:
     """Whether ``quantize_head`` would do it."""
     linears = [module for module in head.modules() if isinstance(module, nn.Linear)]
     try:
@@ -77,7 +76,7 @@ def can_quantize(head: EagleHead | Eagle3Head) -> bool:
     return True
 
 
-def quantize_head(head: EagleHead | Eagle3Head) -> None:
+def quantize_head(head: DraftHead) -> None:
     """Replace ``fc`` and all projections of a loaded head by int8 ones; norms, biases and embedding stay.
 
     Raises ``UsageError`` as ``Int8Linear`` does.

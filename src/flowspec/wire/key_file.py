@@ -45,8 +45,12 @@ def write_keys(path: Path, keys: dict[str, Any]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)  # which only its owner may read
-        with open(handle, "w", encoding="utf-8") as file:
-            json.dump(keys, file, indent=1)
-        os.replace(name, path)
+        try:
+            with open(handle, "w", encoding="utf-8") as file:
+                json.dump(keys, file, indent=1)
+            os.replace(name, path)
+        except OSError:
+            Path(name).unlink(missing_ok=True)
+            raise
     except OSError as error:
         raise UsageError(f"cannot write the keys to {path}: {error}") from None

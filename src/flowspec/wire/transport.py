@@ -234,14 +234,6 @@ class Sender(NamedTuple):
     key: str | None  # that has proved it; ``None`` on a listener without keys
 
 
-def _key_of(frame: zmq.Frame) -> str | None:
-    """Which the gate has let in."""
-    try:
-        return str(frame["User-Id"])
-    except zmq.ZMQError:
-        return None
-
-
 def bind(socket: zmq.Socket[bytes], address: str) -> None:
     """Closes the socket, and raises ``UsageError``, for what is no address or cannot be bound."""
     try:
@@ -266,6 +258,7 @@ class Listener:
         _set_common_options(self._socket, heartbeat_s)
         self._socket.sndhwm = self._socket.rcvhwm = _MAX_QUEUED
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self._has_gate = own is not None
         if own is not None:
             secure_listener(self._socket, own)
         # No ROUTER_HANDOVER: a second connection with the name of one that is up is nobody's, and cannot take a session
@@ -288,7 +281,8 @@ class Listener:
             identity, *frames = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
         except zmq.Again:
             return None
-        return Sender(identity.bytes, _key_of(identity)), [frame.buffer for frame in frames]
+        key = str(identity["User-Id"]) if self._has_gate else None
+        return Sender(identity.bytes, key), [frame.buffer for frame in frames]
 
     def decode(self, frames: list[Any]) -> Message:
         """Raises ``ProtocolError``."""

@@ -51,6 +51,7 @@ from flowspec.worker.taps import TapBlocks
 logger = logging.getLogger("flowspec.worker")
 
 _LOADING_INTERVAL_S = 0.5
+_ALMOST_LOADED = 0.99  # with all weights read: kernels are yet to be compiled, forwards to be measured
 _LONGEST_WAIT_S = 0.5
 _MAX_READ = 64  # messages between two pieces of work: a flood of strangers' takes a share of the time, and not all
 _SESSION_NAME = re.compile(r"[\w-]{1,64}", re.ASCII)
@@ -204,7 +205,7 @@ class WorkerProcess:
 
     def _tell_progress(self, done: float) -> None:
         """And read meanwhile: what strangers send must not pile up."""
-        self._tell_driver(Loading(done))
+        self._tell_driver(Loading(min(done, _ALMOST_LOADED)))
         assert self._session is not None
         for _ in range(_MAX_READ * _MAX_READ):
             if (received := self._listener.receive()) is None:
