@@ -9,7 +9,7 @@ JOBS ?= 2
 # Torch for processors alone; its package at PyPI brings gigabytes for graphics cards.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: setup browser demo test fuzz test-newest lint types results demo-model clean
+.PHONY: setup tools demo test fuzz test-newest lint types results demo-model clean
 
 setup: $(STAMP)
 
@@ -31,17 +31,20 @@ lint: setup
 types: setup
 	$(BIN)/pyright
 
-# The dashboard's tests want a browser; without one they are skipped, but not where CI is set.
-browser:
-	@command -v chromium chromium-browser google-chrome >/dev/null || \
-	  { command -v apt-get >/dev/null && echo "installing chromium for the dashboard's tests" && \
+# The dashboard's tests want a browser, those of real networks iproute2; without them they are skipped.
+tools:
+	@missing=; \
+	command -v chromium chromium-browser google-chrome >/dev/null || missing="chromium"; \
+	command -v ip >/dev/null && command -v tc >/dev/null || missing="$$missing iproute2"; \
+	test -z "$$missing" || \
+	  { command -v apt-get >/dev/null && echo "installing for the tests: $$missing" && \
 	    if [ "$$(id -u)" = 0 ]; then asroot=; else asroot="sudo -n"; fi && \
 	    { $$asroot apt-get -qq update; \
-	      $$asroot env DEBIAN_FRONTEND=noninteractive apt-get -qq install --no-install-recommends chromium >/dev/null; }; } || \
-	  echo "no chromium here, and none could be installed" >&2
+	      $$asroot env DEBIAN_FRONTEND=noninteractive apt-get -qq install --no-install-recommends $$missing >/dev/null; }; } || \
+	  echo "not here, and not to be installed: $$missing" >&2
 
 # Processes that the tests start are forked from one that has all imported; FLOWSPEC_FRESH_PROCESSES=1 starts each anew.
-test: lint types browser
+test: lint types tools
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 # Random tokens through the detokeniser: a million sequences, some minutes.

@@ -5,14 +5,15 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 
 class LoggedProcess:
-    """Started at once. ``sign``: what its log says when it is up."""
+    """Started at once. ``sign``: what its log says when it is up. ``before``: a command that runs it."""
 
-    def __init__(self, arguments: list[str], sign: str, **options: Any) -> None:
-        command = [sys.executable, "-m", "flowspec", *arguments]
+    def __init__(self, arguments: list[str], sign: str, before: Sequence[str] = (), **options: Any) -> None:
+        command = [*before, sys.executable, "-m", "flowspec", *arguments]
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, **options)
         self.log = ""
         self._sign = sign

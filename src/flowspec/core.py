@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from flowspec.checked import checked_class
 from flowspec.errors import FieldError, UsageError
@@ -132,6 +132,29 @@ class TapShape:
         """Those that a stage adds: of the streams that enter its layers, and of the one behind the last layer."""
         end = stage.end + is_last
         return tuple(layer for layer in self.layers if stage.start <= layer < end)
+
+
+class TensorEntry(NamedTuple):
+    """One tensor, for a device that has none of the model's files."""
+
+    name: str  # transformers' own
+    kind: str  # of its numbers, as the files call it; empty: nobody needs to know
+    shape: tuple[int, ...]
+    num_bytes: int  # as it is stored
+    sha256: str  # of these bytes, in hex; empty for those of other stages
+
+
+class StageManifest(NamedTuple):
+    """All that a device has to know of a model to fetch and to load one stage of it."""
+
+    format: Literal["safetensors", "gguf"]
+    config: bytes  # config.json as it is; or GGUF's metadata without its arrays, in msgpack
+    revision: str  # at the hub; empty for files that nobody numbers
+    tensors: list[TensorEntry]  # of the whole model
+
+    def wanted(self) -> list[TensorEntry]:
+        """Of the stage, each file content once."""
+        return list({entry.sha256: entry for entry in self.tensors if entry.sha256}.values())
 
 
 @checked_class

@@ -60,9 +60,8 @@ class Driver:
         self._source = source
         self._running: dict[int, _Running] = {}  # until the pipeline has confirmed their end
         self._likely_tokens = likely_tokens
-        self._max_chunks = common.pipeline.prefill_in_flight or num_stages + 1
-        self.budget = SlotBudget(num_slots)
         self._unwanted: list[int] = []  # cache entries of which the workers have not been told that they go
+        self.use(num_slots, num_stages)
 
     @property
     def num_open(self) -> int:
@@ -135,9 +134,10 @@ class Driver:
         self._unwanted.clear()
         self.budget = SlotBudget(self.budget.num_slots)
 
-    def use(self, num_slots: int | None) -> None:
-        """Other workers have taken their places, with room for so many rows."""
+    def use(self, num_slots: int | None, num_stages: int) -> None:
+        """These workers are there from now on, with room for so many rows."""
         assert not self._running, "interrupt it first"
+        self._max_chunks = self._common.pipeline.prefill_in_flight or num_stages + 1
         self.budget = SlotBudget(num_slots)
 
     def on_message(self, message: Message) -> list[Send]:

@@ -14,7 +14,19 @@ from msgspec.structs import replace
 from flowspec.cluster.replies import Replies
 from flowspec.core import SamplingParams
 from flowspec.errors import ProtocolError
-from flowspec.wire.messages import Broken, Echo, Failed, Hint, Loading, Ready, Result, Stamped, Timing, ToDriver
+from flowspec.wire.messages import (
+    Broken,
+    Echo,
+    Failed,
+    Fetching,
+    Hint,
+    Loading,
+    Ready,
+    Result,
+    Stamped,
+    Timing,
+    ToDriver,
+)
 from flowspec.wire.transport import DRIVER
 from pump import Pump, prompt_of
 
@@ -52,6 +64,10 @@ BAD: dict[str, tuple[ToDriver, int]] = {
     "a link of no rate": (replace(READY, link_bytes_per_s=0.0), 1),
     "negative memory": (replace(READY, slot_bytes=-1), 1),
     "more than all is loaded": (Loading(math.nan), 1),
+    "more than all is fetched": (Fetching(9, 8), 1),
+    "bytes that are negative": (Fetching(-1, 8), 1),
+    "ready before it began": (replace(READY, load_s=-1.0), 1),
+    "fetched beyond counting": (replace(READY, fetched_bytes=2**63), 1),
     "another stage's fault": (Failed(0, 0, 1, "no", ""), 2),
     "another stage's numbers": (Broken(0, 0, 1, "0:2", []), 2),
     "a clock that stands at infinity": (Echo(0, math.inf), 1),

@@ -70,8 +70,13 @@ class Page:
 
 @asynccontextmanager
 async def served(directory: Path, schedule: str = "flow", **options: Any) -> AsyncIterator[tuple[Service, Feed]]:
-    feed = Feed(["kitchen", "attic"])
-    options = {"stages": 2, "in_process": True, "schedule_config": ScheduleConfig(flow=TREE)} | options
+    feed = Feed()
+    options = {
+        "stages": 2,
+        "names": ["kitchen", "attic"],
+        "in_process": True,
+        "schedule_config": ScheduleConfig(flow=TREE),
+    } | options
     engine = engine_of(directory, draft=directory / "draft", schedule=schedule, **options)
     service = Service(engine, max_waiting=100, stuck_after_s=ServerConfig.stuck_after_s)
     feed.watch(service, "tiny")

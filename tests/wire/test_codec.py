@@ -9,13 +9,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flowspec.core import FINAL, TapShape
+from flowspec.core import FINAL, StageManifest, TapShape, TensorEntry
 from flowspec.errors import ProtocolError
 from flowspec.wire.codec import Codec
 from flowspec.wire.messages import (
     Alive,
     Broken,
     Busy,
+    Chunk,
     Close,
     Closed,
     Commit,
@@ -25,8 +26,10 @@ from flowspec.wire.messages import (
     End,
     Failed,
     Failure,
+    Fetching,
     Hint,
     Loading,
+    Manifest,
     Message,
     Open,
     Probe,
@@ -39,6 +42,8 @@ from flowspec.wire.messages import (
     Stop,
     TapBlock,
     Timing,
+    WantChunk,
+    WantManifest,
 )
 
 IDS = st.lists(st.integers(0, 2**40), max_size=20, unique=True).map(sorted)
@@ -120,6 +125,8 @@ def test_hidden_states_in_int8_are_at_most_half_a_scale_off(
         Configure(1, 4, "demo", 6, 8, "bfloat16", None, 2.0),
         Configure(1, 1, "demo", 0, 8, "float32", None, 2.0, taps=TapShape((1, 4), 65, 1e-5, has_squares=True)),
         Configure(1, 1, "demo", 0, 8, "float32", None, 2.0, Emulation("[model]", 2.5, 17.25, 4.0)),
+        Manifest(StageManifest("gguf", b"\x80", "", [TensorEntry("a", "Q8_0", (2, 32), 68, "0" * 64)])),
+        Chunk(3, 2**40, bytes(1000)),
         Commit(5, 0, [3, 7], 9),
         Step(5, 0, 2**62),
         End(5, 1),
@@ -139,6 +146,9 @@ def test_every_message_to_a_worker_survives_the_wire(message: Message) -> None:
 @pytest.mark.parametrize(
     "message",
     [
+        WantManifest(),
+        WantChunk(3, 2**40),
+        Fetching(5, 2**40),
         Loading(0.5),
         Ready(1, 1000, 2000),
         Hint(5, 0, [3, 7], [[1, 2], [9, 8]], [[-0.5, -1.0], [-0.25, -4.0]]),

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import msgspec
 
+from flowspec.model.backends import open_checkpoint
 from flowspec.wire.messages import PROTOCOL_VERSION, Configure
 from flowspec.worker.kept import StageLoader
 
@@ -21,7 +22,8 @@ def test_a_stage_is_kept_until_another_one_is_wanted_or_its_files_have_changed(
     loader, told = StageLoader("cpu"), list[float]()
 
     def load(**changes: object) -> object:
-        return loader.load(msgspec.structs.replace(configure, **changes), told.append)
+        changed = msgspec.structs.replace(configure, **changes)
+        return loader.load(changed, open_checkpoint(changed.model), told.append)
 
     first = load()
     num_told = len(told)

@@ -62,7 +62,7 @@ def serve(
 
         listening = Listening.open(config.host, config.port)
         progress = TerminalProgress()
-        feed = Feed(None if stage_options.devices is None else stage_options.devices.names)
+        feed = Feed()
         try:
             with open_engine(EngineSpec(**arguments, config=engine_config, progress=progress)) as engine:
                 progress.stop()

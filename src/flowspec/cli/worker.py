@@ -30,16 +30,23 @@ def worker(
     insecure: Annotated[
         bool, typer.Option("--insecure", help="Let in anybody who reaches the address, without encryption.")
     ] = False,
+    cache_gb: Annotated[
+        float, typer.Option(help="Of the disk, for weights that drivers send; the oldest are dropped.", metavar="GB")
+    ] = 50.0,
     threads: Threads = 0,
     device: Device = "cpu",
     verbose: Verbose = False,
 ) -> None:
     """Run a stage for drivers elsewhere, one at a time."""
     with errors_in_one_line(verbose, is_service=True):
+        from flowspec.wire.transport import is_local
         from flowspec.worker.process import serve
+        from flowspec.worker.sources import Sources
 
         logger = logging.getLogger("flowspec")
         logger.setLevel(logging.DEBUG if verbose else logging.INFO)
+        # Where anybody may be the driver, nothing is downloaded on its word.
+        sources = Sources(may_ask_hub=not insecure or is_local(listen), cache_gb=cache_gb)
         listen, keys = _joined(listen, join, name, insecure)
         serve(
             listen,
@@ -48,6 +55,7 @@ def worker(
             device=device,
             announce=lambda endpoint: logger.info("listening on %s; end it with Ctrl-C", endpoint),
             keys=keys,
+            sources=sources,
         )
 
 

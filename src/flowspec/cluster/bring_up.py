@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from flowspec.wire.messages import LOADED, Loading, Ready, ToDriver
+from flowspec.wire.messages import LOADED, Fetching, Loading, Ready, ToDriver
+
+_FETCH_SHARE = 0.8  # of a start that fetches weights first
 
 
 class BringUp:
@@ -11,6 +13,7 @@ class BringUp:
     def __init__(self, num_stages: int, now: float) -> None:
         self._num_stages = num_stages
         self._loaded = dict.fromkeys(range(1, num_stages + 1), 0.0)
+        self._fetched: set[int] = set()  # stages whose weights have come, or come, from here
         self._last_news = dict.fromkeys(self._loaded, now)  # of each worker on its own
         self._last_step = now  # when any of them got on
         self._ready: dict[int, Ready] = {}
@@ -22,8 +25,13 @@ class BringUp:
         self.heard.add(stage)
         self._last_news[stage] = now
         match message:
+            case Fetching():
+                self._fetched.add(stage)
+                self._loaded[stage] = _FETCH_SHARE * message.num_bytes / max(1, message.num_wanted)
+                self._last_step = now
             case Loading():
-                self._loaded[stage], self._last_step = message.fraction, now
+                before = _FETCH_SHARE if stage in self._fetched and message.fraction < LOADED else 0.0
+                self._loaded[stage], self._last_step = before + (1 - before) * message.fraction, now
             case Ready():
                 self._loaded[stage], self._ready[stage] = LOADED, message
             case _:

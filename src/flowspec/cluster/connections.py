@@ -10,7 +10,7 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import zmq
 
@@ -34,8 +34,13 @@ from flowspec.wire.messages import (
     Ready,
     Stop,
     ToDriver,
+    WantChunk,
+    WantManifest,
 )
 from flowspec.wire.transport import Connection
+
+if TYPE_CHECKING:
+    from flowspec.cluster.weight_server import WeightServer  # with it comes transformers, which emulations do without
 
 logger = logging.getLogger("flowspec.cluster")
 
@@ -129,6 +134,7 @@ class RemoteConnections:
         self._configures: list[Configure] = []  # what each worker is asked for
         self._blocks: Blocks | None = None  # of what they add up for a draft
         self._have_blocks: set[int] = set()  # stages
+        self._weights: WeightServer | None = None  # for workers that have not the model
         try:
             for place, address in enumerate(launcher.addresses, start=1):
                 self._controls.append(self._connect(address, "control", place))
@@ -166,11 +172,14 @@ class RemoteConnections:
         weights: Weights = "float",
         taps: TapShape | None = None,
         blocks: Blocks | None = None,
+        server: WeightServer | None = None,
     ) -> None:
         """Tell every worker which stage to load, whom to pass it on to, what device to play, and where hints are.
 
         ``taps``: what they add up for a draft, with the ``blocks`` of its first matrix, which they get in time.
+        ``server``: of weights, for those who have not the model; it is closed with the session.
         """
+        self._weights = server
         addresses, security, self._blocks = self._launcher.addresses, self._launcher.security, blocks
         keys = [None if security is None else security.keys[address] for address in addresses]
         for index, (connection, layers) in enumerate(zip(self._controls, partition.stages, strict=True)):
@@ -219,10 +228,14 @@ class RemoteConnections:
         for stage, message in self._receive(timeout_s):
             if isinstance(message, Busy):
                 busy[stage] = message
+            elif isinstance(message, WantManifest | WantChunk):
+                self._serve(stage, message)
             elif isinstance(message, Loading) and self._blocks is not None and stage not in self._have_blocks:
                 self._send_blocks(stage, self._blocks)
             self.bring_up.note(stage, message, time.monotonic())
             progress(self.bring_up.fraction)
+        for stage, manifest in self._weights.made().items() if self._weights is not None else ():
+            self._controls[stage - 1].send(manifest)
         if busy:
             reasons = "; ".join(f"{self._name(stage)} is busy: {message.reason}" for stage, message in busy.items())
             raise BusyError(reasons, list(busy))
@@ -234,6 +247,24 @@ class RemoteConnections:
                 [stage],
             )
         return self.bring_up.ready
+
+    def _serve(self, stage: int, message: WantManifest | WantChunk) -> None:
+        """Raises ``ModelError``, and ``ProtocolError`` for a worker that asks for what it has no use for."""
+        if self._weights is None:
+            raise ProtocolError(f"{self._name(stage)} asks for weights, and plays a device")
+        if isinstance(message, WantManifest):
+            self._weights.want_manifest(stage)
+            return
+        try:
+            self._controls[stage - 1].send(self._weights.chunk(stage, message))
+        except ProtocolError as error:
+            raise self._broken(stage, error) from None
+
+    def _broken(self, stage: int, error: ProtocolError) -> ProtocolError:
+        return ProtocolError(
+            f"{self._name(stage)} breaks the protocol: {error}; install the same flowspec version on both, and let "
+            "nobody else at that address"
+        )
 
     def _send_blocks(self, stage: int, blocks: Blocks) -> None:
         self._have_blocks.add(stage)
@@ -302,10 +333,7 @@ class RemoteConnections:
             if (arrived := connection.receive()) is not None and self._replies is not None:
                 self._replies.check(arrived[0], stage)
         except ProtocolError as error:
-            raise ProtocolError(
-                f"worker {stage} ({connection.address}) breaks the protocol: {error}; install the same flowspec "
-                "version on both, and let nobody else at that address"
-            ) from None
+            raise self._broken(stage, error) from None
         return arrived
 
     def probe(self) -> None:
@@ -337,6 +365,8 @@ class RemoteConnections:
         if self._is_over:
             return
         self._is_over = True
+        if self._weights is not None:
+            self._weights.close()
         for connection in self._controls:
             connection.send(Stop())
             connection.close(linger_s=0.0 if connection.is_lost else 0.5)

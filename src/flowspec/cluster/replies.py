@@ -17,6 +17,7 @@ from flowspec.wire.messages import (
     Broken,
     Echo,
     Failed,
+    Fetching,
     Hint,
     Loading,
     Ready,
@@ -49,6 +50,9 @@ class Replies:
                 self._check_hint(message, stage)
             case Ready():
                 self._check_ready(message, stage)
+            case Fetching():
+                is_count = 0 <= message.num_bytes <= message.num_wanted < _MAX_COUNT
+                require(is_count, f"it has fetched {message.num_bytes} of {message.num_wanted} bytes")
             case Loading():
                 require(0 <= message.fraction <= 1, f"it has loaded {message.fraction} of its stage")
             case Broken() | Failed():
@@ -101,6 +105,8 @@ class Replies:
         require(rows == sorted(set(rows)) and all(0 < num < _MAX_COUNT for num in rows), f"it has measured {rows[:20]}")
         seconds = [taken_s for _, taken_s in ready.forward_s]
         require(all(0 < taken_s < math.inf for taken_s in seconds), "a forward that it has measured took no time")
+        is_told = 0 <= ready.load_s < math.inf and 0 <= ready.fetched_bytes < _MAX_COUNT
+        require(is_told, f"it has loaded for {ready.load_s} s, and fetched {ready.fetched_bytes} bytes")
         rate = ready.link_bytes_per_s
         require(rate is None or 0 < rate < math.inf, f"its link carries {rate} bytes a second")
 

@@ -275,9 +275,12 @@ class Engine:
         if pipeline is not None:
             self._bytes_before += self.pipeline.connections.link_bytes
             self.pipeline = pipeline
-            self._telemetry.begin_session()
+            num_stages = len(pipeline.partition)
+            self._telemetry.begin_session(num_stages)
             self._schedules.use(pipeline)
-            self._driver.use(pipeline.num_slots(self.config))
+            self._driver.use(pipeline.num_slots(self.config), num_stages)
+            for job in self._waiting:
+                job.prepared = None  # for other workers
             self._last_news, self._has_worked = time.monotonic(), True
         return []
 

@@ -17,6 +17,7 @@ from flowspec.cluster.launcher import Launcher, RunningWorkers
 from flowspec.cluster.local import LocalProcesses, local_threads, num_cores
 from flowspec.cluster.membership import security_of
 from flowspec.cluster.replies import Replies
+from flowspec.cluster.weight_server import WeightServer
 from flowspec.config import EngineConfig, LinkConfig
 from flowspec.core import DType, Partition, Weights
 from flowspec.errors import ModelError, ProtocolError, UsageError
@@ -194,6 +195,7 @@ def connect(spec: PipelineSpec, launcher: Launcher) -> RemoteConnections:
             weights=spec.weights,
             taps=taps,
             blocks=spec.tap_block,
+            server=WeightServer(spec.checkpoint, spec.partition),
         )
     except BaseException:
         connections.close()

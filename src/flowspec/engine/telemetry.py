@@ -21,8 +21,11 @@ class StageStatus:
     stage: int  # from 1
     layers: str  # as ``4:8``
     address: str | None  # ``None`` in process
+    device: str  # for people
     weight_bytes: int | None  # ``None``: its worker did not say
     peak_memory_bytes: int | None  # while it loaded
+    load_s: float | None  # until it was ready
+    fetched_bytes: int | None  # of weights, that came from here meanwhile
     busy_s: float  # of forwards whose results came back
     link_bytes: int  # that it has received on the data path
     trip: Trip | None  # the newest known round trip to it
@@ -56,6 +59,7 @@ class Telemetry:
         self._link_bytes = [0] * num_stages
         self._bytes_before = [0] * num_stages  # of earlier sessions
         self._newest_s = [0.0] * num_stages  # start of the newest forward that was counted
+        self._bytes_gone = 0  # between workers of which some are gone
 
     def note(self, timings: Sequence[Timing]) -> None:
         """The forwards of a segment that came back."""
@@ -66,10 +70,13 @@ class Telemetry:
                 self._newest_s[index] = timing.start_s
                 self._busy_s[index] += timing.end_s - timing.start_s
 
-    def begin_session(self) -> None:
-        """Workers begin to count again, maybe on other clocks."""
+    def begin_session(self, num_stages: int) -> None:
+        """Workers begin to count again, maybe on other clocks; where there are fewer, they are others."""
+        if num_stages != len(self._busy_s):
+            self._bytes_gone += sum(self._link_bytes[1:])
+            self._busy_s, self._link_bytes = [0.0] * num_stages, [0] * num_stages
         self._bytes_before = list(self._link_bytes)
-        self._newest_s = [-math.inf] * len(self._newest_s)
+        self._newest_s = [-math.inf] * num_stages
 
     def stages(self, pipeline: Pipeline, state_of: Callable[[int], StageState]) -> tuple[StageStatus, ...]:
         """All of a pipeline. Any thread may ask."""
@@ -80,8 +87,11 @@ class Telemetry:
                 stage,
                 str(layers),
                 pipeline.addresses[stage - 1] if pipeline.addresses else None,
+                pipeline.spec.names[stage - 1] if pipeline.spec.names else f"worker {stage}",
                 said.weight_bytes if said is not None else None,
                 said.peak_memory_bytes if said is not None else None,
+                said.load_s if said is not None else None,
+                said.fetched_bytes if said is not None else None,
                 self.busy_s(stage),
                 self.link_bytes(stage),
                 trips.get(stage),
@@ -101,4 +111,4 @@ class Telemetry:
     @property
     def bytes_between(self) -> int:
         """On the links between workers; what reaches the first one the driver counts itself."""
-        return sum(self._link_bytes[1:])
+        return self._bytes_gone + sum(self._link_bytes[1:])

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from flowspec.core import DType, LayerRange, TapShape, Weights
-from flowspec.errors import UsageError
+from flowspec.errors import ModelError, UsageError
+from flowspec.model.demo_pair import DEMO
 from flowspec.model.fetched import FETCHED, path_of
 from flowspec.model.gguf_checkpoint import GGUF_SUFFIX, GGUFCheckpoint
-from flowspec.model.loader import Checkpoint
+from flowspec.model.loader import Checkpoint, is_hub_name
 from flowspec.model.packed import Bits, pack
 from flowspec.model.source import TensorSource
 from flowspec.model.stage import Stage
@@ -35,6 +36,25 @@ def open_checkpoint(name: str | Path) -> Checkpoint:
     if name in FETCHED:
         return GGUFCheckpoint.open(path_of(str(name)))
     return GGUFCheckpoint.open(name) if str(name).endswith(GGUF_SUFFIX) else Checkpoint.open(name)
+
+
+def find_checkpoint(name: str, may_ask_hub: bool) -> Checkpoint | None:
+    """As ``open_checkpoint``, of what somebody else has named; ``None`` for what is not on this device.
+
+    ``may_ask_hub``: what is not here by a hub's name is looked for there. Raises ``ModelError`` for what is here, and
+    cannot be used.
+    """
+    if name in FETCHED:
+        return open_checkpoint(name) if FETCHED[name].is_cached else None
+    if name == DEMO or Path(name).expanduser().exists():
+        return open_checkpoint(name)
+    if not (may_ask_hub and is_hub_name(name)):
+        return None
+    try:
+        return open_checkpoint(name)
+    except ModelError as error:
+        logger.info("%s", error)
+        return None
 
 
 def choose_weights(checkpoint: Checkpoint, weights: Weights, device: str) -> Weights:

@@ -53,7 +53,7 @@ class FetchedModel:
     @property
     def path(self) -> Path:
         """Where the file is in the user's cache, or will be."""
-        return _cache_directory() / self.title / self.member.rpartition("/")[2]
+        return cache_folder("models") / self.title / self.member.rpartition("/")[2]
 
     @property
     def is_cached(self) -> bool:
@@ -143,8 +143,9 @@ def fetch(name: str, progress: Progress) -> Path:
     return model.path
 
 
-def _cache_directory() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flowspec" / "models"
+def cache_folder(kind: str) -> Path:
+    """Of this user, for what can be made or fetched again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flowspec" / kind
 
 
 def _pip() -> list[str]:

@@ -13,14 +13,12 @@ from typing import Any
 
 from flowspec.core import LayerRange
 from flowspec.errors import ModelError, first_line
-from flowspec.model.families import EMBEDDING, layer_prefix
 from flowspec.model.loader import Checkpoint
 from flowspec.model.tensor_files import StoredTensor
 
 _NUM_SAMPLES = 8  # of a tensor, from its first bytes to its last ones
 _SAMPLE_BYTES = 8192
 _NO_WEIGHTS = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")  # say nothing of the model
-_NORM = "model.norm."
 
 
 def fingerprint(checkpoint: Checkpoint, layers: LayerRange) -> str:
@@ -28,7 +26,7 @@ def fingerprint(checkpoint: Checkpoint, layers: LayerRange) -> str:
     digest = hashlib.sha256(_config_bytes(checkpoint.config.to_dict()))
     digest.update(checkpoint.revision.encode())
     if not checkpoint.revision:
-        for name in _names(checkpoint, layers):
+        for name in checkpoint.names_of_stage(layers):
             stored = checkpoint.stored(name)
             if stored is None:
                 return ""
@@ -41,14 +39,6 @@ def fingerprint(checkpoint: Checkpoint, layers: LayerRange) -> str:
 def _config_bytes(config: dict[str, Any]) -> bytes:
     told = {name: value for name, value in config.items() if name not in _NO_WEIGHTS}
     return json.dumps(told, sort_keys=True, default=str).encode()
-
-
-def _names(checkpoint: Checkpoint, layers: LayerRange) -> list[str]:
-    """Of the tensors that the stage runs."""
-    prefixes = [layer_prefix(index) for index in range(layers.start, layers.end)]
-    prefixes += [EMBEDDING] if layers.start == 0 else []
-    prefixes += [_NORM] if layers.end == checkpoint.num_layers else []
-    return sorted(name for name in checkpoint.tensor_names() if name.startswith(tuple(prefixes)))
 
 
 def _samples(stored: StoredTensor) -> Iterator[bytes]:

@@ -7,7 +7,7 @@ take the codes of the types that they can hold, as they are.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
-from flowspec.core import DType
+from flowspec.core import DType, LayerRange
 from flowspec.errors import ModelError, first_line
 from flowspec.model.families import EMBEDDING, LM_HEAD
 from flowspec.model.fetched import draft_directory_of, name_for_workers
@@ -62,12 +62,11 @@ _ROPE_FACTORS = "rope_freqs.weight"  # of the rotary frequencies: what config.js
 class GGUFCheckpoint(Checkpoint):
     """One model. Every failure is a ``ModelError`` that names the file and the way out."""
 
-    def __init__(self, path: Path, headers: list[Header]) -> None:
+    def __init__(self, path: Path, values: Mapping[str, Any], places: Mapping[str, TensorPlace]) -> None:
+        """``values``: the file's metadata; ``places``: of its tensors, by transformers' names."""
         self._path = path
-        self._values = headers[0].values
-        tensors = {name: place for header in headers for name, place in header.tensors.items()}
-        self._rope_factors = tensors.pop(_ROPE_FACTORS, None)
-        self._places = {_torch_name(name): place for name, place in tensors.items()}
+        self.values = dict(values)
+        self._places = dict(places)
         super().__init__(str(path), None, self._read_config())
 
     @classmethod
@@ -86,7 +85,8 @@ class GGUFCheckpoint(Checkpoint):
             if missing := [part for part in names if not path.with_name(part).is_file()]:
                 raise ModelError(f"{path}: {missing[0]} is missing beside it; all {num_parts} parts are needed")
             headers = [Header.read(path.with_name(part)) for part in names]
-        return cls(path, headers)
+        tensors = {name: place for header in headers for name, place in header.tensors.items()}
+        return cls(path, headers[0].values, {_torch_name(name): place for name, place in tensors.items()})
 
     @property
     def full_name(self) -> str:
@@ -118,6 +118,10 @@ class GGUFCheckpoint(Checkpoint):
 
     def tensor_names(self) -> frozenset[str]:
         return frozenset(self._places)
+
+    def names_of_stage(self, layers: LayerRange) -> list[str]:
+        """With what the config is made of."""
+        return [*super().names_of_stage(layers), *({_ROPE_FACTORS} & self._places.keys())]
 
     def shard_of(self, tensor_name: str) -> str:
         return self._place(tensor_name).path.name
@@ -168,7 +172,7 @@ class GGUFCheckpoint(Checkpoint):
                 f"{self.name}: its tokenizer cannot be loaded ({first_line(error)}); convert the model again, or use "
                 "its directory with tokenizer.json"
             ) from error
-        set_pre_tokenizer(tokenizer, self._values.get("tokenizer.ggml.pre"))
+        set_pre_tokenizer(tokenizer, self.values.get("tokenizer.ggml.pre"))
         return tokenizer
 
     def _place(self, name: str) -> TensorPlace:
@@ -181,10 +185,11 @@ class GGUFCheckpoint(Checkpoint):
         num_rows = int(np.prod(place.shape[:-1], dtype=np.int64))
         for start in range(0, num_rows, _CHUNK):
             rows = min(_CHUNK, num_rows - start)
-            raw = np.fromfile(
-                place.path, np.uint8, rows * place.row_bytes, offset=place.offset + start * place.row_bytes
-            )
-            yield raw.reshape(rows, place.row_bytes)
+            offset, num_bytes = place.offset + start * place.row_bytes, rows * place.row_bytes
+            try:
+                yield np.fromfile(place.path, np.uint8, num_bytes, offset=offset).reshape(rows, place.row_bytes)
+            except (OSError, ValueError) as error:
+                raise ModelError(f"{place.path} cannot be read ({first_line(error)}); is it still there?") from error
 
     def _floats(self, place: TensorPlace, raw: NDArray[np.uint8]) -> NDArray[np.float32]:
         try:
@@ -211,7 +216,7 @@ class GGUFCheckpoint(Checkpoint):
 
     def _value(self, name: str, default: Any = None) -> Any:
         """Of the model's own architecture."""
-        return self._values.get(f"{self._values['general.architecture']}.{name}", default)
+        return self.values.get(f"{self.values['general.architecture']}.{name}", default)
 
     def _number(self, name: str, default: int | None = None) -> int:
         value = self._value(name, default)
@@ -220,7 +225,7 @@ class GGUFCheckpoint(Checkpoint):
         return value
 
     def _read_config(self) -> PreTrainedConfig:
-        architecture = self._values.get("general.architecture")
+        architecture = self.values.get("general.architecture")
         if architecture not in _MODEL_TYPES:
             raise ModelError(
                 f"{self._path}: its architecture is {architecture!r}, which flowspec cannot read from GGUF; supported "
@@ -240,7 +245,7 @@ class GGUFCheckpoint(Checkpoint):
             "rms_norm_eps": self._value("attention.layer_norm_rms_epsilon", 1e-6),
             "tie_word_embeddings": LM_HEAD not in self._places,
             "rope_parameters": self._rope_parameters(),
-            "bos_token_id": self._values.get("tokenizer.ggml.bos_token_id"),
+            "bos_token_id": self.values.get("tokenizer.ggml.bos_token_id"),
             "eos_token_id": self._end_ids() or None,
         }
         if architecture == "llama":
@@ -253,7 +258,7 @@ class GGUFCheckpoint(Checkpoint):
 
     def _end_ids(self) -> list[int]:
         names = ("eos_token_id", "eot_token_id", "eom_token_id")
-        found = {self._values.get(f"tokenizer.ggml.{name}") for name in names}
+        found = {self.values.get(f"tokenizer.ggml.{name}") for name in names}
         return sorted(token_id for token_id in found if isinstance(token_id, int))
 
     def _rope_parameters(self) -> dict[str, Any]:
@@ -265,8 +270,8 @@ class GGUFCheckpoint(Checkpoint):
             parameters["factor"] = float(self._value("rope.scaling.factor", 1.0))
             if original := self._value("rope.scaling.original_context_length"):
                 parameters["original_max_position_embeddings"] = original
-        elif self._rope_factors is not None:
-            parameters |= self._llama3_parameters(self._rope_factors)
+        elif _ROPE_FACTORS in self._places:
+            parameters |= self._llama3_parameters(self._places[_ROPE_FACTORS])
         else:
             parameters["rope_type"] = "default"
         return parameters

@@ -112,7 +112,8 @@ def load_hinter(draft: str | Path, source: TensorSource, num_layers: int, dtype:
     ``draft``: its directory, or its place.
     """
     directory = demo_draft_directory() if draft == DEMO else Path(draft)
-    if not HINT_DEPTH * source.num_layers <= num_layers < source.num_layers:
+    is_of_use = HINT_DEPTH * source.num_layers <= num_layers < source.num_layers
+    if not is_of_use or not (directory / _FILE).is_file():
         return None
     lm_head = source.load_lm_head(dtype, device)
     return HintHead.load(directory, num_layers, lm_head, source.config.rms_norm_eps, dtype, device)

@@ -17,16 +17,17 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
-from flowspec.core import DType, SamplingParams
+from flowspec.core import DType, LayerRange, SamplingParams
 from flowspec.errors import ModelError, UsageError, first_line, shortened
 from flowspec.model.config_file import check_config
 from flowspec.model.demo_pair import DEMO, demo_directory, demo_draft_directory
-from flowspec.model.families import EMBEDDING, LM_HEAD, PREFIX, family_of
+from flowspec.model.families import EMBEDDING, LM_HEAD, PREFIX, family_of, layer_prefix
 from flowspec.model.hub import fetch
 from flowspec.model.packed import Bits
 from flowspec.model.source import TensorSource
 from flowspec.model.tensor_files import StoredTensor, open_tensors, read_tensor, stored_tensors
 
+_NORM = "model.norm."
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _SHARD = re.compile(r"[\w-][\w.-]*")  # beside the index: no path leads elsewhere
 _SNAPSHOT = re.compile(r"/models--(.+)/snapshots/[^/]+$")  # of the hub's cache
@@ -63,7 +64,7 @@ class Checkpoint(TensorSource):
         config_path = _find(str(name), directory, "config.json")
         if config_path is None:
             raise ModelError(f"{name}: no config.json; give the directory or hub name of a transformers model")
-        return cls(str(name), directory, _read_config(config_path))
+        return cls(str(name), directory, read_config(config_path))
 
     @property
     def full_name(self) -> str:
@@ -160,6 +161,13 @@ class Checkpoint(TensorSource):
         """As of a model with its lm_head, whatever the files leave out."""
         return frozenset(self._shards)
 
+    def names_of_stage(self, layers: LayerRange) -> list[str]:
+        """Of the tensors that a stage runs, sorted."""
+        prefixes = [layer_prefix(index) for index in range(layers.start, layers.end)]
+        prefixes += [EMBEDDING] if layers.start == 0 else []
+        prefixes += [_NORM] if layers.end == self.num_layers else []
+        return sorted(name for name in self.tensor_names() if name.startswith(tuple(prefixes)))
+
     def shard_of(self, tensor_name: str) -> str:
         """The name of the file that holds a tensor."""
         if tensor_name not in self._shards:
@@ -190,10 +198,9 @@ class Checkpoint(TensorSource):
         return "" if path is None else path.parent.name
 
     def stored(self, name: str) -> StoredTensor | None:
-        """Where a tensor of a local directory lies; ``None``: its file is not there."""
-        assert self._directory is not None, "what the hub holds has a revision"
-        path = self._directory / self.shard_of(name)
-        if not path.is_file():
+        """Where a tensor lies; ``None``: its file is not in the model's directory. From the hub it is fetched."""
+        path = _find(self.name, self._directory, self.shard_of(name))
+        if path is None:
             return None
         if path.name not in self._stored:
             self._stored[path.name] = stored_tensors(path)
@@ -248,6 +255,10 @@ class Checkpoint(TensorSource):
         return weight_map
 
 
+def is_hub_name(name: str) -> bool:
+    return _HUB_NAME.fullmatch(name) is not None
+
+
 def _local_directory(name: str | Path) -> Path | None:
     """The directory that a name means, or None if it can only be a hub name."""
     if name == DEMO:
@@ -257,7 +268,7 @@ def _local_directory(name: str | Path) -> Path | None:
     directory = Path(name).expanduser()
     if directory.is_dir():
         return directory
-    if isinstance(name, Path) or directory.exists() or not _HUB_NAME.fullmatch(name):
+    if isinstance(name, Path) or directory.exists() or not is_hub_name(name):
         raise ModelError(f"{name} is not a directory; give a model's directory, a hub name (owner/model), or 'demo'")
     return None
 
@@ -280,7 +291,8 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _read_config(path: Path) -> PreTrainedConfig:
+def read_config(path: Path) -> PreTrainedConfig:
+    """Of a model that can be cut; raises ``ModelError`` for any other one."""
     content = _read_json(path)
     family = family_of(content.get("model_type"), str(path))
     if content.get("quantization_config"):

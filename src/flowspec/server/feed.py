@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -75,9 +75,7 @@ class Feed(Observer):
     nobody reads the notes.
     """
 
-    def __init__(self, names: Sequence[str] | None = None) -> None:
-        """``names``: of the stages' devices."""
-        self._names = names
+    def __init__(self) -> None:
         self._timeline = Timeline()
         self._trees = TreeWatch()
         # Written on the engine's thread:
@@ -138,12 +136,14 @@ class Feed(Observer):
         stages: list[Json] = [
             {
                 "stage": stage.stage,
-                "device": self._names[stage.stage - 1] if self._names else f"worker {stage.stage}",
+                "device": stage.device,
                 "address": stage.address or "in process",
                 "layers": stage.layers,
                 "state": self._state_of(stage),
                 "weight_bytes": stage.weight_bytes,
                 "peak_memory_bytes": stage.peak_memory_bytes,
+                "load_s": stage.load_s,
+                "fetched_bytes": stage.fetched_bytes,
             }
             for stage in engine.status().stages
         ]

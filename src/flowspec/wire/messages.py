@@ -13,13 +13,14 @@ from typing import NamedTuple, TypeAlias
 import msgspec
 from torch import Tensor
 
-from flowspec.core import DType, TapShape, Weights
+from flowspec.core import DType, StageManifest, TapShape, Weights
 
-PROTOCOL_VERSION = 9
+PROTOCOL_VERSION = 10
 NO_PARENT = -1  # the parent id of a request's first token
 LOADED = 1.0  # the fraction of a stage that is all of it
 LAST_STEP = 2**62  # the step after which no segment of a request waits any more
 MAX_ID = 2**62  # ids, epochs and the like are below
+CHUNK_BYTES = 2**19  # of a tensor's bytes in one message: heartbeats find a way between them, on a slow link too
 
 
 class Timing(NamedTuple):
@@ -80,6 +81,20 @@ class TapBlock(Message, frozen=True):
     layer: int
     first_row: int
     weight: Tensor  # [rows, hidden size]
+
+
+class Manifest(Message, frozen=True):
+    """Answers ``WantManifest``."""
+
+    stage: StageManifest
+
+
+class Chunk(Message, frozen=True):
+    """Answers ``WantChunk``: ``CHUNK_BYTES`` of what is stored, or what is left of it."""
+
+    tensor: int  # its place among ``StageManifest.wanted``
+    offset: int
+    data: bytes
 
 
 class Commit(Message, frozen=True):
@@ -212,8 +227,26 @@ class Probe(Message, frozen=True):
 # --- worker to driver ----------------------------------------------------------------------------------------------
 
 
+class WantManifest(Message, frozen=True):
+    """The worker has not the model that it is configured for: it asks of what its stage is made."""
+
+
+class WantChunk(Message, frozen=True):
+    """A part of a stored tensor; they are asked for, and come, in the order of tensors and offsets."""
+
+    tensor: int  # its place among ``StageManifest.wanted``
+    offset: int  # in bytes
+
+
+class Fetching(Message, frozen=True):
+    """How much has come of what the worker had to ask for; ``Loading`` follows."""
+
+    num_bytes: int
+    num_wanted: int  # bytes in all
+
+
 class Loading(Message, frozen=True):
-    """A worker is busy reading its weights; ``fraction`` is done. 0 as soon as it is configured, 1 when it has all."""
+    """A worker is busy reading its weights; ``fraction`` is done. 0 as soon as it has them, 1 when all is loaded."""
 
     fraction: float
 
@@ -229,6 +262,8 @@ class Ready(Message, frozen=True):
     slot_bytes: int = 0  # of one row's keys and values in all layers of the stage
     free_bytes: int = 0  # of the device's memory, once the weights are loaded; 0: unknown
     fingerprint: str = ""  # of the stage's weights, as the worker's files hold them; empty: unknown
+    load_s: float = 0.0  # from ``Configure`` on
+    fetched_bytes: int = 0  # of weights, that came from the driver meanwhile
 
 
 class Result(Message, frozen=True):
@@ -341,9 +376,7 @@ class Stamped(Message, frozen=True):
 
 
 DataMessage: TypeAlias = Open | Segment | Reserve | Close | Forget
-ToWorker: TypeAlias = (
-    Configure | TapBlock | Commit | End | Step | Stop | Open | Segment | Reserve | Close | Forget | Probe | Stamped
-)
-ToDriver: TypeAlias = (
-    Loading | Ready | Hint | Broken | Result | Failed | Closed | Alive | Busy | Failure | Echo | Stamped
-)
+ForLoading: TypeAlias = Manifest | Chunk | TapBlock
+WhileLoading: TypeAlias = WantManifest | WantChunk | Fetching | Loading | Ready
+ToWorker: TypeAlias = Configure | ForLoading | Commit | End | Step | Stop | DataMessage | Probe | Stamped
+ToDriver: TypeAlias = WhileLoading | Hint | Broken | Result | Failed | Closed | Alive | Busy | Failure | Echo | Stamped

@@ -12,9 +12,10 @@ from typing import TypeAlias
 import torch
 
 from flowspec.core import LayerRange
-from flowspec.model.backends import load_stage, open_checkpoint
+from flowspec.model.backends import load_stage
 from flowspec.model.fingerprint import fingerprint
 from flowspec.model.hint_head import load_hinter
+from flowspec.model.loader import Checkpoint
 from flowspec.model.stage import Stage
 from flowspec.wire.messages import Configure
 from flowspec.worker.checks import Limits
@@ -45,9 +46,11 @@ class StageLoader:
         self._threads = torch.get_num_threads()
         self._kept: tuple[_Key, Loaded] | None = None
 
-    def load(self, configure: Configure, progress: Callable[[float], None]) -> Loaded:
-        """Raises ``ModelError`` and ``UsageError``; whatever interrupts it leaves nothing half loaded."""
-        source = open_checkpoint(configure.model)
+    def load(self, configure: Configure, source: Checkpoint, progress: Callable[[float], None]) -> Loaded:
+        """``source``: the model that is asked for.
+
+        Raises ``ModelError`` and ``UsageError``; whatever interrupts it leaves nothing half loaded.
+        """
         key = _key(configure, source.files())
         if self._kept is not None and self._kept[0] == key:
             logger.info("layers %d:%d of %s are still here", *key[1:3], configure.model)

@@ -21,18 +21,20 @@ from msgspec.structs import replace
 from flowspec.complaints import Complaints
 from flowspec.core import interpolate
 from flowspec.errors import FlowspecError, ProtocolError, UsageError, described, shortened
-from flowspec.model.loader import check_device
+from flowspec.model.loader import Checkpoint, check_device
 from flowspec.wire.actor import Route, Send
 from flowspec.wire.messages import (
     LOADED,
     PROTOCOL_VERSION,
     Alive,
     Busy,
+    Chunk,
     Configure,
     Echo,
     Failed,
     Failure,
     Loading,
+    Manifest,
     Message,
     Probe,
     Ready,
@@ -43,9 +45,11 @@ from flowspec.wire.transport import Connection, Sender, session_of
 from flowspec.worker.actor import Worker
 from flowspec.worker.checks import check_configure
 from flowspec.worker.door import Door, Keys
+from flowspec.worker.fetch import StageFetch
 from flowspec.worker.kept import Loaded, StageLoader
 from flowspec.worker.measure import LinkMeter, free_bytes, peak_memory_bytes
 from flowspec.worker.session import Emulate, LinkLostError, Session, SessionOver, WorkerActor
+from flowspec.worker.sources import Sources
 from flowspec.worker.taps import TapBlocks
 
 logger = logging.getLogger("flowspec.worker")
@@ -67,8 +71,12 @@ class WorkerProcess:
         device: str = "cpu",
         emulate: Emulate | None = None,
         keys: Keys | None = None,
+        sources: Sources | None = None,
     ) -> None:
-        """``emulate``: of workers that play devices. Raises ``UsageError`` when the address cannot be bound."""
+        """``emulate``: of workers that play devices. ``sources``: of models.
+
+        Raises ``UsageError`` when the address cannot be bound.
+        """
         self._context: zmq.Context[Any] = zmq.Context()
         try:
             self._door = Door(self._context, address, heartbeat_s, keys)
@@ -78,6 +86,7 @@ class WorkerProcess:
         self._listener = self._door.listener
         self._device = device
         self._loader = StageLoader(device)
+        self._sources = sources or Sources()
         self._emulate = emulate
         self._poller = zmq.Poller()
         self._poller.register(self._listener.socket, zmq.POLLIN)
@@ -85,7 +94,7 @@ class WorkerProcess:
         self._last_session = ""  # the name of the one before
         self._early: deque[tuple[Sender, list[Any]]] = deque()  # messages of our session that came while it was loading
         self._complaints = Complaints(logger)
-        self._last_alive = 0.0
+        self._last_alive = self._last_told_s = 0.0
 
     @property
     def endpoint(self) -> str:
@@ -139,6 +148,8 @@ class WorkerProcess:
                 self._listener.reply(identity, Echo(message.number, time.perf_counter()))
             case Stop():
                 raise SessionOver("the driver has finished")
+            case Manifest() | Chunk() if session.fetch is not None:
+                self._fetch(session, session.fetch, message)
             case TapBlock() if session.blocks is not None:
                 session.blocks.take(message)
                 self._end_loading(session)
@@ -187,12 +198,35 @@ class WorkerProcess:
         if configure.emulation is not None and configure.taps is not None:
             raise UsageError("workers that play devices serve no draft that reads several layers; use another draft")
         self._door.open_for(configure)
-        self._tell_driver(Loading(0.0))
+        session.configure = configure
         if configure.next_address is not None:
             session.link = self._connect(name, configure.next_address, configure)
             session.meter = LinkMeter() if configure.emulation is None else None
-        loaded = self._loader.load(configure, _Throttled(_LOADING_INTERVAL_S, self._tell_progress))
-        session.configure, session.loaded = configure, loaded
+        if (source := self._sources.find(configure.model)) is not None:
+            self._load(session, configure, source)
+        else:
+            session.fetch = self._sources.fetch(configure)
+            self._tell_driver(session.fetch.begin())
+
+    def _fetch(self, session: Session, fetch: StageFetch, message: Manifest | Chunk) -> None:
+        """Take what the driver sends of the stage, until all has come that is not on the disk."""
+        for want in fetch.take(message):
+            self._tell_driver(want)
+        self._tell_fetched(fetch)
+        if fetch.is_complete:
+            session.fetch, session.num_fetched = None, fetch.num_bytes
+            assert session.configure is not None, "it has been asked for"
+            # Hints need the lm_head too, which is the driver's.
+            self._load(session, replace(session.configure, hints=None), fetch.checkpoint())
+
+    def _tell_fetched(self, fetch: StageFetch) -> None:
+        if time.monotonic() - self._last_told_s >= _LOADING_INTERVAL_S:
+            self._last_told_s = time.monotonic()
+            self._tell_driver(fetch.progress())
+
+    def _load(self, session: Session, configure: Configure, source: Checkpoint) -> None:
+        self._tell_driver(Loading(0.0))
+        session.loaded = loaded = self._loader.load(configure, source, self._tell_progress)
         session.blocks = None if configure.taps is None else TapBlocks(configure, configure.taps, loaded.stage)
         self._end_loading(session)
 
@@ -204,7 +238,10 @@ class WorkerProcess:
         return link
 
     def _tell_progress(self, done: float) -> None:
-        """And read meanwhile: what strangers send must not pile up."""
+        """Now and then, and read meanwhile: what strangers send must not pile up."""
+        if time.monotonic() - self._last_told_s < _LOADING_INTERVAL_S:
+            return
+        self._last_told_s = time.monotonic()
         self._tell_driver(Loading(min(done, _ALMOST_LOADED)))
         assert self._session is not None
         for _ in range(_MAX_READ * _MAX_READ):
@@ -231,6 +268,8 @@ class WorkerProcess:
             slot_bytes=loaded.stage.slot_bytes,
             free_bytes=free_bytes(torch.device(self._device)),
             fingerprint=loaded.fingerprint,
+            load_s=time.monotonic() - session.start_s,
+            fetched_bytes=session.num_fetched,
         )
         self._tell_driver(Loading(LOADED))
         logger.info("layers %d:%d of %s are ready", configure.start_layer, configure.end_layer, configure.model)
@@ -329,24 +368,12 @@ class WorkerProcess:
                 if socket in self._poller:
                     self._poller.unregister(socket)
             self._session.link.close()
+        if self._session is not None and self._session.fetch is not None:
+            self._session.fetch.close()
         self._door.shut()
         self._early.clear()
         self._last_session = "" if self._session is None else self._session.name
         self._session = None
-
-
-class _Throttled:
-    """Calls on at most once an interval."""
-
-    def __init__(self, interval_s: float, report: Callable[[float], None]) -> None:
-        self._interval_s = interval_s
-        self._report = report
-        self._last = 0.0
-
-    def __call__(self, value: float) -> None:
-        if time.monotonic() - self._last >= self._interval_s:
-            self._last = time.monotonic()
-            self._report(value)
 
 
 def serve(
@@ -358,12 +385,13 @@ def serve(
     announce: Callable[[str], None] | None = None,
     emulate: Emulate | None = None,
     keys: Keys | None = None,
+    sources: Sources | None = None,
 ) -> None:
     """Run a worker until interrupted. ``announce`` is called with the endpoint once it listens."""
     check_device(device)
     if threads:
         torch.set_num_threads(threads)
-    process = WorkerProcess(address, heartbeat_s, device, emulate, keys)
+    process = WorkerProcess(address, heartbeat_s, device, emulate, keys, sources)
     try:
         if announce is not None:
             announce(process.endpoint)

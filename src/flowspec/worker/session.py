@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from flowspec.errors import WorkerError
@@ -11,6 +12,7 @@ from flowspec.model.stage import Stage
 from flowspec.wire.actor import Actor
 from flowspec.wire.messages import Configure, Emulation, Ready
 from flowspec.wire.transport import Connection, identity_of
+from flowspec.worker.fetch import StageFetch
 from flowspec.worker.hints import Hinter
 from flowspec.worker.kept import Loaded
 from flowspec.worker.measure import LinkMeter
@@ -46,7 +48,10 @@ class Session:
     link: Connection | None = None  # to the next worker
     meter: LinkMeter | None = None  # of the link; ``None``: there is nothing to measure
     worker: WorkerActor | None = None  # once the stage is loaded
-    configure: Configure | None = None  # what was asked for, once that is loaded
+    start_s: float = field(default_factory=time.monotonic)
+    configure: Configure | None = None  # what was asked for
+    fetch: StageFetch | None = None  # of what this device has not, while that comes
+    num_fetched: int = 0  # bytes that have come
     loaded: Loaded | None = None
     blocks: TapBlocks | None = None  # of a draft that reads several layers; it comes when the stage is loaded
     ready: Ready | None = None  # what the driver will be told when the next worker is reached, and the link measured

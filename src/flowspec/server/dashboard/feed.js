@@ -8,6 +8,7 @@ export class Feed {
   #source = null;
   #timer = 0;
   #attempts = 0;
+  #numStages = 0;
   #request = null;
   #on;
 
@@ -21,7 +22,9 @@ export class Feed {
     try {
       const answer = await fetch("/dashboard/state", { cache: "no-store", signal: AbortSignal.timeout(SILENCE_MS) });
       if (!answer.ok) throw new Error(`HTTP ${answer.status}`);
-      this.#on.state(await answer.json());
+      const state = await answer.json();
+      this.#numStages = state.stages.length;
+      this.#on.state(state);
     } catch {
       this.#lost();
       return;
@@ -45,7 +48,13 @@ export class Feed {
       this.#attempts = 0;
       this.#expect();
       this.#on.status("live");
-      this.#on.event(JSON.parse(message.data));
+      const event = JSON.parse(message.data);
+      if (event.stages.length === this.#numStages) {
+        this.#on.event(event);
+      } else { // a device's layers have gone to the others
+        this.#source.close();
+        this.start();
+      }
     };
     this.#expect();
   }

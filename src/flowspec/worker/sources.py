@@ -1,0 +1,37 @@
+"""Where a worker's models come from: this device, the hub, or the driver that asks for them."""
+
+from __future__ import annotations
+
+from flowspec.errors import UsageError
+from flowspec.model.backends import find_checkpoint
+from flowspec.model.fetched import cache_folder
+from flowspec.model.loader import Checkpoint
+from flowspec.wire.messages import Configure
+from flowspec.worker.blob_cache import BlobCache
+from flowspec.worker.fetch import StageFetch
+
+DEFAULT_CACHE_GB = 50.0
+
+
+class Sources:
+    """As the device's operator allows."""
+
+    def __init__(self, may_ask_hub: bool = True, cache_gb: float = DEFAULT_CACHE_GB) -> None:
+        """``may_ask_hub``: on the driver's word. ``cache_gb``: 10^9 bytes of the disk for what drivers send.
+
+        Raises ``UsageError``.
+        """
+        if not 0 < cache_gb < 1e9:
+            raise UsageError(f"a cache of {cache_gb} GB is none; give a positive number")
+        self._may_ask_hub = may_ask_hub
+        self._cache = BlobCache(cache_folder("received"), int(cache_gb * 1e9))
+
+    def find(self, name: str) -> Checkpoint | None:
+        """``None``: the driver has to send it. Raises ``ModelError`` for what is here, and cannot be used."""
+        return find_checkpoint(name, self._may_ask_hub)
+
+    def fetch(self, configure: Configure) -> StageFetch:
+        """What gets it. Raises ``UsageError`` where the driver sends nothing."""
+        if configure.emulation is not None:
+            raise UsageError(f"{configure.model} is not on this device, and it plays another one; copy the model there")
+        return StageFetch(self._cache, configure.model)
