@@ -179,12 +179,13 @@ class LinkConfig:
     stall_timeout_s: float = 120.0  # a run fails when no worker says anything for this long while work is under way
     heartbeat_timeout_s: float = 3.0  # a device that answers no heartbeat for this long is lost
     rejoin_timeout_s: float = 60.0  # requests wait this long for a lost device to come back; 0: not at all
+    reassign_after_s: float = 30.0  # for so long, before its layers go to the others, if they fit; 0: they never do
     int8_wire: bool = False  # hidden states travel between workers in int8: fewer bytes, and not bit-exact
     insecure: bool = False  # without keys and encryption, to workers on other machines too
 
     def __post_init__(self) -> None:
         check_positive(self, "start_timeout_s", "stall_timeout_s", "heartbeat_timeout_s")
-        check_not_negative(self, "rejoin_timeout_s")
+        check_not_negative(self, "rejoin_timeout_s", "reassign_after_s")
         if not MIN_HEARTBEAT_TIMEOUT_S <= self.heartbeat_timeout_s <= MAX_HEARTBEAT_TIMEOUT_S:
             raise FieldError(
                 "heartbeat_timeout_s",

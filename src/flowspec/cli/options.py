@@ -226,6 +226,10 @@ class StageOptions:
         float,
         typer.Option(metavar="SECONDS", help="Requests wait this long for a lost device to come back; 0: not at all."),
     ] = LinkConfig.rejoin_timeout_s
+    reassign_after: Annotated[
+        float,
+        typer.Option(metavar="SECONDS", help="Layers of a device that is away for this long go to others; 0: never."),
+    ] = LinkConfig.reassign_after_s
 
     @functools.cached_property
     def devices(self) -> DeviceList | None:
@@ -254,6 +258,7 @@ class StageOptions:
                 stall_timeout_s=self.timeout,
                 heartbeat_timeout_s=self.heartbeat_timeout,
                 rejoin_timeout_s=self.rejoin_timeout,
+                reassign_after_s=self.reassign_after,
                 int8_wire=self.int8_wire,
                 insecure=self.insecure,
             ),

@@ -1,7 +1,8 @@
 """How a lost pipeline comes back: who is away, when to try again, when to give up. Knows no requests.
 
 A worker that has ended is started again where it was started here, and awaited where somebody else has started it.
-Then a new session begins with all of them, in which those that have lived on need not load anything.
+Then a new session begins with all of them, in which those that have lived on need not load anything. Where one stays
+away, its layers go to the others.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ import time
 from collections import Counter
 
 from flowspec.cluster.connections import RemoteConnections
+from flowspec.cluster.launcher import RunningWorkers
 from flowspec.engine.pipeline import Pipeline, connect
+from flowspec.engine.reassign import without
 from flowspec.engine.telemetry import StageState
 from flowspec.errors import BusyError, WorkerEndedError, WorkerError
 
@@ -42,6 +45,7 @@ class Recovery:
         self._lost_s = 0.0  # when the pipeline was lost
         self._blamed: set[int] = set()  # stages by which it was lost, as far as they have not come back
         self._away_s: dict[int, float] = {}  # since when, by stages that have not answered
+        self._needed: list[int] = []  # stages that are away for too long, and that the others have no room for
         self._to_replace: set[int] = set()  # stages whose workers, if they are ours, do not answer
         self._num_attempts = 0
         self._next_s = 0.0  # when the next attempt begins
@@ -70,7 +74,7 @@ class Recovery:
             self._losses.clear()
         self._lost_s = self._next_s = now
         self._num_attempts = 0
-        self._away_s, self._blamed, self._to_replace = {}, set(), set()
+        self._away_s, self._blamed, self._to_replace, self._needed = {}, set(), set(), []
         logger.warning("%s; requests wait until it is back", error)
         assert isinstance(self._pipeline.connections, RemoteConnections), "it has a launcher"
         self._pipeline.connections.end_session()
@@ -80,6 +84,7 @@ class Recovery:
         """Go on for at most so long; ``None``: not there yet. Raises ``WorkerError`` when it gives up."""
         assert self.is_under_way and self._pipeline.launcher is not None, "begin first"
         now = time.monotonic()
+        self._reassign(now)
         self._check_away(now)
         wait_s = min(max_wait_s, _PIECE_S)
         if self._connections is None and now < self._next_s:
@@ -179,6 +184,27 @@ class Recovery:
                 "again, and then this",
                 gone,
             )
+
+    def _reassign(self, now: float) -> None:
+        """Go on without devices that have been away for too long, where the others have room for their layers."""
+        after_s = self._config.reassign_after_s
+        gone = [stage for stage, since_s in self._away_s.items() if after_s and now - since_s > after_s]
+        if gone == self._needed or not isinstance(self._pipeline.launcher, RunningWorkers):
+            return
+        names, before = self._named(gone), self._pipeline
+        if (spec := without(before.spec, before.ready, gone)) is None:
+            logger.warning("%s is away for %.0f s, and the others have no room for its layers", names, after_s)
+            self._needed = gone
+            return
+        logger.warning("%s is away for %.0f s; its layers go to the others: %s", names, after_s, spec.partition)
+        self.close()
+        assert spec.workers is not None, "they run elsewhere"
+        launcher = RunningWorkers(spec.workers, self._pipeline.launcher.security)
+        self._pipeline = Pipeline(spec, before.connections, launcher)
+        self._pipeline.ready = [one for stage, one in enumerate(before.ready, start=1) if stage not in gone]
+        self._away_s, self._blamed, self._to_replace, self._needed = {}, set(), set(), []
+        self._losses.clear()
+        self._num_attempts, self._next_s = 0, now
 
     def _tell(self, now: float) -> None:
         """Write ``problem`` anew."""
