@@ -28,3 +28,12 @@ def test_texts_are_the_same_when_workers_are_killed_and_stopped() -> None:
     assert figures["kills"] + figures["stops"] == 2
     assert figures["recoveries"] > 0 and figures["tokens"] > 40 and figures["differences"] == 0
     assert 0 < figures["seconds_without_token_median"] <= figures["seconds_without_token_max"]
+
+
+def test_no_text_changes_whatever_happens_to_simulated_devices() -> None:
+    command = [sys.executable, str(BENCHMARKS / "simulated_chaos.py"), "--seeds", "24", "--jobs", "1", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    figures = json.loads(done.stdout)
+    assert figures["failed"] == 0 and figures["tokens"] > 1000 and figures["recoveries"] > 9
+    assert all(figures[kind] for kind in ("kill", "stop", "cut", "gone"))

@@ -44,15 +44,24 @@ class Engine:
     """
 
     def __init__(
-        self, pipeline: Pipeline, model: DriverModel, schedule: str, schedules: ScheduleConfig, config: EngineConfig
+        self,
+        pipeline: Pipeline,
+        model: DriverModel,
+        schedule: str,
+        schedules: ScheduleConfig,
+        config: EngineConfig,
+        recovery: Recovery | None = None,
     ) -> None:
-        """``pipeline``: whose workers are ready; ``schedule``: of requests that name none."""
+        """``pipeline``: whose workers are ready; ``schedule``: of requests that name none.
+
+        ``recovery``: of this pipeline, where it is not a real one's.
+        """
         self.pipeline = pipeline
         self.model = model
         self.config = config
         self._schedules = Schedules(pipeline, model.source, schedule, schedules)
         self._link = pipeline.spec.link
-        self._recovery = Recovery(pipeline)
+        self._recovery = recovery or Recovery(pipeline)
         self._bytes_before = 0  # that the driver has sent and received in earlier sessions
         self._refused: list[Job] = []  # that could not begin, and of which nobody has been told yet
         self._request_ids = itertools.count()

@@ -122,8 +122,8 @@ class Pipeline:
     def _check_weights(self, checkpoint: Checkpoint) -> None:
         """Raises ``ModelError`` for a worker whose files are of another model: its text would be fluent and wrong."""
         for ready, layers, address in zip(self.ready, self.partition.stages, self.addresses, strict=True):
-            ours = fingerprint(checkpoint, layers)
-            if ours and ready.fingerprint and ours != ready.fingerprint:
+            ours = fingerprint(checkpoint, layers) if ready.fingerprint else ""
+            if ours and ours != ready.fingerprint:
                 raise ModelError(
                     f"worker {ready.stage} ({address}) holds other weights as {checkpoint.full_name} than this device "
                     f"(layers {layers}); copy the same model to both"

@@ -10,13 +10,17 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Protocol, TypeAlias, cast
 
-from flowspec.cluster.connections import RemoteConnections
-from flowspec.cluster.launcher import RunningWorkers
-from flowspec.engine.pipeline import Pipeline, connect
+from flowspec.cluster.bring_up import BringUp
+from flowspec.cluster.connections import Connections, LoadProgress
+from flowspec.cluster.launcher import Launcher, RunningWorkers
+from flowspec.engine.pipeline import Pipeline, PipelineSpec, connect
 from flowspec.engine.reassign import without
 from flowspec.engine.telemetry import StageState
 from flowspec.errors import BusyError, WorkerEndedError, WorkerError
+from flowspec.wire.messages import Ready
 
 logger = logging.getLogger("flowspec.engine")
 
@@ -27,19 +31,44 @@ _FIRST_BACK_OFF_S, _LONGEST_BACK_OFF_S = 0.1, 2.0
 _CONNECT_S, _ANSWER_S = 5.0, 10.0  # in which a worker of this machine is connected, and answers, or is replaced
 
 
+class Session(Connections, Protocol):
+    """An attempt at a new session, as ``RemoteConnections`` are; see there."""
+
+    bring_up: BringUp
+
+    def poll_ready(self, progress: LoadProgress, timeout_s: float) -> list[Ready] | None: ...
+
+    def check_silent(self, silent: Sequence[int]) -> None: ...
+
+    def is_up(self, stage: int) -> bool: ...
+
+    def end_session(self) -> None: ...
+
+
+Connect: TypeAlias = Callable[[PipelineSpec, Launcher], Session]
+
+
 class Recovery:
     """Of one engine's pipeline. ``begin``, then ``step`` until it returns the pipeline that takes the lost one's place.
 
     All but ``problem``, ``state_of`` and ``num_recoveries`` belongs to the engine's thread.
     """
 
-    def __init__(self, pipeline: Pipeline) -> None:
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        connect: Connect = connect,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        """``connect``: begins a new session; ``clock`` and ``sleep``: other than the real ones in simulations."""
+        self._connect_to, self._clock, self._sleep = connect, clock, sleep
         self.num_recoveries = 0
         self.problem: str | None = None  # why requests wait, in words; ``None``: nothing is lost
         self._pipeline = pipeline  # the newest that was whole
         self._config = pipeline.spec.link
-        self._connections: RemoteConnections | None = None  # of the attempt under way
-        self._whole_since_s = time.monotonic()
+        self._connections: Session | None = None  # of the attempt under way
+        self._whole_since_s = self._clock()
         self._losses: Counter[int] = Counter()  # by stage, since the last token
         self._error = WorkerError("nothing was lost")  # the newest reason
         self._lost_s = 0.0  # when the pipeline was lost
@@ -69,26 +98,25 @@ class Recovery:
         """The pipeline is lost. Raises ``WorkerError`` when there is no way back."""
         if self._pipeline.launcher is None or not self._config.rejoin_timeout_s:
             raise error
-        now = time.monotonic()
+        now = self._clock()
         if now - self._whole_since_s > STEADY_S:
             self._losses.clear()
         self._lost_s = self._next_s = now
         self._num_attempts = 0
         self._away_s, self._blamed, self._to_replace, self._needed = {}, set(), set(), []
         logger.warning("%s; requests wait until it is back", error)
-        assert isinstance(self._pipeline.connections, RemoteConnections), "it has a launcher"
-        self._pipeline.connections.end_session()
+        cast("Session", self._pipeline.connections).end_session()  # it has a launcher
         self._note_loss(error, now)
 
     def step(self, max_wait_s: float) -> Pipeline | None:
         """Go on for at most so long; ``None``: not there yet. Raises ``WorkerError`` when it gives up."""
         assert self.is_under_way and self._pipeline.launcher is not None, "begin first"
-        now = time.monotonic()
+        now = self._clock()
         self._reassign(now)
         self._check_away(now)
         wait_s = min(max_wait_s, _PIECE_S)
         if self._connections is None and now < self._next_s:
-            time.sleep(min(wait_s, self._next_s - now))
+            self._sleep(min(wait_s, self._next_s - now))
             return None
         try:
             connections = self._connections or self._connect(now)
@@ -104,7 +132,7 @@ class Recovery:
         pipeline.use(ready)
         self._pipeline, self._connections = pipeline, None
         self.num_recoveries += 1
-        self._whole_since_s = time.monotonic()
+        self._whole_since_s = self._clock()
         logger.warning("all workers are back after %.1f s", self._whole_since_s - self._lost_s)
         self.problem = None
         return pipeline
@@ -115,7 +143,7 @@ class Recovery:
             self._connections.end_session()
             self._connections = None
 
-    def _connect(self, now: float) -> RemoteConnections:
+    def _connect(self, now: float) -> Session:
         launcher = self._pipeline.launcher
         assert launcher is not None, "begin has looked"
         self._attempt_s = now
@@ -123,13 +151,13 @@ class Recovery:
             self._away_s.setdefault(stage, now)  # until it answers
         launcher.replace(sorted(self._to_replace))
         self._to_replace.clear()
-        self._connections = connect(self._pipeline.spec, launcher)
+        self._connections = self._connect_to(self._pipeline.spec, launcher)
         return self._connections
 
     def _end_attempt(self, error: WorkerError) -> None:
         logger.debug("attempt %d: %s", self._num_attempts, error)
         self.close()
-        now = time.monotonic()
+        now = self._clock()
         self._next_s = now + min(_FIRST_BACK_OFF_S * 2**self._num_attempts, _LONGEST_BACK_OFF_S)
         self._num_attempts += 1
         self._note_loss(error, now)
@@ -154,21 +182,21 @@ class Recovery:
                 often,
             )
 
-    def _note_answers(self, connections: RemoteConnections) -> None:
+    def _note_answers(self, connections: Session) -> None:
         for stage in connections.bring_up.heard & self._away_s.keys():
             del self._away_s[stage]
             self._blamed.discard(stage)
-        self._tell(time.monotonic())
+        self._tell(self._clock())
 
-    def _check_silent(self, connections: RemoteConnections) -> None:
+    def _check_silent(self, connections: Session) -> None:
         """Raises ``WorkerError`` for a worker that must be replaced, or hangs while it loads."""
-        now, heard = time.monotonic(), connections.bring_up.heard
+        now, heard = self._clock(), connections.bring_up.heard
         if mute := [stage for stage in self._stages if stage not in heard and self._is_mute(stage, connections, now)]:
             raise WorkerError(f"{self._named(mute)} does not answer", mute)
         silent = connections.bring_up.silent_since(now - self._config.start_timeout_s)
         connections.check_silent([stage for stage in silent if stage in heard])
 
-    def _is_mute(self, stage: int, connections: RemoteConnections, now: float) -> bool:
+    def _is_mute(self, stage: int, connections: Session, now: float) -> bool:
         """Whether its worker is a process of ours that has had the time to answer; others may be away for longer."""
         assert self._pipeline.launcher is not None, "begin has looked"
         age_s = self._pipeline.launcher.age_s(stage)
