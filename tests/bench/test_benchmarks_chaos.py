@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
@@ -37,3 +39,12 @@ def test_no_text_changes_whatever_happens_to_simulated_devices() -> None:
     figures = json.loads(done.stdout)
     assert figures["failed"] == 0 and figures["tokens"] > 1000 and figures["recoveries"] > 9
     assert all(figures[kind] for kind in ("kill", "stop", "cut", "gone"))
+
+
+def test_a_recovery_is_held_against_its_parts() -> None:
+    command = [sys.executable, str(BENCHMARKS / "recovery.py"), "--kills", "1", "--stages", "2", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    figures = json.loads(done.stdout)
+    parts = sum(figures[name] for name in ("start alone", "load alone", "prefill alone"))
+    assert figures["recovery"] > 0 and figures["ratio"] == pytest.approx(figures["recovery"] / parts)
