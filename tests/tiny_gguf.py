@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,21 +12,22 @@ import numpy as np
 from gguf import GGMLQuantizationType as Kind
 from transformers import PreTrainedTokenizerFast
 
-from flowspec.model.gguf_checkpoint import LAYER_NAMES
+from flowspec.model.gguf_checkpoint import GEMMA_NAMES, LAYER_NAMES
 from tiny_models import make_model, make_text_tokenizer
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3")
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma3")
 _NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 _SHORT = {long: short for short, long in LAYER_NAMES.items()}
+_GEMMA_SHORT = {long: short for short, long in GEMMA_NAMES.items()}
 
 
-def stored_name(name: str) -> str:
+def stored_name(name: str, family: str = "llama") -> str:
     """The file's name of transformers' tensor."""
     module, _, end = name.rpartition(".")
     if module in _NAMES:
         return f"{_NAMES[module]}.{end}"
     _, _, index, inner = module.split(".", 3)
-    return f"blk.{index}.{_SHORT[inner]}.{end}"
+    return f"blk.{index}.{(_GEMMA_SHORT if family == 'gemma3' else _SHORT)[inner]}.{end}"
 
 
 def interleaved(weight: Any, num_heads: int) -> Any:
@@ -37,7 +39,7 @@ def write_gguf(
     path: Path,
     family: str = "llama",
     kind: Kind = Kind.F32,
-    tokenizer: PreTrainedTokenizerFast | None = None,
+    tokenizer: PreTrainedTokenizerFast | Callable[[gguf.GGUFWriter], None] | None = None,
     values: dict[str, Any] | None = None,
     split: tuple[int, int] | None = None,
     **overrides: Any,
@@ -49,7 +51,12 @@ def write_gguf(
     plain: dict[str, Any] = {"hidden_size": 64, "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}}
     if family == "qwen2":
         plain["use_sliding_window"] = False
-    model: Any = make_model(family, **plain | overrides)
+    if family == "gemma3":
+        full = {"rope_type": "linear", "rope_theta": 5000.0, "factor": 8.0}
+        local = {"rope_type": "default", "rope_theta": 10000.0}  # as every file of this family leaves unsaid
+        plain["rope_parameters"] = {"full_attention": full, "sliding_attention": local}
+        plain |= {"num_hidden_layers": 7, "layer_types": None, "query_pre_attn_scalar": 16}
+    model: Any = make_model("gemma3_text" if family == "gemma3" else family, **plain | overrides)
     config = model.config
     writer = gguf.GGUFWriter(path, family)
     writer.add_context_length(config.max_position_embeddings)
@@ -59,11 +66,18 @@ def write_gguf(
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    if family == "qwen3":
+    rope = config.rope_parameters.get("full_attention", config.rope_parameters)
+    writer.add_rope_freq_base(rope["rope_theta"])
+    if family in ("qwen3", "gemma3"):
         writer.add_key_length(config.head_dim)
-    if tokenizer is not None:
+    if family == "gemma3":
+        writer.add_sliding_window(config.sliding_window)
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(rope["factor"])
+    if isinstance(tokenizer, PreTrainedTokenizerFast):
         _add_tokenizer(writer, tokenizer)
+    elif tokenizer is not None:
+        tokenizer(writer)
     for name, value in (values or {}).items():
         writer.add_key_value(name, value, gguf.GGUFValueType.get_type(value))
     if split is not None:
@@ -77,9 +91,11 @@ def write_gguf(
         if family == "llama" and ("q_proj" in name or "k_proj" in name):
             heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
             array = interleaved(array, heads)
+        if family == "gemma3" and name.endswith("norm.weight"):
+            array = array + 1
         of = kind if array.ndim == 2 else Kind.F32
         data = np.ascontiguousarray(array) if of == Kind.F32 else gguf.quantize(array, of)
-        writer.add_tensor(stored_name(name), data, raw_dtype=None if of == Kind.F32 else of)
+        writer.add_tensor(stored_name(name, family), data, raw_dtype=None if of == Kind.F32 else of)
     _write(writer)
     return model
 
@@ -115,6 +131,29 @@ def write_text_gguf(path: Path, kind: Kind = Kind.F32, pre: str = "smollm", **mo
     tokenizer.chat_template = "{% for message in messages %}<{{ message.content }}>{% endfor %}"
     values = {"tokenizer.ggml.pre": pre}
     return write_gguf(path, "llama", kind, tokenizer, values, vocab_size=len(tokenizer), **more)
+
+
+def write_gemma_gguf(path: Path) -> list[str]:
+    """With a tokenizer and a chat template as Gemma 3's files have them; its tokens."""
+    bytes_of = [f"<0x{byte:02X}>" for byte in range(256)]
+    own = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
+    words = ["  ", "\u2581", *"helowrd", "he", "ll", "hell", "hello", "\u2581w", "or", "\u2581wor", "ld", "\u2581world"]
+
+    def add(writer: gguf.GGUFWriter) -> None:
+        writer.add_tokenizer_model("llama")
+        writer.add_token_list([*own, *bytes_of, *words])
+        writer.add_token_scores([-1000.0] * len([*own, *bytes_of, *words]))
+        writer.add_token_types([3] * len(own) + [6] * len(bytes_of) + [1] * len(words))
+        for name, number in (("bos", 2), ("eos", 1), ("unk", 3), ("pad", 0)):
+            getattr(writer, f"add_{name}_token_id")(number)
+        writer.add_add_space_prefix(False)
+        writer.add_chat_template(
+            "{{ bos_token }}{% for m in messages %}<start_of_turn>{{ m.role }}\n{{ m.content }}<end_of_turn>{% endfor %}"
+        )
+
+    tokens = [*own, *bytes_of, *words]
+    write_gguf(path, "gemma3", tokenizer=add, vocab_size=len(tokens))
+    return tokens
 
 
 def _add_tokenizer(writer: gguf.GGUFWriter, tokenizer: Any) -> None:

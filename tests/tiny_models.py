@@ -10,6 +10,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
+    Gemma3TextConfig,
     LlamaConfig,
     MistralConfig,
     PreTrainedConfig,
@@ -23,7 +24,7 @@ from flowspec.model.eagle_head import EagleHead
 from flowspec.train.corpus import Tokens
 
 VOCAB_SIZE = 96
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+FAMILIES = ("llama", "mistral", "qwen2", "gemma3_text", "qwen3")
 
 _SIZES: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
@@ -62,6 +63,14 @@ def make_config(family: str, **overrides: Any) -> PreTrainedConfig:
             return Qwen2Config(**{"tie_word_embeddings": True, **windows, **sizes})
         case "qwen3":
             return Qwen3Config(**{"head_dim": 16, "tie_word_embeddings": True, **sizes})
+        case "gemma3_text":
+            rope: Any = {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+                "full_attention": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 8.0},
+            }
+            windows = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 3}
+            traits = {"head_dim": 16, "query_pre_attn_scalar": 24, "rope_parameters": rope}
+            return Gemma3TextConfig(**{**traits, **windows, **sizes})
         case _:
             raise AssertionError(family)
 

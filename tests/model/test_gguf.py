@@ -14,13 +14,14 @@ import torch
 from gguf import GGMLQuantizationType as Kind
 
 from command_line import Run
-from flowspec.core import LayerRange
+from flowspec import LLM
+from flowspec.core import LayerRange, SamplingParams
 from flowspec.errors import ModelError
 from flowspec.model.backends import choose_weights, open_checkpoint
 from flowspec.model.gguf_checkpoint import GGUFCheckpoint
 from flowspec.model.stage import forward
 from flowspec.model.torch_stage import TorchStage
-from tiny_gguf import ARCHITECTURES, rewrite, stored_name, write_gguf, write_text_gguf
+from tiny_gguf import ARCHITECTURES, rewrite, stored_name, write_gemma_gguf, write_gguf, write_text_gguf
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -101,6 +102,16 @@ def test_numbers_are_the_files_own(
         assert torch.equal(checkpoint.packed(query, bits).unpacked(), tensor)
     original = model.state_dict()[query]
     assert (tensor - original).abs().max() < 0.15 * original.abs().max()
+
+
+def test_gemmas_text_is_cut_as_its_own_tokenizer_does(tmp_path: Path) -> None:
+    tokens = write_gemma_gguf(tmp_path / "model.gguf")
+    with LLM(tmp_path / "model.gguf", stages=2, in_process=True) as llm:
+        assert [tokens[i] for i in llm.encode("hello world")] == ["<bos>", "hello", "\u2581world"]
+        assert str(llm.tokenizer.decode(llm.encode("hello  w\u00f6rld"))).endswith("hello  w\u00f6rld")
+        params = SamplingParams(12, temperature=0.8, seed=1)
+        plain = llm.generate("hello", params, schedule="ar").token_ids
+        assert llm.generate("hello", params, schedule="flow").token_ids == plain
 
 
 def test_text_is_cut_as_the_models_own_tokenizer_does(tmp_path: Path) -> None:

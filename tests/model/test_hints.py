@@ -19,6 +19,7 @@ from flowspec.core import LayerRange
 from flowspec.errors import ModelError, UsageError
 from flowspec.model.demo_pair import demo_directory, demo_draft_directory
 from flowspec.model.eagle_head import EagleHead
+from flowspec.model.families import norm_scale
 from flowspec.model.hint_head import HintHead, save_hints
 from flowspec.model.loader import Checkpoint
 from flowspec.model.stage import forward
@@ -63,7 +64,8 @@ def loss(target: Target, head: HintHead) -> float:
 def test_an_untrained_head_is_the_logit_lens(family: str) -> None:
     model = make_model(family).requires_grad_(False)
     norm, weight = model.base_model.norm, model.get_output_embeddings().weight  # type: ignore[union-attr]
-    head = HintHead.logit_lens(2, norm.weight, weight, RANK, model.config.rms_norm_eps)  # type: ignore[union-attr, arg-type]
+    scale = norm_scale(model.config, norm.weight)  # type: ignore[union-attr, arg-type]
+    head = HintHead.logit_lens(2, scale, weight, RANK, model.config.rms_norm_eps)  # type: ignore[union-attr, arg-type]
     hidden = torch.randn(5, HIDDEN)
     torch.testing.assert_close(head(hidden), F.linear(norm(hidden), weight))  # type: ignore[operator, arg-type]
 

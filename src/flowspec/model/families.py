@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from flowspec.errors import ModelError
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedConfig
 
 PREFIX = "model."  # of all names but the lm_head's
@@ -32,15 +33,21 @@ class Family:
     title: str  # for people
     layer_types: Callable[[PreTrainedConfig], list[str]]  # of the whole model, by the rule of the family's own code
     rope_types: tuple[str, ...] = STATIC_ROPE_TYPES
+    scales_embedding: bool = False  # by the root of the hidden size
+    norm_offset: float = 0.0  # of RMS norms: rows are multiplied by it and the weight together
 
     def check(self, config: PreTrainedConfig, name: str) -> None:
         """Raise ``ModelError`` for a model, called ``name``, whose stages would not add up to it."""
-        rope_type = config.rope_parameters.get("rope_type", "default")
-        if rope_type not in self.rope_types:
-            raise ModelError(
-                f"{name}: rotary scaling {rope_type!r} depends on the length of the text, so earlier keys would "
-                f"be wrong; supported are {', '.join(self.rope_types)}: change rope_parameters in config.json"
-            )
+        for rope in rope_tables(config):
+            rope_type = rope.get("rope_type", "default")
+            if rope_type not in self.rope_types:
+                raise ModelError(
+                    f"{name}: rotary scaling {rope_type!r} depends on the length of the text, so earlier keys would "
+                    f"be wrong; supported are {', '.join(self.rope_types)}: change rope_parameters in config.json"
+                )
+        for trait in ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention"):
+            if getattr(config, trait, None):
+                raise ModelError(f"{name}: config.json sets {trait}, which no stage here computes; use another model")
         types, num_layers = self.layer_types(config), config.num_hidden_layers
         if not {FULL, SLIDING}.issuperset(types) or len(types) != num_layers:
             raise ModelError(
@@ -48,6 +55,22 @@ class Family:
             )
         if SLIDING in types and not config.sliding_window:
             raise ModelError(f"{name}: config.json has sliding layers but no sliding_window; set it")
+
+
+def rope_tables(config: PreTrainedConfig) -> list[dict[str, Any]]:
+    """The rotary parameters: one table for all layers, or one for each type of layer."""
+    rope: dict[str, Any] = config.rope_parameters
+    return [rope[kind] for kind in (FULL, SLIDING) if kind in rope] or [rope]
+
+
+def embedding_scale(config: PreTrainedConfig) -> float:
+    """By which the embedding's rows are multiplied."""
+    return float(config.hidden_size**0.5) if FAMILIES[config.model_type].scales_embedding else 1.0
+
+
+def norm_scale(config: PreTrainedConfig, weight: Tensor) -> Tensor:
+    """What an RMS norm with this weight [H] multiplies rows by."""
+    return weight + FAMILIES[config.model_type].norm_offset
 
 
 def layer_prefix(index: int) -> str:
@@ -83,5 +106,6 @@ _ROWS = (
     Family("mistral", "Mistral", _all_alike),
     Family("qwen2", "Qwen2", _as_listed),
     Family("qwen3", "Qwen3", _as_listed),
+    Family("gemma3_text", "Gemma3 (text)", _as_listed, scales_embedding=True, norm_offset=1.0),
 )
 FAMILIES = {row.model_type: row for row in _ROWS}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -88,6 +88,19 @@ class ForwardRows:
             masks = {name: tuple(masks[name] for masks in all_masks) for name in masks}
         inputs = torch.cat([part.inputs for part in parts])
         return cls(inputs.to(device), torch.from_numpy(positions)[None].to(device), masks, cache)
+
+
+def rotations_of(
+    rotary: Any, like: Tensor, positions: Tensor, types: Iterable[str]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Cosines and sines [1, n, d] by type of layer, of ``like``'s dtype. ``positions`` [1, n].
+
+    ``rotary``: transformers' module, of which some families have one for each type of layer in one.
+    """
+    if hasattr(rotary, "layer_types"):
+        return {kind: rotary(like, positions, kind) for kind in set(types)}
+    rotation: tuple[Tensor, Tensor] = rotary(like, positions)
+    return dict.fromkeys(types, rotation)
 
 
 def masks_of(part: Part, window: int | None) -> dict[str, NDArray[np.bool_]]:

@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 
 from flowspec.core import DType, LayerRange
 from flowspec.errors import ModelError, first_line
-from flowspec.model.families import EMBEDDING, LM_HEAD
+from flowspec.model.families import EMBEDDING, FAMILIES, FULL, LM_HEAD, SLIDING
 from flowspec.model.fetched import draft_directory_of, name_for_workers
 from flowspec.model.gguf_header import Header, TensorPlace
 from flowspec.model.gguf_tokenizer import set_pre_tokenizer
@@ -32,7 +32,7 @@ from flowspec.model.tensor_files import StoredTensor
 
 GGUF_SUFFIX = ".gguf"
 
-_MODEL_TYPES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}  # by general.architecture
+_MODEL_TYPES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3": "gemma3_text"}  # by architecture
 _SPLIT_NAME = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 _CHUNK = 4096  # rows that are dequantised at once
 _FLOATS = {Kind.F32, Kind.F16, Kind.BF16}
@@ -55,6 +55,13 @@ LAYER_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+GEMMA_NAMES = LAYER_NAMES | {
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+# What Gemma 3's files leave to who reads them: one of six layers sees all, the others turn keys by a base of their own.
+_GEMMA_PATTERN, _GEMMA_LOCAL_BASE, _GEMMA_27B_LAYERS = 6, 10000.0, 62
 _LAYER_TENSOR = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
 _ROPE_FACTORS = "rope_freqs.weight"  # of the rotary frequencies: what config.json says as rope_type llama3
 
@@ -86,11 +93,16 @@ class GGUFCheckpoint(Checkpoint):
                 raise ModelError(f"{path}: {missing[0]} is missing beside it; all {num_parts} parts are needed")
             headers = [Header.read(path.with_name(part)) for part in names]
         tensors = {name: place for header in headers for name, place in header.tensors.items()}
-        return cls(path, headers[0].values, {_torch_name(name): place for name, place in tensors.items()})
+        names = GEMMA_NAMES if headers[0].values.get("general.architecture") == "gemma3" else LAYER_NAMES
+        return cls(path, headers[0].values, {_torch_name(name, names): place for name, place in tensors.items()})
 
     @property
     def full_name(self) -> str:
         return name_for_workers(self._path)
+
+    @property
+    def _norm_offset(self) -> float:
+        return FAMILIES[self.config.model_type].norm_offset
 
     @property
     def title(self) -> str:
@@ -142,6 +154,8 @@ class GGUFCheckpoint(Checkpoint):
             place = self._place(name)
             parts = [torch.from_numpy(self._floats(place, rows)).to(wanted) for rows in self._raw_chunks(place)]
             tensor = torch.cat(parts).reshape(place.shape)
+            if name.endswith("norm.weight"):  # stored as what rows are multiplied by
+                tensor = tensor - self._norm_offset
             if (order := self._row_order(name, place)) is not None:
                 tensor = tensor[torch.from_numpy(order)]
             yield name, tensor.to(device)
@@ -248,6 +262,8 @@ class GGUFCheckpoint(Checkpoint):
             "bos_token_id": self.values.get("tokenizer.ggml.bos_token_id"),
             "eos_token_id": self._end_ids() or None,
         }
+        if architecture == "gemma3":
+            fields |= self._gemma_fields(fields)
         if architecture == "llama":
             fields["attention_bias"] = "model.layers.0.self_attn.q_proj.bias" in self._places
             fields["mlp_bias"] = "model.layers.0.mlp.up_proj.bias" in self._places
@@ -255,6 +271,17 @@ class GGUFCheckpoint(Checkpoint):
             return AutoConfig.for_model(_MODEL_TYPES[architecture], **fields)
         except (ValueError, TypeError, KeyError) as error:
             raise ModelError(f"{self._path}: its metadata make no config ({first_line(error)})") from error
+
+    def _gemma_fields(self, fields: Mapping[str, Any]) -> dict[str, Any]:
+        num_layers, per_head = fields["num_hidden_layers"], fields["hidden_size"] // fields["num_attention_heads"]
+        pattern = self._number("attention.sliding_window_pattern", _GEMMA_PATTERN)
+        local = {"rope_type": "default", "rope_theta": float(self._value("rope.freq_base_swa", _GEMMA_LOCAL_BASE))}
+        return {
+            "layer_types": [SLIDING if (index + 1) % pattern else FULL for index in range(num_layers)],
+            "sliding_window": self._number("attention.sliding_window"),
+            "query_pre_attn_scalar": per_head if num_layers == _GEMMA_27B_LAYERS else fields["head_dim"],
+            "rope_parameters": {FULL: fields["rope_parameters"], SLIDING: local},
+        }
 
     def _end_ids(self) -> list[int]:
         names = ("eos_token_id", "eot_token_id", "eom_token_id")
@@ -289,10 +316,10 @@ class GGUFCheckpoint(Checkpoint):
         return dict(zip(names, ("llama3", factor, 1.0, 4.0, original), strict=True))
 
 
-def _torch_name(name: str) -> str:
+def _torch_name(name: str, layer_names: Mapping[str, str]) -> str:
     """transformers' name of a tensor; the file's own where it has none."""
-    if (match := _LAYER_TENSOR.fullmatch(name)) and match[2] in LAYER_NAMES:
-        return f"model.layers.{match[1]}.{LAYER_NAMES[match[2]]}.{match[3]}"
+    if (match := _LAYER_TENSOR.fullmatch(name)) and match[2] in layer_names:
+        return f"model.layers.{match[1]}.{layer_names[match[2]]}.{match[3]}"
     if match:  # what no layer has a place for must be found as one of this layer's
         return f"model.layers.{match[1]}.{match[2]}.{match[3]}"
     return _NAMES.get(name, name)

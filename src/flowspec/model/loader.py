@@ -21,7 +21,7 @@ from flowspec.core import DType, LayerRange, SamplingParams
 from flowspec.errors import ModelError, UsageError, first_line, shortened
 from flowspec.model.config_file import check_config
 from flowspec.model.demo_pair import DEMO, demo_directory, demo_draft_directory
-from flowspec.model.families import EMBEDDING, LM_HEAD, PREFIX, family_of, layer_prefix
+from flowspec.model.families import EMBEDDING, LM_HEAD, PREFIX, family_of, layer_prefix, rope_tables
 from flowspec.model.hub import fetch
 from flowspec.model.packed import Bits
 from flowspec.model.source import TensorSource
@@ -88,8 +88,8 @@ class Checkpoint(TensorSource):
         Where rotary scaling is switched on by hand, as Qwen's README says, ``max_position_embeddings`` is often still
         that of the unscaled model.
         """
-        stated, rope = int(self.config.max_position_embeddings), self.config.rope_parameters
-        if rope.get("rope_type") not in ("linear", "yarn"):
+        stated, (rope, *others) = int(self.config.max_position_embeddings), rope_tables(self.config)
+        if others or rope.get("rope_type") not in ("linear", "yarn"):
             return stated
         original = rope.get("original_max_position_embeddings") or stated
         return max(stated, int(original * rope.get("factor", 1.0)))

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from flowspec.core import DType, LayerRange
-from flowspec.model.families import EMBEDDING, PREFIX, layer_prefix
-from flowspec.model.forward_rows import LayersStage, masks_of
+from flowspec.model.families import EMBEDDING, PREFIX, embedding_scale, layer_prefix
+from flowspec.model.forward_rows import LayersStage, masks_of, rotations_of
 from flowspec.model.openvino_graph import CUT, Between, Buffer, Graph, Template, Weight, filled_up, linear
 from flowspec.model.packed import Bits, PackedWeight
 from flowspec.model.slot_cache import Paths, SlotCache
@@ -48,6 +48,7 @@ class OpenVinoStage(LayersStage):
         self._graphs = graphs.compiled
         self._scaling = graphs.scaling
         self._embedding = embedding
+        self._embedding_scale = torch.tensor(embedding_scale(config))
         self._rotary = rotary
         self._buffers: dict[int, _Buffers] = {}  # by their number of rows
 
@@ -89,12 +90,14 @@ class OpenVinoStage(LayersStage):
         positions = torch.cat([torch.from_numpy(part.cache.slots.positions[part.slots]) for part in parts])
         num_rows = len(inputs)
         buffers = self._buffers_for(num_rows)
-        _fill(buffers.hidden[0], inputs if self._embedding is None else self._embedding[inputs])
-        for buffer, part in zip(buffers.rotation, self._rotary(torch.empty(0), positions[None]), strict=True):
-            _fill(buffer, part[0])
+        _fill(buffers.hidden[0], inputs if self._embedding is None else self._embed(inputs))
+        types = self.attention.types
+        for kind, rotation in rotations_of(self._rotary, torch.empty(0), positions[None], types).items():
+            for buffer, part in zip(buffers.rotations[kind], rotation, strict=True):
+                _fill(buffer, part[0])
         first, *others = self._graphs
-        first([buffers.hidden[0], *buffers.rotation], buffers.heads)
-        for index, (graph, layer_type) in enumerate(zip(others, self.attention.types, strict=True)):
+        first([buffers.hidden[0], *buffers.rotations[types[0]]], buffers.heads)
+        for index, (graph, layer_type, next_type) in enumerate(zip(others, types, [*types[1:], types[0]], strict=True)):
             if index:
                 yield None
             before, after = buffers.hidden[index % 2], buffers.hidden[(index + 1) % 2]
@@ -103,21 +106,25 @@ class OpenVinoStage(LayersStage):
             for request in requests:
                 request.attend(index, layer_type, buffers, self._scaling)
             following = buffers.heads if index + 1 < len(others) else buffers.unnormed
-            graph([before, buffers.attended, *buffers.rotation], [after, *following])
+            graph([before, buffers.attended, *buffers.rotations[next_type]], [after, *following])
         if watch is not None and self.is_last:
             watch(self.layers.end, torch.from_numpy(buffers.unnormed[0].rows)[:num_rows])
         hidden = buffers.hidden[len(others) % 2]
         yield torch.from_numpy(hidden.rows)[:num_rows].to(self.dtype, copy=True)
+
+    def _embed(self, token_ids: Tensor) -> Tensor:
+        assert self._embedding is not None, "the first stage has it"
+        return self._embedding[token_ids] * self._embedding_scale.to(self._embedding.dtype)
 
     def _buffers_for(self, num_rows: int) -> _Buffers:
         count = filled_up(num_rows)
         if count not in self._buffers:
             shape = self.attention
             hidden = Buffer(count, self.hidden_size), Buffer(count, self.hidden_size)
-            rotation = Buffer(count, shape.head_dim), Buffer(count, shape.head_dim)
+            rotations = {kind: (Buffer(count, shape.head_dim), Buffer(count, shape.head_dim)) for kind in shape.types}
             attended = Buffer(count, shape.num_heads * shape.head_dim)
             self._buffers[count] = _Buffers(
-                hidden, rotation, self._graphs[0].results(count), attended, self._graphs[-1].results(count)[1:]
+                hidden, rotations, self._graphs[0].results(count), attended, self._graphs[-1].results(count)[1:]
             )
         return self._buffers[count]
 
@@ -126,7 +133,7 @@ class _Buffers(NamedTuple):
     """What graphs read and write in a forward, for one number of rows; more of these than it has do not matter."""
 
     hidden: tuple[Buffer, Buffer]  # one is read while the other is written
-    rotation: tuple[Buffer, Buffer]  # cosines and sines
+    rotations: dict[str, tuple[Buffer, Buffer]]  # cosines and sines, by type of layer
     heads: list[Buffer]  # queries, keys and values
     attended: Buffer
     unnormed: list[Buffer]  # of a last stage: hidden states before the final norm

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from flowspec.core import DType, LayerRange
 from flowspec.errors import ModelError, first_line
 from flowspec.model.attention import ATTENTION
-from flowspec.model.families import PREFIX, family_of, layer_prefix
+from flowspec.model.families import PREFIX, embedding_scale, family_of, layer_prefix
 from flowspec.model.source import TensorSource
 
 
@@ -64,6 +64,8 @@ def load_modules(
     if layers.end == source.num_layers:
         modules["norm"] = model.norm
     _fill(modules, source, layers, dtype, device, progress)
+    if layers.start == 0 and (scale := embedding_scale(config)) != 1.0:
+        modules["embed_tokens"].embed_scale = torch.tensor(scale, device=device)  # in no file, as the frequencies
     modules["rotary_emb"] = rotary_of(model, config).to(device)
     return modules.eval().requires_grad_(False)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from flowspec.core import DType, LayerRange
-from flowspec.model.forward_rows import ForwardRows, LayersStage
+from flowspec.model.forward_rows import ForwardRows, LayersStage, rotations_of
 from flowspec.model.kv_cache import CACHE_ARGUMENT, KVCache
 from flowspec.model.source import TensorSource
 from flowspec.model.stage import Part, Watch
@@ -66,7 +66,7 @@ class TorchStage(LayersStage):
         rows = ForwardRows.of(parts, self.attention, self.device)
         hidden = rows.inputs.to(self.dtype) if self._embedding is None else self._embedding(rows.inputs)
         hidden = hidden[None]
-        rotation = self._rotary(hidden, rows.positions)
+        rotations = rotations_of(self._rotary, hidden, rows.positions, self.attention.types)
         for index, (layer, layer_type) in enumerate(zip(self._layers, self.attention.types, strict=True)):
             if index:
                 yield None
@@ -77,7 +77,7 @@ class TorchStage(LayersStage):
                 attention_mask=rows.masks[layer_type],
                 position_ids=rows.positions,
                 use_cache=True,
-                position_embeddings=rotation,
+                position_embeddings=rotations[layer_type],
                 **{CACHE_ARGUMENT: rows.cache},
             )
         if watch is not None and self.is_last:

@@ -24,7 +24,7 @@ from flowspec.errors import ModelError, UsageError
 from flowspec.model.backends import open_checkpoint
 from flowspec.model.demo_pair import DEMO, demo_directory
 from flowspec.model.eagle_head import EagleHead
-from flowspec.model.families import LM_HEAD
+from flowspec.model.families import LM_HEAD, norm_scale, rope_tables
 from flowspec.model.gguf_checkpoint import GGUFCheckpoint
 from flowspec.train.corpus import Tokens, shuffled_rows, windows
 from flowspec.train.loop import run_steps
@@ -95,7 +95,9 @@ class Target:
         self.device = model.device
         self.embedding = embedding_of(model).float()
         self.lm_head: Tensor = self.model.get_output_embeddings().weight.detach()
-        self.final_norm: Tensor = self.model.base_model.norm.weight.detach()
+        self.final_norm = norm_scale(
+            self.model.config, self.model.base_model.norm.weight.detach()
+        )  # as rows are scaled
         self._run: Callable[[Tensor], Tensor] = torch.compile(self._features) if compiled else self._features
 
     @classmethod
@@ -176,9 +178,9 @@ def head_config(target: Any) -> LlamaConfig:
             "num_attention_heads": target.num_attention_heads,
             "num_key_value_heads": target.num_key_value_heads,
             "head_dim": getattr(target, "head_dim", None) or target.hidden_size // target.num_attention_heads,
-            "hidden_act": target.hidden_act,
+            "hidden_act": getattr(target, "hidden_act", "silu"),
             "rms_norm_eps": target.rms_norm_eps,
-            "rope_parameters": target.rope_parameters,
+            "rope_parameters": rope_tables(target)[0],
             "max_position_embeddings": target.max_position_embeddings,
             "bos_token_id": target.bos_token_id,
             "eos_token_id": target.eos_token_id,
