@@ -148,7 +148,7 @@ def write_gemma_gguf(path: Path) -> list[str]:
             getattr(writer, f"add_{name}_token_id")(number)
         writer.add_add_space_prefix(False)
         writer.add_chat_template(
-            "{{ bos_token }}{% for m in messages %}<start_of_turn>{{ m.role }}\n{{ m.content }}<end_of_turn>{% endfor %}"
+            "{{ bos_token }}{% for m in messages %}<start_of_turn>{{ m.role }} {{ m.content }}{% endfor %}"
         )
 
     tokens = [*own, *bytes_of, *words]
