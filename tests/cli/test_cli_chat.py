@@ -470,7 +470,7 @@ def test_the_model_decides_where_nothing_is_said_as_at_a_server(
         shutil.copytree(chat_model, directory)
         (directory / "generation_config.json").write_text(json.dumps(wanted))
         with LLM(directory, stages=1, in_process=True) as llm:
-            api = create_app(llm.engine, ServerConfig(), Feed(None)).state.api
+            api = create_app(llm.engine, ServerConfig(), Feed()).state.api
             pieces = list(LocalTalker(llm, print).reply(told, Settings({"max_tokens": 9, "seed": 5})))
             params = SamplingParams(**{**api.defaults, "max_tokens": 9, "seed": 5})
             assert "".join(piece.text for piece in pieces) == llm.chat(told, params).text
