@@ -178,7 +178,7 @@ def _bench_here(output: _Output, here: _Here, temperatures: Sequence[float], pro
     from flowspec.llm import LLM
 
     first_prompt: Records | None = None
-    config = EngineConfig(keeps_caches=False)  # each run computes its own prompt
+    config = EngineConfig(keeps_caches=False, memory_tokens=0)  # each run computes its own prompt
     with LLM(
         here.model,
         draft=here.draft,

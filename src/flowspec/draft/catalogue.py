@@ -11,6 +11,7 @@ import torch
 from flowspec.core import DraftDType, DType, Weights
 from flowspec.draft.base import DraftSource
 from flowspec.draft.eagle import EagleSource
+from flowspec.draft.memory import Memory
 from flowspec.draft.ngram import NgramSource
 from flowspec.errors import UsageError
 from flowspec.model.backends import load_head
@@ -92,18 +93,19 @@ def load_draft(
     draft_dtype: DraftDType = "auto",
     weights: Weights = "float",
     taps: Eagle3Format | None = None,
+    memory: Memory | None = None,
 ) -> DraftSource | None:
     """``None`` when nothing is to be drafted. ``is_coupled``: see ``EagleSource``.
 
     ``weights``: of the target, and so of ``head``. ``draft_dtype``: int8 quantises the draft head and a copy of the
     lm_head, ``head`` itself stays as it is; auto does so where the target is in integers too, and the kernels can.
-    ``taps``: what ``read_taps`` has found. Raises ``UsageError``.
+    ``taps``: what ``read_taps`` has found. ``memory``: for n-grams. Raises ``UsageError``.
     """
     match chosen:
         case "none":
             return None
         case "ngram":
-            return NgramSource()
+            return NgramSource(memory=memory)
         case Path() if taps is not None:
             draft_head: DraftHead = Eagle3Head.load(taps, checkpoint.load_embedding(dtype, device), dtype, device)
             token_ids, lm_head = taps.token_ids(checkpoint.vocab_size), head

@@ -77,7 +77,7 @@ class Engine:
         num_slots, num_stages = pipeline.num_slots(config), len(pipeline.partition)
         taps = pipeline.spec.taps
         tapped = () if taps is None else taps.taps.layers
-        self._driver = Driver(common, model.source, num_slots, config.likely_tokens, num_stages, tapped)
+        self._driver = Driver(common, model.source, num_slots, config.likely_tokens, num_stages, tapped, model.memory)
 
     @property
     def schedule_name(self) -> str:

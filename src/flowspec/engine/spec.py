@@ -71,7 +71,8 @@ def open_engine(spec: EngineSpec) -> Engine:
         where = replace(where, hints=draft_for_workers(draft))
     pipeline = open_pipeline(where)
     try:
-        model = DriverModel.load(checkpoint, draft, spec.dtype, spec.device, spec.draft_dtype, weights, taps)
+        how = spec.dtype, spec.device, spec.draft_dtype, weights, taps, spec.config.memory_tokens
+        model = DriverModel.load(checkpoint, draft, *how)
         pipeline.await_ready(lambda done: spec.progress("loading", done))
         return Engine(pipeline, model, spec.schedule, spec.schedule_config, spec.config)
     except BaseException:
