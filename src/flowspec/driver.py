@@ -144,6 +144,10 @@ class Driver:
         assert not self._running, "interrupt it first"
         self.budget = SlotBudget(num_slots)
 
+    def use_source(self, source: DraftSource) -> None:
+        """Requests that come from now on draft with it."""
+        self._source = source
+
     def on_message(self, message: Message) -> list[Send]:
         match message:
             case Result() | Hint() | Broken() | Failed():
@@ -215,12 +219,12 @@ class Driver:
 
     def _release(self, generation: Generation) -> list[Send]:
         entry = generation.cache_entry() if generation.keeps_cache else None
+        if self._memory is not None and generation.ending in (Ending.FINISHED, Ending.CANCELLED):
+            self._memory.add((*generation.request.prompt_ids, *generation.output_ids))
         gone = self.budget.end(generation.request.request_id, entry)
         self._count_sharing()
         return self._forget(gone)
 
-        if self._memory is not None and generation.ending in (Ending.FINISHED, Ending.CANCELLED):
-            self._memory.add((*generation.request.prompt_ids, *generation.output_ids))
     def _grow(self, generation: Generation) -> list[Send]:
         """Let the request hold more before it needs more; where there is no more, the youngest has to give way."""
         budget, request_id = self.budget, generation.request.request_id

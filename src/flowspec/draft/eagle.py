@@ -51,7 +51,8 @@ class EagleSource:
         self.is_coupled = is_coupled
         self.name = name
         self.feature_layers = feature_layers
-        self.steady_steps = steady_steps(getattr(head.config, "hit_rates", ()))
+        self.hit_rates: Sequence[float] = getattr(head.config, "hit_rates", ())
+        self.steady_steps = steady_steps(self.hit_rates)
 
     def open(self, prompt_ids: Sequence[int], sampler: Sampler, top_k: int) -> EagleDraft:
         return EagleDraft(self, prompt_ids, sampler if self.is_coupled else GREEDY, top_k)

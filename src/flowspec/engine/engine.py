@@ -19,6 +19,7 @@ from typing import Any
 
 from flowspec.config import EngineConfig, ScheduleConfig
 from flowspec.core import Ending, Partition, SamplingParams
+from flowspec.draft.base import DraftSource
 from flowspec.driver import Driver
 from flowspec.engine.driver_model import DriverModel
 from flowspec.engine.job import Job
@@ -87,6 +88,12 @@ class Engine:
     @property
     def partition(self) -> Partition:
         return self.pipeline.partition
+
+    def use_source(self, source: DraftSource) -> None:
+        """Requests that come from now on draft with it."""
+        self.model = replace(self.model, source=source)
+        self._schedules.use_source(source)
+        self._driver.use_source(source)
 
     def observe(self, observer: Observer) -> None:
         """Tell it of everything from now on."""
