@@ -94,6 +94,9 @@ class EagleDraft:
         self._cache.slots.finish([])
         self._cache.slots.reuse(num_cached, len(self._prompt_ids) - 1)
 
+    def end(self) -> EagleDraft:
+        return self
+
     def read_prompt(self, node_ids: Sequence[int], features: Tensor) -> None:
         """Run the rows of the tokens behind these; the root's own waits for the first pass."""
         self._true_rows += [

@@ -50,9 +50,12 @@ class LookupDraft:
         return self._inner.num_certain if isinstance(self._inner, ReusableDraft) else 0
 
     def reuse(self, other: ReusableDraft, num_cached: int) -> None:
-        assert isinstance(other, LookupDraft) and isinstance(self._inner, ReusableDraft)
-        assert isinstance(other._inner, ReusableDraft)
-        self._inner.reuse(other._inner, num_cached)
+        assert isinstance(self._inner, ReusableDraft)
+        self._inner.reuse(other, num_cached)
+
+    def end(self) -> ReusableDraft | None:
+        """n-grams are read anew from the text."""
+        return self._inner.end() if isinstance(self._inner, ReusableDraft) else None
 
     def read_prompt(self, node_ids: Sequence[int], features: Tensor) -> None:
         self._inner.read_prompt(node_ids, features)
