@@ -141,7 +141,7 @@ RealDraft = Annotated[
     str | None,
     typer.Option(
         "--draft",
-        help="Of a real model: auto, none, ngram, or the directory of an EAGLE head that fits it.",
+        help="Of a real model: auto, none, ngram, an EAGLE head's directory, or, in real time, a smaller model.",
         show_default="auto",
     ),
 ]
@@ -176,7 +176,10 @@ class ModelOptions:
         ),
     ] = None
     draft: Annotated[
-        str, typer.Option(help="auto, none, ngram, or the directory of an EAGLE head that fits the model.")
+        str,
+        typer.Option(
+            help="auto, none, ngram, the directory of an EAGLE head that fits, or a smaller model, named as --model is."
+        ),
     ] = "auto"
     draft_dtype: DraftDtypeOption = DraftDtype.auto
     draft_layers: DraftLayersOption = None
