@@ -30,6 +30,7 @@ from tiny_gguf import write_text_gguf
 from tiny_models import make_checkpoint, make_text_checkpoint, make_text_tokenizer
 
 SMALL = PipelineConfig(segment_len=5, prefill_chunk=7)
+TREE = TreeConfig(top_k=4, width=4, depth=4, max_depth=6, size=24, min_probability=0.0)
 ROOT = np.zeros(1, dtype=np.int64)
 
 
@@ -54,10 +55,10 @@ def source_of(target: Path, draft: Path) -> ModelSource:
 def test_the_text_is_that_of_plain_decoding(
     checkpoint_dir: Callable[[str], Path], small_dir: Path, schedule: str, temperature: float
 ) -> None:
-    target, params = checkpoint_dir("qwen3"), SamplingParams(max_tokens=24, temperature=temperature, seed=5)
+    target, params = checkpoint_dir("qwen3"), SamplingParams(max_tokens=16, temperature=temperature, seed=5)
     plain, drafted = (
         Pump(target, 1, "none", "ar"),
-        Pump(target, 3, source_of(target, small_dir), schedule, pipeline=SMALL),
+        Pump(target, 3, source_of(target, small_dir), schedule, TREE, SMALL),
     )
     generations = [pump.submit(prompt_of(20), params) for pump in (plain, drafted)]
     for pump in (plain, drafted):
@@ -130,7 +131,7 @@ def test_nothing_is_guessed_behind_the_positions_that_the_draft_has(
 ) -> None:
     short = make_checkpoint(tmp_path / "short", "llama", num_hidden_layers=1, max_position_embeddings=24)
     target = checkpoint_dir("qwen3")
-    plain, drafted = Pump(target, 1, "none", "ar"), Pump(target, 2, source_of(target, short))
+    plain, drafted = Pump(target, 1, "none", "ar"), Pump(target, 2, source_of(target, short), "flow", TREE)
     outputs = []
     for pump in (plain, drafted):
         generation = pump.submit(prompt_of(16), SamplingParams(max_tokens=24))
@@ -145,7 +146,7 @@ def test_the_next_turn_reads_only_what_is_new(checkpoint_dir: Callable[[str], Pa
     read: list[int] = []
     real = ModelDraft._forward
     counted = lambda draft, ids, slots: (read.append(len(ids)), real(draft, ids, slots))[1]  # noqa: E731
-    pump, plain = Pump(target, 2, source, keeps_caches=True), Pump(target, 1, "none", "ar")
+    pump, plain = Pump(target, 2, source, "flow", TREE, keeps_caches=True), Pump(target, 1, "none", "ar")
     prompt = prompt_of(50)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ModelDraft, "_forward", counted)
@@ -212,9 +213,9 @@ def test_too_few_tokens_in_common_are_an_error_that_counts_them(
 def test_a_draft_with_another_tokenizer_changes_no_token(tmp_path: Path, temperature: float) -> None:
     target = make_text_checkpoint(tmp_path / "target", "byte-fallback")
     small = make_text_checkpoint(tmp_path / "small", "byte-level")
-    params = SamplingParams(max_tokens=24, temperature=temperature, seed=1)
+    params = SamplingParams(max_tokens=12, temperature=temperature, seed=1)
     prompt = Checkpoint.open(target).load_tokenizer()("hello world, the wörld")["input_ids"]
-    plain, drafted = Pump(target, 1, "none", "ar"), Pump(target, 2, source_of(target, small), pipeline=SMALL)
+    plain, drafted = Pump(target, 1, "none", "ar"), Pump(target, 2, source_of(target, small), "flow", TREE, SMALL)
     generations = [pump.submit(prompt, params) for pump in (plain, drafted)]
     for pump in (plain, drafted):
         pump.run()
