@@ -31,6 +31,9 @@ Plant = Callable[[dict[str, Tensor]], Any]
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """And all the time in the world: a busy machine must not leave a head unjudged."""
+    monkeypatch.setattr(draft_check, "TEXT_S", 100.0)
+    monkeypatch.setattr(draft_check, "GUESSES_S", 100.0)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache" / "flowspec" / "draft-checks"
 
