@@ -2,7 +2,7 @@
 
 A token stands in a row and a column of a table, and its successor in the next row: the text goes round through all
 tokens. Streams are two ones, for a row and a column. Every layer of the target attends to its own position alone and
-turns the row by one, so each stream tells its layer. The head takes the successor's row from the feature, which it
+turns the row by three, so each stream tells its layer. The head takes the successor's row from the feature, which it
 turns by one at each step, and its column from the embedding.
 """
 
@@ -21,6 +21,7 @@ from tiny_models import make_tokenizer_files
 ROWS, COLUMNS, SIZE, LAYERS, TAPPED = 8, 12, 32, 6, (1, 3, 5)
 VOCAB = ROWS * COLUMNS
 EPS = 1e-6
+TURN = 3  # rows by which a layer turns a stream
 FOCUS = 6.0  # of attention on its own position
 
 _CONFIG = {
@@ -53,7 +54,7 @@ def _codes(shift: int = 0, follow: bool = False) -> Tensor:
     return torch.stack([_code(token_id // COLUMNS + shift, token_id % COLUMNS) for token_id in ids])
 
 
-def _turn(shift: int) -> Tensor:
+def turn(shift: int) -> Tensor:
     """[SIZE, SIZE]: turns a code's row, and drops its column."""
     matrix = torch.zeros(SIZE, SIZE)
     for row in range(ROWS):
@@ -61,7 +62,7 @@ def _turn(shift: int) -> Tensor:
     return matrix
 
 
-ROW, COLUMN = _turn(0), torch.diag(torch.tensor([0.0] * ROWS + [1.0] * COLUMNS + [0.0] * (SIZE - ROWS - COLUMNS)))
+ROW, COLUMN = turn(0), torch.diag(torch.tensor([0.0] * ROWS + [1.0] * COLUMNS + [0.0] * (SIZE - ROWS - COLUMNS)))
 
 
 def write_target(directory: Path) -> Path:
@@ -71,13 +72,13 @@ def write_target(directory: Path) -> Path:
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         model.model.embed_tokens.weight.copy_(_codes())
-        codes = _codes(shift=LAYERS)
+        codes = _codes(shift=TURN * LAYERS)
         for token_id in range(VOCAB):
             model.lm_head.weight[successor(token_id)] = codes[token_id]
         for layer in model.model.layers:
             layer.self_attn.q_proj.weight.copy_(FOCUS * torch.eye(SIZE))
             layer.self_attn.k_proj.weight.copy_(torch.eye(SIZE))
-            layer.self_attn.v_proj.weight.copy_(_turn(1) - ROW)
+            layer.self_attn.v_proj.weight.copy_(turn(TURN) - ROW)
             layer.self_attn.o_proj.weight.copy_(torch.eye(SIZE))
             layer.mlp.down_proj.weight.zero_()
     model.generation_config.eos_token_id = None
@@ -89,8 +90,8 @@ def write_target(directory: Path) -> Path:
 def head_weights() -> dict[str, Tensor]:
     """By the names that EAGLE's own files have."""
     ones, zeros = torch.ones(SIZE), torch.zeros(SIZE, SIZE)
-    blocks = [(_turn(1 - layer) + COLUMN) * 3 for layer in TAPPED]  # no norm has been there before
-    from_feature = _turn(1) - ROW - COLUMN  # what is left is the row, turned
+    blocks = [(turn(1 - TURN * layer) + COLUMN) * 3 for layer in TAPPED]  # no norm has been there before
+    from_feature = turn(1) - ROW - COLUMN  # what is left is the row, turned
     return {
         "fc.weight": torch.cat(blocks, dim=1),
         "embed_tokens.weight": _codes(follow=True),

@@ -18,6 +18,7 @@ from flowspec.draft.ngram import NgramSource
 from flowspec.draft.token_map import TokenMap
 from flowspec.errors import UsageError
 from flowspec.model.backends import choose_weights, load_head, load_stage, open_checkpoint
+from flowspec.model.demo_pair import DEMO
 from flowspec.model.draft_files import DraftFiles, holds_model
 from flowspec.model.draft_head import DraftHead
 from flowspec.model.eagle3_format import HEAD, Eagle3Format, kind_of
@@ -68,7 +69,8 @@ def _find_draft(checkpoint: Checkpoint, draft: str | Path | DraftSource, is_loca
             return own if is_of_use else "ngram"
         case name:
             directory = Path(name).expanduser()
-            if not directory.is_dir() and (name in FETCHED or name.endswith(GGUF_SUFFIX) or _HUB_NAME.fullmatch(name)):
+            is_known = name in (DEMO, *FETCHED) or name.endswith(GGUF_SUFFIX) or _HUB_NAME.fullmatch(name)
+            if is_known and not directory.is_dir():
                 return open_checkpoint(name)
             if not directory.is_dir():
                 raise UsageError(
@@ -119,14 +121,10 @@ def load_draft(
             return NgramSource(memory=memory)
         case Checkpoint():
             weights = "int8" if draft_dtype == "int8" else choose_weights(chosen, "auto", device)
+            tokens = TokenMap(chosen.load_tokenizer(), checkpoint.load_tokenizer(), chosen, checkpoint)
             stage = load_stage(chosen, LayerRange(0, chosen.num_layers), dtype, weights, device)
-            return ModelSource(
-                stage,
-                load_head(chosen, dtype, weights, device),
-                TokenMap(chosen.load_tokenizer(), checkpoint.load_tokenizer(), chosen, checkpoint),
-                chosen.max_positions,
-                is_coupled,
-            )
+            own_head = load_head(chosen, dtype, weights, device)
+            return ModelSource(stage, own_head, tokens, chosen.max_positions, is_coupled)
         case Path() if taps is not None:
             draft_head: DraftHead = Eagle3Head.load(taps, checkpoint.load_embedding(dtype, device), dtype, device)
             token_ids, lm_head = taps.token_ids(checkpoint.vocab_size), head

@@ -12,13 +12,14 @@ import logging
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from flowspec.core import LayerRange, SamplingParams
 from flowspec.draft.acceptance import DEPTH, Acceptance, ReadText, Recorder, measure
 from flowspec.draft.base import DraftSource
 from flowspec.draft.ngram import NgramSource
+from flowspec.draft.repairs import find_repair
 from flowspec.engine.engine import Engine
 from flowspec.errors import FlowspecError
 from flowspec.model.fetched import cache_directory
@@ -35,6 +36,12 @@ TEXT_S, GUESSES_S = 8.0, 1.0  # what may take so long at most; on one machine a 
 _VERSION = 1  # of what is measured
 
 
+@dataclass(frozen=True)
+class _Found:
+    acceptance: Acceptance
+    repair: str  # what would mend a broken head, if that is known
+
+
 def check_draft(
     engine: Engine, directory: Path, draft_layers: Sequence[int] | None, draft_dtype: str, progress: Progress
 ) -> None:
@@ -46,28 +53,32 @@ def check_draft(
     assert source is not None, "the draft is a head"
     settings = _VERSION, draft_layers, draft_dtype, spec.weights, spec.dtype
     path = cache_directory("draft-checks") / f"{_digest(engine, directory, settings)}.json"
-    acceptance = _load(path)
-    if acceptance is None:
+    found = _load(path)
+    if found is None:
         progress("checking the draft", 0.0)
         start_s = time.perf_counter()
-        acceptance = _measure(engine, source)
+        found = _measure(engine, source)
         logger.debug("checking the draft head took %.2f s", time.perf_counter() - start_s)
-        if acceptance is not None:
-            _store(path, acceptance)
-    if acceptance is None:
-        logger.debug("the draft head could not be checked; it is used as it is")
-        return
-    step = acceptance.wrong_step(source.name, getattr(source, "hit_rates", ()))
+        if found is None:
+            logger.debug("the draft head could not be checked; it is used as it is")
+            return
+        _store(path, found)
+    acceptance = found.acceptance
     logger.debug("the draft head is right in %s of %s guesses", acceptance.num_right, acceptance.num_made)
+    step = _wrong_step(source, acceptance)
     if step is not None:
         logger.warning(
             "the draft head in %s is switched off, and n-grams draft instead: along a text of the model %s. %s; use it "
             "all the same with --draft-check off",
             directory,
             acceptance.told(step),
-            _cause(source.name, step),
+            found.repair or _cause(source.name, step),
         )
         engine.use_source(NgramSource(memory=engine.model.memory))
+
+
+def _wrong_step(source: DraftSource, acceptance: Acceptance) -> int | None:
+    return acceptance.wrong_step(source.name, getattr(source, "hit_rates", ()))
 
 
 def _cause(kind: str, step: int) -> str:
@@ -90,7 +101,7 @@ def _digest(engine: Engine, directory: Path, settings: tuple[object, ...]) -> st
     return hashlib.sha256("\n".join(told).encode()).hexdigest()[:32]
 
 
-def _measure(engine: Engine, source: DraftSource) -> Acceptance | None:
+def _measure(engine: Engine, source: DraftSource) -> _Found | None:
     """``None`` where the target could write no text; where it was too slow, there are too few guesses to judge by."""
     try:
         text = _write(engine, source)
@@ -99,8 +110,20 @@ def _measure(engine: Engine, source: DraftSource) -> Acceptance | None:
             raise
         logger.debug("%s", error)
         return None
-    deadline = time.perf_counter() + GUESSES_S
-    return measure(source, text, lambda: time.perf_counter() > deadline)
+    acceptance, repair = measure(source, text, _deadline()), ""
+    if _wrong_step(source, acceptance) is not None:
+        repair = find_repair(source, text, lambda mended: _is_mended(source, acceptance, mended), _deadline())
+    return _Found(acceptance, repair)
+
+
+def _is_mended(source: DraftSource, before: Acceptance, after: Acceptance) -> bool:
+    return _wrong_step(source, after) is None and sum(after.num_right) > 2 * sum(before.num_right)
+
+
+def _deadline() -> Callable[[], bool]:
+    """Whether the time for guesses is over that begins now."""
+    end_s = time.perf_counter() + GUESSES_S
+    return lambda: time.perf_counter() > end_s
 
 
 def _write(engine: Engine, source: DraftSource) -> ReadText:
@@ -125,22 +148,22 @@ def _write(engine: Engine, source: DraftSource) -> ReadText:
     return recorder.text(prompt_ids, job.output_ids)
 
 
-def _load(path: Path) -> Acceptance | None:
+def _load(path: Path) -> _Found | None:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        acceptance = Acceptance(values["num_made"], values["num_right"])
-        counts = [*acceptance.num_made, *acceptance.num_right]
+        found = _Found(Acceptance(values["num_made"], values["num_right"]), str(values["repair"]))
+        counts = [*found.acceptance.num_made, *found.acceptance.num_right]
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return acceptance if len(counts) == 2 * DEPTH and all(isinstance(count, int) for count in counts) else None
+    return found if len(counts) == 2 * DEPTH and all(isinstance(count, int) for count in counts) else None
 
 
-def _store(path: Path, acceptance: Acceptance) -> None:
+def _store(path: Path, found: _Found) -> None:
     """Where it cannot be kept, the next start measures again."""
     own = path.with_suffix(f".{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        own.write_text(json.dumps(asdict(acceptance)), encoding="utf-8")
+        own.write_text(json.dumps({**asdict(found.acceptance), "repair": found.repair}), encoding="utf-8")
         os.replace(own, path)
     except OSError as error:
         logger.debug("what was found of the draft head cannot be kept: %s", error)
