@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=200)
     arguments = parser.parse_args()
     figures: dict[str, Any] = {"stages": arguments.stages, "repeat": arguments.repeat}
-    with LLM("demo", stages=arguments.stages, config=EngineConfig(keeps_caches=False)) as llm:
+    with LLM("demo", stages=arguments.stages, config=EngineConfig(keeps_caches=False, memory_tokens=0)) as llm:
         llm.generate(DEMO_PROMPT, SamplingParams(max_tokens=16))  # warm-up
         for name, settings in TEXTS.items():
             params = SamplingParams(max_tokens=arguments.max_new_tokens, **settings)  # type: ignore[arg-type]

@@ -20,6 +20,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from flowspec.cluster.membership import Membership
+from flowspec.config import EngineConfig
 from flowspec.core import SamplingParams
 from flowspec.llm import LLM
 from flowspec.wire.key_file import STATE_VARIABLE
@@ -64,7 +65,7 @@ def main() -> None:
         for address in joined:
             membership.let_join(address)
         llms = {
-            name: stack.enter_context(LLM(arguments.model, workers=addresses))
+            name: stack.enter_context(LLM(arguments.model, workers=addresses, config=EngineConfig(memory_tokens=0)))
             for name, addresses in (("plain", plain), ("encrypted", joined))
         }
         speeds: dict[str, list[float]] = {name: [] for name in llms}

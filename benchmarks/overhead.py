@@ -121,7 +121,7 @@ def median_ms(work: Callable[[], object], num_runs: int) -> float:
 def measure_hops(num_stages: int, num_segments: int) -> dict[str, Any]:
     """Round trips of segments of 16 nodes through worker processes, one at a time."""
     one_by_one = ScheduleConfig(pipeline=PipelineConfig(segments_in_flight=1))
-    config = EngineConfig(keeps_caches=False)
+    config = EngineConfig(keeps_caches=False, memory_tokens=0)
     with LLM("demo", stages=num_stages, schedule_config=one_by_one, draft=FixedSource(), config=config) as llm:
         llm.generate(PROMPT, SamplingParams(max_tokens=16))  # warm-up
         llm.engine.pipeline.connections = timed = TimedConnections(llm.engine.pipeline.connections)

@@ -81,7 +81,9 @@ class Row:
 def open_flowspec(stack: ExitStack, model: str, num_tokens: int) -> Iterator[Row]:
     params = SamplingParams(max_tokens=num_tokens, ignore_eos=True)
     for weights, stages, schedules in FLOWSPEC:
-        llm = stack.enter_context(LLM(model, stages=stages, weights=weights, config=EngineConfig(keeps_caches=False)))
+        llm = stack.enter_context(
+            LLM(model, stages=stages, weights=weights, config=EngineConfig(keeps_caches=False, memory_tokens=0))
+        )
         threads = torch.get_num_threads()  # what its driver shares the cores by
 
         def run(prompt_ids: Sequence[int], schedule: str, llm: LLM = llm, threads: int = threads) -> Answer:

@@ -27,6 +27,7 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from flowspec.cluster.local import num_cores
+from flowspec.config import EngineConfig
 from flowspec.core import SamplingParams
 from flowspec.llm import LLM
 
@@ -142,6 +143,7 @@ def _answer(start_s: float, events: list[tuple[float, dict[str, Any]]]) -> Answe
 def serving(model: str, stages: int) -> Iterator[str]:
     """The address of a server of its own."""
     command = [sys.executable, "-m", "flowspec", "serve", "--model", model, "--stages", str(stages), "--port", "0"]
+    command += ["--memory-tokens", "0"]
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(command, stderr=log)
         try:
@@ -255,7 +257,7 @@ async def measure(url: str, arguments: argparse.Namespace) -> dict[str, Any]:
         first += num_clients * arguments.requests
     figures: dict[str, Any] = {"load_by_clients": load}
     if arguments.pairs:
-        with LLM(arguments.model, stages=arguments.stages) as llm:
+        with LLM(arguments.model, stages=arguments.stages, config=EngineConfig(memory_tokens=0)) as llm:
             for index in range(arguments.warm_up):
                 run_in_process(llm, 10**6 + index, max_tokens)
             figures["http_overhead"] = await measure_overhead(url, llm, arguments.pairs, max_tokens, first)

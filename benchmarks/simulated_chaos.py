@@ -89,7 +89,9 @@ def engine_of(cluster: FaultyCluster, num_stages: int, config: EngineConfig) -> 
 
     pipeline = Pipeline(spec, connect(spec, launcher), launcher)
     pipeline.await_ready(lambda done: None)
-    model: Any = SimpleNamespace(checkpoint=checkpoint, head=pair().head, source=pair().source, turn_end_ids=())
+    model: Any = SimpleNamespace(
+        checkpoint=checkpoint, head=pair().head, source=pair().source, turn_end_ids=(), memory=None
+    )
     recovery = Recovery(pipeline, connect, cluster.clock, cluster.sleep)
     return Engine(pipeline, model, "flow", ScheduleConfig(), config, recovery)
 

@@ -18,9 +18,9 @@ from flowspec.engine.spec import EngineSpec, open_engine
 from flowspec.worker.actor import Worker
 
 
-def engine_of(model: Path, **settings: Any) -> Engine:
-    """By the fields of ``EngineSpec``; of use as a context manager."""
-    return open_engine(EngineSpec(model, **settings))
+def engine_of(model: str | Path, **settings: Any) -> Engine:
+    """By the fields of ``EngineSpec``; of use as a context manager. Its draft is not checked unless that is wanted."""
+    return open_engine(EngineSpec(model, **{"draft_check": "off", **settings}))
 
 
 def workers_of(engine: Engine) -> list[Worker]:

@@ -16,6 +16,7 @@ from flowspec.core import LayerRange, Partition, SamplingParams
 from flowspec.draft.base import DraftSource
 from flowspec.draft.catalogue import load_draft, read_taps
 from flowspec.draft.eagle import EagleSource
+from flowspec.draft.memory import Memory
 from flowspec.draft.ngram import NgramSource
 from flowspec.driver import Driver
 from flowspec.model.backends import make_taps
@@ -62,6 +63,7 @@ class Pump:
         shares_forwards: bool = True,  # whatever waits runs together
         keeps_caches: bool = False,
         wrap_stage: Callable[[Stage], Any] = lambda stage: stage,
+        memory: Memory | None = None,
     ) -> None:
         # Random models guess so badly that nothing would be worth a row: here everything is.
         tree, pipeline = tree or TreeConfig(min_probability=0.0), pipeline or PipelineConfig()
@@ -83,12 +85,12 @@ class Pump:
         if taps is not None:
             source = load_draft(directory_of_head, checkpoint, head, "float32", "cpu", taps=taps)
         else:
-            source = draft if not isinstance(draft, str) else _source(draft, directory, checkpoint, head)
+            source = draft if not isinstance(draft, str) else _source(draft, directory, checkpoint, head, memory)
         config = ScheduleConfig(tree, lockstep=LockstepConfig(replace(tree, size=tree.size + 1)), pipeline=pipeline)
         positions = checkpoint.max_positions
         common = Common(head, pipeline, positions, time.perf_counter, keeps_caches=keeps_caches)
         tapped = () if taps is None else taps.taps.layers
-        self.driver = Driver(common, source, tapped=tapped)
+        self.driver = Driver(common, source, tapped=tapped, memory=memory)
         self.make_schedule = lambda: make_schedule(schedule, config, num_stages)
         self.network = InprocNetwork(num_stages)
         self.generations: list[Generation] = []
@@ -157,12 +159,14 @@ def _taps_of(form: Eagle3Format | None, layers: LayerRange, stage: Stage) -> Tap
     return make_taps(form.taps, layers, blocks, "float32", "float", "cpu")
 
 
-def _source(name: str, directory: Path, checkpoint: Checkpoint, head: TargetHead) -> DraftSource | None:
+def _source(
+    name: str, directory: Path, checkpoint: Checkpoint, head: TargetHead, memory: Memory | None
+) -> DraftSource | None:
     match name:
         case "none":
             return None
         case "ngram":
-            return NgramSource()
+            return NgramSource(memory=memory)
         case _:
             embedding = checkpoint.load_embedding("float32", "cpu")
             return EagleSource(EagleHead.load(directory / "draft", embedding, "float32", "cpu"), head)

@@ -114,6 +114,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (place / name).symlink_to(ROOT / name)
     make_checkpoint(place / "Llama-3.2-3B", "llama", num_hidden_layers=28)
     make_draft_head(place / "EAGLE-head")
+    make_checkpoint(place / "Llama-tiny", "llama", num_hidden_layers=2)
     write_eagle3(place / "EAGLE-3-head")
     (place / "prompt.txt").write_text("t1 t4 t2")
     (place / "made").mkdir()

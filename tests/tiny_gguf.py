@@ -35,6 +35,19 @@ def interleaved(weight: Any, num_heads: int) -> Any:
     return weight.reshape(num_heads, 2, -1, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
 
 
+def _traits(family: str) -> dict[str, Any]:
+    """What a file can say, or leaves unsaid."""
+    plain: dict[str, Any] = {"hidden_size": 64, "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}}
+    if family == "qwen2":
+        plain["use_sliding_window"] = False
+    if family == "gemma3":
+        full = {"rope_type": "linear", "rope_theta": 5000.0, "factor": 8.0}
+        local = {"rope_type": "default", "rope_theta": 10000.0}  # as every file of this family leaves unsaid
+        plain["rope_parameters"] = {"full_attention": full, "sliding_attention": local}
+        plain |= {"num_hidden_layers": 7, "layer_types": None, "query_pre_attn_scalar": 16}
+    return plain
+
+
 def write_gguf(
     path: Path,
     family: str = "llama",
@@ -48,14 +61,7 @@ def write_gguf(
 
     ``kind``: of matrices. ``split``: the part's number and how many there are; each has every second tensor.
     """
-    plain: dict[str, Any] = {"hidden_size": 64, "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}}
-    if family == "qwen2":
-        plain["use_sliding_window"] = False
-    if family == "gemma3":
-        full = {"rope_type": "linear", "rope_theta": 5000.0, "factor": 8.0}
-        local = {"rope_type": "default", "rope_theta": 10000.0}  # as every file of this family leaves unsaid
-        plain["rope_parameters"] = {"full_attention": full, "sliding_attention": local}
-        plain |= {"num_hidden_layers": 7, "layer_types": None, "query_pre_attn_scalar": 16}
+    plain = _traits(family)
     model: Any = make_model("gemma3_text" if family == "gemma3" else family, **plain | overrides)
     config = model.config
     writer = gguf.GGUFWriter(path, family)

@@ -10,6 +10,7 @@ from flowspec.checked import check_at_most, check_not_negative, check_positive, 
 from flowspec.core import MAX_ROWS, MAX_RUNNING
 from flowspec.errors import FieldError, UsageError
 
+LEAST_MEMORY = 256  # tokens
 MIN_HEARTBEAT_S, MAX_HEARTBEAT_S = 0.01, 60.0
 
 MIN_HEARTBEAT_TIMEOUT_S = 0.3  # what a busy machine's sockets answer in
@@ -135,10 +136,14 @@ class EngineConfig:
     kv_memory_share: float = 0.8  # of the memory that is free once the weights are loaded, for KV caches
     likely_tokens: int = 256  # of an answer that a request has room for when it starts; it takes more as it grows
     keeps_caches: bool = True  # a prompt that begins like an earlier request's text is not computed again so far
+    memory_tokens: int = 2_000_000  # of the last 10,000 requests' texts, that guide guesses; 20 bytes each; 0: none
 
     def __post_init__(self) -> None:
         check_positive(self, "max_running", "likely_tokens")
         check_at_most(self, "max_running", MAX_RUNNING)
+        if self.memory_tokens and self.memory_tokens < LEAST_MEMORY:
+            problem = f"is {self.memory_tokens}; it must be 0 (none) or {LEAST_MEMORY} at least"
+            raise FieldError("memory_tokens", problem)
         if self.kv_slots < 0:
             raise UsageError(f"kv_slots is {self.kv_slots}; it must be 0 (by the free memory) or positive")
         if not 0 < self.kv_memory_share <= 1:

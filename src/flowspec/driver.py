@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from flowspec.config import EngineConfig
-from flowspec.core import FINAL
+from flowspec.core import FINAL, Ending
 from flowspec.draft.base import DraftSource
 from flowspec.draft.lookup import LookupSource
+from flowspec.draft.memory import Memory
 from flowspec.errors import ProtocolError, RequestError, UsageError
 from flowspec.request.generation import Generation
 from flowspec.request.request import Common, Request
@@ -45,11 +46,13 @@ class Driver:
         likely_tokens: int = EngineConfig.likely_tokens,
         num_stages: int = 1,
         tapped: tuple[int, ...] = (),
+        memory: Memory | None = None,
     ) -> None:
         """``num_slots``: rows that the caches of a worker have room for; ``None``: nobody counts.
 
         ``likely_tokens``: of an answer, that a request has room for when it starts.
-        ``tapped``: the target's layers whose features the workers add up.
+        ``tapped``: the target's layers whose features the workers add up. ``memory``: is told the text of each request
+        that ends.
         """
         if source is not None and source.feature_layers not in ((), (FINAL,), tapped):
             raise UsageError(
@@ -58,6 +61,7 @@ class Driver:
             )
         self._common = common
         self._source = source
+        self._memory = memory
         self._running: dict[int, _Running] = {}  # until the pipeline has confirmed their end
         self._likely_tokens = likely_tokens
         self._unwanted: list[int] = []  # cache entries of which the workers have not been told that they go
@@ -104,7 +108,7 @@ class Driver:
         text_ids = prompt_ids if previous is None else (*prompt_ids, *previous.output_ids)
         source = self._source if schedule.uses_draft else None
         if source is not None and schedule.wants_ngrams:
-            source = LookupSource(source)
+            source = LookupSource(source, self._memory)
         num_slots = self._charge(request, schedule, num_emitted)
         needs_features = source is not None and bool(source.feature_layers)
         cached, gone = self.budget.take(request_id, num_slots, text_ids, needs_features)
@@ -139,6 +143,10 @@ class Driver:
         assert not self._running, "interrupt it first"
         self._max_chunks = self._common.pipeline.prefill_in_flight or num_stages + 1
         self.budget = SlotBudget(num_slots)
+
+    def use_source(self, source: DraftSource) -> None:
+        """Requests that come from now on draft with it."""
+        self._source = source
 
     def on_message(self, message: Message) -> list[Send]:
         match message:
@@ -211,6 +219,8 @@ class Driver:
 
     def _release(self, generation: Generation) -> list[Send]:
         entry = generation.cache_entry() if generation.keeps_cache else None
+        if self._memory is not None and generation.ending in (Ending.FINISHED, Ending.CANCELLED):
+            self._memory.add((*generation.request.prompt_ids, *generation.output_ids))
         gone = self.budget.end(generation.request.request_id, entry)
         self._count_sharing()
         return self._forget(gone)

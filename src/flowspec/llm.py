@@ -70,11 +70,14 @@ class LLM:
         model: a directory, a .gguf file, a hub name (``owner/model``), ``"smollm2"`` once that was fetched, or
             ``"demo"``.
         draft: ``"auto"`` (the head that belongs to the model where it pays, else n-grams), ``"none"``, ``"ngram"``, the
-            directory of an EAGLE head, or a draft source of your own.
+            directory of an EAGLE head, a smaller language model (a directory, a .gguf file, a hub name, ``"smollm2"``),
+            or a draft source of your own.
         draft_dtype: ``"int8"`` quantises the weights of a draft head, which are then read faster; guesses may get
             slightly worse, the text stays the same. ``"auto"`` is ``dtype``, or int8 where ``weights`` are integers.
         draft_layers: the target's layers that an EAGLE-3 head reads, where its config is wrong or does not say: k for
             the stream that enters layer k. docs/DRAFTS.md says how they are found otherwise.
+        draft_check: ``"on"`` lets a draft head guess along a short text before the first request, and switches one off
+            that is broken; what was found is kept for the next start. ``"off"`` takes it as it is.
         stages: how many stages, 4 at most by default; the layers are shared out evenly.
         partition: the stages' layer ranges instead, ``"0:4,4:8"``.
         workers: addresses of running workers, ``"host:port"``, in pipeline order; by default processes on this machine.

@@ -153,13 +153,26 @@ class DraftTree:
         self._rate()
         self._forget()
 
-    def add_path(self, row: int, token_ids: list[int], logprobs: list[float]) -> None:
-        """Merge a chain of guesses below ``row``; a node that exists keeps the better of both log-probabilities."""
-        for token_id, logprob in zip(token_ids, logprobs, strict=True):
-            row = int(self._merge(np.array([row]), np.array([token_id]))[0])
-            self.drafted[row] = np.fmax(self.drafted[row], logprob)
+    def graft(self, row: int, token_ids: Ints, parents: Ints, logprobs: Floats) -> None:
+        """Merge a tree of guesses [n] below ``row``; a node that exists keeps the better of both log-probabilities.
+
+        ``parents``: places in these arrays, a parent's before its children's; -1 for ``row``. Rows may change.
+        """
+        depths = np.zeros(len(parents), dtype=np.int64)
+        for place, parent in enumerate(parents.tolist()):
+            depths[place] = 0 if parent < 0 else depths[parent] + 1
+        rows = np.full(len(parents) + 1, row, dtype=np.int64)  # the last one is found by -1
+        for depth in range(int(depths.max(initial=-1)) + 1):
+            level = np.flatnonzero(depths == depth)
+            rows[level] = self._merge(rows[parents[level]], token_ids[level])
+        children = rows[:-1]
+        self.drafted[children] = np.fmax(self.drafted[children], logprobs)
         self._rate()
         self._forget()
+
+    def add_path(self, row: int, token_ids: list[int], logprobs: list[float]) -> None:
+        """``graft`` a chain."""
+        self.graft(row, np.array(token_ids), np.arange(len(token_ids)) - 1, np.array(logprobs))
 
     def _merge(self, parents: Ints, token_ids: Ints) -> Ints:
         """Find or add each (parent row, token), and return their rows; no pair may occur twice."""

@@ -62,7 +62,7 @@ def test_json_is_one_object_and_nothing_else(run: Run, checkpoint_dir: Callable[
         (["t1", "--stages", "0"], "at least one is needed"),
         (["t1", "--partition", "0:3,4:6"], "leaves a gap"),
         (["t1", "--partition", "0:3,3:5"], "covers 5 layers, but the model has 6"),
-        (["t1", "--draft", "/no/such/head"], "no draft head"),
+        (["t1", "--draft", "/no/such/head"], "no draft in '/no/such/head'"),
         (["t1", "--draft", "ngram", "--draft-dtype", "int8"], "int8 is for draft heads, and the draft is ngram"),
         (["t1", "--model", "/no/such/model"], "not a directory"),
         (["t1", "--workers", "nonsense"], "not HOST:PORT"),

@@ -78,7 +78,7 @@ def test_completion_is_offered(run: Run, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("_FLOWSPEC_COMPLETE", "complete_bash")
     monkeypatch.setenv("COMP_WORDS", "flowspec generate --draft-")
     monkeypatch.setenv("COMP_CWORD", "2")
-    assert run().out.split() == ["--draft-dtype", "--draft-layers"]
+    assert run().out.split() == ["--draft-dtype", "--draft-layers", "--draft-check"]
 
 
 @pytest.mark.parametrize("option", ["--int8-wire", "--partition", "--min-probability", "--cluster"])

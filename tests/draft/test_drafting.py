@@ -15,8 +15,8 @@ from flowspec.config import PipelineConfig, TreeConfig
 from flowspec.core import SamplingParams
 from flowspec.draft.base import Accepted
 from flowspec.draft.eagle import GREEDY
-from flowspec.draft.lookup import LookupDraft
-from flowspec.draft.ngram import NgramConfig, NgramSource
+from flowspec.draft.lookup import LONG, LookupDraft
+from flowspec.draft.ngram import LookBack, NgramConfig, NgramSource
 from flowspec.sampling import Sampler
 from flowspec.tree import DraftTree, Ints
 from pump import Choose, Pump
@@ -81,14 +81,17 @@ def test_a_draft_that_is_the_target_accepts_full_depth(checkpoint_dir: Callable[
     assert max(generation_depths) >= 6, "the tree was deep"
 
 
-def test_the_ngram_draft_continues_the_longest_match() -> None:
-    draft = NgramSource(NgramConfig(min_match=2, max_match=4, num_tokens=3)).open(
-        [1, 2, 3, 4, 5, 9, 2, 3, 7, 8, 1, 2, 3], GREEDY, 10
-    )
+def test_the_ngram_draft_continues_the_longest_match_first() -> None:
+    prompt = [1, 2, 3, 4, 5, 9, 2, 3, 7, 8, 1, 2, 3]
+    draft = NgramSource(NgramConfig(depth=3)).open(prompt, GREEDY, 10)
     tree = DraftTree(12, 3, 80)
     assert draft.expand(tree, np.zeros(1, dtype=np.int64))
-    # "1 2 3" was followed by 4 5 9; the later "2 3" (then 7) is the shorter match.
-    assert tree.token_ids[tree.path(len(tree) - 1)].tolist() == [3, 4, 5, 9]
+    tree.check_integrity()
+    # "1 2 3" was followed by 4 5 9; the later "2 3" (then 7 8 1) is the shorter match.
+    best = tree.best()
+    assert tree.token_ids[best[:4]].tolist() == [3, 4, 5, 9]
+    assert tree.token_ids[best[4:]].tolist() == [7, 8, 1]
+    assert np.isclose(np.exp(tree.logprobs[tree.find(0, 4)]), 3 / 4 * 2 / 3)  # of three tokens in common, and two
 
 
 def test_the_ngram_draft_adds_nothing_when_it_knows_nothing() -> None:
@@ -137,6 +140,10 @@ class SilentDraft:
 ROOT = np.zeros(1, dtype=np.int64)
 
 
+def beside_silence(prompt: Sequence[int]) -> LookupDraft:
+    return LookupDraft(SilentDraft(), LookBack(LONG, prompt[:-1], None))
+
+
 def accept(draft: LookupDraft, tree: DraftTree, num_nodes: int, new_token: int | None = None) -> None:
     """Commit the root and ``num_nodes - 1`` nodes below it; without ``new_token`` the next one is the new root."""
     path = tree.path(len(tree) - 1)[: num_nodes + 1]
@@ -153,7 +160,7 @@ def test_only_long_matches_join_the_tree(num_repeated: int, is_long: bool) -> No
     text = list(range(20))
     prompt = [*text, 50, *text[5 : 5 + num_repeated]]
     tree = DraftTree(len(prompt) - 1, prompt[-1], 80)
-    assert LookupDraft(SilentDraft(), prompt).expand(tree, ROOT)
+    assert beside_silence(prompt).expand(tree, ROOT)
     tree.check_integrity()
     expected = [*text[13:], 50, *text[5:13]] if is_long else []
     assert tree.token_ids[1:].tolist() == expected
@@ -163,7 +170,7 @@ def test_only_long_matches_join_the_tree(num_repeated: int, is_long: bool) -> No
 def test_ngrams_are_trusted_as_far_as_they_have_come_true() -> None:
     text = list(range(20)) * 2
     tree = DraftTree(len(text) - 1, text[-1], 80)
-    draft = LookupDraft(SilentDraft(), text)
+    draft = beside_silence(text)
     draft.expand(tree, ROOT)
     accept(draft, tree, 3)  # three tokens came true
     draft.expand(tree, ROOT)
@@ -177,4 +184,6 @@ def test_ngrams_are_trusted_as_far_as_they_have_come_true() -> None:
         accept(draft, tree, 1, new_token=token_id)
     draft.expand(tree, ROOT)
     assert tree.token_ids[:9].tolist() == list(range(11, 20))
-    assert np.allclose(tree.logprobs[1:], math.log(7 / 9))
+    is_fork = np.isin(tree.token_ids, [3, 99])  # after the first 19 there came 0 1 2 3, after the second 0 1 2 99
+    assert np.allclose(tree.logprobs[1:][~is_fork[1:]], math.log(7 / 9))
+    assert np.allclose(tree.logprobs[is_fork][:2], math.log(7 / 9 / 2))

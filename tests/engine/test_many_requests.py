@@ -13,7 +13,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from engines import engine_of
+from engines import engine_of, run
 from flowspec.bench.load import run_load
 from flowspec.bench.runner import PairSpec
 from flowspec.bench.study import Study
@@ -128,6 +128,19 @@ def test_the_next_turn_of_a_chat_computes_only_what_is_new(
         )
         assert all(worker.num_cached == 1 for worker in pump.workers)
         prompt = [*prompt, *generation.output_ids, 3, 5, 2]
+
+
+def test_a_request_takes_over_what_one_with_another_schedule_has_left(checkpoint_dir: Callable[[str], Path]) -> None:
+    """It failed: the draft beside n-grams, which ``flow`` has, was taken for one without."""
+    config, prompt = EngineConfig(kv_slots=600), [1 + i % 9 for i in range(40)]
+    with engine_of(checkpoint_dir("llama"), stages=1, in_process=True, config=config) as engine:
+        outputs = []
+        for schedule in ("flow", "serial", "flow", "ar"):
+            job = engine.submit(prompt, SamplingParams(max_tokens=6), schedule)
+            run(engine, [job])
+            assert job.error is None and (job.num_cached > 0) == bool(outputs)
+            outputs.append(job.output_ids)
+    assert outputs == [outputs[0]] * 4
 
 
 def test_a_request_without_a_draft_reuses_one_with_a_draft_but_not_the_other_way_round(

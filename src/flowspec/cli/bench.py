@@ -13,9 +13,11 @@ import typer
 
 from flowspec.cli.options import (
     DEFAULT_STAGE_OPTIONS,
+    DraftCheckOption,
     DraftDtype,
     DraftLayersOption,
     Dtype,
+    OnOff,
     StageOptions,
     Verbose,
     changed,
@@ -59,6 +61,7 @@ def bench(
     temperatures: Annotated[str, typer.Option(help="Comma list; 0 is greedy.")] = "0,1",
     stage_options: StageOptions = DEFAULT_STAGE_OPTIONS,
     draft_layers: DraftLayersOption = None,
+    draft_check: DraftCheckOption = OnOff.on,
     repeats: Annotated[int, typer.Option(help="Runs of each prompt in real time; the median one is kept.")] = 1,
     out: Annotated[Path, typer.Option(help="Where the files go.", metavar="DIR")] = Path("bench-results"),
     sweep: Annotated[
@@ -75,6 +78,7 @@ def bench(
         all_temperatures, stages = _temperatures(temperatures), stage_options.stages
         if cluster_file is not None:
             here_only = ["--repeats"] * (repeats != 1) + ["--draft-layers"] * (draft_layers is not None)
+            here_only += ["--draft-check"] * (draft_check is not OnOff.on)
             here_only += changed(replace(stage_options, stages=None), DEFAULT_STAGE_OPTIONS)
             if here_only:
                 raise UsageError(f"{here_only[0]} is for runs in real time; leave it or the cluster file out")
@@ -88,7 +92,7 @@ def bench(
             raise UsageError(f"{simulated[0]} is for the simulator; name a cluster file too")
         if repeats < 1:
             raise UsageError(f"--repeats is {repeats}; it must be at least 1")
-        here = _Here.of(options, stage_options, repeats, layers_of(draft_layers))
+        here = _Here.of(options, stage_options, repeats, layers_of(draft_layers), draft_check)
         _bench_here(_Output(out, trace, here.title, None, here.model), here, all_temperatures, progress)
 
 
@@ -127,6 +131,7 @@ class _Here:
     draft: str
     draft_dtype: DraftDtype
     draft_layers: list[int] | None
+    draft_check: OnOff
     stage_options: StageOptions
     arguments: dict[str, Any]  # of ``LLM``, by ``stage_options``
     schedule_config: ScheduleConfig
@@ -138,7 +143,12 @@ class _Here:
 
     @classmethod
     def of(
-        cls, options: StudyOptions, stage_options: StageOptions, repeats: int, draft_layers: list[int] | None
+        cls,
+        options: StudyOptions,
+        stage_options: StageOptions,
+        repeats: int,
+        draft_layers: list[int] | None,
+        draft_check: OnOff,
     ) -> _Here:
         """Raises ``UsageError``."""
         model = "demo" if options.model is None else options.model
@@ -150,6 +160,7 @@ class _Here:
             "auto" if options.draft is None else options.draft,
             options.draft_dtype,
             draft_layers,
+            draft_check,
             stage_options,
             stage_options.arguments(),
             options.schedule_config(),
@@ -178,12 +189,13 @@ def _bench_here(output: _Output, here: _Here, temperatures: Sequence[float], pro
     from flowspec.llm import LLM
 
     first_prompt: Records | None = None
-    config = EngineConfig(keeps_caches=False)  # each run computes its own prompt
+    config = EngineConfig(keeps_caches=False, memory_tokens=0)  # each run computes its own prompt
     with LLM(
         here.model,
         draft=here.draft,
         draft_dtype=here.draft_dtype.value,
         draft_layers=here.draft_layers,
+        draft_check=here.draft_check.value,
         schedule_config=here.schedule_config,
         config=config,
         progress=progress,

@@ -91,7 +91,7 @@ def demo(
         params = SamplingParams(**scene.defaults | given)
         from flowspec.llm import LLM
 
-        config = EngineConfig(keeps_caches=False)
+        config = EngineConfig(keeps_caches=False, memory_tokens=0)
         llm = stack.enter_context(LLM(scene.model, **arguments, config=config, progress=progress))
         progress.stop()
         where = "worker processes" if arguments["workers"] is None else "workers"

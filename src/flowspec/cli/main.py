@@ -17,8 +17,9 @@ from flowspec.cli.cluster import cluster
 from flowspec.cli.demo import demo
 from flowspec.cli.emulate import emulate
 from flowspec.cli.generate import generate
+from flowspec.cli.groups import takes_groups
 from flowspec.cli.models import models
-from flowspec.cli.options import SCHEDULES_BELOW, takes_groups
+from flowspec.cli.options import SCHEDULES_BELOW
 from flowspec.cli.serve import serve
 from flowspec.cli.simulate import simulate
 from flowspec.cli.train_draft import train_draft

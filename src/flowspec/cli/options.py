@@ -1,19 +1,16 @@
 """The options that commands share, each declared once: name, type, help and default. Loads nothing heavy.
 
-A command takes a whole group of them as one parameter (``takes_groups``), whose default says the options' defaults.
+A command takes a whole group of them as one parameter (see ``groups``), whose default says the options' defaults.
 """
 
 from __future__ import annotations
 
-import copy
 import functools
-import inspect
 import textwrap
-from collections.abc import Callable
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any
 
 import typer
 
@@ -47,6 +44,11 @@ class DraftDtype(str, Enum):
     int8 = "int8"
 
 
+class OnOff(str, Enum):
+    on = "on"
+    off = "off"
+
+
 class WeightsChoice(str, Enum):
     auto = "auto"
     float = "float"
@@ -74,6 +76,12 @@ DraftLayersOption = Annotated[
         metavar="A,B,C",
         help="Layers whose input an EAGLE-3 head reads, where its config is wrong.",
         show_default="as its config says",
+    ),
+]
+DraftCheckOption = Annotated[
+    OnOff,
+    typer.Option(
+        help="Try a draft head before the first request, once, and switch it off where its guesses show it is broken."
     ),
 ]
 Stages = Annotated[
@@ -133,7 +141,7 @@ RealDraft = Annotated[
     str | None,
     typer.Option(
         "--draft",
-        help="Of a real model: auto, none, ngram, or the directory of an EAGLE head that fits it.",
+        help="Of a real model: auto, none, ngram, an EAGLE head's directory, or, in real time, a smaller model.",
         show_default="auto",
     ),
 ]
@@ -168,10 +176,14 @@ class ModelOptions:
         ),
     ] = None
     draft: Annotated[
-        str, typer.Option(help="auto, none, ngram, or the directory of an EAGLE head that fits the model.")
+        str,
+        typer.Option(
+            help="auto, none, ngram, the directory of an EAGLE head that fits, or a smaller model, named as --model is."
+        ),
     ] = "auto"
     draft_dtype: DraftDtypeOption = DraftDtype.auto
     draft_layers: DraftLayersOption = None
+    draft_check: DraftCheckOption = OnOff.on
     schedule: Schedule = "auto"
     tree_top_k: TreeTopK = TreeConfig.top_k
     tree_depth: TreeDepth = TreeConfig.depth
@@ -190,6 +202,7 @@ class ModelOptions:
             "draft": self.draft,
             "draft_dtype": self.draft_dtype.value,
             "draft_layers": draft_layers(self.draft_layers),
+            "draft_check": self.draft_check.value,
             "schedule": self.schedule,
             "schedule_config": ScheduleConfig(flow=tree, pipeline=PipelineConfig(segment_len=self.segment_len)),
         }
@@ -354,45 +367,3 @@ def changed(group: Any, default: Any) -> list[str]:
     """The options of a group that are not as ``default`` has them."""
     names = [field.name for field in fields(group)]
     return [flag(name) for name in names if getattr(group, name) != getattr(default, name)]
-
-
-# --- groups as parameters ---
-
-
-def takes_groups(command: Callable[..., None]) -> Callable[..., None]:
-    """A command for typer, with one option for each field of its parameters that are groups."""
-    groups: dict[str, Any] = {}
-    parameters: list[inspect.Parameter] = []
-    for name, parameter in inspect.signature(command, eval_str=True).parameters.items():
-        if is_dataclass(parameter.default):
-            groups[name] = parameter.default
-            parameters += _options_of(parameter.default)
-        else:
-            parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
-
-    @functools.wraps(command)
-    def run(**given: Any) -> None:
-        for name, default in groups.items():
-            given[name] = type(default)(**{field.name: given.pop(field.name) for field in fields(default)})
-        command(**given)
-
-    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    return run
-
-
-def _options_of(group: Any) -> list[inspect.Parameter]:
-    """A text that stands for a default of ``None`` gives way to a default that is said."""
-    hints = get_type_hints(type(group), include_extras=True)
-    parameters: list[inspect.Parameter] = []
-    for field in fields(group):
-        default, hint = getattr(group, field.name), hints[field.name]
-        base, option = hint.__origin__, copy.copy(hint.__metadata__[0])
-        if default is not None:
-            option.show_default = True
-        parameters.append(
-            inspect.Parameter(
-                field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[base, option]
-            )
-        )
-    return parameters

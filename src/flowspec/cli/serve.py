@@ -32,6 +32,13 @@ def serve(
     kv_slots: Annotated[
         int, typer.Option(help="Tokens that the workers' KV caches hold in all; 0: by their free memory.")
     ] = EngineConfig.kv_slots,
+    memory_tokens: Annotated[
+        int,
+        typer.Option(
+            help="Tokens of earlier requests' texts that guide guesses at later ones, of whoever, and never the text; "
+            "20 bytes each; 0: none."
+        ),
+    ] = EngineConfig.memory_tokens,
     cors_origin: Annotated[
         list[str] | None,
         typer.Option(
@@ -49,7 +56,7 @@ def serve(
         logging.getLogger("flowspec").setLevel(logging.DEBUG if verbose else logging.INFO)
         config = ServerConfig(host, port, api_key, max_waiting=max_waiting, spec_stats=spec_stats)
         config = replace(config, cors_origins=tuple(cors_origin or ()))
-        engine_config = EngineConfig(max_running, kv_slots)
+        engine_config = EngineConfig(max_running, kv_slots, memory_tokens=memory_tokens)
         arguments = model.arguments(talking_model()) | stage_options.arguments()
         if host not in ("127.0.0.1", "localhost", "::1") and api_key is None:
             logger.warning("warning: %s is open to the network and wants no key; set --api-key", host)

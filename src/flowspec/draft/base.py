@@ -55,7 +55,14 @@ class ReusableDraft(Draft, Protocol):
         ...
 
     def reuse(self, other: ReusableDraft, num_cached: int) -> None:
-        """Before anything else: ``read_prompt`` begins behind these tokens. ``other`` is of no use then."""
+        """Before anything else: ``read_prompt`` begins behind these tokens. ``other`` is of no use then.
+
+        ``other``: what ``end`` has returned, of a draft of the same source, or of one that another source wraps.
+        """
+        ...
+
+    def end(self) -> ReusableDraft | None:
+        """Its request has ended. What of it the draft of a later request may take over."""
         ...
 
 

@@ -2,30 +2,38 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, TypeAlias, get_args
 
 import torch
 
-from flowspec.core import DraftDType, DType, Weights
+from flowspec.core import DraftDType, DType, LayerRange, Weights
 from flowspec.draft.base import DraftSource
 from flowspec.draft.eagle import EagleSource
+from flowspec.draft.language_model import ModelSource
+from flowspec.draft.memory import Memory
 from flowspec.draft.ngram import NgramSource
+from flowspec.draft.token_map import TokenMap
 from flowspec.errors import UsageError
-from flowspec.model.backends import load_head
-from flowspec.model.draft_files import DraftFiles
+from flowspec.model.backends import choose_weights, load_head, load_stage, open_checkpoint
+from flowspec.model.demo_pair import DEMO
+from flowspec.model.draft_files import DraftFiles, holds_model
 from flowspec.model.draft_head import DraftHead
 from flowspec.model.eagle3_format import HEAD, Eagle3Format, kind_of
 from flowspec.model.eagle3_head import Eagle3Head, NormedHead
 from flowspec.model.eagle_head import EagleHead
-from flowspec.model.fetched import is_for_own_devices
+from flowspec.model.fetched import FETCHED, is_for_own_devices
+from flowspec.model.gguf_checkpoint import GGUF_SUFFIX
 from flowspec.model.int8 import Int8TargetHead, can_quantize, quantize_head
 from flowspec.model.loader import Checkpoint
 from flowspec.model.target_head import FewTokensHead, LogitsHead, TargetHead
 
-# A head's directory, or the caller's own source.
-ChosenDraft: TypeAlias = Literal["none", "ngram"] | Path | DraftSource
+# A head's directory, a language model, or the caller's own source.
+ChosenDraft: TypeAlias = Literal["none", "ngram"] | Path | Checkpoint | DraftSource
+
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 def choose_draft(
@@ -39,7 +47,7 @@ def choose_draft(
     if draft_dtype not in get_args(DraftDType):
         raise UsageError(f"draft_dtype is {draft_dtype!r}; it must be 'auto' or 'int8'")
     chosen = _find_draft(checkpoint, draft, is_local)
-    if draft_dtype == "int8" and not isinstance(chosen, Path):
+    if draft_dtype == "int8" and not isinstance(chosen, (Path, Checkpoint)):
         name = chosen if isinstance(chosen, str) else chosen.name
         raise UsageError(
             f"int8 is for draft heads, and the draft is {name}; name a head's directory, or leave int8 out"
@@ -61,9 +69,15 @@ def _find_draft(checkpoint: Checkpoint, draft: str | Path | DraftSource, is_loca
             return own if is_of_use else "ngram"
         case name:
             directory = Path(name).expanduser()
+            is_known = name in (DEMO, *FETCHED) or name.endswith(GGUF_SUFFIX) or _HUB_NAME.fullmatch(name)
+            if is_known and not directory.is_dir():
+                return open_checkpoint(name)
             if not directory.is_dir():
-                raise UsageError(f"no draft head in {name!r}; give its directory, or one of auto, none, ngram")
-            return directory
+                raise UsageError(
+                    f"no draft in {name!r}; give the directory of a head or a small model, a .gguf file, a hub name "
+                    "(owner/model), or one of auto, none, ngram"
+                )
+            return open_checkpoint(name) if holds_model(DraftFiles(directory)) else directory
 
 
 def read_taps(
@@ -92,18 +106,25 @@ def load_draft(
     draft_dtype: DraftDType = "auto",
     weights: Weights = "float",
     taps: Eagle3Format | None = None,
+    memory: Memory | None = None,
 ) -> DraftSource | None:
     """``None`` when nothing is to be drafted. ``is_coupled``: see ``EagleSource``.
 
     ``weights``: of the target, and so of ``head``. ``draft_dtype``: int8 quantises the draft head and a copy of the
     lm_head, ``head`` itself stays as it is; auto does so where the target is in integers too, and the kernels can.
-    ``taps``: what ``read_taps`` has found. Raises ``UsageError``.
+    ``taps``: what ``read_taps`` has found. ``memory``: for n-grams. Raises ``UsageError``.
     """
     match chosen:
         case "none":
             return None
         case "ngram":
-            return NgramSource()
+            return NgramSource(memory=memory)
+        case Checkpoint():
+            weights = "int8" if draft_dtype == "int8" else choose_weights(chosen, "auto", device)
+            tokens = TokenMap(chosen.load_tokenizer(), checkpoint.load_tokenizer(), chosen, checkpoint)
+            stage = load_stage(chosen, LayerRange(0, chosen.num_layers), dtype, weights, device)
+            own_head = load_head(chosen, dtype, weights, device)
+            return ModelSource(stage, own_head, tokens, chosen.max_positions, is_coupled)
         case Path() if taps is not None:
             draft_head: DraftHead = Eagle3Head.load(taps, checkpoint.load_embedding(dtype, device), dtype, device)
             token_ids, lm_head = taps.token_ids(checkpoint.vocab_size), head

@@ -51,7 +51,8 @@ class EagleSource:
         self.is_coupled = is_coupled
         self.name = name
         self.feature_layers = feature_layers
-        self.steady_steps = steady_steps(getattr(head.config, "hit_rates", ()))
+        self.hit_rates: Sequence[float] = getattr(head.config, "hit_rates", ())
+        self.steady_steps = steady_steps(self.hit_rates)
 
     def open(self, prompt_ids: Sequence[int], sampler: Sampler, top_k: int) -> EagleDraft:
         return EagleDraft(self, prompt_ids, sampler if self.is_coupled else GREEDY, top_k)
@@ -92,6 +93,9 @@ class EagleDraft:
         self._cache, self._features = other._cache, other._features
         self._cache.slots.finish([])
         self._cache.slots.reuse(num_cached, len(self._prompt_ids) - 1)
+
+    def end(self) -> EagleDraft:
+        return self
 
     def read_prompt(self, node_ids: Sequence[int], features: Tensor) -> None:
         """Run the rows of the tokens behind these; the root's own waits for the first pass."""

@@ -31,6 +31,11 @@ class CheckpointPair:
                 f"{chosen} is an EAGLE-3 head, which simulations and emulations do not run; give an EAGLE-1 or EAGLE-2 "
                 "head, ngram or none, or measure in real time with bench"
             )
+        if isinstance(chosen, Checkpoint):
+            raise UsageError(
+                f"{chosen.title} is a language model, which simulations and emulations do not draft with; give an "
+                "EAGLE head, ngram or none, or measure in real time with bench"
+            )
         self.head = head
         self.source = load_draft(chosen, self.checkpoint, head, "float32", "cpu", is_coupled, draft_dtype)
         self.max_positions = self.checkpoint.max_positions

@@ -9,6 +9,7 @@ from flowspec.chat_template import ChatTemplate
 from flowspec.core import DraftDType, DType, Weights
 from flowspec.draft.base import DraftSource
 from flowspec.draft.catalogue import ChosenDraft, load_draft
+from flowspec.draft.memory import Memory
 from flowspec.model.backends import load_head
 from flowspec.model.eagle3_format import Eagle3Format
 from flowspec.model.loader import Checkpoint
@@ -30,6 +31,7 @@ class DriverModel:
     turn_end_ids: frozenset[int]  # tokens that end an answer
     head: LogitsHead
     source: DraftSource | None  # ``None``: nothing is drafted
+    memory: Memory | None = None  # of earlier requests' texts, for look-ups
 
     @classmethod
     def load(
@@ -41,16 +43,19 @@ class DriverModel:
         draft_dtype: DraftDType = "auto",
         weights: Weights = "float",
         taps: Eagle3Format | None = None,
+        memory_tokens: int = 0,
     ) -> DriverModel:
-        """``taps``: what ``draft.catalogue.read_taps`` has found.
+        """``taps``: what ``draft.catalogue.read_taps`` has found. ``memory_tokens``: see ``EngineConfig``.
 
         Raises ``ModelError`` and ``UsageError`` for files that cannot be used.
         """
         tokenizer = checkpoint.load_tokenizer()
         template = ChatTemplate(tokenizer, checkpoint.title)
         head = load_head(checkpoint, dtype, weights, device)
-        source = load_draft(draft, checkpoint, head, dtype, device, draft_dtype=draft_dtype, weights=weights, taps=taps)
+        memory = Memory(memory_tokens) if memory_tokens and draft != "none" else None
+        how = dtype, device, True, draft_dtype, weights, taps
+        source = load_draft(draft, checkpoint, head, *how, memory=memory)
         # Configs, tokenizer and template of a fine-tune often say different ones.
         own = tokenizer.eos_token_id
         ends = checkpoint.all_eos_token_ids | template.end_ids | ({own} if isinstance(own, int) else frozenset())
-        return cls(checkpoint, tokenizer, Vocabulary(tokenizer), template, ends, head, source)
+        return cls(checkpoint, tokenizer, Vocabulary(tokenizer), template, ends, head, source, memory)

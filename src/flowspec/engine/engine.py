@@ -19,6 +19,7 @@ from typing import Any
 
 from flowspec.config import EngineConfig, ScheduleConfig
 from flowspec.core import Ending, Partition, SamplingParams
+from flowspec.draft.base import DraftSource
 from flowspec.driver import Driver
 from flowspec.engine.driver_model import DriverModel
 from flowspec.engine.job import Job
@@ -86,7 +87,7 @@ class Engine:
         num_slots, num_stages = pipeline.num_slots(config), len(pipeline.partition)
         taps = pipeline.spec.taps
         tapped = () if taps is None else taps.taps.layers
-        self._driver = Driver(common, model.source, num_slots, config.likely_tokens, num_stages, tapped)
+        self._driver = Driver(common, model.source, num_slots, config.likely_tokens, num_stages, tapped, model.memory)
 
     @property
     def schedule_name(self) -> str:
@@ -96,6 +97,12 @@ class Engine:
     @property
     def partition(self) -> Partition:
         return self.pipeline.partition
+
+    def use_source(self, source: DraftSource) -> None:
+        """Requests that come from now on draft with it."""
+        self.model = replace(self.model, source=source)
+        self._schedules.use_source(source)
+        self._driver.use_source(source)
 
     def observe(self, observer: Observer) -> None:
         """Tell it of everything from now on."""

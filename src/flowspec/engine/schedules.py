@@ -28,6 +28,11 @@ class Schedules:
         self._pipeline = pipeline
         self._pace = Pace(pipeline.costs) if pipeline.costs is not None else None
 
+    def use_source(self, source: DraftSource) -> None:
+        """From now on."""
+        self._source = source
+        self._tree_sizes.clear()
+
     def _make(self, name: str) -> Schedule:
         steady_steps = 1 if self._source is None else self._source.steady_steps
         num_stages, num_parallel = len(self._pipeline.partition), self._pipeline.spec.num_parallel

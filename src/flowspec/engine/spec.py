@@ -7,9 +7,10 @@ from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
 
 from flowspec.config import EngineConfig, LinkConfig, ScheduleConfig
-from flowspec.core import DraftDType, DType, Partition, Weights
+from flowspec.core import DraftCheck, DraftDType, DType, Partition, Weights
 from flowspec.draft.base import DraftSource
 from flowspec.draft.catalogue import choose_draft, read_taps
+from flowspec.engine.draft_check import check_draft
 from flowspec.engine.driver_model import DriverModel
 from flowspec.engine.engine import Engine
 from flowspec.engine.pipeline import PipelineSpec, choose_partition, open_pipeline
@@ -34,6 +35,7 @@ class EngineSpec:
     draft: str | Path | DraftSource = "auto"
     draft_dtype: DraftDType = "auto"
     draft_layers: Sequence[int] | None = None
+    draft_check: DraftCheck = "on"
     stages: int | None = None
     partition: str | Partition | None = None
     workers: Sequence[str] | None = None
@@ -71,9 +73,13 @@ def open_engine(spec: EngineSpec) -> Engine:
         where = replace(where, hints=draft_for_workers(draft))
     pipeline = open_pipeline(where)
     try:
-        model = DriverModel.load(checkpoint, draft, spec.dtype, spec.device, spec.draft_dtype, weights, taps)
+        how = spec.dtype, spec.device, spec.draft_dtype, weights, taps, spec.config.memory_tokens
+        model = DriverModel.load(checkpoint, draft, *how)
         pipeline.await_ready(lambda done: spec.progress("loading", done))
-        return Engine(pipeline, model, spec.schedule, spec.schedule_config, spec.config)
+        engine = Engine(pipeline, model, spec.schedule, spec.schedule_config, spec.config)
+        if spec.draft_check == "on" and isinstance(draft, Path):
+            check_draft(engine, draft, spec.draft_layers, spec.draft_dtype, spec.progress)
+        return engine
     except BaseException:
         pipeline.close()
         raise

@@ -21,6 +21,7 @@ from flowspec.model.config_file import check_config
 AnyConfig = TypeVar("AnyConfig", LlamaConfig, Qwen3Config)
 
 CONFIG, SAFETENSORS, BIN = "config.json", "model.safetensors", "pytorch_model.bin"
+INDEX = "model.safetensors.index.json"  # of a model in several files, which no head is
 
 
 class DraftFiles:
@@ -111,6 +112,21 @@ class DraftFiles:
     def _truncated(self, error: Exception) -> ModelError:
         kind = "no safetensors file" if self.path.name == SAFETENSORS else "no file of tensors"
         return ModelError(f"{self.path} is truncated or {kind} ({error}); fetch the file again")
+
+
+def holds_model(files: DraftFiles) -> bool:
+    """Whether a directory holds a whole language model, by its tensors: those of heads have other names among them.
+
+    Configs do not tell: those of heads are written as if they were of a model.
+    """
+    if (files.directory / INDEX).is_file():
+        return True
+    try:
+        names = {name.removeprefix("model.") for name in files.shapes}
+    except ModelError:
+        return False  # whoever loads it as a head says what is wrong
+    is_head = any(name.startswith(("fc.", "midlayer.")) or "hidden_norm" in name for name in names)
+    return not is_head and {"embed_tokens.weight", "layers.0.input_layernorm.weight", "norm.weight"} <= names
 
 
 def layer_config(values: Mapping[str, Any], path: Path, kind: type[AnyConfig]) -> AnyConfig:

@@ -53,7 +53,7 @@ class FetchedModel:
     @property
     def path(self) -> Path:
         """Where the file is in the user's cache, or will be."""
-        return cache_folder("models") / self.title / self.member.rpartition("/")[2]
+        return cache_directory("models") / self.title / self.member.rpartition("/")[2]
 
     @property
     def is_cached(self) -> bool:
@@ -143,9 +143,9 @@ def fetch(name: str, progress: Progress) -> Path:
     return model.path
 
 
-def cache_folder(kind: str) -> Path:
-    """Of this user, for what can be made or fetched again."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flowspec" / kind
+def cache_directory(name: str) -> Path:
+    """Where things of a kind lie in the user's cache, or will."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flowspec" / name
 
 
 def _pip() -> list[str]:

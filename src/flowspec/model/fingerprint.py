@@ -9,14 +9,15 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from flowspec.core import LayerRange
 from flowspec.errors import ModelError, first_line
 from flowspec.model.loader import Checkpoint
-from flowspec.model.tensor_files import StoredTensor
 
 _NUM_SAMPLES = 8  # of a tensor, from its first bytes to its last ones
+_NUM_FILE_SAMPLES = 256
 _SAMPLE_BYTES = 8192
 _NO_WEIGHTS = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")  # say nothing of the model
 
@@ -31,8 +32,19 @@ def fingerprint(checkpoint: Checkpoint, layers: LayerRange) -> str:
             if stored is None:
                 return ""
             digest.update(f"{name} {stored.kind} {stored.shape}".encode())
-            for sample in _samples(stored):
+            for sample in _samples(stored.path, stored.offset, stored.num_bytes, _NUM_SAMPLES):
                 digest.update(sample)
+    return digest.hexdigest()[:32]
+
+
+def files_fingerprint(directory: Path) -> str:
+    """Of the files in a folder, as those of a draft head. Raises ``ModelError``."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in directory.iterdir() if path.is_file()):
+        num_bytes = path.stat().st_size
+        digest.update(f"{path.name} {num_bytes}".encode())
+        for sample in _samples(path, 0, num_bytes, _NUM_FILE_SAMPLES):
+            digest.update(sample)
     return digest.hexdigest()[:32]
 
 
@@ -41,15 +53,15 @@ def _config_bytes(config: dict[str, Any]) -> bytes:
     return json.dumps(told, sort_keys=True, default=str).encode()
 
 
-def _samples(stored: StoredTensor) -> Iterator[bytes]:
+def _samples(path: Path, offset: int, num_bytes: int, num_samples: int) -> Iterator[bytes]:
     try:
-        with stored.path.open("rb") as file:
-            if stored.num_bytes <= _NUM_SAMPLES * _SAMPLE_BYTES:
-                file.seek(stored.offset)
-                yield file.read(stored.num_bytes)
+        with path.open("rb") as file:
+            if num_bytes <= num_samples * _SAMPLE_BYTES:
+                file.seek(offset)
+                yield file.read(num_bytes)
                 return
-            for number in range(_NUM_SAMPLES):
-                file.seek(stored.offset + number * (stored.num_bytes - _SAMPLE_BYTES) // (_NUM_SAMPLES - 1))
+            for number in range(num_samples):
+                file.seek(offset + number * (num_bytes - _SAMPLE_BYTES) // (num_samples - 1))
                 yield file.read(_SAMPLE_BYTES)
     except OSError as error:
-        raise ModelError(f"{stored.path} cannot be read ({first_line(error)}); check its permissions") from error
+        raise ModelError(f"{path} cannot be read ({first_line(error)}); check its permissions") from error

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from flowspec.errors import ModelError, first_line
-from flowspec.model.fetched import cache_folder
+from flowspec.model.fetched import cache_directory
 from flowspec.model.tensor_files import StoredTensor
 
 _READ_BYTES = 1 << 22
@@ -22,7 +22,7 @@ class TensorDigests:
     def __init__(self, go_on: Callable[[], bool]) -> None:
         """``go_on``: asked now and then; once it says no, ``of`` raises ``InterruptedError``."""
         self._go_on = go_on
-        self._folder = cache_folder("digests")
+        self._folder = cache_directory("digests")
         self._known: dict[Path, dict[str, str]] = {}  # by file of weights, by place in it
         self._new: set[Path] = set()
 

@@ -79,8 +79,7 @@ class Generation:
         self._feature_layers = () if source is None else source.feature_layers
         self._want_hints = want_hints and source is not None
         self._draft: Draft | None = source.open(text_ids, self._sampler, tree_config.top_k) if source else None
-        if self._cached.draft is not None and self._feature_layers:
-            assert isinstance(self._draft, ReusableDraft)
+        if self._cached.draft is not None and isinstance(self._draft, ReusableDraft):
             self._draft.reuse(self._cached.draft, self._cached.num_cached)
         self.num_passes = 0  # draft passes since the last commit
         self._num_prompt_sent = self._cached.num_cached
@@ -381,7 +380,7 @@ class Generation:
         """What an ended request that keeps its cache leaves in the prefix cache."""
         assert self.is_finished and self.keeps_cache
         tokens = (*self.request.prompt_ids, *self.output_ids)[: self.prefix_len]
-        draft = self._draft if self._feature_layers and isinstance(self._draft, ReusableDraft) else None
+        draft = self._draft.end() if isinstance(self._draft, ReusableDraft) else None
         return CacheEntry(self.request.request_id, tokens, draft)
 
     def take_outbox(self) -> list[Send]:

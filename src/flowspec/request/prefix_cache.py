@@ -23,7 +23,7 @@ class CacheEntry:
 
     request_id: int
     token_ids: tuple[int, ...]  # whose keys and values the workers hold
-    draft: ReusableDraft | None  # one that needed features, if another one can take over what it made of them
+    draft: ReusableDraft | None  # if another one can take over what it made of the text
 
     def prefix_for(self, prompt_ids: Sequence[int], needs_features: bool) -> CachedPrefix:
         """What a request with this prompt can take over."""

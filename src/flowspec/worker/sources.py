@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from flowspec.errors import UsageError
 from flowspec.model.backends import find_checkpoint
-from flowspec.model.fetched import cache_folder
+from flowspec.model.fetched import cache_directory
 from flowspec.model.loader import Checkpoint
 from flowspec.wire.messages import Configure
 from flowspec.worker.blob_cache import BlobCache
@@ -24,7 +24,7 @@ class Sources:
         if not 0 < cache_gb < 1e9:
             raise UsageError(f"a cache of {cache_gb} GB is none; give a positive number")
         self._may_ask_hub = may_ask_hub
-        self._cache = BlobCache(cache_folder("received"), int(cache_gb * 1e9))
+        self._cache = BlobCache(cache_directory("received"), int(cache_gb * 1e9))
 
     def find(self, name: str) -> Checkpoint | None:
         """``None``: the driver has to send it. Raises ``ModelError`` for what is here, and cannot be used."""

@@ -1,0 +1,244 @@
+"""Draft heads are tried before the first request: good ones pass, broken ones are found, and no text changes."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from clockwork import COLUMN, TAPPED, TURN, VOCAB, head_weights, turn, write_head, write_target
+from engines import engine_of, run
+from flowspec.core import SamplingParams
+from flowspec.draft.acceptance import DEPTH, Acceptance, ReadText, measure
+from flowspec.draft.eagle import EagleSource
+from flowspec.engine import draft_check
+from flowspec.engine.draft_check import check_draft
+from flowspec.engine.engine import Engine
+from flowspec.model.demo_pair import DEMO, demo_draft_directory
+from flowspec.model.draft_head import DraftHead
+from flowspec.model.target_head import TargetHead
+
+Plant = Callable[[dict[str, Tensor]], Any]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """And all the time in the world: a busy machine must not leave a head unjudged."""
+    monkeypatch.setattr(draft_check, "TEXT_S", 100.0)
+    monkeypatch.setattr(draft_check, "GUESSES_S", 100.0)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "flowspec" / "draft-checks"
+
+
+@pytest.fixture
+def warnings(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
+    caplog.set_level(logging.WARNING, "flowspec.draft")
+    return lambda: [record.getMessage() for record in caplog.records if record.name == "flowspec.draft"]
+
+
+@pytest.fixture(scope="module")
+def clockwork(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_target(tmp_path_factory.mktemp("clockwork") / "target")
+
+
+def text_of(engine: Engine) -> list[int]:
+    job = engine.submit([5, 7, 11], SamplingParams(max_tokens=12))
+    run(engine, [job])
+    assert job.generation is not None
+    return job.output_ids
+
+
+# --- EAGLE-3 ---
+
+
+def test_a_good_eagle3_head_passes(clockwork: Path, tmp_path: Path, warnings: Callable[[], list[str]]) -> None:
+    head = write_head(tmp_path / "head", head_weights())
+    with engine_of(clockwork, stages=3, in_process=True, draft=head, draft_check="on") as engine:
+        assert engine.model.source is not None and engine.model.source.name == "eagle3"
+        assert not warnings()
+        (found,) = (tmp_path / "cache" / "flowspec" / "draft-checks").iterdir()
+        kept = draft_check._load(found)
+        assert kept is not None and not kept.repair
+        acceptance = kept.acceptance
+        assert acceptance.num_made[0] > 40
+        # It is built to be always right, where a token is the successor of the one before it.
+        assert acceptance.num_right == [acceptance.num_made[0] - 1, *acceptance.num_made[1:]]
+
+
+def without_head(weights: dict[str, Tensor]) -> None:
+    del weights["lm_head.weight"]  # the target's serves
+
+
+def random_embedding(weights: dict[str, Tensor]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weights["embed_tokens.weight"] = torch.randn(VOCAB, 32, generator=generator)
+
+
+def older_features(weights: dict[str, Tensor]) -> None:
+    """As if it had been trained with the feature of the token before."""
+    blocks = [(turn(2 - TURN * layer) + COLUMN) * 3 for layer in TAPPED]
+    weights["fc.weight"] = torch.cat(blocks, dim=1)
+
+
+def nothing(weights: dict[str, Tensor]) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("plant", "changes", "layers", "cause"),
+    [
+        (without_head, {}, None, "or its lm_head, its embedding"),
+        (random_embedding, {}, None, "or its lm_head, its embedding"),
+        (nothing, {"norm_before_residual": False}, None, "With norm_before_residual true it guesses well"),
+        (older_features, {}, None, "It guesses well with the features of the token before in each one's place"),
+        (nothing, {}, [layer - 1 for layer in TAPPED], "--draft-layers"),
+        (nothing, {}, [layer + 1 for layer in TAPPED], "--draft-layers"),
+    ],
+    ids=["lm_head", "embedding", "a norm ignored", "features one late", "layers one too low", "layers one too high"],
+)
+def test_a_broken_eagle3_head_is_switched_off(
+    clockwork: Path,
+    tmp_path: Path,
+    warnings: Callable[[], list[str]],
+    plant: Plant,
+    changes: dict[str, Any],
+    layers: list[int] | None,
+    cause: str,
+) -> None:
+    weights = head_weights()
+    plant(weights)
+    head = write_head(tmp_path / "head", weights, **changes)
+    with engine_of(clockwork, stages=2, in_process=True, draft="none") as engine:
+        expected = text_of(engine)
+    with engine_of(clockwork, stages=2, in_process=True, draft=head, draft_check="on", draft_layers=layers) as engine:
+        (told,) = warnings()
+        assert f"the draft head in {head} is switched off, and n-grams draft instead" in told
+        assert "first guesses are right" in told and "--draft-check off" in told and cause in told
+        assert engine.model.source is not None and engine.model.source.name == "ngram"
+        assert text_of(engine) == expected
+    settings: dict[str, Any] = {"draft": head, "draft_layers": layers, "draft_check": "off"}
+    with engine_of(clockwork, stages=2, in_process=True, **settings) as engine:
+        assert engine.model.source is not None and engine.model.source.name == "eagle3"
+        assert text_of(engine) == expected
+    assert len(warnings()) == 1
+
+
+# --- EAGLE-1 ---
+
+
+@pytest.fixture(scope="module")
+def demo_text() -> tuple[EagleSource, ReadText]:
+    with engine_of(DEMO, stages=2, in_process=True, draft_check="off") as engine:
+        source = engine.model.source
+        assert isinstance(source, EagleSource)
+        return source, draft_check._write(engine, source)
+
+
+def test_the_demo_pair_passes(demo_text: tuple[EagleSource, ReadText]) -> None:
+    source, text = demo_text
+    acceptance = measure(source, text)
+    for hit_rates in (source.hit_rates, ()):
+        assert acceptance.wrong_step(source.name, hit_rates) is None
+    assert acceptance.num_made[0] > 40
+
+
+def other_embedding(source: EagleSource, text: ReadText) -> tuple[DraftHead, Any, ReadText]:
+    head = _copy(source.head)
+    head.embedding = torch.randn(head.embedding.shape, generator=torch.Generator().manual_seed(0)) * 0.02
+    return head, source.lm_head, text
+
+
+def other_lm_head(source: EagleSource, text: ReadText) -> tuple[DraftHead, Any, ReadText]:
+    weight = torch.randn(source.head.embedding.shape, generator=torch.Generator().manual_seed(0)) * 0.02
+    return source.head, TargetHead(weight), text
+
+
+def features_of_the_token_before(source: EagleSource, text: ReadText) -> tuple[DraftHead, Any, ReadText]:
+    assert text.features is not None
+    rolled = torch.roll(text.features, 1, dims=0)
+    return source.head, source.lm_head, ReadText(text.token_ids, text.prompt_len, rolled)
+
+
+def no_first_matrix(source: EagleSource, text: ReadText) -> tuple[DraftHead, Any, ReadText]:
+    head: Any = _copy(source.head)
+    head.fc.weight.data = torch.randn(head.fc.weight.shape, generator=torch.Generator().manual_seed(0)) * 0.02
+    return head, source.lm_head, text
+
+
+def _copy(head: DraftHead) -> DraftHead:
+    return copy.deepcopy(head)
+
+
+@pytest.mark.parametrize("plant", [other_embedding, other_lm_head, features_of_the_token_before, no_first_matrix])
+def test_a_broken_eagle1_head_is_found(demo_text: tuple[EagleSource, ReadText], plant: Callable[..., Any]) -> None:
+    source, text = demo_text
+    head, lm_head, text = plant(source, text)
+    assert measure(EagleSource(head, lm_head), text).wrong_step(source.name, source.hit_rates) == 0
+
+
+def test_what_was_found_is_kept_and_a_changed_head_is_tried_anew(
+    tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch, warnings: Callable[[], list[str]]
+) -> None:
+    head = tmp_path / "head"
+    shutil.copytree(demo_draft_directory(), head)
+    tried: list[EagleSource] = []
+    real = draft_check._measure
+    monkeypatch.setattr(draft_check, "_measure", lambda engine, source: (tried.append(source), real(engine, source))[1])
+    for _ in range(2):
+        with engine_of(DEMO, stages=1, in_process=True, draft=head, draft_check="on"):
+            pass
+    assert len(tried) == 1 and not warnings()
+    weights = load_file(head / "model.safetensors")
+    name = next(name for name in weights if name.endswith("fc.weight"))
+    weights[name] = torch.zeros_like(weights[name])
+    save_file(weights, head / "model.safetensors")
+    for _ in range(2):
+        with engine_of(DEMO, stages=1, in_process=True, draft=head, draft_check="on") as engine:
+            assert engine.model.source is not None and engine.model.source.name == "ngram"
+    assert len(tried) == 2 and len(warnings()) == 2, "the second start says it again"
+    for kept in own_cache.iterdir():
+        kept.write_text("{]")
+    with engine_of(DEMO, stages=1, in_process=True, draft=head, draft_check="on"):
+        assert len(tried) == 3
+
+
+# --- the verdict ---
+
+
+@pytest.mark.parametrize(
+    ("num_right", "hit_rates", "wrong_step"),
+    [
+        ((47, 46, 45), (), None),
+        ((24, 12, 5), (), None),
+        ((15, 4, 1), (), None),
+        ((2, 1, 0), (), 0),
+        ((40, 0, 0), (), 1),
+        ((40, 35, 0), (), 2),
+        ((10, 5, 2), (0.7, 0.7, 0.7), 0),
+        ((30, 6, 2), (0.7, 0.7, 0.7), 1),
+        ((2, 1, 0), (0.05, 0.05, 0.05), None),
+    ],
+)
+def test_only_what_is_far_below_its_kind_is_broken(
+    num_right: tuple[int, ...], hit_rates: tuple[float, ...], wrong_step: int | None
+) -> None:
+    num_made = [47, *num_right[: DEPTH - 1]]
+    assert Acceptance(num_made, list(num_right)).wrong_step("eagle3", hit_rates) == wrong_step
+
+
+def test_too_few_guesses_say_nothing() -> None:
+    assert Acceptance([8, 0, 0], [0, 0, 0]).wrong_step("eagle") is None
+
+
+def test_a_check_that_has_no_room_leaves_the_head_as_it_is(tmp_path: Path, warnings: Callable[[], list[str]]) -> None:
+    with engine_of(DEMO, stages=1, in_process=True, draft_check="off") as engine:
+        engine._driver.budget.num_slots = 1
+        check_draft(engine, demo_draft_directory(), None, "auto", lambda what, share: None)
+        assert engine.model.source is not None and engine.model.source.name == "eagle" and not warnings()
