@@ -37,7 +37,8 @@ class Draft(Protocol):
         """Make one draft pass: give ``rows`` children, and note their staleness. False when none could be made.
 
         ``rows`` is the root alone, or nodes whose parents have been expanded. One pass is the unit of patience: the
-        driver looks for results between two of them.
+        driver looks for results between two of them. A block draft (see ``DraftSource.block_len``) makes its pass at
+        the root, and reads from it what follows nodes below.
         """
         ...
 
@@ -80,6 +81,7 @@ class DraftSource(Protocol):
 
     name: str
     steady_steps: int  # steps of extrapolation over which its guesses hardly get worse
+    block_len: int  # levels that one pass at the root guesses; 1: each level takes a pass of its own
     feature_layers: tuple[int, ...]  # of the target, whose outputs it reads for every token; ``core.FINAL``, or none
 
     def open(self, prompt_ids: Sequence[int], sampler: Sampler, top_k: int) -> Draft:

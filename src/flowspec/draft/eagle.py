@@ -52,6 +52,7 @@ class EagleSource:
         self.name = name
         self.feature_layers = feature_layers
         self.steady_steps = steady_steps(getattr(head.config, "hit_rates", ()))
+        self.block_len = 1
 
     def open(self, prompt_ids: Sequence[int], sampler: Sampler, top_k: int) -> EagleDraft:
         return EagleDraft(self, prompt_ids, sampler if self.is_coupled else GREEDY, top_k)

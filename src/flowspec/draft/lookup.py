@@ -28,6 +28,7 @@ class LookupSource:
         self._inner = inner
         self.name = inner.name
         self.steady_steps = inner.steady_steps
+        self.block_len = inner.block_len
         self.feature_layers = inner.feature_layers
 
     def open(self, prompt_ids: Sequence[int], sampler: Sampler, top_k: int) -> LookupDraft:
