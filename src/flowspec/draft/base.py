@@ -60,6 +60,14 @@ class ReusableDraft(Draft, Protocol):
         ...
 
 
+@runtime_checkable
+class BlockDraft(Draft, Protocol):
+    """A draft whose newest block has levels below a root that it did not foresee."""
+
+    def reread(self, tree: DraftTree) -> None:
+        """Give the root children from the newest block, without a pass; the block has guesses of that level."""
+
+
 _STEADY_LEVEL, _STEADY_SHARE = 5, 0.93
 
 
@@ -74,6 +82,18 @@ def steady_steps(hit_rates: Sequence[float]) -> int:
     is_steady = [rate >= _STEADY_SHARE * hit_rates[0] for rate in hit_rates]
     num_steady = (*is_steady, False).index(False)
     return num_steady if num_steady >= _STEADY_LEVEL else 1
+
+
+@dataclass(frozen=True)
+class Levels:
+    """How deep a draft's guesses are good, and how many levels one pass of it makes; see ``DraftSource``."""
+
+    steady_steps: int = 1
+    block_len: int = 1
+
+    @classmethod
+    def of(cls, source: DraftSource | None) -> Levels:
+        return cls() if source is None else cls(source.steady_steps, source.block_len)
 
 
 class DraftSource(Protocol):

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from flowspec.draft.base import Accepted, Draft, DraftSource, ReusableDraft
+from flowspec.draft.base import Accepted, BlockDraft, Draft, DraftSource, ReusableDraft
 from flowspec.draft.ngram import NgramConfig, NgramDraft
 from flowspec.sampling import Sampler
 from flowspec.tree import DraftTree, Ints
@@ -71,6 +71,10 @@ class LookupDraft:
         if self._chain:
             tree.add_path(0, self._chain, [math.log(self._hits / self._trials)] * len(self._chain))
         return True
+
+    def reread(self, tree: DraftTree) -> None:
+        assert isinstance(self._inner, BlockDraft)
+        self._inner.reread(tree)
 
     def _count(self, token_ids: Sequence[int]) -> None:
         """How far the chain went along with what came."""

@@ -49,27 +49,36 @@ class SyntheticDraft:
 
     def commit(self, accepted: Accepted, tree: DraftTree) -> None:
         self._append(accepted.token_ids)
+        node_ids, token_ids = [*accepted.node_ids, tree.root_id], [*accepted.token_ids, int(tree.token_ids[0])]
+        missed = (self._firsts.get(i) != token for i, token in zip(node_ids, token_ids[1:], strict=False))
+        self._detours[tree.root_id] = self._detours.get(node_ids[0], 0) + sum(missed)
         alive = set(tree.node_ids.tolist())
         self._contexts = {node_id: context for node_id, context in self._contexts.items() if node_id in alive}
         self._firsts = {node_id: token for node_id, token in self._firsts.items() if node_id in alive}
         self._detours = {node_id: num for node_id, num in self._detours.items() if node_id in alive}
 
     def expand(self, tree: DraftTree, rows: Ints) -> bool:
+        if rows[0] == 0:
+            self._anchor_len, self._firsts, self._detours = self._prefix_len, {}, {tree.root_id: 0}
+        self._expand(tree, rows)
+        return True
+
+    def reread(self, tree: DraftTree) -> None:
+        self._expand(tree, np.zeros(1, dtype=np.int64))
+
+    def _expand(self, tree: DraftTree, rows: Ints) -> None:
         parents = tree.parents[rows]
         above = [self._prefix if row < 0 else self._contexts[int(tree.node_ids[row])] for row in parents.tolist()]
         contexts = np.stack(above) + increments(tree.token_ids[rows], tree.depths[rows] + self._prefix_len)
         self._contexts.update(zip(tree.node_ids[rows].tolist(), contexts, strict=True))
         if self._source.block_len > 1:
             self._read_block(tree, rows, contexts)
-            return True
+            return
         staleness = np.where(parents < 0, 0, tree.staleness[parents]) + 1
         tree.expand(rows, *self._source.language.draft(contexts, staleness, self._top_k), staleness)
-        return True
 
     def _read_block(self, tree: DraftTree, rows: Ints, contexts: NDArray[np.int64]) -> None:
-        """Children from the newest block's guesses; at the root from a new one."""
-        if rows[0] == 0:
-            self._anchor_len, self._firsts, self._detours = self._prefix_len, {}, {tree.root_id: 0}
+        """Children from the newest block's guesses."""
         detours = np.array([self._detours_of(tree, row) for row in rows.tolist()])
         levels = self._levels(tree, rows)
         token_ids, logprobs = self._source.language.draft(contexts, levels, self._top_k, detours)

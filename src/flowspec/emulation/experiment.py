@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from flowspec.config import ScheduleConfig
 from flowspec.core import MAX_SEED, SamplingParams
-from flowspec.draft.base import DraftSource
+from flowspec.draft.base import DraftSource, Levels
 from flowspec.driver import Driver
 from flowspec.emulation.costs import DriverCosts
 from flowspec.emulation.description import ClusterDescription
@@ -91,8 +91,7 @@ class Experiment:
 
     def make_schedule(self, name: str, num_stages: int, source: DraftSource | None, pace: Pace) -> Schedule:
         """For one request; ``pace``: of all that run at once."""
-        steady_steps = 1 if source is None else source.steady_steps
-        return make_schedule(name, self.config, num_stages, pace=pace, steady_steps=steady_steps)
+        return make_schedule(name, self.config, num_stages, pace=pace, levels=Levels.of(source))
 
     def forward_cost(self, schedule: str, worker: int) -> Callable[[int, int, float], float]:
         """What a forward costs that worker: (rows, rows in the cache, time) -> seconds."""

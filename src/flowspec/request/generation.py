@@ -11,18 +11,18 @@ import numpy as np
 import torch
 
 from flowspec.config import TreeConfig
-from flowspec.core import FINAL, Ending, FinishReason, TokenLogprobs
-from flowspec.draft.base import Accepted, Draft, DraftSource, ReusableDraft
-from flowspec.errors import ProtocolError
+from flowspec.core import Ending, FinishReason, TokenLogprobs
+from flowspec.draft.base import Accepted, BlockDraft, Draft, DraftSource, ReusableDraft
 from flowspec.request.outbox import Outbox
 from flowspec.request.prefix_cache import CachedPrefix, CacheEntry
 from flowspec.request.request import Common, Request
+from flowspec.request.result_check import check_result
 from flowspec.request.slot_budget import slots_needed
 from flowspec.request.stats import SegmentStats, Stats
 from flowspec.request.verifier import Verdict, Verifier
 from flowspec.request.work import Work, Working
 from flowspec.sampling import Sampler
-from flowspec.tree import DraftTree, Ints
+from flowspec.tree import UNDRAFTED, DraftTree, Ints
 from flowspec.wire.actor import Send
 from flowspec.wire.messages import NO_PARENT, Broken, Hint, Result
 
@@ -84,7 +84,7 @@ class Generation:
         if self._cached.draft is not None and self._feature_layers:
             assert isinstance(self._draft, ReusableDraft)
             self._draft.reuse(self._cached.draft, self._cached.num_cached)
-        self._block_len, self._block_start = 1 if source is None else source.block_len, 0  # the prefix at its last pass
+        self._block_len, self._block_start = 1 if source is None else source.block_len, -math.inf  # prefix at its pass
         self.num_passes = 0  # draft passes since the last commit; a level that a block draft reads counts as one
         self._num_prompt_sent = self._cached.num_cached
         self._root_parent_id = NO_PARENT
@@ -198,7 +198,9 @@ class Generation:
         sent = self.in_flight.pop(result.segment_id, None)
         if sent is None:
             return  # everything in it died while it was under way
-        self._check(result, sent)
+        check_result(
+            result, sent, int((sent < len(self._text_ids) - 1).sum()), self.tree.node_ids, self._feature_layers
+        )
         self.stats.timings.append(tuple(result.timings))
         if result.num_prefix:
             self._receive_prompt(result)
@@ -215,22 +217,6 @@ class Generation:
         self.stats.verified += 1
         if (segment := self.stats.by_segment.get(result.segment_id)) is not None:
             segment.num_verified = len(hidden)
-
-    def _check(self, result: Result, sent: Ints) -> None:
-        """Against what is known to have been sent. Raises ``ProtocolError``."""
-        num_prefix, problem = int((sent < len(self._text_ids) - 1).sum()), ""
-        if result.num_prefix != num_prefix:
-            problem = f"a result has {result.num_prefix} prefix rows where {num_prefix} were sent"
-        node_ids = np.array(result.node_ids, dtype=np.int64)
-        if self._feature_layers and num_prefix and not np.array_equal(node_ids[:num_prefix], sent[:num_prefix]):
-            problem = "a result lacks rows of the prompt"
-        if (result.features is not None) != bool(self._feature_layers and self._feature_layers != (FINAL,)):
-            problem = "a result has features that nobody wants, or lacks them"
-        foreign = np.setdiff1d(node_ids, sent)  # none, but for a worker that is broken
-        if len(foreign) and np.isin(foreign, self.tree.node_ids).any():
-            problem = "a result has rows that its segment did not have"
-        if problem:
-            raise ProtocolError(f"worker {result.timings[-1].stage} breaks the protocol: {problem}")
 
     def _receive_prompt(self, result: Result) -> None:
         self.num_prompt_verified += result.num_prefix
@@ -306,6 +292,18 @@ class Generation:
         if not self.expand(self.tree.worth_expanding(depth, width, steady_steps)):
             return False
         while self._block_len > 1 and self.expand(self.tree.worth_growing(depth, width)):
+            pass
+        return True
+
+    def reread(self, depth: int, width: int) -> bool:
+        """Let a root that was not foreseen have the guesses of a block draft's newest pass; False where it has none."""
+        if self._block_len == 1 or self.block_depth < 1 or self.tree.staleness[0] != UNDRAFTED:
+            return False
+        assert isinstance(self._draft, BlockDraft)
+        with self._work(Work.GROW, 1):
+            self._draft.reread(self.tree)
+        self.num_passes += 1
+        while self.expand(self.tree.worth_growing(self._useful_depth(depth), width)):
             pass
         return True
 
