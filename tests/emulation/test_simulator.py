@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -30,7 +31,8 @@ from flowspec.model.synthetic import VOCAB_SIZE, Language, quality
 from flowspec.request.records import RequestRecord, Span
 from flowspec.schedule.catalogue import ABLATIONS, AUTO, SCHEDULES
 
-NANO = ClusterDescription.load(Path(__file__).parents[2] / "clusters" / "7b-nano-150m.toml")
+NANO_FILE = Path(__file__).parents[2] / "clusters" / "7b-nano-150m.toml"
+NANO = ClusterDescription.load(NANO_FILE)
 PAIR = SyntheticPair("eagle1")
 BLOCK_PAIR = SyntheticPair("block")
 ALL = (AUTO, *SCHEDULES, *ABLATIONS, "tp-megatron")
@@ -265,6 +267,24 @@ def test_a_block_takes_one_pass_a_tree_and_each_level_of_it_is_read() -> None:
     assert num_trees < len(grown) <= 5 * num_trees  # six levels, the first by the pass
     assert sum(s.end_s - s.start_s for s in grown) == pytest.approx(len(grown) * 0.25e-3)
     assert sum(s.end_s - s.start_s for s in work if s.work == "draft pass") == pytest.approx(record.draft_passes * 9e-3)
+
+
+def test_flow_sends_a_root_that_nobody_foresaw_with_guesses_of_the_last_block_before_the_next_pass() -> None:
+    record = run("flow", params=SamplingParams(max_tokens=120), pair=BLOCK_PAIR)
+    work = [span.work for span in record.spans if span.place == 0 and span.work not in ("lm_head", "hint")]
+    after = Counter(tuple(kinds) for kinds in zip(work, work[1:], work[2:], strict=False) if kinds[0] == "verify")
+    assert record.restarts > 3
+    reread = sum(num for kinds, num in after.items() if kinds[1] == "growing")
+    assert reread >= record.restarts - 2  # the first root has no block before it, and a used-up block says nothing
+    passes = [i for i, kind in enumerate(work) if kind == "growing" and work[i - 1] == "verify"]
+    first_later = [next(kind for kind in work[i:] if kind != "growing") for i in passes]
+    assert set(first_later) <= {"send", "verify"}
+
+
+def test_pipedec_takes_another_block_where_its_levels_go_beyond_the_first() -> None:
+    cluster = ClusterDescription.load(NANO_FILE.with_name("7b-agx-16.toml"))
+    record = run("pipedec", cluster, SamplingParams(max_tokens=60), pair=BLOCK_PAIR)
+    assert record.draft_passes > record.restarts + 10  # 17 levels under way, and 15 in a block
 
 
 # --- what was spent on what ---
