@@ -10,16 +10,20 @@ import torch
 
 from flowspec.core import DraftDType, DType, Weights
 from flowspec.draft.base import DraftSource
+from flowspec.draft.dflash import DFlashSource
 from flowspec.draft.eagle import EagleSource
 from flowspec.draft.ngram import NgramSource
 from flowspec.errors import UsageError
 from flowspec.model.backends import load_head
+from flowspec.model.dflash_format import DFlashFormat
+from flowspec.model.dflash_head import DFlashHead
 from flowspec.model.draft_files import DraftFiles
 from flowspec.model.draft_head import DraftHead
-from flowspec.model.eagle3_format import HEAD, Eagle3Format, kind_of
+from flowspec.model.eagle3_format import Eagle3Format, kind_of
 from flowspec.model.eagle3_head import Eagle3Head, NormedHead
 from flowspec.model.eagle_head import EagleHead
 from flowspec.model.fetched import is_for_own_devices
+from flowspec.model.head_tensors import HEAD, HeadTensors
 from flowspec.model.int8 import Int8TargetHead, can_quantize, quantize_head
 from flowspec.model.loader import Checkpoint
 from flowspec.model.target_head import FewTokensHead, LogitsHead, TargetHead
@@ -68,17 +72,18 @@ def _find_draft(checkpoint: Checkpoint, draft: str | Path | DraftSource, is_loca
 
 def read_taps(
     chosen: ChosenDraft, checkpoint: Checkpoint, draft_layers: Sequence[int] | None = None
-) -> Eagle3Format | None:
-    """The checkpoint of an EAGLE-3 head, whose features the target's stages add up; ``None`` for any other draft.
+) -> HeadTensors | None:
+    """The checkpoint of a head whose features the target's stages add up, EAGLE-3 or DFlash; ``None`` for another.
 
     ``draft_layers``: of the target, that it reads, where its config is wrong or silent. Raises ``UsageError``.
     """
     files = DraftFiles(chosen) if isinstance(chosen, Path) else None
-    if files is not None and kind_of(files) == "eagle3":
+    kind = None if files is None else kind_of(files)
+    if files is not None and kind in ("eagle3", "dflash"):
         sizes = checkpoint.num_layers, checkpoint.hidden_size, checkpoint.vocab_size
-        return Eagle3Format.read(files, *sizes, draft_layers)
+        return (Eagle3Format if kind == "eagle3" else DFlashFormat).read(files, *sizes, draft_layers)
     if draft_layers is not None:
-        raise UsageError("draft_layers are for EAGLE-3 heads, and the draft is none; leave them out")
+        raise UsageError("draft_layers are for EAGLE-3 and DFlash heads, and the draft is none; leave them out")
     return None
 
 
@@ -91,7 +96,7 @@ def load_draft(
     is_coupled: bool = True,
     draft_dtype: DraftDType = "auto",
     weights: Weights = "float",
-    taps: Eagle3Format | None = None,
+    taps: HeadTensors | None = None,
 ) -> DraftSource | None:
     """``None`` when nothing is to be drafted. ``is_coupled``: see ``EagleSource``.
 
@@ -104,11 +109,14 @@ def load_draft(
             return None
         case "ngram":
             return NgramSource()
-        case Path() if taps is not None:
-            draft_head: DraftHead = Eagle3Head.load(taps, checkpoint.load_embedding(dtype, device), dtype, device)
-            token_ids, lm_head = taps.token_ids(checkpoint.vocab_size), head
-            if HEAD in taps.names:  # else the target's serves
-                lm_head = TargetHead(taps.tensor(HEAD).to(device, getattr(torch, dtype)))
+        case Path() if isinstance(taps, DFlashFormat):
+            draft_head: DraftHead | DFlashHead = DFlashHead.load(
+                taps, checkpoint.load_embedding(dtype, device), dtype, device
+            )
+            token_ids, lm_head = taps.token_ids(checkpoint.vocab_size), _own_head(taps, dtype, device) or head
+        case Path() if isinstance(taps, Eagle3Format):
+            draft_head = Eagle3Head.load(taps, checkpoint.load_embedding(dtype, device), dtype, device)
+            token_ids, lm_head = taps.token_ids(checkpoint.vocab_size), _own_head(taps, dtype, device) or head
         case Path():
             draft_head = eagle_head = EagleHead.load(chosen, checkpoint.load_embedding(dtype, device), dtype, device)
             token_ids = eagle_head.token_ids
@@ -121,7 +129,15 @@ def load_draft(
             lm_head = Int8TargetHead(lm_head.weight)
     if token_ids is not None:
         lm_head = FewTokensHead(lm_head, token_ids, checkpoint.vocab_size)
+    if isinstance(draft_head, DFlashHead):
+        assert taps is not None
+        return DFlashSource(draft_head, lm_head, taps.taps.layers, is_coupled)
     if isinstance(draft_head, Eagle3Head):
         assert taps is not None
         return EagleSource(draft_head, NormedHead(draft_head, lm_head), is_coupled, "eagle3", taps.taps.layers)
     return EagleSource(draft_head, lm_head, is_coupled)
+
+
+def _own_head(form: HeadTensors, dtype: DType, device: str) -> TargetHead | None:
+    """``None``: the target's serves."""
+    return TargetHead(form.tensor(HEAD).to(device, getattr(torch, dtype))) if HEAD in form.names else None

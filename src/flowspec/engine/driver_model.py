@@ -10,7 +10,7 @@ from flowspec.core import DraftDType, DType, Weights
 from flowspec.draft.base import DraftSource
 from flowspec.draft.catalogue import ChosenDraft, load_draft
 from flowspec.model.backends import load_head
-from flowspec.model.eagle3_format import Eagle3Format
+from flowspec.model.head_tensors import HeadTensors
 from flowspec.model.loader import Checkpoint
 from flowspec.model.target_head import LogitsHead
 from flowspec.text import Vocabulary
@@ -40,7 +40,7 @@ class DriverModel:
         device: str = "cpu",
         draft_dtype: DraftDType = "auto",
         weights: Weights = "float",
-        taps: Eagle3Format | None = None,
+        taps: HeadTensors | None = None,
     ) -> DriverModel:
         """``taps``: what ``draft.catalogue.read_taps`` has found.
 
