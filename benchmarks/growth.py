@@ -55,6 +55,7 @@ class TableSource:
 
     name = "table"
     steady_steps = 1
+    block_len = 1
     feature_layers: tuple[int, ...] = ()
 
     def __init__(self) -> None:

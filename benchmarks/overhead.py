@@ -90,6 +90,7 @@ class FixedSource:
 
     name = "fixed"
     steady_steps = 1
+    block_len = 1
     feature_layers: tuple[int, ...] = ()
 
     def open(self, prompt_ids: Sequence[int], sampler: Sampler, top_k: int) -> FixedDraft:

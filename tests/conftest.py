@@ -15,6 +15,7 @@ import torch
 from hypothesis import settings
 
 import fork_server
+from tiny_dflash import DFlashForm, write_dflash
 from tiny_eagle3 import Eagle3Form, write_eagle3
 from tiny_models import make_checkpoint, make_draft_head
 
@@ -40,7 +41,8 @@ settings.load_profile("flowspec")
 def checkpoint_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """The directory of a family's tiny checkpoint, made on first use.
 
-    A random EAGLE head lies in ``draft``, an EAGLE-3 head in ``eagle3``.
+    A random EAGLE head lies in ``draft``, an EAGLE-3 head in ``eagle3``, a DFlash head in
+    ``dflash``.
     """
     made: dict[str, Path] = {}
 
@@ -49,6 +51,7 @@ def checkpoint_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], 
             made[family] = make_checkpoint(tmp_path_factory.mktemp(family), family)
             make_draft_head(made[family] / "draft")
             write_eagle3(made[family] / "eagle3", Eagle3Form("specforge"))
+            write_dflash(made[family] / "dflash", DFlashForm(block_size=5))
         return made[family]
 
     return get

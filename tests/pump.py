@@ -13,15 +13,15 @@ import torch
 
 from flowspec.config import LockstepConfig, PipelineConfig, ScheduleConfig, TreeConfig
 from flowspec.core import LayerRange, Partition, SamplingParams
-from flowspec.draft.base import DraftSource
+from flowspec.draft.base import DraftSource, Levels
 from flowspec.draft.catalogue import load_draft, read_taps
 from flowspec.draft.eagle import EagleSource
 from flowspec.draft.memory import Memory
 from flowspec.draft.ngram import NgramSource
 from flowspec.driver import Driver
 from flowspec.model.backends import make_taps
-from flowspec.model.eagle3_format import Eagle3Format
 from flowspec.model.eagle_head import EagleHead
+from flowspec.model.head_tensors import HeadTensors
 from flowspec.model.hint_head import HintHead
 from flowspec.model.loader import Checkpoint
 from flowspec.model.stage import Stage
@@ -71,7 +71,7 @@ class Pump:
         partition = Partition.even(checkpoint.num_layers, num_stages)
         lm_head = checkpoint.load_lm_head("float32", "cpu")
         directory_of_head = directory / draft if isinstance(draft, str) else directory
-        taps = read_taps(directory_of_head, checkpoint) if draft == "eagle3" else None
+        taps = read_taps(directory_of_head, checkpoint) if draft in ("eagle3", "dflash") else None
         self.workers: list[Worker] = []
         self.stages: list[Any] = []
         for index, layers in enumerate(partition.stages, start=1):
@@ -91,7 +91,7 @@ class Pump:
         common = Common(head, pipeline, positions, time.perf_counter, keeps_caches=keeps_caches)
         tapped = () if taps is None else taps.taps.layers
         self.driver = Driver(common, source, tapped=tapped, memory=memory)
-        self.make_schedule = lambda: make_schedule(schedule, config, num_stages)
+        self.make_schedule = lambda: make_schedule(schedule, config, num_stages, levels=Levels.of(source))
         self.network = InprocNetwork(num_stages)
         self.generations: list[Generation] = []
 
@@ -152,7 +152,7 @@ class Pump:
             worker.check_integrity()
 
 
-def _taps_of(form: Eagle3Format | None, layers: LayerRange, stage: Stage) -> Taps | None:
+def _taps_of(form: HeadTensors | None, layers: LayerRange, stage: Stage) -> Taps | None:
     if form is None:
         return None
     blocks = {layer: form.block(layer, torch.float32) for layer in form.taps.of_stage(layers, stage.is_last)}

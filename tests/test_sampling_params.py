@@ -56,6 +56,7 @@ class KnownSource:
 
     name = "known"
     steady_steps = 1
+    block_len = 1
     feature_layers: tuple[int, ...] = ()
 
     def __init__(self, text: Sequence[int]) -> None:

@@ -45,6 +45,16 @@ def paths(tree: DraftTree) -> dict[tuple[int, ...], tuple[int, bool]]:
     }
 
 
+def test_below_a_root_that_wants_a_pass_the_best_rows_with_old_guesses_grow() -> None:
+    tree = DraftTree(5, 0, 12)
+    tree.expand(ROOT, np.array([[1, 2, 3]]), np.log([[0.5, 0.3, 0.1]]), np.array([4]))
+    tree.expand(np.array([1]), np.array([[4]]), np.log([[0.9]]), np.array([6]))
+    assert tree.worth_expanding(9, 9, steady_steps=3).tolist() == [0]
+    # The first child's guesses are two steps staler than the root's, the others and the leaf have none.
+    assert tree.worth_growing(9, 9).tolist() == [1, 2, 3, 4]
+    assert tree.worth_growing(1, 9).tolist() == [] and tree.worth_growing(2, 2).tolist() == [1, 2]
+
+
 @given(st.data())
 def test_every_change_keeps_the_invariants(data: st.DataObject) -> None:
     tree = DraftTree(5, 0, 12)

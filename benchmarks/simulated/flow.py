@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -48,20 +49,12 @@ def parts(lab: Lab) -> str:
 def bound(lab: Lab) -> str:
     """How far ``flow`` is from what its pipeline and its draft's candidates could give, and where its time goes."""
     few = lab.options.few
-    rows: list[list[str]] = []
     bars: dict[str, dict[str, float]] = {}
-    for quality in ("eagle1", "eagle3"):
-        for spec in all_clusters():
-            free = replace(spec, ours=DriverCosts(0.0, 0.0, 0.0, hop_ms=spec.ours.hop_ms))
-            actual = Case(spec, ("flow",), quality=quality, num_prompts=few)
-            no_driver = replace(actual, cluster=free, flags="free driver")
-            foreseen = replace(no_driver, quality=f"{quality}-clairvoyant", flags="free driver, clairvoyant draft")
-            speeds = [runs["flow"] for runs in lab.speeds([actual, no_driver, foreseen])]
-            useful, wasted = busy_shares(lab, actual)
-            shares = {"useful forwards": useful, "wasted forwards": wasted, "waiting": 1 - useful - wasted}
-            bars[f"{spec.name}\n{quality}"] = {name: 1e3 / speeds[0] * share for name, share in shares.items()}
-            rows.append([spec.name, quality, *(f"{each:.2f}" for each in speeds), f"{speeds[0] / speeds[2]:.2f}"])
-            rows[-1] += [f"{100 * share:.0f} %" for share in shares.values()]
+    cases = [
+        Case(spec, ("flow",), quality=quality, num_prompts=few)
+        for quality in ("eagle1", "eagle3") for spec in all_clusters()
+    ]  # fmt: skip
+    rows = bound_rows(lab, cases, bars)
     title = "Time per token of flow, by what its busiest stage does; greedy, same engine"
     plots.stacked(lab.plot_path("bound"), bars, "ms per token, as a share of the whole", title)
     headers = ["cluster", "draft", "flow, tokens/s", "free driver", "ceiling", "share", "useful", "wasted", "waiting"]
@@ -77,6 +70,24 @@ def bound(lab: Lab) -> str:
             image("bound", "time per token by what the busiest stage does"),
         ]
     )
+
+
+def bound_rows(lab: Lab, cases: Sequence[Case], bars: dict[str, dict[str, float]] | None = None) -> list[list[str]]:
+    """A row for each case of ``flow``; its times, in ms per token, are added to ``bars``."""
+    rows: list[list[str]] = []
+    for actual in cases:
+        spec, quality = actual.cluster, actual.quality
+        free = replace(spec, ours=DriverCosts(0.0, 0.0, 0.0, block_pass_ms=0.0, hop_ms=spec.ours.hop_ms))
+        no_driver = replace(actual, cluster=free, flags="free driver")
+        foreseen = replace(no_driver, quality=f"{quality}-clairvoyant", flags="free driver, clairvoyant draft")
+        speeds = [runs["flow"] for runs in lab.speeds([actual, no_driver, foreseen])]
+        useful, wasted = busy_shares(lab, actual)
+        shares = {"useful forwards": useful, "wasted forwards": wasted, "waiting": 1 - useful - wasted}
+        if bars is not None:
+            bars[f"{spec.name}\n{quality}"] = {name: 1e3 / speeds[0] * share for name, share in shares.items()}
+        rows.append([spec.name, quality, *(f"{each:.2f}" for each in speeds), f"{speeds[0] / speeds[2]:.2f}"])
+        rows[-1] += [f"{100 * share:.0f} %" for share in shares.values()]
+    return rows
 
 
 def busy_shares(lab: Lab, case: Case) -> tuple[float, float]:

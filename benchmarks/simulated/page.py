@@ -10,7 +10,7 @@ from pathlib import Path
 
 from flowspec.bench.report import environment, results_json
 from flowspec.request.records import ScheduleResult
-from simulated import fair, flow, paper, rivals, sensitivity, whole
+from simulated import block, fair, flow, paper, rivals, sensitivity, whole
 from simulated.lab import SEED, Lab
 
 BEGIN, END = "<!-- simulated: begin -->", "<!-- simulated: end -->"
@@ -23,6 +23,7 @@ SECTIONS: Mapping[str, tuple[str, Callable[[Lab], str]]] = {
     "sensitivity": ("What `flow` has to know", sensitivity.sensitivity),
     "parts": ("`flow` without one of its parts", flow.parts),
     "bound": ("How far from the ceiling", flow.bound),
+    "block": ("A draft that guesses blocks", block.block),
     "demo": ("Real tokens", rivals.demo),
     "whole": ("The whole against FlowSpec as published", whole.whole),
     "timeline": ("A timeline", flow.timeline),

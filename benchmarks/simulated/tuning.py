@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from flowspec.config import LockstepConfig, ScheduleConfig
 from flowspec.core import SamplingParams
 from flowspec.emulation.experiment import Experiment
+from flowspec.model.synthetic import quality
 from flowspec.request.records import ScheduleResult
 from simulated.lab import DEFAULTS, SEED, Case, Lab, Piece, run_piece
 
@@ -29,6 +30,19 @@ SPACES: Mapping[str, Mapping[str, Sequence[int]]] = {
         "expansion": (8, 16, 32, 64, 120),
         "depth": (3, 4, 5, 6, 7, 8),
         "expansion depth": (2, 3, 4, 6, 8),
+        "segments": (0, 1, 2, 3),
+        "deepening": (0, 1),
+    },
+}
+BLOCK_SPACES: Mapping[str, Mapping[str, Sequence[int]]] = {  # a coarser grid that goes as deep as a block of 15
+    "serial": {"depth": (6, 8, 10, 12, 15), "nodes": (32, 48, 64, 80, 120, 160)},
+    "chunked": {"chunks": (2, 3, 5, 9), "nodes": (32, 48, 80, 160), "depth": (6, 10, 15)},
+    "pipedec": {"width": (8, 16, 32)},
+    "lockstep": {
+        "nodes": (32, 48, 80, 160),
+        "expansion": (16, 32, 64),
+        "depth": (6, 8, 12, 15),
+        "expansion depth": (6, 8, 12, 15),
         "segments": (0, 1, 2, 3),
         "deepening": (0, 1),
     },
@@ -52,6 +66,11 @@ class Tuned:
         return ", ".join(f"{name} {value}" for name, value in self.settings)
 
 
+def space(draft_quality: str, schedule: str) -> Mapping[str, Sequence[int]]:
+    """The values that each setting is tried with."""
+    return (SPACES if quality(draft_quality).block_len == 1 else BLOCK_SPACES)[schedule]
+
+
 def published(schedule: str, num_stages: int) -> Settings:
     """Of those settings that are tuned."""
     own = DEFAULTS.lockstep
@@ -73,7 +92,8 @@ def config_of(schedule: str, settings: Settings) -> ScheduleConfig:
         return ScheduleConfig(pipedec_width=settings["width"])
     depth = settings["depth"]
     own = DEFAULTS.lockstep
-    tree = replace(own.tree, size=settings["nodes"] + 1, depth=depth, max_depth=max(depth, own.tree.max_depth))
+    max_depth = max(depth, own.tree.max_depth, settings.get("expansion depth", 0))
+    tree = replace(own.tree, size=settings["nodes"] + 1, depth=depth, max_depth=max_depth)
     if schedule != "lockstep":
         return ScheduleConfig(lockstep=LockstepConfig(tree), chunks=settings.get("chunks", 0))
     config = LockstepConfig(
@@ -112,7 +132,7 @@ def _search(search: Search) -> Tuned:
         return speeds[key]
 
     best = published(schedule, case.cluster.num_stages)
-    for name, values in SPACES[schedule].items():
+    for name, values in space(case.quality, schedule).items():
         best = max((best, *({**best, name: value} for value in values)), key=speed)
     return Tuned(schedule, tuple(best.items()), speed(best))
 

@@ -112,6 +112,10 @@ class DraftTree:
         """
         if self.staleness[0] > steady_steps:
             return np.zeros(min(max_depth, 1), dtype=np.int64)
+        return self.worth_growing(max_depth, limit, steady_steps)
+
+    def worth_growing(self, max_depth: int, limit: int, steady_steps: int = 1) -> Ints:
+        """As ``worth_expanding``, below the root."""
         best = self.best()
         best = best[(best != 0) & (self.depths[best] < max_depth)]
         parents_staleness = self.staleness[self.parents[best]]

@@ -27,6 +27,7 @@ class TargetSource:
 
     name = "target"
     steady_steps = 1
+    block_len = 1
     feature_layers: tuple[int, ...] = ()
 
     def __init__(self, model: PreTrainedModel) -> None:

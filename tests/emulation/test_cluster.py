@@ -92,6 +92,22 @@ def test_an_int8_draft_pass_saves_half_of_the_reading_and_no_python(path: Path) 
     ours, devices = ClusterDescription.load(path).ours, ClusterDescription.load(path).devices
     python_ms = 0.6 if devices[0].memory_gb_s == 49 else 0.3
     assert ours.int8_draft_pass_ms - python_ms == pytest.approx((ours.draft_pass_ms - python_ms) / 2, abs=0.051)
+    assert ours.block_pass_ms is not None
+    assert ours.int8_block_pass_ms - python_ms == pytest.approx((ours.block_pass_ms - python_ms) / 2, abs=0.051)
+
+
+@pytest.mark.parametrize("path", FILES, ids=[path.stem for path in FILES])
+def test_a_block_pass_reads_five_layers_a_matrix_and_the_lm_head(path: Path) -> None:
+    cluster = ClusterDescription.load(path)
+    model, ours, published = cluster.model, cluster.ours, cluster.published
+    gb_s = 49.0 if "nano" in path.stem else 150.0
+    layers, first = 5 * model.layer_params, 5 * model.hidden_size**2
+    lm_head, one = model.vocab_size * model.hidden_size, model.layer_params + 2 * model.hidden_size**2
+    block_ms, one_ms = (2e-6 * params / gb_s for params in (layers + first + lm_head, one + lm_head))
+    assert ours.block_pass_ms is not None and published.block_pass_ms is not None
+    assert ours.block_pass_ms - ours.draft_pass_ms == pytest.approx(block_ms - one_ms, abs=0.11)
+    assert published.block_pass_ms / published.draft_pass_ms == pytest.approx(block_ms / one_ms, rel=0.12)
+    assert ours.grow_ms < published.grow_ms < ours.draft_pass_ms / 4
 
 
 def test_all_kinds_of_clusters_are_shipped() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -30,8 +31,10 @@ from flowspec.model.synthetic import VOCAB_SIZE, Language, quality
 from flowspec.request.records import RequestRecord, Span
 from flowspec.schedule.catalogue import ABLATIONS, AUTO, SCHEDULES
 
-NANO = ClusterDescription.load(Path(__file__).parents[2] / "clusters" / "7b-nano-150m.toml")
+NANO_FILE = Path(__file__).parents[2] / "clusters" / "7b-nano-150m.toml"
+NANO = ClusterDescription.load(NANO_FILE)
 PAIR = SyntheticPair("eagle1")
+BLOCK_PAIR = SyntheticPair("block")
 ALL = (AUTO, *SCHEDULES, *ABLATIONS, "tp-megatron")
 PROMPT = "a prompt"
 NO_FAULTS = Faults()
@@ -135,6 +138,15 @@ def test_no_delay_no_slow_worker_and_no_bad_link_changes_a_token(
     plain = run("ar", params=params, prompt=prompt)
     assert len(plain.token_ids) == params.max_tokens
     assert run(schedule, cluster, params, faults, prompt=prompt).token_ids == plain.token_ids
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("schedule", [name for name in ALL if name != "ar"])
+def test_a_block_draft_changes_no_token(schedule: str, temperature: float) -> None:
+    params = params_of(temperature, num_tokens=30)  # more than a block
+    assert (
+        run(schedule, params=params, pair=BLOCK_PAIR).token_ids == run("ar", params=params, pair=BLOCK_PAIR).token_ids
+    )
 
 
 @pytest.mark.parametrize("num_stages", [1, 2, 5])
@@ -241,6 +253,38 @@ def test_a_tree_of_serial_takes_its_passes_its_way_and_its_verification(schedule
     way_s = record.segments * 0.0005 + num_trees * 8 * 0.010 + (record.segments - num_trees) * 0.030
     expected_s = record.draft_passes * 0.003 + way_s + num_trees * (0.002 + 0.001)
     assert record.decode_s == pytest.approx(expected_s, rel=1e-3)
+
+
+def test_a_block_takes_one_pass_a_tree_and_each_level_of_it_is_read() -> None:
+    costs = {"block_pass_ms": 9.0, "grow_ms": 0.25}
+    cluster = replace(FLAT_CLUSTER, ours=replace(FLAT_CLUSTER.ours, **costs))
+    record = run("serial", cluster, SamplingParams(max_tokens=60), pair=BLOCK_PAIR)
+    work = [span for span in record.spans if span.place == 0 and span.start_s >= record.emissions.decode_start_s]
+    num_trees = sum(span.work == "verify" for span in work)
+    assert record.draft_passes == sum(span.work == "draft pass" for span in work)
+    assert num_trees - 1 <= record.draft_passes <= num_trees  # the last tree may be a root alone
+    grown = [span for span in work if span.work == "growing"]
+    assert num_trees < len(grown) <= 5 * num_trees  # six levels, the first by the pass
+    assert sum(s.end_s - s.start_s for s in grown) == pytest.approx(len(grown) * 0.25e-3)
+    assert sum(s.end_s - s.start_s for s in work if s.work == "draft pass") == pytest.approx(record.draft_passes * 9e-3)
+
+
+def test_flow_sends_a_root_that_nobody_foresaw_with_guesses_of_the_last_block_before_the_next_pass() -> None:
+    record = run("flow", params=SamplingParams(max_tokens=120), pair=BLOCK_PAIR)
+    work = [span.work for span in record.spans if span.place == 0 and span.work not in ("lm_head", "hint")]
+    after = Counter(tuple(kinds) for kinds in zip(work, work[1:], work[2:], strict=False) if kinds[0] == "verify")
+    assert record.restarts > 3
+    reread = sum(num for kinds, num in after.items() if kinds[1] == "growing")
+    assert reread >= record.restarts - 2  # the first root has no block before it, and a used-up block says nothing
+    passes = [i for i, kind in enumerate(work) if kind == "growing" and work[i - 1] == "verify"]
+    first_later = [next(kind for kind in work[i:] if kind != "growing") for i in passes]
+    assert set(first_later) <= {"send", "verify"}
+
+
+def test_pipedec_takes_another_block_where_its_levels_go_beyond_the_first() -> None:
+    cluster = ClusterDescription.load(NANO_FILE.with_name("7b-agx-16.toml"))
+    record = run("pipedec", cluster, SamplingParams(max_tokens=60), pair=BLOCK_PAIR)
+    assert record.draft_passes > record.restarts + 10  # 17 levels under way, and 15 in a block
 
 
 # --- what was spent on what ---
@@ -366,6 +410,16 @@ def test_an_int8_draft_needs_its_cost_and_only_our_driver_has_one() -> None:
     assert experiment.costs_of("lockstep") == NANO.published
 
 
+@pytest.mark.parametrize(("int8_draft", "key"), [(False, "block_pass_ms"), (True, "int8_block_pass_ms")])
+def test_a_block_draft_needs_its_cost(int8_draft: bool, key: str) -> None:
+    cluster = replace(FLAT_CLUSTER, ours=replace(FLAT_CLUSTER.ours, int8_draft_pass_ms=1.0))
+    experiment = Experiment(cluster, ScheduleConfig(), GREEDY, int8_draft=int8_draft)
+    with pytest.raises(UsageError, match=rf"cluster file flat has no {key} for each driver; add it"):
+        simulate(experiment, BLOCK_PAIR, "flow", [(0, PROMPT)])
+    with_cost = replace(cluster, ours=replace(cluster.ours, block_pass_ms=2.0, int8_block_pass_ms=1.0))
+    assert simulate(replace(experiment, cluster=with_cost), BLOCK_PAIR, "flow", [(0, PROMPT)])[0].draft_passes
+
+
 def test_a_draft_that_knows_the_noise_is_accepted_more_often_and_changes_no_token() -> None:
     params = SamplingParams(max_tokens=40, temperature=0.8, seed=1)
     experiment = Experiment(NANO, ScheduleConfig(), params)
@@ -403,9 +457,13 @@ class Misled(Language):
     """A draft of it is always wrong."""
 
     def draft(
-        self, contexts: NDArray[np.int64], staleness: NDArray[np.int64], top_k: int
+        self,
+        contexts: NDArray[np.int64],
+        staleness: NDArray[np.int64],
+        top_k: int,
+        detours: NDArray[np.int64] | int = 0,
     ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-        token_ids, logprobs = super().draft(contexts, staleness, top_k)
+        token_ids, logprobs = super().draft(contexts, staleness, top_k, detours)
         truths = self.target_logits(contexts).argmax(axis=1)
         token_ids[token_ids == truths[:, None]] = VOCAB_SIZE  # a token that is never drawn
         return token_ids, logprobs

@@ -60,7 +60,7 @@ def load(
 ) -> tuple[Eagle3Format, EagleSource]:
     checkpoint = Checkpoint.open(target)
     form = read_taps(directory, checkpoint, draft_layers)
-    assert form is not None
+    assert isinstance(form, Eagle3Format)
     head = TargetHead(checkpoint.load_lm_head("float32", "cpu"))
     source = load_draft(directory, checkpoint, head, "float32", "cpu", taps=form)
     assert isinstance(source, EagleSource)
@@ -204,7 +204,7 @@ def test_layers_are_looked_up_in_the_order_that_others_use(
         ({"eagle_aux_hidden_state_layer_ids": "all"}, 12, "must be a list of layers"),
         ({"eagle_aux_hidden_state_layer_ids": []}, 12, "must be a list of layers"),
         ({"eagle_config": {"eagle_aux_hidden_state_layer_ids": [1.5]}}, 12, "must be a list of layers"),
-        ({}, 6, "EAGLE's own choice names a layer twice .*--draft-layers"),
+        ({}, 6, "its authors' own choice names a layer twice .*--draft-layers"),
     ],
 )
 def test_layers_that_the_target_has_not_are_refused(
@@ -222,7 +222,7 @@ def test_the_users_layers_are_checked_too(tmp_path: Path, target: Path) -> None:
             load(target, tmp_path, layers)
     with pytest.raises(ModelError, match=r"reads 3 layers of the target, but 2 are named \(1, 2\)"):
         load(target, tmp_path, (1, 2))
-    with pytest.raises(UsageError, match="draft_layers are for EAGLE-3 heads"):
+    with pytest.raises(UsageError, match="draft_layers are for EAGLE-3 and DFlash heads"):
         read_taps(target / "draft", Checkpoint.open(target), (1, 2, 3))
 
 
@@ -263,7 +263,7 @@ def change(directory: Path, **changes: Tensor | None) -> None:
         ({"d2t": torch.zeros(59, dtype=torch.long)}, r"d2t has shape \[59\], but \[60\]"),
         ({"mask_hidden": torch.zeros(1, 96)}, "of the kind 'peagle', which is not supported"),
         ({"markov_head__markov_w1__weight": torch.zeros(3)}, "of the kind 'dspark'"),
-        ({"hidden_norm__weight": torch.zeros(TARGET)}, "of the kind 'dflash'"),
+        ({"hidden_norm__weight": torch.zeros(TARGET)}, r"has unknown tensors hidden_norm\.weight"),
         ({"input_norm__weight": torch.ones(5)}, r"input_norm\.weight has shape \[5\]"),
         ({"fc_norm__0__weight": torch.ones(TARGET)}, r"lacks fc_norm\.1\.weight"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -63,6 +64,7 @@ def test_a_clairvoyant_draft_is_right_wherever_its_candidates_are(staleness: int
     [
         *(("eagle1", step, rate) for step, rate in ((1, 0.744), (3, 0.703), (5, 0.647), (8, 0.562), (12, 0.468))),
         *(("eagle3", step, rate) for step, rate in ((1, 0.83), (7, 0.82), (9, 0.72), (12, 0.60))),
+        *(("block", step, rate) for step, rate in ((1, 0.845), (5, 0.83), (15, 0.79))),
         *(("weak", step, rate) for step, rate in ((1, 0.49), (3, 0.485), (5, 0.39))),
         *(("demo", step, rate) for step, rate in ((1, 0.905), (8, 0.895), (16, 0.88))),
         *(("ideal", step, 0.83) for step in (1, 3, 12)),
@@ -70,6 +72,16 @@ def test_a_clairvoyant_draft_is_right_wherever_its_candidates_are(staleness: int
 )
 def test_a_draft_hits_as_often_as_it_was_calibrated_to(name: str, staleness: int, rate: float) -> None:
     assert guesses(Language(quality(name)), staleness)[0] == pytest.approx(rate, abs=0.015)
+
+
+def test_a_block_guesses_worse_behind_each_token_that_it_did_not_guess_first() -> None:
+    language, contexts = Language(quality("block")), contexts_of(NUM_CONTEXTS)
+    targets, levels = language.target_logits(contexts).argmax(axis=1), np.full(NUM_CONTEXTS, 4)
+    hits = [
+        (language.draft(contexts, levels, 1, np.full(NUM_CONTEXTS, detours))[0][:, 0] == targets).mean()
+        for detours in (0, 1, 2, 4)
+    ]
+    assert all(before > after + 0.01 for before, after in pairwise(hits))
 
 
 @pytest.mark.parametrize("name", DRAFTS)

@@ -49,6 +49,7 @@ _WORK = {
     _PRUNED: "#BDBDBD",
     "draft pass": _PURPLE,
     "merging draft pass": _WINE,
+    "growing": "#DDAACC",
     "lm_head": _SKY,
     "verify": _VERMILION,
     "send": "#332288",

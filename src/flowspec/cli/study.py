@@ -55,7 +55,7 @@ class StudyOptions:
     draft_quality: Annotated[
         str | None,
         typer.Option(
-            help="Of the synthetic model: eagle1, eagle3, weak, demo or ideal.", show_default=_DEFAULT_QUALITY
+            help="Of the synthetic model: eagle1, eagle3, block, weak, demo or ideal.", show_default=_DEFAULT_QUALITY
         ),
     ] = None
     draft: RealDraft = None

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from flowspec.core import SamplingParams
-from flowspec.draft.base import Accepted, Draft, DraftSource
+from flowspec.draft.base import Accepted, BlockDraft, Draft, DraftSource
 from flowspec.sampling import Sampler
 from flowspec.tree import DraftTree, Ints
 
@@ -25,7 +25,7 @@ FEWEST: Final = 12  # first guesses that say anything
 # Shares of right guesses along greedy text, the first one's and a later one's, by a source's name. The weakest EAGLE-3
 # heads that are published accept 1.8 tokens a pass as chains: half of the first guesses are right, and somewhat fewer
 # later ones. EAGLE-1 heads of small models may be weaker: a third, in those of a model with 135 million parameters.
-FLOORS: Final = {"eagle": (0.2, 0.15), "eagle3": (0.3, 0.2)}
+FLOORS: Final = {"eagle": (0.2, 0.15), "eagle3": (0.3, 0.2), "dflash": (0.3, 0.2)}
 SHARE: Final = 0.6  # of the rates that a head's config says it has; another text is harder, or easier
 BAD_LUCK: Final = 0.01  # a head that is just right as often as that is judged broken in so many checks
 
@@ -51,6 +51,7 @@ class Recorder:
         self._inner = inner
         self.name = inner.name
         self.steady_steps = inner.steady_steps
+        self.block_len = inner.block_len
         self.feature_layers = inner.feature_layers
         self.told: list[Tensor] = []
 
@@ -78,6 +79,10 @@ class _Recorded:
 
     def expand(self, tree: DraftTree, rows: Ints) -> bool:
         return self._inner.expand(tree, rows)
+
+    def reread(self, tree: DraftTree) -> None:
+        assert isinstance(self._inner, BlockDraft)
+        self._inner.reread(tree)
 
 
 @dataclass

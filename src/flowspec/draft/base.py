@@ -37,7 +37,8 @@ class Draft(Protocol):
         """Make one draft pass: give ``rows`` children, and note their staleness. False when none could be made.
 
         ``rows`` is the root alone, or nodes whose parents have been expanded. One pass is the unit of patience: the
-        driver looks for results between two of them.
+        driver looks for results between two of them. A block draft (see ``DraftSource.block_len``) makes its pass at
+        the root, and reads from it what follows nodes below.
         """
         ...
 
@@ -66,6 +67,14 @@ class ReusableDraft(Draft, Protocol):
         ...
 
 
+@runtime_checkable
+class BlockDraft(Draft, Protocol):
+    """A draft whose newest block has levels below a root that it did not foresee."""
+
+    def reread(self, tree: DraftTree) -> None:
+        """Give the root children from the newest block, without a pass; the block has guesses of that level."""
+
+
 _STEADY_LEVEL, _STEADY_SHARE = 5, 0.93
 
 
@@ -82,11 +91,24 @@ def steady_steps(hit_rates: Sequence[float]) -> int:
     return num_steady if num_steady >= _STEADY_LEVEL else 1
 
 
+@dataclass(frozen=True)
+class Levels:
+    """How deep a draft's guesses are good, and how many levels one pass of it makes; see ``DraftSource``."""
+
+    steady_steps: int = 1
+    block_len: int = 1
+
+    @classmethod
+    def of(cls, source: DraftSource | None) -> Levels:
+        return cls() if source is None else cls(source.steady_steps, source.block_len)
+
+
 class DraftSource(Protocol):
     """Opens drafts; shared by all requests."""
 
     name: str
     steady_steps: int  # steps of extrapolation over which its guesses hardly get worse
+    block_len: int  # levels that one pass at the root guesses; 1: each level takes a pass of its own
     feature_layers: tuple[int, ...]  # of the target, whose outputs it reads for every token; ``core.FINAL``, or none
 
     def open(self, prompt_ids: Sequence[int], sampler: Sampler, top_k: int) -> Draft:

@@ -53,6 +53,7 @@ class EagleSource:
         self.feature_layers = feature_layers
         self.hit_rates: Sequence[float] = getattr(head.config, "hit_rates", ())
         self.steady_steps = steady_steps(self.hit_rates)
+        self.block_len = 1
 
     def open(self, prompt_ids: Sequence[int], sampler: Sampler, top_k: int) -> EagleDraft:
         return EagleDraft(self, prompt_ids, sampler if self.is_coupled else GREEDY, top_k)

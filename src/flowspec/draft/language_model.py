@@ -34,6 +34,7 @@ class ModelSource:
 
     name = "model"
     steady_steps = STEADY_STEPS
+    block_len = 1
     feature_layers: tuple[int, ...] = ()
 
     def __init__(

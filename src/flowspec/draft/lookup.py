@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from flowspec.draft.base import Accepted, Draft, DraftSource, ReusableDraft
+from flowspec.draft.base import Accepted, BlockDraft, Draft, DraftSource, ReusableDraft
 from flowspec.draft.memory import Memory
 from flowspec.draft.ngram import Guesses, LookBack, NgramConfig
 from flowspec.sampling import Sampler
@@ -29,6 +29,7 @@ class LookupSource:
         self._memory = memory
         self.name = inner.name
         self.steady_steps = inner.steady_steps
+        self.block_len = inner.block_len
         self.feature_layers = inner.feature_layers
 
     def open(self, prompt_ids: Sequence[int], sampler: Sampler, top_k: int) -> LookupDraft:
@@ -75,6 +76,10 @@ class LookupDraft:
         if self._guesses.token_ids:
             self._guesses.graft(tree, 0, self._hits / self._trials)
         return True
+
+    def reread(self, tree: DraftTree) -> None:
+        assert isinstance(self._inner, BlockDraft)
+        self._inner.reread(tree)
 
     def _count(self, token_ids: Sequence[int]) -> None:
         """How far the guesses went along with what came: at each step one of them was right, or none."""

@@ -142,6 +142,7 @@ class NgramSource:
 
     name = "ngram"
     steady_steps = 1
+    block_len = 1
     feature_layers: tuple[int, ...] = ()
 
     def __init__(self, config: NgramConfig | None = None, memory: Memory | None = None) -> None:

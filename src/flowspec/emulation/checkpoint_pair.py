@@ -26,10 +26,11 @@ class CheckpointPair:
         self.checkpoint = Checkpoint.open(model)
         head = TargetHead(self.checkpoint.load_lm_head("float32", "cpu"))
         chosen = choose_draft(self.checkpoint, draft, draft_dtype)
-        if isinstance(chosen, Path) and kind_of(DraftFiles(chosen)) == "eagle3":
+        if isinstance(chosen, Path) and (kind := kind_of(DraftFiles(chosen))) != "eagle":
+            told = {"eagle3": "an EAGLE-3 head", "dflash": "a DFlash head"}[kind]
             raise UsageError(
-                f"{chosen} is an EAGLE-3 head, which simulations and emulations do not run; give an EAGLE-1 or EAGLE-2 "
-                "head, ngram or none, or measure in real time with bench"
+                f"{chosen} is {told}, which simulations and emulations do not run; give an EAGLE-1 or EAGLE-2 head, "
+                "ngram or none, or measure in real time with bench"
             )
         if isinstance(chosen, Checkpoint):
             raise UsageError(

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from flowspec.config import ScheduleConfig
 from flowspec.core import MAX_SEED, SamplingParams
-from flowspec.draft.base import DraftSource
+from flowspec.draft.base import DraftSource, Levels
 from flowspec.driver import Driver
 from flowspec.emulation.costs import DriverCosts
 from flowspec.emulation.description import ClusterDescription
@@ -80,7 +80,10 @@ class Experiment:
         if self.as_published and not is_flow(schedule):
             return self.cluster.published
         ours = self.cluster.ours
-        return replace(ours, draft_pass_ms=ours.int8_draft_pass_ms) if self.int8_draft else ours
+        if not self.int8_draft:
+            return ours
+        block_pass_ms = ours.int8_block_pass_ms or None
+        return replace(ours, draft_pass_ms=ours.int8_draft_pass_ms, block_pass_ms=block_pass_ms)
 
     def measured_costs(self, index: int) -> MeasuredCosts:
         """What the driver believes of the cluster's costs when it has just been started for that prompt."""
@@ -88,8 +91,7 @@ class Experiment:
 
     def make_schedule(self, name: str, num_stages: int, source: DraftSource | None, pace: Pace) -> Schedule:
         """For one request; ``pace``: of all that run at once."""
-        steady_steps = 1 if source is None else source.steady_steps
-        return make_schedule(name, self.config, num_stages, pace=pace, steady_steps=steady_steps)
+        return make_schedule(name, self.config, num_stages, pace=pace, levels=Levels.of(source))
 
     def forward_cost(self, schedule: str, worker: int) -> Callable[[int, int, float], float]:
         """What a forward costs that worker: (rows, rows in the cache, time) -> seconds."""
@@ -104,10 +106,20 @@ class Experiment:
 
 
 def make_driver(experiment: Experiment, pair: ModelPair, costs: DriverCosts, clock: Clock) -> Driver:
-    """A driver whose work costs time on ``clock``."""
+    """A driver whose work costs time on ``clock``. Raises ``UsageError`` where the cluster file lacks a cost."""
+    pass_ms = costs.draft_pass_ms
+    if pair.source is not None and pair.source.block_len > 1:
+        if costs.block_pass_ms is None:
+            key = "int8_block_pass_ms" if experiment.int8_draft else "block_pass_ms"
+            raise UsageError(
+                f"the cluster file {experiment.cluster.name} has no {key} for each driver; add it, or simulate "
+                "another draft than a block draft"
+            )
+        pass_ms = costs.block_pass_ms
     costs_ms = {
-        Work.DRAFT_PASS: costs.draft_pass_ms,
-        Work.MERGE_PASS: costs.draft_pass_ms + costs.merge_ms,
+        Work.DRAFT_PASS: pass_ms,
+        Work.MERGE_PASS: pass_ms + costs.merge_ms,
+        Work.GROW: costs.grow_ms,
         Work.HINT: costs.hint_ms,
         Work.LM_HEAD: costs.lm_head_ms,
         Work.VERIFY: costs.verify_ms,

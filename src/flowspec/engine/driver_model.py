@@ -11,7 +11,7 @@ from flowspec.draft.base import DraftSource
 from flowspec.draft.catalogue import ChosenDraft, load_draft
 from flowspec.draft.memory import Memory
 from flowspec.model.backends import load_head
-from flowspec.model.eagle3_format import Eagle3Format
+from flowspec.model.head_tensors import HeadTensors
 from flowspec.model.loader import Checkpoint
 from flowspec.model.target_head import LogitsHead
 from flowspec.text import Vocabulary
@@ -42,7 +42,7 @@ class DriverModel:
         device: str = "cpu",
         draft_dtype: DraftDType = "auto",
         weights: Weights = "float",
-        taps: Eagle3Format | None = None,
+        taps: HeadTensors | None = None,
         memory_tokens: int = 0,
     ) -> DriverModel:
         """``taps``: what ``draft.catalogue.read_taps`` has found. ``memory_tokens``: see ``EngineConfig``.

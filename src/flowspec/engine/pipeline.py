@@ -21,8 +21,8 @@ from flowspec.cluster.weight_server import WeightServer
 from flowspec.config import EngineConfig, LinkConfig
 from flowspec.core import DType, Partition, Weights
 from flowspec.errors import ModelError, ProtocolError, UsageError
-from flowspec.model.eagle3_format import Eagle3Format
 from flowspec.model.fingerprint import fingerprint
+from flowspec.model.head_tensors import HeadTensors
 from flowspec.model.loader import Checkpoint
 from flowspec.schedule.pace import MeasuredCosts
 from flowspec.wire.key_file import state_folder
@@ -44,7 +44,7 @@ class PipelineSpec:
     weights: Weights = "float"  # of linear layers; never ``auto``
     link: LinkConfig = field(default_factory=LinkConfig)
     names: Sequence[str] | None = None  # of the workers' devices, for people
-    taps: Eagle3Format | None = None  # of a draft whose features the stages add up
+    taps: HeadTensors | None = None  # of a draft whose features the stages add up
     hints: str | None = None  # the directory of hint heads, as workers find it, if they are to give hints
 
     def __post_init__(self) -> None:

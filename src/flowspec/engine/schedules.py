@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from flowspec.config import ScheduleConfig
-from flowspec.draft.base import DraftSource
+from flowspec.draft.base import DraftSource, Levels
 from flowspec.engine.pipeline import Pipeline
 from flowspec.schedule.auto import Experience
 from flowspec.schedule.base import Schedule
@@ -34,9 +34,10 @@ class Schedules:
         self._tree_sizes.clear()
 
     def _make(self, name: str) -> Schedule:
-        steady_steps = 1 if self._source is None else self._source.steady_steps
         num_stages, num_parallel = len(self._pipeline.partition), self._pipeline.spec.num_parallel
-        return make_schedule(name, self._config, num_stages, num_parallel, self._pace, steady_steps, self._experience)
+        return make_schedule(
+            name, self._config, num_stages, num_parallel, self._pace, Levels.of(self._source), self._experience
+        )
 
     def tree_size(self, name: str | None) -> int:
         """As it was when the first such request came."""

@@ -16,7 +16,8 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
 from flowspec.core import DType
 from flowspec.model.draft_head import DraftHead
-from flowspec.model.eagle3_format import EMBEDDING, FC, FC_BIAS, HEAD, IDS, INPUT_NORM, Eagle3Format
+from flowspec.model.eagle3_format import FC_BIAS, INPUT_NORM, Eagle3Format
+from flowspec.model.head_tensors import EMBEDDING, FC, HEAD, IDS
 from flowspec.model.target_head import LogitsHead
 
 _NOT_HERE = {FC, FC_BIAS, INPUT_NORM, EMBEDDING, HEAD, IDS}  # tensors of a checkpoint that are no part of the module

@@ -27,6 +27,7 @@ def _on_top(name: str) -> _Look:
 
 _PLACES: tuple[tuple[str, int, _Look], ...] = (
     (_AUX, 0, _on_top(_AUX)),
+    ("aux_hidden_state_layer_ids", 0, _on_top("aux_hidden_state_layer_ids")),
     ("dflash_config's target_layer_ids", 1, _inside("dflash_config", "target_layer_ids")),
     ("dspark_target_layer_ids", 1, _on_top("dspark_target_layer_ids")),
     ("target_layer_ids", 1, _on_top("target_layer_ids")),
@@ -36,15 +37,21 @@ _PLACES: tuple[tuple[str, int, _Look], ...] = (
 )
 
 
-def find_layer_ids(files: DraftFiles, num_layers: int, draft_layers: Sequence[int] | None = None) -> tuple[int, ...]:
+def find_layer_ids(
+    files: DraftFiles,
+    num_layers: int,
+    draft_layers: Sequence[int] | None = None,
+    own_choice: tuple[int, ...] | None = None,
+) -> tuple[int, ...]:
     """In the order of ``fc``'s blocks, each the stream that enters a layer.
 
     ``draft_layers``, else the first of these that there is, as vLLM looks them up: the config's
-    ``eagle_aux_hidden_state_layer_ids``, as it is; ``target_layer_ids`` in ``dflash_config``,
+    ``eagle_aux_hidden_state_layer_ids``, or ``aux_hidden_state_layer_ids`` of speculators' DFlash heads, as they are;
+    ``target_layer_ids`` in ``dflash_config``,
     ``dspark_target_layer_ids``, ``target_layer_ids``, which name outputs (layer k's enters k + 1); ``layer_ids`` in
     ``dflash_config`` or ``eagle_config``, as they are; ``eagle_aux_hidden_state_layer_ids`` in ``eagle_config``, which
-    is SpecForge's place and names outputs, as SGLang reads it; and else EAGLE's own: 2, half of the layers, and the
-    last but two. Raises ``ModelError``, and ``UsageError`` for ``draft_layers``.
+    is SpecForge's place and names outputs, as SGLang reads it; and else the authors' ``own_choice``, or EAGLE's: 2,
+    half of the layers, and the last but two. Raises ``ModelError``, and ``UsageError`` for ``draft_layers``.
     """
     if draft_layers is not None:
         if problem := _problem(draft_layers, num_layers):
@@ -56,11 +63,11 @@ def find_layer_ids(files: DraftFiles, num_layers: int, draft_layers: Sequence[in
             if problem := _problem(entered, num_layers):
                 raise ModelError(f"{files.config_path}: {where} {problem}; or name them with --draft-layers")
             return tuple(entered)
-    default = (2, num_layers // 2, num_layers - 3)
+    default = own_choice or (2, num_layers // 2, num_layers - 3)
     if problem := _problem(default, num_layers):
         raise ModelError(
             f"{files.config_path} does not say which of the target's layers the head reads, and for {num_layers} "
-            f"layers EAGLE's own choice {problem}; name them with draft_layers (--draft-layers)"
+            f"layers its authors' own choice {problem}; name them with draft_layers (--draft-layers)"
         )
     return default
 

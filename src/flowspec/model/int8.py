@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from flowspec.errors import UsageError
-from flowspec.model.draft_head import DraftHead
 
 _DTYPE = torch.bfloat16
 _BLOCK = 16  # columns that the kernel takes at a time; beyond the last whole block it reads other memory
@@ -65,7 +64,7 @@ def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat([(rows / divisor).round_().to(torch.int8) for rows, divisor in parts]), scales
 
 
-def can_quantize(head: DraftHead) -> bool:
+def can_quantize(head: nn.Module) -> bool:
     """Whether ``quantize_head`` would do it."""
     linears = [module for module in head.modules() if isinstance(module, nn.Linear)]
     try:
@@ -76,7 +75,7 @@ def can_quantize(head: DraftHead) -> bool:
     return True
 
 
-def quantize_head(head: DraftHead) -> None:
+def quantize_head(head: nn.Module) -> None:
     """Replace ``fc`` and all projections of a loaded head by int8 ones; norms, biases and embedding stay.
 
     Raises ``UsageError`` as ``Int8Linear`` does.

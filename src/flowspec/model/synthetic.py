@@ -67,16 +67,19 @@ class DraftQuality:
     temper: float = 0.12  # logits are divided by the root of 1 + temper * variance of their noise
     trained_steps: int = 1  # of extrapolation that the draft was trained for
     own_noise: float = 0.0  # as ``noise``, of each trained step: the features are of the draft's own making
+    block_len: int = 1  # levels that one pass guesses at once
+    detour_noise: float = 0.0  # as ``noise``, of each token on the way that was not the block's own first guess
     style_deviation: float = 0.3  # of texts: a shift of the best token's logit
     sharpness: float = 0.6  # of the target's probability lies on its greedy token
     flatness: float = 0.05  # of it is spread over all tokens, which no draft can foresee
     is_clairvoyant: bool = False  # it knows which of its candidates, if any, is the greedy token
 
-    def deviation(self, staleness: NDArray[np.int64]) -> Floats:
+    def deviation(self, staleness: NDArray[np.int64], detours: NDArray[np.int64] | int = 0) -> Floats:
         """Of the logits' noise after so many steps of extrapolation; 1 is fresh."""
         trained = np.minimum(staleness, self.trained_steps) - 1.0
         beyond = np.maximum(staleness - self.trained_steps, 0).astype(np.float64)
-        return self.own_noise * trained**self.noise_power + self.noise * beyond**self.noise_power
+        own = self.own_noise * trained**self.noise_power + self.noise * beyond**self.noise_power
+        return np.hypot(own, self.detour_noise * np.sqrt(detours))
 
 
 # docs/METHODOLOGY.md says what each stands for, benchmarks/synthetic_language.py shows what each gives.
@@ -85,6 +88,19 @@ QUALITIES = {
     "eagle3": DraftQuality("eagle3", 0.6, (12.0, 0.5), (2.2, 1.3), 0.17, 0.75, trained_steps=7, own_noise=0.25),
     "weak": DraftQuality("weak", 0.2, (9.0, 0.9), (0.9, 1.7), 0.25, 0.75, trained_steps=3, own_noise=0.25),
     "demo": DraftQuality("demo", 0.75, (14.0, 0.35), (2.4, 1.1), 0.0, 0.3, trained_steps=16, own_noise=0.25),
+    "block": DraftQuality(
+        "block",
+        0.65,
+        (12.0, 0.5),
+        (2.2, 1.3),
+        0.17,
+        0.0,
+        temper=0.0,
+        trained_steps=15,
+        own_noise=0.35,
+        block_len=15,
+        detour_noise=1.0,
+    ),
     "ideal": DraftQuality("ideal", 0.6, (12.0, 0.5), (2.2, 1.3), 0.17, 0.0),
 }
 QUALITIES |= {
@@ -198,12 +214,19 @@ class Language:
         return logits
 
     def draft(
-        self, contexts: NDArray[np.int64], staleness: NDArray[np.int64], top_k: int
+        self,
+        contexts: NDArray[np.int64],
+        staleness: NDArray[np.int64],
+        top_k: int,
+        detours: NDArray[np.int64] | int = 0,
     ) -> tuple[NDArray[np.int64], Floats]:
-        """The draft's best tokens and their log-probabilities, both [n, top_k]; ``staleness`` [n], 1 is fresh."""
+        """The draft's best tokens and their log-probabilities, both [n, top_k]; ``staleness`` [n], 1 is fresh.
+
+        ``detours`` [n]: tokens on each one's way that the block did not guess first.
+        """
         token_ids, logprobs = self.candidates(contexts)
         token_ids = token_ids[:, :NUM_CANDIDATES]
-        deviation = self.quality.deviation(staleness)[:, None]
+        deviation = self.quality.deviation(staleness, detours)[:, None]
         if deviation.any():
             hashes = mix(contexts[:, 0].view(np.uint64))[:, None] + token_ids.astype(np.uint64) + np.uint64(1)
             logits = (logprobs + deviation * normal(mix(hashes))) / (1 + self.quality.temper * deviation**2) ** 0.5

@@ -5,22 +5,24 @@ A generation decides nothing about timing; a schedule does. It does no I/O: what
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 
 from flowspec.config import TreeConfig
-from flowspec.core import FINAL, Ending, FinishReason, TokenLogprobs
-from flowspec.draft.base import Accepted, Draft, DraftSource, ReusableDraft
-from flowspec.errors import ProtocolError
+from flowspec.core import Ending, FinishReason, TokenLogprobs
+from flowspec.draft.base import Accepted, BlockDraft, Draft, DraftSource, ReusableDraft
 from flowspec.request.outbox import Outbox
 from flowspec.request.prefix_cache import CachedPrefix, CacheEntry
 from flowspec.request.request import Common, Request
+from flowspec.request.result_check import check_result
 from flowspec.request.slot_budget import slots_needed
 from flowspec.request.stats import SegmentStats, Stats
 from flowspec.request.verifier import Verdict, Verifier
 from flowspec.request.work import Work, Working
 from flowspec.sampling import Sampler
-from flowspec.tree import DraftTree, Ints
+from flowspec.tree import UNDRAFTED, DraftTree, Ints
 from flowspec.wire.actor import Send
 from flowspec.wire.messages import NO_PARENT, Broken, Hint, Result
 
@@ -81,7 +83,8 @@ class Generation:
         self._draft: Draft | None = source.open(text_ids, self._sampler, tree_config.top_k) if source else None
         if self._cached.draft is not None and isinstance(self._draft, ReusableDraft):
             self._draft.reuse(self._cached.draft, self._cached.num_cached)
-        self.num_passes = 0  # draft passes since the last commit
+        self._block_len, self._block_start = 1 if source is None else source.block_len, -math.inf  # prefix at its pass
+        self.num_passes = 0  # draft passes since the last commit; a level that a block draft reads counts as one
         self._num_prompt_sent = self._cached.num_cached
         self._root_parent_id = NO_PARENT
         self._unannounced: list[int] = []  # accepted nodes that the workers have not been told of
@@ -194,7 +197,9 @@ class Generation:
         sent = self.in_flight.pop(result.segment_id, None)
         if sent is None:
             return  # everything in it died while it was under way
-        self._check(result, sent)
+        check_result(
+            result, sent, int((sent < len(self._text_ids) - 1).sum()), self.tree.node_ids, self._feature_layers
+        )
         self.stats.timings.append(tuple(result.timings))
         if result.num_prefix:
             self._receive_prompt(result)
@@ -211,22 +216,6 @@ class Generation:
         self.stats.verified += 1
         if (segment := self.stats.by_segment.get(result.segment_id)) is not None:
             segment.num_verified = len(hidden)
-
-    def _check(self, result: Result, sent: Ints) -> None:
-        """Against what is known to have been sent. Raises ``ProtocolError``."""
-        num_prefix, problem = int((sent < len(self._text_ids) - 1).sum()), ""
-        if result.num_prefix != num_prefix:
-            problem = f"a result has {result.num_prefix} prefix rows where {num_prefix} were sent"
-        node_ids = np.array(result.node_ids, dtype=np.int64)
-        if self._feature_layers and num_prefix and not np.array_equal(node_ids[:num_prefix], sent[:num_prefix]):
-            problem = "a result lacks rows of the prompt"
-        if (result.features is not None) != bool(self._feature_layers and self._feature_layers != (FINAL,)):
-            problem = "a result has features that nobody wants, or lacks them"
-        foreign = np.setdiff1d(node_ids, sent)  # none, but for a worker that is broken
-        if len(foreign) and np.isin(foreign, self.tree.node_ids).any():
-            problem = "a result has rows that its segment did not have"
-        if problem:
-            raise ProtocolError(f"worker {result.timings[-1].stage} breaks the protocol: {problem}")
 
     def _receive_prompt(self, result: Result) -> None:
         self.num_prompt_verified += result.num_prefix
@@ -257,7 +246,7 @@ class Generation:
         prefix_ids = tree.node_ids[verdict.accepted_rows].tolist()
         prefix_tokens = tree.token_ids[verdict.accepted_rows].tolist()
         features, segment_ids = self._verifier.take(prefix_ids)
-        self._count(segment_ids, verdict)
+        self.stats.note_verdict(segment_ids, len(verdict.token_ids) - (new_root is None))
         self.output_ids += verdict.token_ids
         self.output_logprobs += verdict.logprobs
         self._sampler.extend(verdict.token_ids)
@@ -281,17 +270,6 @@ class Generation:
         if self._draft is not None:
             self._draft.commit(Accepted(prefix_ids, prefix_tokens, features), tree)
 
-    def _count(self, segment_ids: list[int], verdict: Verdict) -> None:
-        stats, num_accepted = self.stats, len(verdict.token_ids) - (verdict.new_root is None)
-        stats.accepted += num_accepted
-        stats.verdicts += 1
-        stats.accepted_by_position += [0] * (num_accepted - len(stats.accepted_by_position))
-        for position in range(num_accepted):
-            stats.accepted_by_position[position] += 1
-        for segment_id in segment_ids:
-            if (segment := stats.by_segment.get(segment_id)) is not None:
-                segment.num_accepted += 1
-
     def _forget_dead(self) -> None:
         """Segments with no living row are no longer in flight: the workers drop them without a word."""
         tree = self.tree
@@ -305,27 +283,55 @@ class Generation:
         self.tree.size, self.tree.min_score = config.size, config.min_score
 
     def propose(self, depth: int, width: int, steady_steps: int = 1) -> bool:
-        """One draft pass over the ``width`` best nodes, above ``depth``, that gain by it; False when none does."""
-        return self.expand(self.tree.worth_expanding(self._useful_depth(depth), width, steady_steps))
+        """One draft pass over the ``width`` best nodes, above ``depth``, that gain by it; False when none does.
+
+        What a block draft has guessed in a pass is read at once, best first, until no node gains any more.
+        """
+        depth = self._useful_depth(depth)
+        if not self.expand(self.tree.worth_expanding(depth, width, steady_steps)):
+            return False
+        while self._block_len > 1 and self.expand(self.tree.worth_growing(depth, width)):
+            pass
+        return True
+
+    def reread(self, depth: int, width: int) -> bool:
+        """Let a root that was not foreseen have the guesses of a block draft's newest pass; False where it has none."""
+        if self._block_len == 1 or self.block_depth < 1 or self.tree.staleness[0] != UNDRAFTED:
+            return False
+        assert isinstance(self._draft, BlockDraft)
+        with self._work(Work.GROW, 1):
+            self._draft.reread(self.tree)
+        self.num_passes += 1
+        while self.expand(self.tree.worth_growing(self._useful_depth(depth), width)):
+            pass
+        return True
 
     def propose_level(self, level: int, width: int) -> bool:
         """One draft pass over the best ``width`` nodes at a depth; False when there are none, or none is of use."""
         return level < self._useful_depth(level + 1) and self.expand(self.tree.best_at(level, width))
 
+    @property
+    def block_depth(self) -> float:
+        """Levels below the root that a block draft has guessed; infinite for any other draft."""
+        return self._block_start + self._block_len - self.prefix_len if self._block_len > 1 else math.inf
+
     def _useful_depth(self, depth: int) -> int:
-        # The node before the last token to emit is the deepest whose logits are of use.
-        return min(depth, self.num_left - 1)
+        return min(depth, self.num_left - 1)  # whose logits are of use
 
     def expand(self, rows: Ints) -> bool:
         """One draft pass: the root alone, or rows whose parents have been expanded. False when none was made."""
+        is_root = bool(len(rows)) and rows[0] == 0
+        rows = rows if is_root else rows[self.tree.depths[rows] < self.block_depth]
         if self._draft is None or not len(rows):
             return False
-        merges = rows[0] == 0 and len(self.tree) > 1
-        with self._work(Work.MERGE_PASS if merges else Work.DRAFT_PASS, len(rows)):
+        kind = Work.MERGE_PASS if is_root and len(self.tree) > 1 else Work.DRAFT_PASS
+        kind = Work.GROW if self._block_len > 1 and not is_root else kind
+        with self._work(kind, len(rows)):
             if not self._draft.expand(self.tree, rows):
                 return False
+        self._block_start = self.prefix_len if is_root else self._block_start
         self.num_passes += 1
-        self.stats.draft_passes += 1
+        self.stats.draft_passes += kind is not Work.GROW
         return True
 
     def take_hint(self, hint: Hint) -> None:

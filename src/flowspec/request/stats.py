@@ -43,3 +43,14 @@ class Stats:
     def mean_accepted(self) -> float:
         """Accepted draft nodes per verified segment."""
         return self.accepted / self.verified if self.verified else 0.0
+
+    def note_verdict(self, segment_ids: list[int], num_accepted: int) -> None:
+        """Rows of these segments, one each, have brought so many draft nodes into the output."""
+        self.accepted += num_accepted
+        self.verdicts += 1
+        self.accepted_by_position += [0] * (num_accepted - len(self.accepted_by_position))
+        for position in range(num_accepted):
+            self.accepted_by_position[position] += 1
+        for segment_id in segment_ids:
+            if (segment := self.by_segment.get(segment_id)) is not None:
+                segment.num_accepted += 1

@@ -13,6 +13,7 @@ class Work(str, Enum):
 
     DRAFT_PASS = "draft pass"
     MERGE_PASS = "merging draft pass"  # the first pass over a tree that a commit has kept
+    GROW = "growing"  # children from what a block draft has guessed already
     HINT = "hint"
     LM_HEAD = "lm_head"
     VERIFY = "verify"

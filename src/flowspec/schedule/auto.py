@@ -12,6 +12,7 @@ import math
 from dataclasses import replace
 
 from flowspec.config import FlowParts, PipelineConfig, TreeConfig
+from flowspec.draft.base import Levels
 from flowspec.request.generation import Generation
 from flowspec.schedule.autoregressive import Autoregressive
 from flowspec.schedule.flow import Flow
@@ -49,7 +50,7 @@ class Auto:
         pipeline: PipelineConfig,
         num_parallel: int,
         pace: Pace | FixedPace,
-        steady_steps: int,
+        levels: Levels,
         experience: Experience,
     ) -> None:
         """``experience`` is shared; the rest as in ``Flow``."""
@@ -59,7 +60,7 @@ class Auto:
             width=max(1, tree.width // SMALL),
             min_probability=min(0.5, tree.min_probability * SMALL),
         )
-        full, small = (Flow(t, parts, pipeline, num_parallel, pace, steady_steps) for t in (tree, small_tree))
+        full, small = (Flow(t, parts, pipeline, num_parallel, pace, levels) for t in (tree, small_tree))
         self._rungs = (full, small, Autoregressive(tree))
         self.tree_config = full.tree_config
         self.wants_hints, self.wants_ngrams = full.wants_hints, full.wants_ngrams

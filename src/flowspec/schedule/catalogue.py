@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from flowspec.config import FlowParts, ScheduleConfig
+from flowspec.draft.base import Levels
 from flowspec.errors import UsageError
 from flowspec.schedule.auto import Auto, Experience
 from flowspec.schedule.autoregressive import Autoregressive
@@ -17,6 +18,7 @@ from flowspec.schedule.pipedec import PipeDec
 from flowspec.schedule.serial import Chunked, Serial
 
 SCHEDULES = ("ar", "serial", "chunked", "pipedec", "lockstep", "flow")  # compared where none is named
+ONE_LEVEL = Levels()
 AUTO = "auto"  # the default where one is to be fast
 ABLATIONS: Mapping[str, str] = {  # name -> the field of ``LockstepConfig`` or ``FlowParts`` that is off
     "lockstep-no-score-order": "score_order",
@@ -55,13 +57,14 @@ def make_schedule(
     num_stages: int,
     num_parallel: int | None = None,
     pace: Pace | FixedPace | None = None,
-    steady_steps: int = 1,
+    levels: Levels = ONE_LEVEL,
     experience: Experience | None = None,
 ) -> Schedule:
     """A schedule for one request.
 
     ``num_parallel``: stages that run at the same time, if not all of them do. ``pace``: of the pipeline, where
-    the costs of segments are known. ``experience``: what earlier requests have left for ``auto``.
+    the costs of segments are known. ``levels``: the draft's. ``experience``: what earlier requests have left for
+    ``auto``.
 
     Raises ``UsageError`` for a name that is none.
     """
@@ -85,5 +88,5 @@ def make_schedule(
             parts, pace = flow_parts(name, config), pace or FixedPace()
             if name == "auto":
                 experience = experience or Experience()
-                return Auto(config.flow, parts, config.pipeline, num_parallel, pace, steady_steps, experience)
-            return Flow(config.flow, parts, config.pipeline, num_parallel, pace, steady_steps)
+                return Auto(config.flow, parts, config.pipeline, num_parallel, pace, levels, experience)
+            return Flow(config.flow, parts, config.pipeline, num_parallel, pace, levels)

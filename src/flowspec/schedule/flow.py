@@ -6,7 +6,8 @@
    for it. What it killed is dropped wherever it is: queued, unsent, or in the caches.
 3. Dynamic expansion: after a commit the draft reads the verified features, refreshes the surviving tree best first,
    one pass at a time, and merges what it finds. When nothing was verified meanwhile and nothing is left to send, it
-   deepens the tree instead, so that the pipeline does not run dry.
+   deepens the tree instead, so that the pipeline does not run dry. A draft that guesses blocks makes one pass for a new
+   root; until it is made, and for a root that nobody foresaw, what the block before says of these levels serves.
 
 Decisions are late: where the cost of a forward is known, a segment is composed when the pipeline is about to be free
 for it, and until then the tree gets better.
@@ -17,14 +18,17 @@ from __future__ import annotations
 from dataclasses import replace
 
 from flowspec.config import FlowParts, PipelineConfig, TreeConfig
+from flowspec.draft.base import Levels
 from flowspec.request.generation import Generation
 from flowspec.schedule.base import AT_ONCE, NEVER
 from flowspec.schedule.pace import DEFAULT_SEGMENT_LEN, FixedPace, Pace
+from flowspec.tree import UNDRAFTED
 from flowspec.wire.messages import Result
 
 PASSES_SHARE = 0.45  # of a segment's time that a new root may wait for draft passes, where both are known
 EARLY_PASSES_SHARE = 0.7  # the same where segments are sent as soon as there is room: nothing makes them better later
 MOST_NODES = 4.0  # times as many as published in a tree and in a draft pass, where rows are cheap
+BLOCK_TOP_K = 16  # children of a node, where they take no pass of their own
 SHARED_PATIENCE = 2  # times as long, while other requests keep the pipeline busy
 
 
@@ -39,17 +43,19 @@ class Flow:
         pipeline: PipelineConfig,
         num_parallel: int,
         pace: Pace | FixedPace,
-        steady_steps: int = 1,
+        levels: Levels,
     ) -> None:
         """``num_parallel``: stages that run at the same time; fewer than all where they share one machine's cores.
 
-        ``steady_steps``: the draft's; within them it drafts nothing twice, and needs no feature to go deeper.
+        ``levels``: the draft's; within the steady ones it drafts nothing twice, and needs no feature to go deeper.
+        Those of a block are read at once.
         """
         by_costs = pace.segment_len if parts.segment_costs else DEFAULT_SEGMENT_LEN
         knows_costs = isinstance(pace, Pace)
         self._segment_len = pipeline.segment_len or by_costs
         self.wants_hints, self.wants_ngrams = parts.hints, parts.ngrams
-        self._steady_steps = steady_steps if parts.steady else 1
+        self._steady_steps = levels.steady_steps if parts.steady else 1
+        self._block_len = levels.block_len
         self._num_worth = pace.num_worth if parts.segment_costs else len
         self.tree_config = self._size_tree(tree, pace.tree_times if parts.segment_costs else 1.0)
         binds_late = knows_costs and parts.late_binding
@@ -60,15 +66,20 @@ class Flow:
         self._pass_s = 0.0  # what the last draft pass took
 
     def _size_tree(self, tree: TreeConfig, times: float) -> TreeConfig:
-        """The less a row costs, the less probable a node may be; nobody has time for thousands."""
-        share = min(times, MOST_NODES)
+        """The less a row costs, the less probable a node may be; nobody has time for thousands.
+
+        A block's guesses cost next to nothing, and hardly get worse with depth: more of them are worth a row.
+        """
+        share, deepest = min(times, MOST_NODES), max(self._steady_steps, self._block_len)
+        if self._block_len > 1:
+            tree = replace(tree, top_k=max(tree.top_k, BLOCK_TOP_K), min_probability=tree.min_probability / 2)
         return replace(
             tree,
             size=round(tree.size * share),
             width=round(tree.width * share),
             min_probability=tree.min_probability / times,
-            depth=max(tree.depth, self._steady_steps),
-            max_depth=max(tree.max_depth, self._steady_steps),
+            depth=max(tree.depth, deepest),
+            max_depth=max(tree.max_depth, deepest),
         )
 
     # --- 2. draft management: every commit prunes at once, everywhere ---
@@ -84,6 +95,8 @@ class Flow:
     # --- what is done next: the best segment when it is due, and a better tree until then ---
 
     def on_idle(self, generation: Generation) -> float:
+        if generation.reread(self.tree_config.depth, self.tree_config.width):
+            return AT_ONCE
         due_s, has_room = self._due_s(generation), self._has_room(generation)
         is_due = generation.clock() + self._pass_s >= due_s  # there is no time for another pass
         if has_room and is_due and self._has_guesses(generation) and self._send_best(generation):
@@ -110,8 +123,11 @@ class Flow:
     def _has_guesses(self, generation: Generation) -> bool:
         """Whether the draft passes since the last commit are made that the next segment waits for.
 
-        A root that the draft missed takes its first guesses along; else the refreshed scores are worth one pass.
+        A root that the draft missed takes its first guesses along; else the refreshed scores are worth one pass. What
+        follows a root in an older block is good enough to go ahead of the pass.
         """
+        if self._block_len > 1 and generation.tree.staleness[0] != UNDRAFTED:
+            return True
         root_is_sent = bool(generation.tree.sent[0])
         wanted = self.tree_config.refresh_passes if root_is_sent else self.tree_config.root_passes
         if self._pace.slot_s and self._pass_s:

@@ -35,6 +35,10 @@ class PipeDec(Stepped):
         """Draft the level below the deepest that was sent, from its nodes that are still alive."""
         tree = generation.tree
         level = int(tree.depths[tree.sent].max())
+        if level >= generation.block_depth:  # a new block has to guess the levels under way, too
+            for above in range(level):
+                generation.propose_level(above, self._width)
+                tree.drop_unsent()
         generation.propose_level(level, self._width)
         rows = tree.best_at(level + 1, self._width)
         return rows[~tree.sent[rows]]

@@ -3,7 +3,15 @@
 import { brief, decimal, element } from "./dom.js";
 
 // How high a bar of the driver's work is, so that kinds do not differ by colour alone.
-const HEIGHTS = { "draft pass": 1, "merging draft pass": 0.85, lm_head: 0.7, verify: 0.55, hint: 0.4, send: 0.25 };
+const HEIGHTS = {
+  "draft pass": 1,
+  "merging draft pass": 0.85,
+  growing: 0.78,
+  lm_head: 0.7,
+  verify: 0.55,
+  hint: 0.4,
+  send: 0.25,
+};
 const FATES = ["accepted", "wasted", "pruned"];
 
 export class Brush {

@@ -1,0 +1,119 @@
+"""DFlash's published checkpoints (arXiv 2602.06036): its authors' (z-lab), and those of speculators.
+
+Tensors beside those of ``model.head_tensors``: ``hidden_norm.weight`` [D], which norms what ``fc`` makes of the
+target's streams; ordinary ``layers.i.*`` with norms of queries and keys; ``norm.weight`` [D].
+
+| what | the authors' | speculators |
+|---|---|---|
+| sizes of the layers | top of the config | ``transformer_layer_config`` |
+| rows of a block, ``block_size`` | top, or in ``dflash_config`` | top |
+| ``mask_token_id`` | ``dflash_config`` | top |
+| layers of the target | ``target_layer_ids`` in ``dflash_config``: outputs | ``aux_hidden_state_layer_ids``: streams |
+| ``sample_from_anchor``: row 0 guesses, too | never | top |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from flowspec.errors import ModelError, shortened
+from flowspec.model.draft_files import DraftFiles, check_fits
+from flowspec.model.eagle3_layers import find_layer_ids
+from flowspec.model.head_tensors import CONTAINER, SUPPORTED, HeadTensors, check_target_size, layers_config, names_of
+
+MAX_BLOCK = 256  # rows; none published has more than 16
+
+
+@dataclass(frozen=True)
+class DFlashFormat(HeadTensors):
+    """A DFlash checkpoint that has been looked through."""
+
+    kind = "DFlash"
+
+    block_size: int  # rows of a block, the anchor's included
+    mask_token_id: int
+    samples_anchor: bool  # the anchor's row guesses the token behind it; else the first mask's does
+    embedding_scale: float
+
+    @classmethod
+    def read(
+        cls,
+        files: DraftFiles,
+        num_layers: int,
+        hidden_size: int,
+        vocab_size: int,
+        draft_layers: Sequence[int] | None = None,
+    ) -> DFlashFormat:
+        """As ``Eagle3Format.read``."""
+        names = names_of(files, lambda name: name.removeprefix("model."))
+        config = layers_config(files, {name: files.shapes[own] for name, own in names.items()})
+        check_fits(files.directory, config, vocab_size)
+        check_target_size(files, hidden_size)
+        said = files.config.get("num_target_layers")
+        if said is not None and said != num_layers:
+            raise ModelError(
+                f"the head in {files.directory} is for a target with {shortened(repr(said), 20)} layers, this one has "
+                f"{num_layers}; give a head that was trained for this target"
+            )
+        if _value(files, "causal") or _value(files, "is_causal"):
+            raise ModelError(
+                f"{files.config_path}: the rows of a block are causal, which is not supported; {SUPPORTED}"
+            )
+        layer_ids = find_layer_ids(files, num_layers, draft_layers, _own_choice(num_layers, config.num_hidden_layers))
+        found = cls(
+            files,
+            config,
+            names,
+            layer_ids,
+            hidden_size,
+            _whole(files, "block_size", 2, MAX_BLOCK),
+            _whole(files, "mask_token_id", 0, vocab_size - 1),
+            bool(files.config.get(CONTAINER)) and _value(files, "sample_from_anchor") is True,
+            _scale(files),
+        )
+        found.check_fc()
+        found.check_vocabulary(vocab_size)
+        return found
+
+    @property
+    def num_levels(self) -> int:
+        """Tokens behind the anchor that one block guesses."""
+        return self.block_size - (not self.samples_anchor)
+
+
+def _own_choice(num_layers: int, num_draft_layers: int) -> tuple[int, ...]:
+    """The authors' for heads that say nothing: outputs spread evenly; each enters the layer behind."""
+    if num_draft_layers == 1:
+        return (num_layers // 2 + 1,)
+    step = (num_layers - 4) / (num_draft_layers - 1)
+    return tuple(round(1 + place * step) + 1 for place in range(num_draft_layers))
+
+
+def _value(files: DraftFiles, name: str) -> Any:
+    nested = files.config.get("dflash_config")
+    own = files.config.get(name)
+    return nested.get(name) if own is None and isinstance(nested, dict) else own
+
+
+def _whole(files: DraftFiles, name: str, least: int, most: int) -> int:
+    value = _value(files, name)
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+        told = "is missing" if value is None else f"is {shortened(repr(value), 40)}"
+        raise ModelError(
+            f"{files.config_path}: {name} {told}; it must be a whole number in {least}..{most}: fetch the head again, "
+            "or give one for this target"
+        )
+    return value
+
+
+def _scale(files: DraftFiles) -> float:
+    value = _value(files, "input_embedding_scale")
+    if value is None:
+        return 1.0
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < float("inf"):
+        raise ModelError(
+            f"{files.config_path}: input_embedding_scale is {shortened(repr(value), 40)}; it must be a positive number"
+        )
+    return float(value)

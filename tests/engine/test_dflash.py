@@ -1,0 +1,59 @@
+"""A DFlash head beside a real engine: found, loaded, served by processes, and of no influence on the text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flowspec import LLM, SamplingParams
+from flowspec.emulation.checkpoint_pair import CheckpointPair
+from flowspec.errors import ModelError, UsageError
+from tiny_dflash import DFlashForm, write_dflash
+
+PROMPT = (1, 4, 2, 1, 4, 2, 3, 9, 9)
+PARAMS = SamplingParams(24, 0.8, seed=5)
+
+
+@pytest.fixture(scope="module")
+def expected(checkpoint_dir: Callable[[str], Path]) -> list[int]:
+    with LLM(checkpoint_dir("qwen3"), stages=1, draft="none", schedule="ar", in_process=True) as llm:
+        return llm.generate(PROMPT, PARAMS).token_ids
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"stages": 2, "schedule": "flow"},
+        {"stages": 2, "schedule": "auto", "in_process": True, "draft_dtype": "int8"},
+        {"stages": 3, "schedule": "flow", "in_process": True, "draft_layers": (1, 2, 6)},
+    ],
+)
+def test_a_head_drafts_and_changes_nothing(
+    checkpoint_dir: Callable[[str], Path], expected: list[int], settings: dict[str, Any]
+) -> None:
+    directory = checkpoint_dir("qwen3")
+    with LLM(directory, draft=directory / "dflash", **settings) as llm:
+        completion = llm.generate(PROMPT, PARAMS)
+    assert completion.token_ids == expected
+    assert completion.stats.draft == "dflash" and completion.stats.drafted > 0
+
+
+def test_a_head_of_speculators_with_few_tokens_drafts(
+    checkpoint_dir: Callable[[str], Path], tmp_path: Path, expected: list[int]
+) -> None:
+    write_dflash(tmp_path, DFlashForm("speculators", num_draft=60, samples_anchor=True))
+    with LLM(checkpoint_dir("qwen3"), draft=tmp_path, stages=2, schedule="flow", in_process=True) as llm:
+        completion = llm.generate(PROMPT, PARAMS)
+    assert completion.token_ids == expected and completion.stats.drafted > 0
+
+
+def test_what_cannot_be_is_said_before_workers_start(checkpoint_dir: Callable[[str], Path], tmp_path: Path) -> None:
+    directory = checkpoint_dir("qwen3")
+    with pytest.raises(UsageError, match="is a DFlash head, which simulations and emulations do not run"):
+        CheckpointPair(str(directory), str(directory / "dflash"))
+    write_dflash(tmp_path, DFlashForm(config={"num_target_layers": 7}))
+    with pytest.raises(ModelError, match="a target with 7 layers, this one has 6"):
+        LLM(directory, draft=tmp_path, workers=["127.0.0.1:1"])

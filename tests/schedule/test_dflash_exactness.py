@@ -1,0 +1,146 @@
+"""With a DFlash head too, every schedule and every number of stages gives the tokens of plain decoding."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
+
+from flowspec.config import PipelineConfig
+from flowspec.core import SamplingParams
+from flowspec.draft.base import BlockDraft
+from flowspec.draft.dflash import DFlashSource
+from flowspec.schedule.catalogue import AUTO, SCHEDULES
+from pump import Pump, prompt_of
+from tiny_dflash import DFlashForm, Reference, make_weights
+
+NUM_TOKENS = 24
+SMALL = PipelineConfig(segment_len=5, prefill_chunk=7)  # so that prompts and trees come in several segments
+FORM = DFlashForm(block_size=5)  # of the checkpoints: blocks that end within a tree
+
+
+def params_at(temperature: float, max_tokens: int = NUM_TOKENS) -> SamplingParams:
+    return SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=11)
+
+
+def plain(directory: Path, temperature: float, prompt_len: int, max_tokens: int = NUM_TOKENS) -> list[int]:
+    pump = Pump(directory, 1, "none", "ar")
+    generation = pump.submit(prompt_of(prompt_len), params_at(temperature, max_tokens))
+    pump.run()
+    return generation.output_ids
+
+
+@pytest.mark.parametrize(
+    ("schedule", "num_stages", "temperature"),
+    list(itertools.product([*(name for name in SCHEDULES if name != "ar"), AUTO], (1, 3), (0.0, 0.8))),
+)
+def test_tokens_are_those_of_plain_decoding(
+    checkpoint_dir: Callable[[str], Path], schedule: str, num_stages: int, temperature: float
+) -> None:
+    pump = Pump(checkpoint_dir("qwen3"), num_stages, "dflash", schedule, pipeline=SMALL)
+    generation = pump.submit(prompt_of(20), params_at(temperature))
+    pump.run()
+    assert generation.output_ids == plain(checkpoint_dir("qwen3"), temperature, 20)
+    assert generation.stats.draft_passes and generation.stats.drafted
+
+
+@pytest.mark.parametrize("prompt_len", [1, 8])
+def test_prompts_of_any_length_are_exact(checkpoint_dir: Callable[[str], Path], prompt_len: int) -> None:
+    pump = Pump(checkpoint_dir("qwen3"), 3, "dflash", pipeline=SMALL)
+    generation = pump.submit(prompt_of(prompt_len), params_at(0.0, 12))
+    pump.run()
+    assert generation.output_ids == plain(checkpoint_dir("qwen3"), 0.0, prompt_len, 12)
+
+
+@settings(max_examples=5)
+@given(st.randoms(use_true_random=False), st.sampled_from(["flow", "lockstep", "pipedec"]))
+def test_any_order_of_events_gives_the_same_tokens(
+    checkpoint_dir: Callable[[str], Path], random: Random, schedule: str
+) -> None:
+    pump = Pump(checkpoint_dir("qwen3"), 3, "dflash", schedule, pipeline=SMALL)
+    generation = pump.submit(prompt_of(9), params_at(0.8, 12))
+    pump.run(random.randrange)
+    assert generation.output_ids == plain(checkpoint_dir("qwen3"), 0.8, 9, 12)
+
+
+def test_a_prompt_that_was_kept_is_taken_over_with_its_features(checkpoint_dir: Callable[[str], Path]) -> None:
+    directory, prompt = checkpoint_dir("qwen3"), prompt_of(20)
+    pump = Pump(directory, 3, "dflash", pipeline=SMALL, keeps_caches=True)
+    first = pump.submit(prompt, params_at(0.0))
+    pump.run()
+    longer = [*prompt, *first.output_ids[:10], 5, 1]
+    second = pump.submit(longer, params_at(0.0))
+    pump.run()
+    assert second.num_cached > len(prompt)
+    alone = Pump(directory, 1, "none", "ar")
+    expected = alone.submit(longer, params_at(0.0))
+    alone.run()
+    assert second.output_ids == expected.output_ids
+
+
+class Recorder:
+    """A head, and what each of its blocks was asked for and gave: anchor's token, text before it, rows."""
+
+    def __init__(self, head: Any) -> None:
+        self._head = head
+        self.num_levels, self.open_cache, self.read = head.num_levels, head.open_cache, head.read
+        self.blocks: list[tuple[int, int, torch.Tensor]] = []
+
+    def guess(self, token_id: int, cache: Any) -> torch.Tensor:
+        rows = self._head.guess(token_id, cache)
+        self.blocks.append((token_id, cache.num_rows, rows))
+        return rows
+
+
+@pytest.mark.parametrize("schedule", ["flow", "serial", "lockstep"])
+def test_every_block_is_that_of_the_text_before_its_anchor(
+    checkpoint_dir: Callable[[str], Path], schedule: str
+) -> None:
+    """Whatever was pruned under way, its guesses are those of the published arithmetic on transformers' own streams."""
+    directory = checkpoint_dir("llama")
+    pump = Pump(directory, 3, "dflash", schedule, pipeline=SMALL)
+    source: Any = pump.driver._source
+    source.head = recorder = Recorder(source.head)
+    prompt = prompt_of(20)
+    generation = pump.submit(prompt, params_at(0.8))
+    pump.run()
+    model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval().requires_grad_(False)
+    text = [*prompt, *generation.output_ids]
+    states = model(torch.tensor([text]), output_hidden_states=True).hidden_states
+    head = model.lm_head.weight
+    reference = Reference(FORM, make_weights(FORM, seed=1), model.model.embed_tokens.weight, head)
+    assert len(recorder.blocks) > 3
+    for token_id, num_rows, rows in recorder.blocks:
+        assert text[num_rows] == token_id
+        expected = reference.logits([states[layer][0][:num_rows] for layer in FORM.tapped], token_id)
+        torch.testing.assert_close(rows @ head.T, expected, atol=2e-3, rtol=2e-3)
+
+
+def test_flow_goes_on_with_the_last_block_where_nobody_foresaw_the_root(
+    checkpoint_dir: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pump = Pump(checkpoint_dir("qwen3"), 3, "dflash", pipeline=SMALL)
+    source = pump.driver._source
+    assert isinstance(source, DFlashSource) and source.block_len == 4
+    generation = pump.submit(prompt_of(20), params_at(0.8))
+    draft: Any = generation._draft
+    assert isinstance(draft, BlockDraft)
+    rereads: list[tuple[int, int]] = []
+    original = draft.reread
+
+    def reread(tree: Any) -> None:
+        original(tree)
+        rereads.append((int(tree.staleness[0]), len(np.flatnonzero(tree.parents == 0))))
+
+    monkeypatch.setattr(draft, "reread", reread)
+    pump.run()
+    assert rereads and all(2 <= level <= 4 and num for level, num in rereads)
