@@ -35,7 +35,7 @@ def test_a_head_drafts_and_changes_nothing(
     checkpoint_dir: Callable[[str], Path], expected: list[int], settings: dict[str, Any]
 ) -> None:
     directory = checkpoint_dir("qwen3")
-    with LLM(directory, draft=directory / "dflash", **settings) as llm:
+    with LLM(directory, draft=directory / "dflash", draft_check="off", **settings) as llm:
         completion = llm.generate(PROMPT, PARAMS)
     assert completion.token_ids == expected
     assert completion.stats.draft == "dflash" and completion.stats.drafted > 0
@@ -45,7 +45,8 @@ def test_a_head_of_speculators_with_few_tokens_drafts(
     checkpoint_dir: Callable[[str], Path], tmp_path: Path, expected: list[int]
 ) -> None:
     write_dflash(tmp_path, DFlashForm("speculators", num_draft=60, samples_anchor=True))
-    with LLM(checkpoint_dir("qwen3"), draft=tmp_path, stages=2, schedule="flow", in_process=True) as llm:
+    how: dict[str, Any] = {"stages": 2, "schedule": "flow", "in_process": True, "draft_check": "off"}
+    with LLM(checkpoint_dir("qwen3"), draft=tmp_path, **how) as llm:
         completion = llm.generate(PROMPT, PARAMS)
     assert completion.token_ids == expected and completion.stats.drafted > 0
 

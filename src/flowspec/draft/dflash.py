@@ -61,6 +61,9 @@ class DFlashDraft:
         self._cache = other._cache
         self._cache.num_rows = num_cached
 
+    def end(self) -> DFlashDraft:
+        return self
+
     def read_prompt(self, node_ids: Sequence[int], features: Tensor) -> None:
         assert not len(node_ids) or node_ids[0] == self._cache.num_rows, "the prompt comes in order"
         self._source.head.read(features, self._cache)
