@@ -30,7 +30,7 @@ def block(lab: Lab) -> str:
     cases = [Case(spec, ("flow",), quality=QUALITY) for spec in all_clusters()]
     cases = cases[:1] if lab.options.is_quick else cases
     headers = ["cluster", "draft", "flow, tokens/s", "free driver", "ceiling", "share", "useful", "wasted", "waiting"]
-    bounded = [replace(case, num_prompts=lab.options.few) for case in cases if case.cluster.name in BOUNDED]
+    bounded = [replace(case, num_prompts=few(lab)) for case in cases if case.cluster.name in BOUNDED]
     published, whole = whole_cases(cases[0], lab)
     return "\n\n".join(
         [
@@ -39,10 +39,10 @@ def block(lab: Lab) -> str:
             f"as deep as the block, and take one pass. Same engine, greedy, {lab.options.num_prompts} prompts.",
             rivals(lab, cases),
             "From `lockstep` as published with draft `eagle1` to `flow` with `block` in int8 and this package's costs; "
-            f"{lab.options.few} prompts. The two drafts belong to different texts.",
+            f"{few(lab)} prompts. The two drafts belong to different texts.",
             whole_table(lab, cases),
             LIMITS,
-            f"How far some of them are from the ceiling, as in the section on it; {lab.options.few} prompts.",
+            f"How far some of them are from the ceiling, as in the section on it; {few(lab)} prompts.",
             markdown_table(headers, bound_rows(lab, bounded)),
             code(
                 section_command("block", lab.options),
@@ -51,6 +51,11 @@ def block(lab: Lab) -> str:
             ),
         ]
     )
+
+
+def few(lab: Lab) -> int:
+    """Prompts of the tables that have no intervals."""
+    return 2 if lab.options.is_quick else 4
 
 
 def rivals(lab: Lab, cases: list[Case]) -> str:
@@ -69,9 +74,8 @@ def rivals(lab: Lab, cases: list[Case]) -> str:
 
 
 def whole_cases(case: Case, lab: Lab) -> tuple[Case, Case]:
-    few = lab.options.few
-    published = Case(case.cluster, ("lockstep",), as_published=True, num_prompts=few)
-    return published, replace(case, int8_draft=True, num_prompts=few, flags="--draft-dtype int8")
+    published = Case(case.cluster, ("lockstep",), as_published=True, num_prompts=few(lab))
+    return published, replace(case, int8_draft=True, num_prompts=few(lab), flags="--draft-dtype int8")
 
 
 def whole_table(lab: Lab, cases: list[Case]) -> str:
