@@ -91,7 +91,8 @@ def test_the_synthetic_language_is_calibrated() -> None:
     rates = {row["step"]: row["hit_rate"] for row in figures["eagle1"]["hits"]}
     assert all(abs(rates[step] - aim) < 0.03 for step, aim in aims.items())
     assert all(abs(row["hit_rate"] - 0.83) < 0.03 for row in figures["ideal"]["hits"])
-    assert all(row["tokens_per_pass"] > 2 for quality in figures.values() for row in quality["trees"])
+    trees = [row for quality in figures.values() for row in quality["trees"]]
+    assert all(row["tokens_per_pass"] > (1.5 if row["nodes"] < 60 else 2) for row in trees), "a chain has fewer nodes"
 
 
 def test_the_growth_benchmark_prints_json_and_draws(tmp_path: Path) -> None:

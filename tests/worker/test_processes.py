@@ -23,7 +23,18 @@ from flowspec.config import LinkConfig
 from flowspec.errors import ModelError, UsageError, WorkerError
 from flowspec.model.loader import Checkpoint
 from flowspec.wire.codec import Codec
-from flowspec.wire.messages import LOADED, PROTOCOL_VERSION, Alive, Configure, Failure, Loading, Ready, Stop, ToDriver
+from flowspec.wire.messages import (
+    LOADED,
+    PROTOCOL_VERSION,
+    Alive,
+    Configure,
+    Failure,
+    Loading,
+    Ready,
+    Stop,
+    ToDriver,
+    WantManifest,
+)
 from pump import Pump
 from server_process import forked_workers
 from tiny_models import make_checkpoint
@@ -282,8 +293,9 @@ def said_by_a_worker(configure: Configure, last: type) -> list[ToDriver]:
         dealer.connect(processes.addresses[0])
         dealer.send_multipart([bytes(frame) for frame in Codec().encode(configure)])
         said: list[ToDriver] = []
+        until_s = time.monotonic() + 60
         while not isinstance(said[-1] if said else None, last):
-            assert dealer.poll(60_000)
+            assert dealer.poll(60_000) and time.monotonic() < until_s
             said.append(Codec().decode_to_driver([bytearray(frame) for frame in dealer.recv_multipart()]))
         return said
     finally:
@@ -292,12 +304,17 @@ def said_by_a_worker(configure: Configure, last: type) -> list[ToDriver]:
         processes.close()
 
 
-def test_a_workers_own_mistake_reaches_the_driver_as_one_line(checkpoint_dir: Callable[[str], Path]) -> None:
-    """The model is readable at the driver, but not at the worker."""
-    configure = Configure(PROTOCOL_VERSION, 1, "/no/such/model", 0, 2, "float32", None, 1.0)
+def test_a_workers_own_mistake_reaches_the_driver_as_one_line(tmp_path: Path) -> None:
+    """The model's directory is whole at the driver, but not at the worker."""
+    configure = Configure(PROTOCOL_VERSION, 1, str(tmp_path), 0, 2, "float32", None, 1.0)
     first, failure = said_by_a_worker(configure, Failure)
-    assert first == Loading(0.0), "it says at once that it is there"
-    assert "/no/such/model is not a directory" in failure.text and failure.user_error  # type: ignore[union-attr]
+    assert first == Alive(), "it says at once that it is there"
+    assert f"{tmp_path}: no config.json" in failure.text and failure.user_error  # type: ignore[union-attr]
+
+
+def test_a_worker_without_the_model_asks_for_it(tmp_path: Path) -> None:
+    configure = Configure(PROTOCOL_VERSION, 1, str(tmp_path / "elsewhere"), 0, 2, "float32", None, 1.0)
+    assert said_by_a_worker(configure, WantManifest) == [Alive(), WantManifest()]
 
 
 def test_a_worker_has_loaded_when_it_has_done_all_and_not_when_the_weights_are_read(

@@ -198,6 +198,7 @@ class WorkerProcess:
         if configure.emulation is not None and configure.taps is not None:
             raise UsageError("workers that play devices serve no draft that reads several layers; use another draft")
         self._door.open_for(configure)
+        self._tell_driver(Alive())  # the hub may have to be asked
         session.configure = configure
         if configure.next_address is not None:
             session.link = self._connect(name, configure.next_address, configure)
@@ -212,17 +213,18 @@ class WorkerProcess:
         """Take what the driver sends of the stage, until all has come that is not on the disk."""
         for want in fetch.take(message):
             self._tell_driver(want)
-        self._tell_fetched(fetch)
+        if self._is_time_to_tell():
+            self._tell_driver(fetch.progress())
         if fetch.is_complete:
             session.fetch, session.num_fetched = None, fetch.num_bytes
             assert session.configure is not None, "it has been asked for"
             # Hints need the lm_head too, which is the driver's.
             self._load(session, replace(session.configure, hints=None), fetch.checkpoint())
 
-    def _tell_fetched(self, fetch: StageFetch) -> None:
-        if time.monotonic() - self._last_told_s >= _LOADING_INTERVAL_S:
-            self._last_told_s = time.monotonic()
-            self._tell_driver(fetch.progress())
+    def _is_time_to_tell(self) -> bool:
+        is_time = time.monotonic() - self._last_told_s >= _LOADING_INTERVAL_S
+        self._last_told_s = time.monotonic() if is_time else self._last_told_s
+        return is_time
 
     def _load(self, session: Session, configure: Configure, source: Checkpoint) -> None:
         self._tell_driver(Loading(0.0))
@@ -239,10 +241,8 @@ class WorkerProcess:
 
     def _tell_progress(self, done: float) -> None:
         """Now and then, and read meanwhile: what strangers send must not pile up."""
-        if time.monotonic() - self._last_told_s < _LOADING_INTERVAL_S:
-            return
-        self._last_told_s = time.monotonic()
-        self._tell_driver(Loading(min(done, _ALMOST_LOADED)))
+        if self._is_time_to_tell():
+            self._tell_driver(Loading(min(done, _ALMOST_LOADED)))
         assert self._session is not None
         for _ in range(_MAX_READ * _MAX_READ):
             if (received := self._listener.receive()) is None:
