@@ -45,6 +45,7 @@ from flowspec.wire.transport import Connection, Sender, session_of
 from flowspec.worker.actor import Worker
 from flowspec.worker.checks import check_configure
 from flowspec.worker.door import Door, Keys
+from flowspec.worker.ending import note_sigterm
 from flowspec.worker.fetch import StageFetch
 from flowspec.worker.kept import Loaded, StageLoader
 from flowspec.worker.measure import LinkMeter, free_bytes, peak_memory_bytes
@@ -56,7 +57,7 @@ logger = logging.getLogger("flowspec.worker")
 
 _LOADING_INTERVAL_S = 0.5
 _ALMOST_LOADED = 0.99  # with all weights read: kernels are yet to be compiled, forwards to be measured
-_LONGEST_WAIT_S = 0.5
+_LONGEST_WAIT_S = 0.5  # a signal that comes just before the wait does not end it
 _MAX_READ = 64  # messages between two pieces of work: a flood of strangers' takes a share of the time, and not all
 _SESSION_NAME = re.compile(r"[\w-]{1,64}", re.ASCII)
 
@@ -100,9 +101,9 @@ class WorkerProcess:
     def endpoint(self) -> str:
         return self._listener.endpoint
 
-    def run(self) -> None:
+    def run(self, is_over: Callable[[], bool] = lambda: False) -> None:
         """Serve for ever. A session that fails is reported to its driver and ends; the process goes on."""
-        while True:
+        while not is_over():
             try:
                 self._step()
             except SessionOver as ended:
@@ -131,7 +132,6 @@ class WorkerProcess:
         self._check_peers()
         self._tend_link()
         if sends is None:
-            # Never for long: a signal that comes just before the wait does not end it.
             wake_s = session.worker.wake_s if session is not None and session.worker is not None else math.inf
             wait_s = min(_LONGEST_WAIT_S, max(0.0, wake_s - time.monotonic()))
             self._poller.poll(int(wait_s * 1000))
@@ -222,8 +222,8 @@ class WorkerProcess:
             self._load(session, replace(session.configure, hints=None), fetch.checkpoint())
 
     def _is_time_to_tell(self) -> bool:
-        is_time = time.monotonic() - self._last_told_s >= _LOADING_INTERVAL_S
-        self._last_told_s = time.monotonic() if is_time else self._last_told_s
+        if is_time := time.monotonic() - self._last_told_s >= _LOADING_INTERVAL_S:
+            self._last_told_s = time.monotonic()
         return is_time
 
     def _load(self, session: Session, configure: Configure, source: Checkpoint) -> None:
@@ -395,6 +395,6 @@ def serve(
     try:
         if announce is not None:
             announce(process.endpoint)
-        process.run()
+        process.run(note_sigterm())
     finally:
         process.close()
