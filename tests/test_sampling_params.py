@@ -24,6 +24,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from chains import add_path
 from flowspec.config import PipelineConfig
 from flowspec.core import SamplingParams
 from flowspec.draft.base import Accepted, DraftSource
@@ -79,7 +80,7 @@ class KnownDraft:
         tree.staleness[rows] = 0
         start = self._prefix_len + int(tree.depths[rows[0]]) + 1
         guesses = list(self._text[start : start + 4])
-        tree.add_path(int(rows[0]), guesses, [-0.1] * len(guesses))
+        add_path(tree, int(rows[0]), guesses, [-0.1] * len(guesses))
         return True
 
 

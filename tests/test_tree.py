@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from chains import add_path
 from flowspec.tree import UNDRAFTED, DraftTree
 
 ROOT, ONE = np.zeros(1, dtype=np.int64), np.ones(1, dtype=np.int64)
@@ -32,7 +33,7 @@ def change(data: st.DataObject, tree: DraftTree) -> None:
             tree.hint(np.array([row]), np.array([tokens]), np.log([shares]))
         case "add_path":
             tokens = data.draw(st.lists(st.integers(0, 9), min_size=1, max_size=3))
-            tree.add_path(row, tokens, [data.draw(logprob) for _ in tokens])
+            add_path(tree, row, tokens, [data.draw(logprob) for _ in tokens])
         case _:
             tree.mark_sent(tree.best_unsent(data.draw(st.integers(1, 5))))
 

@@ -174,10 +174,6 @@ class DraftTree:
         self._rate()
         self._forget()
 
-    def add_path(self, row: int, token_ids: list[int], logprobs: list[float]) -> None:
-        """``graft`` a chain."""
-        self.graft(row, np.array(token_ids), np.arange(len(token_ids)) - 1, np.array(logprobs))
-
     def _merge(self, parents: Ints, token_ids: Ints) -> Ints:
         """Find or add each (parent row, token), and return their rows; no pair may occur twice."""
         # (parent row, token) as one integer: rows and tokens stay far below 2**31.

@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from chains import add_path
 from engines import engine_of, workers_of
 from flowspec import LLM
 from flowspec.config import EngineConfig, PipelineConfig, ScheduleConfig, TreeConfig
@@ -68,7 +69,7 @@ class FaultyDraft:
         if self._fault == EXPANDS and self._num_commits >= 2:
             raise ZeroDivisionError("a bug in expand")
         if self._fault == SENDS and self._num_commits >= 1:
-            tree.add_path(0, [10**6], [0.0])
+            add_path(tree, 0, [10**6], [0.0])
         return self._inner.expand(tree, rows)
 
 

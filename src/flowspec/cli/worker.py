@@ -9,7 +9,7 @@ import typer
 
 from flowspec.cli.options import Device, Threads, Verbose
 from flowspec.cli.terminal import errors_in_one_line
-from flowspec.config import LinkConfig
+from flowspec.config import CACHE_GB, LinkConfig
 from flowspec.errors import UsageError
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def worker(
     ] = False,
     cache_gb: Annotated[
         float, typer.Option(help="Of the disk, for weights that drivers send; the oldest are dropped.", metavar="GB")
-    ] = 50.0,
+    ] = CACHE_GB,
     threads: Threads = 0,
     device: Device = "cpu",
     verbose: Verbose = False,

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Mapping
 
 from flowspec.core import LayerRange, Partition, StageManifest
-from flowspec.errors import ModelError, first_line, require
+from flowspec.errors import require
 from flowspec.model.loader import Checkpoint
 from flowspec.model.received import make_manifest
 from flowspec.model.tensor_digests import TensorDigests
@@ -63,15 +63,7 @@ class WeightServer:
         require((want.tensor, want.offset) > self._last[stage], "it asks for the same weights again")
         self._last[stage] = want.tensor, want.offset
         num_bytes = min(CHUNK_BYTES, found.num_bytes - want.offset)
-        try:
-            with found.path.open("rb") as file:
-                file.seek(found.offset + want.offset)
-                data = file.read(num_bytes)
-        except OSError as error:
-            raise ModelError(f"{found.path} cannot be read ({first_line(error)}); is it still there?") from error
-        if len(data) < num_bytes:
-            raise ModelError(f"{found.path} has become shorter; start again with files that nobody writes")
-        return Chunk(want.tensor, want.offset, data)
+        return Chunk(want.tensor, want.offset, found.read(want.offset, num_bytes))
 
     def close(self) -> None:
         self._is_closed = True

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -22,8 +21,8 @@ from flowspec.draft.ngram import NgramSource
 from flowspec.draft.repairs import find_repair
 from flowspec.engine.engine import Engine
 from flowspec.errors import FlowspecError
-from flowspec.model.fetched import cache_directory
 from flowspec.model.fingerprint import files_fingerprint, fingerprint
+from flowspec.model.user_cache import cache_directory, keep
 
 logger = logging.getLogger("flowspec.draft")
 
@@ -160,10 +159,7 @@ def _load(path: Path) -> _Found | None:
 
 def _store(path: Path, found: _Found) -> None:
     """Where it cannot be kept, the next start measures again."""
-    own = path.with_suffix(f".{os.getpid()}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        own.write_text(json.dumps({**asdict(found.acceptance), "repair": found.repair}), encoding="utf-8")
-        os.replace(own, path)
+        keep(path, json.dumps({**asdict(found.acceptance), "repair": found.repair}).encode())
     except OSError as error:
         logger.debug("what was found of the draft head cannot be kept: %s", error)

@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from flowspec.errors import ModelError, shortened
-from flowspec.model.draft_files import DraftFiles, check_fits
+from flowspec.model.draft_files import DraftFiles
 from flowspec.model.eagle3_layers import find_layer_ids
-from flowspec.model.head_tensors import CONTAINER, SUPPORTED, HeadTensors, check_target_size, layers_config, names_of
+from flowspec.model.head_tensors import CONTAINER, SUPPORTED, HeadTensors, read_layers
 
 MAX_BLOCK = 256  # rows; none published has more than 16
 
@@ -47,10 +47,7 @@ class DFlashFormat(HeadTensors):
         draft_layers: Sequence[int] | None = None,
     ) -> DFlashFormat:
         """As ``Eagle3Format.read``."""
-        names = names_of(files, lambda name: name.removeprefix("model."))
-        config = layers_config(files, {name: files.shapes[own] for name, own in names.items()})
-        check_fits(files.directory, config, vocab_size)
-        check_target_size(files, hidden_size)
+        names, config = read_layers(files, lambda name: name.removeprefix("model."), hidden_size, vocab_size)
         said = files.config.get("num_target_layers")
         if said is not None and said != num_layers:
             raise ModelError(

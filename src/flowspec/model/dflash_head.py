@@ -107,17 +107,12 @@ class DFlashHead(nn.Module):
         super().__init__()
         config = form.config
         self.block_size, self.mask_token_id = form.block_size, form.mask_token_id
-        self.samples_anchor, self.embedding_scale = form.samples_anchor, form.embedding_scale
+        self.num_levels, self.embedding_scale = form.num_levels, form.embedding_scale
         self.register_buffer("embedding", embedding.detach(), persistent=False)
         self.hidden_norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.layers = nn.ModuleList(BlockLayer(config, index) for index in range(config.num_hidden_layers))
         self.norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(config)  # type: ignore[arg-type]
-
-    @property
-    def num_levels(self) -> int:
-        """Tokens behind the anchor that one block guesses."""
-        return self.block_size - (not self.samples_anchor)
 
     def open_cache(self) -> TextCache:
         return TextCache(len(self.layers))
@@ -160,13 +155,7 @@ class DFlashHead(nn.Module):
         with torch.device("meta"):
             head = cls(form, embedding.to(device, torch_dtype))
         head.rotary_emb = LlamaRotaryEmbedding(form.config).to(device)  # type: ignore[arg-type]
-        expected = head.state_dict()
-        if missing := sorted(expected.keys() - form.names.keys()):
-            raise form.lacks(missing)
-        form.refuse_unknown(expected.keys() | _NOT_HERE)
-        for name, tensor in expected.items():
-            form.require(name, tuple(tensor.shape))
-        head.load_state_dict({name: form.tensor(name).to(device, torch_dtype) for name in expected}, assign=True)
+        form.fill(head, _NOT_HERE, torch_dtype, device)
         return head.eval().requires_grad_(False)
 
 

@@ -28,19 +28,9 @@ from torch import Tensor
 
 from flowspec.core import TapShape
 from flowspec.errors import ModelError, shortened
-from flowspec.model.draft_files import DraftFiles, check_fits
+from flowspec.model.draft_files import DraftFiles
 from flowspec.model.eagle3_layers import find_layer_ids
-from flowspec.model.head_tensors import (
-    CONTAINER,
-    FC,
-    FIRST,
-    IDS,
-    SUPPORTED,
-    HeadTensors,
-    check_target_size,
-    layers_config,
-    names_of,
-)
+from flowspec.model.head_tensors import CONTAINER, FC, FIRST, IDS, SUPPORTED, HeadTensors, read_layers
 
 FC_BIAS, INPUT_NORM = "fc.bias", "input_norm.weight"
 _FC_NORM = re.compile(r"fc_norm\.(\d+)\.weight")
@@ -102,11 +92,7 @@ class Eagle3Format(HeadTensors):
 
         Raises ``ModelError`` for a checkpoint that lacks something, contradicts itself, or is of another target.
         """
-        names = names_of(files, _plain)
-        shapes = {name: files.shapes[own] for name, own in names.items()}
-        config = layers_config(files, shapes)
-        check_fits(files.directory, config, vocab_size)
-        check_target_size(files, hidden_size)
+        names, config = read_layers(files, _plain, hidden_size, vocab_size)
         layer_ids = find_layer_ids(files, num_layers, draft_layers)
         norms = sorted(int(match[1]) for match in map(_FC_NORM.fullmatch, names) if match)
         found = cls(

@@ -122,14 +122,8 @@ class Eagle3Head(DraftHead):
         head.rotary_emb = LlamaRotaryEmbedding(form.config).to(device)  # type: ignore[arg-type]
         if FC_BIAS in form.names:
             head.fc_bias = form.tensor(FC_BIAS).to(device, torch_dtype)
-        expected = head.state_dict()
-        if missing := sorted(expected.keys() - form.names.keys()):
-            raise form.lacks(missing)
-        known = expected.keys() | _NOT_HERE | {f"fc_norm.{place}.weight" for place in range(len(form.layer_ids))}
-        form.refuse_unknown(known)
-        for name, tensor in expected.items():
-            form.require(name, tuple(tensor.shape))
-        head.load_state_dict({name: form.tensor(name).to(device, torch_dtype) for name in expected}, assign=True)
+        known = _NOT_HERE | {f"fc_norm.{place}.weight" for place in range(len(form.layer_ids))}
+        form.fill(head, known, torch_dtype, device)
         return head.eval().requires_grad_(False)
 
 

@@ -24,6 +24,7 @@ from pathlib import Path
 
 from flowspec.errors import ModelError, first_line
 from flowspec.model.demo_pair import DEMO
+from flowspec.model.user_cache import cache_directory
 
 logger = logging.getLogger("flowspec.hub")
 
@@ -141,11 +142,6 @@ def fetch(name: str, progress: Progress) -> Path:
             "give it permissions, or name another cache in XDG_CACHE_HOME"
         ) from error
     return model.path
-
-
-def cache_directory(name: str) -> Path:
-    """Where things of a kind lie in the user's cache, or will."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flowspec" / name
 
 
 def _pip() -> list[str]:

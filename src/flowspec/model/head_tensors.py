@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LlamaConfig, Qwen3Config
 
 from flowspec.core import TapShape
 from flowspec.errors import ModelError, shortened
-from flowspec.model.draft_files import DraftFiles, layer_config, take_head_dim
+from flowspec.model.draft_files import DraftFiles, check_fits, layer_config, take_head_dim
 
 FC = "fc.weight"
 EMBEDDING, HEAD, IDS = "embed_tokens.weight", "lm_head.weight", "d2t"
@@ -78,6 +78,19 @@ class HeadTensors:
         if unknown := sorted(own for name, own in self.names.items() if name not in known):
             raise ModelError(f"{self.files.path} has unknown tensors {', '.join(unknown[:4])}; {SUPPORTED}")
 
+    def fill(self, head: nn.Module, known: Set[str], dtype: torch.dtype, device: torch.device | str) -> None:
+        """Give a head without values those of the file. ``known``: tensors of the file that are no part of it.
+
+        Raises ``ModelError`` for what is missing, unknown, or of another shape.
+        """
+        expected = head.state_dict()
+        if missing := sorted(expected.keys() - self.names.keys()):
+            raise self.lacks(missing)
+        self.refuse_unknown(expected.keys() | known)
+        for name, tensor in expected.items():
+            self.require(name, tuple(tensor.shape))
+        head.load_state_dict({name: self.tensor(name).to(device, dtype) for name in expected}, assign=True)
+
     def check_fc(self) -> None:
         """Raises ``ModelError`` unless ``fc`` reads as many layers as are named."""
         size, num = self.config.hidden_size, len(self.layer_ids)
@@ -130,7 +143,21 @@ class HeadTensors:
         raise ModelError(f"{self.files.path}: {IDS} {problem}; fetch the head again, or give one for this target")
 
 
-def names_of(files: DraftFiles, plain: Callable[[str], str]) -> dict[str, str]:
+def read_layers(
+    files: DraftFiles, plain: Callable[[str], str], hidden_size: int, vocab_size: int
+) -> tuple[dict[str, str], LlamaConfig | Qwen3Config]:
+    """The names used here -> the file's, and the config of the head's layers. Sizes are the target's.
+
+    ``plain``: a name of the file -> the one used here. Raises ``ModelError`` for what does not fit the target.
+    """
+    names = _names_of(files, plain)
+    config = _layers_config(files, {name: files.shapes[own] for name, own in names.items()})
+    check_fits(files.directory, config, vocab_size)
+    _check_target_size(files, hidden_size)
+    return names, config
+
+
+def _names_of(files: DraftFiles, plain: Callable[[str], str]) -> dict[str, str]:
     """The names used here -> the file's. Raises ``ModelError`` where two of these mean the same."""
     names: dict[str, str] = {}
     for name in files.shapes:
@@ -142,7 +169,7 @@ def names_of(files: DraftFiles, plain: Callable[[str], str]) -> dict[str, str]:
     return names
 
 
-def layers_config(files: DraftFiles, shapes: Mapping[str, tuple[int, ...]]) -> LlamaConfig | Qwen3Config:
+def _layers_config(files: DraftFiles, shapes: Mapping[str, tuple[int, ...]]) -> LlamaConfig | Qwen3Config:
     """Of the head's layers: as many as there are tensors of. Raises ``ModelError``."""
     found = sorted({int(match[1]) for match in map(_LAYER.match, shapes) if match})
     if found != list(range(len(found))) or not found:
@@ -167,7 +194,7 @@ def layers_config(files: DraftFiles, shapes: Mapping[str, tuple[int, ...]]) -> L
     return config
 
 
-def check_target_size(files: DraftFiles, hidden_size: int) -> None:
+def _check_target_size(files: DraftFiles, hidden_size: int) -> None:
     """Raises ``ModelError`` where the config says another width of the target."""
     said = files.config.get("target_hidden_size") or hidden_size
     if said != hidden_size:

@@ -7,7 +7,6 @@ or two versions of one have in common is there once.
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -25,6 +24,7 @@ from flowspec.model.gguf_checkpoint import GGUFCheckpoint
 from flowspec.model.gguf_header import TensorPlace
 from flowspec.model.loader import Checkpoint, read_config
 from flowspec.model.tensor_files import StoredTensor
+from flowspec.model.user_cache import keep
 
 PathOf = Callable[[str], Path]  # of what has this SHA-256
 
@@ -101,10 +101,7 @@ def open_received(name: str, manifest: StageManifest, path_of: PathOf, folder: P
     if manifest.format == "gguf":
         return _ReceivedGGUF(name, manifest, path_of)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / f"config.{os.getpid()}.json"
-        partial.write_bytes(manifest.config)
-        os.replace(partial, folder / "config.json")
+        keep(folder / "config.json", manifest.config)
     except OSError as error:
         raise ModelError(f"{folder} cannot be written ({first_line(error)}); give it permissions, or room") from error
     return _ReceivedSafetensors(name, manifest, path_of, folder)

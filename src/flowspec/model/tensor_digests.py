@@ -9,9 +9,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from flowspec.errors import ModelError, first_line
-from flowspec.model.fetched import cache_directory
 from flowspec.model.tensor_files import StoredTensor
+from flowspec.model.user_cache import cache_directory, keep
 
 _READ_BYTES = 1 << 22
 
@@ -40,31 +39,16 @@ class TensorDigests:
     def save(self) -> None:
         """Without a word where the cache cannot be written: they are computed again then."""
         with contextlib.suppress(OSError):
-            self._folder.mkdir(parents=True, exist_ok=True)
             for path in self._new:
-                kept = self._kept_at(path)
-                partial = kept.with_suffix(f".{os.getpid()}")
-                partial.write_text(json.dumps(self._known[path]), encoding="utf-8")
-                os.replace(partial, kept)
+                keep(self._kept_at(path), json.dumps(self._known[path]).encode())
         self._new.clear()
 
     def _compute(self, stored: StoredTensor) -> str:
         digest = hashlib.sha256()
-        try:
-            with stored.path.open("rb") as file:
-                file.seek(stored.offset)
-                num_left = stored.num_bytes
-                while num_left and (data := file.read(min(num_left, _READ_BYTES))):
-                    digest.update(data)
-                    num_left -= len(data)
-                    if not self._go_on():
-                        raise InterruptedError
-        except InterruptedError:
-            raise
-        except OSError as error:
-            raise ModelError(f"{stored.path} cannot be read ({first_line(error)}); check its permissions") from error
-        if num_left:
-            raise ModelError(f"{stored.path} is truncated; download or copy it again")
+        for start in range(0, stored.num_bytes, _READ_BYTES):
+            digest.update(stored.read(start, min(_READ_BYTES, stored.num_bytes - start)))
+            if not self._go_on():
+                raise InterruptedError
         return digest.hexdigest()
 
     def _read(self, path: Path) -> dict[str, str]:

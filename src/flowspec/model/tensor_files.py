@@ -30,6 +30,18 @@ class StoredTensor:
     kind: str  # of its numbers
     shape: tuple[int, ...]
 
+    def read(self, start: int, num_bytes: int) -> bytes:
+        """So many of its bytes. Raises ``ModelError`` where the file cannot be read, or has changed."""
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self.offset + start)
+                data = file.read(num_bytes)
+        except OSError as error:
+            raise ModelError(f"{self.path} cannot be read ({first_line(error)}); is it still there?") from error
+        if len(data) < num_bytes:
+            raise ModelError(f"{self.path} has become shorter; start again with files that nobody writes")
+        return data
+
 
 def stored_tensors(path: Path) -> dict[str, StoredTensor]:
     """All tensors of a safetensors file, by name, without reading one; raises ``ModelError`` for a broken file."""

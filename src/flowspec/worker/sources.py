@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
+from flowspec.config import CACHE_GB
 from flowspec.errors import UsageError
 from flowspec.model.backends import find_checkpoint
-from flowspec.model.fetched import cache_directory
 from flowspec.model.loader import Checkpoint
+from flowspec.model.user_cache import cache_directory
 from flowspec.wire.messages import Configure
 from flowspec.worker.blob_cache import BlobCache
 from flowspec.worker.fetch import StageFetch
-
-DEFAULT_CACHE_GB = 50.0
 
 
 class Sources:
     """As the device's operator allows."""
 
-    def __init__(self, may_ask_hub: bool = True, cache_gb: float = DEFAULT_CACHE_GB) -> None:
+    def __init__(self, may_ask_hub: bool = True, cache_gb: float = CACHE_GB) -> None:
         """``may_ask_hub``: on the driver's word. ``cache_gb``: 10^9 bytes of the disk for what drivers send.
 
         Raises ``UsageError``.
