@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tiny_eagle3 import EPS, HEADS, INNER, KV_HEADS, LAYERS, TAPPED, TARGET, THETA, VOCAB, rms, turned
+from tiny_eagle3 import EPS, HEADS, INNER, KV_HEADS, LAYERS, TAPPED, TARGET, THETA, VOCAB, rms, token_tables, turned
 
 MASK, HEAD_DIM = VOCAB - 1, 8
 
@@ -72,10 +72,8 @@ def make_weights(form: DFlashForm, seed: int) -> dict[str, Tensor]:
     if form.own_embedding:
         weights["embed_tokens.weight"] = matrix(VOCAB, TARGET)
     if form.num_draft is not None:
-        known = torch.randperm(VOCAB, generator=generator)[: form.num_draft].sort().values
+        weights |= token_tables(form.num_draft, generator)
         weights["lm_head.weight"] = matrix(form.num_draft, TARGET)
-        weights["d2t"] = known - torch.arange(form.num_draft)
-        weights["t2d"] = torch.zeros(VOCAB, dtype=torch.bool).index_fill(0, known, True)
     return weights
 
 

@@ -100,10 +100,15 @@ def make_weights(form: Eagle3Form, seed: int) -> dict[str, Tensor]:
     if form.own_embedding or size != TARGET:
         weights["embed_tokens.weight"] = matrix(VOCAB, size)
     if form.num_draft is not None:
-        known = torch.randperm(VOCAB, generator=generator)[: form.num_draft].sort().values
-        weights["d2t"] = known - torch.arange(form.num_draft)
-        weights["t2d"] = torch.zeros(VOCAB, dtype=torch.bool).index_fill(0, known, True)
+        weights |= token_tables(form.num_draft, generator)
     return weights
+
+
+def token_tables(num_draft: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Of a head that knows so many tokens, chosen at random."""
+    known = torch.randperm(VOCAB, generator=generator)[:num_draft].sort().values
+    is_known = torch.zeros(VOCAB, dtype=torch.bool).index_fill(0, known, True)
+    return {"d2t": known - torch.arange(num_draft), "t2d": is_known}
 
 
 def make_config(form: Eagle3Form) -> dict[str, Any]:

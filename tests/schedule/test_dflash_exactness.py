@@ -15,28 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from flowspec.config import PipelineConfig
-from flowspec.core import SamplingParams
 from flowspec.draft.base import BlockDraft
 from flowspec.draft.dflash import DFlashSource
 from flowspec.schedule.catalogue import AUTO, SCHEDULES
 from pump import Pump, prompt_of
+from tapped import NUM_TOKENS, SMALL, Plain, check_that_a_kept_prompt_is_taken_over, params_at
 from tiny_dflash import DFlashForm, Reference, make_weights
 
-NUM_TOKENS = 24
-SMALL = PipelineConfig(segment_len=5, prefill_chunk=7)  # so that prompts and trees come in several segments
 FORM = DFlashForm(block_size=5)  # of the checkpoints: blocks that end within a tree
-
-
-def params_at(temperature: float, max_tokens: int = NUM_TOKENS) -> SamplingParams:
-    return SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=11)
-
-
-def plain(directory: Path, temperature: float, prompt_len: int, max_tokens: int = NUM_TOKENS) -> list[int]:
-    pump = Pump(directory, 1, "none", "ar")
-    generation = pump.submit(prompt_of(prompt_len), params_at(temperature, max_tokens))
-    pump.run()
-    return generation.output_ids
 
 
 @pytest.mark.parametrize(
@@ -44,47 +30,36 @@ def plain(directory: Path, temperature: float, prompt_len: int, max_tokens: int 
     list(itertools.product([*(name for name in SCHEDULES if name != "ar"), AUTO], (1, 3), (0.0, 0.8))),
 )
 def test_tokens_are_those_of_plain_decoding(
-    checkpoint_dir: Callable[[str], Path], schedule: str, num_stages: int, temperature: float
+    checkpoint_dir: Callable[[str], Path], plain: Plain, schedule: str, num_stages: int, temperature: float
 ) -> None:
     pump = Pump(checkpoint_dir("qwen3"), num_stages, "dflash", schedule, pipeline=SMALL)
     generation = pump.submit(prompt_of(20), params_at(temperature))
     pump.run()
-    assert generation.output_ids == plain(checkpoint_dir("qwen3"), temperature, 20)
+    assert generation.output_ids == plain(temperature, 20, NUM_TOKENS)
     assert generation.stats.draft_passes and generation.stats.drafted
 
 
 @pytest.mark.parametrize("prompt_len", [1, 8])
-def test_prompts_of_any_length_are_exact(checkpoint_dir: Callable[[str], Path], prompt_len: int) -> None:
+def test_prompts_of_any_length_are_exact(checkpoint_dir: Callable[[str], Path], plain: Plain, prompt_len: int) -> None:
     pump = Pump(checkpoint_dir("qwen3"), 3, "dflash", pipeline=SMALL)
     generation = pump.submit(prompt_of(prompt_len), params_at(0.0, 12))
     pump.run()
-    assert generation.output_ids == plain(checkpoint_dir("qwen3"), 0.0, prompt_len, 12)
+    assert generation.output_ids == plain(0.0, prompt_len, 12)
 
 
 @settings(max_examples=5)
 @given(st.randoms(use_true_random=False), st.sampled_from(["flow", "lockstep", "pipedec"]))
 def test_any_order_of_events_gives_the_same_tokens(
-    checkpoint_dir: Callable[[str], Path], random: Random, schedule: str
+    checkpoint_dir: Callable[[str], Path], plain: Plain, random: Random, schedule: str
 ) -> None:
     pump = Pump(checkpoint_dir("qwen3"), 3, "dflash", schedule, pipeline=SMALL)
     generation = pump.submit(prompt_of(9), params_at(0.8, 12))
     pump.run(random.randrange)
-    assert generation.output_ids == plain(checkpoint_dir("qwen3"), 0.8, 9, 12)
+    assert generation.output_ids == plain(0.8, 9, 12)
 
 
 def test_a_prompt_that_was_kept_is_taken_over_with_its_features(checkpoint_dir: Callable[[str], Path]) -> None:
-    directory, prompt = checkpoint_dir("qwen3"), prompt_of(20)
-    pump = Pump(directory, 3, "dflash", pipeline=SMALL, keeps_caches=True)
-    first = pump.submit(prompt, params_at(0.0))
-    pump.run()
-    longer = [*prompt, *first.output_ids[:10], 5, 1]
-    second = pump.submit(longer, params_at(0.0))
-    pump.run()
-    assert second.num_cached > len(prompt)
-    alone = Pump(directory, 1, "none", "ar")
-    expected = alone.submit(longer, params_at(0.0))
-    alone.run()
-    assert second.output_ids == expected.output_ids
+    check_that_a_kept_prompt_is_taken_over(checkpoint_dir("qwen3"), "dflash")
 
 
 class Recorder:

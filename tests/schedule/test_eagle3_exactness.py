@@ -14,36 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from flowspec.config import PipelineConfig, ScheduleConfig
-from flowspec.core import SamplingParams
+from flowspec.config import ScheduleConfig
 from flowspec.schedule.catalogue import AUTO, SCHEDULES, make_schedule
 from pump import Pump, prompt_of
+from tapped import NUM_TOKENS, SMALL, Plain, check_that_a_kept_prompt_is_taken_over, params_at
 from tiny_eagle3 import Eagle3Form, Reference, make_weights
 
-NUM_TOKENS = 24
-SMALL = PipelineConfig(segment_len=5, prefill_chunk=7)  # so that prompts and trees come in several segments
 TEMPERATURES = (0.0, 0.8)
-
-
-def params_at(temperature: float, max_tokens: int = NUM_TOKENS) -> SamplingParams:
-    return SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=11)
-
-
-@pytest.fixture(scope="session")
-def plain(checkpoint_dir: Callable[[str], Path]) -> Callable[[float, int, int], list[int]]:
-    """What ``ar`` gives on one stage: temperature, prompt length, number of tokens."""
-    answers: dict[tuple[float, int, int], list[int]] = {}
-
-    def get(temperature: float, prompt_len: int, max_tokens: int) -> list[int]:
-        key = temperature, prompt_len, max_tokens
-        if key not in answers:
-            pump = Pump(checkpoint_dir("qwen3"), 1, "none", "ar")
-            generation = pump.submit(prompt_of(prompt_len), params_at(temperature, max_tokens))
-            pump.run()
-            answers[key] = generation.output_ids
-        return answers[key]
-
-    return get
 
 
 @pytest.mark.parametrize(
@@ -51,7 +28,7 @@ def plain(checkpoint_dir: Callable[[str], Path]) -> Callable[[float, int, int], 
 )
 def test_tokens_are_those_of_plain_decoding(
     checkpoint_dir: Callable[[str], Path],
-    plain: Callable[[float, int, int], list[int]],
+    plain: Plain,
     schedule: str,
     num_stages: int,
     temperature: float,
@@ -64,9 +41,7 @@ def test_tokens_are_those_of_plain_decoding(
 
 
 @pytest.mark.parametrize("prompt_len", [1, 2, 3, 7, 8, 15])
-def test_prompts_of_any_length_are_exact(
-    checkpoint_dir: Callable[[str], Path], plain: Callable[[float, int, int], list[int]], prompt_len: int
-) -> None:
+def test_prompts_of_any_length_are_exact(checkpoint_dir: Callable[[str], Path], plain: Plain, prompt_len: int) -> None:
     pump = Pump(checkpoint_dir("qwen3"), 3, "eagle3", pipeline=SMALL)
     generation = pump.submit(prompt_of(prompt_len), params_at(0.0, 12))
     pump.run()
@@ -76,7 +51,7 @@ def test_prompts_of_any_length_are_exact(
 @settings(max_examples=15)
 @given(st.randoms(use_true_random=False), st.sampled_from(["flow", "lockstep", "pipedec"]))
 def test_any_order_of_events_gives_the_same_tokens(
-    checkpoint_dir: Callable[[str], Path], plain: Callable[[float, int, int], list[int]], random: Random, schedule: str
+    checkpoint_dir: Callable[[str], Path], plain: Plain, random: Random, schedule: str
 ) -> None:
     pump = Pump(checkpoint_dir("qwen3"), 3, "eagle3", schedule, pipeline=SMALL)
     generation = pump.submit(prompt_of(9), params_at(0.8, 12))
@@ -98,18 +73,7 @@ def test_several_requests_and_those_without_a_draft_share_forwards(checkpoint_di
 
 
 def test_a_prompt_that_was_kept_is_taken_over_with_its_features(checkpoint_dir: Callable[[str], Path]) -> None:
-    directory, prompt = checkpoint_dir("qwen3"), prompt_of(20)
-    pump = Pump(directory, 3, "eagle3", pipeline=SMALL, keeps_caches=True)
-    first = pump.submit(prompt, params_at(0.0))
-    pump.run()
-    longer = [*prompt, *first.output_ids[:10], 5, 1]
-    second = pump.submit(longer, params_at(0.0))
-    pump.run()
-    assert second.num_cached > len(prompt)
-    alone = Pump(directory, 1, "none", "ar")
-    expected = alone.submit(longer, params_at(0.0))
-    alone.run()
-    assert second.output_ids == expected.output_ids
+    check_that_a_kept_prompt_is_taken_over(checkpoint_dir("qwen3"), "eagle3")
 
 
 class Recorder:

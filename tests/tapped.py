@@ -1,0 +1,37 @@
+"""What the exactness of all heads that read several of the target's layers is tried with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeAlias
+
+from flowspec.config import PipelineConfig
+from flowspec.core import SamplingParams
+from pump import Pump, prompt_of
+
+NUM_TOKENS = 24
+SMALL = PipelineConfig(segment_len=5, prefill_chunk=7)  # so that prompts and trees come in several segments
+
+# Temperature, prompt length, number of tokens -> what ``ar`` gives on one stage.
+Plain: TypeAlias = Callable[[float, int, int], list[int]]
+
+
+def params_at(temperature: float, max_tokens: int = NUM_TOKENS) -> SamplingParams:
+    return SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=11)
+
+
+def check_that_a_kept_prompt_is_taken_over(directory: Path, draft: str) -> None:
+    """By a request that begins with the text of one that has ended."""
+    prompt = prompt_of(20)
+    pump = Pump(directory, 3, draft, pipeline=SMALL, keeps_caches=True)
+    first = pump.submit(prompt, params_at(0.0))
+    pump.run()
+    longer = [*prompt, *first.output_ids[:10], 5, 1]
+    second = pump.submit(longer, params_at(0.0))
+    pump.run()
+    assert second.num_cached > len(prompt)
+    alone = Pump(directory, 1, "none", "ar")
+    expected = alone.submit(longer, params_at(0.0))
+    alone.run()
+    assert second.output_ids == expected.output_ids
