@@ -1,10 +1,12 @@
 """Kills and stops workers in the middle of generations, and compares the texts with undisturbed ones. Prints a table.
 
-    python benchmarks/chaos.py [--requests 60] [--faults 40] [--stages 3] [--seed 0] [--json]
+    python benchmarks/chaos.py [--elsewhere] [--requests 60] [--faults 40] [--stages 3] [--seed 0] [--json]
 
-Real worker processes on this machine. Half of the requests are sampled, some have penalties, some stop strings. Faults
-come after a number of tokens that the seed decides, at prompts too, since every recovery computes them again, and every
-fourth one in the middle of the recovery from the one before. Exit code 1 when a text differs, or something is left.
+Real worker processes, which the driver has started and starts again; ``--elsewhere``: as on other machines, where
+somebody else starts them again, and behind links that are cut, and fall silent, too. Half of the requests are sampled,
+some have penalties, some stop strings. Faults come after a number of tokens that the seed decides, at prompts too,
+since every recovery computes them again, and every fourth one in the middle of the recovery from the one before. Exit
+code 1 when a text differs, or something is left.
 """
 
 from __future__ import annotations
@@ -16,12 +18,18 @@ import os
 import signal
 import statistics
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from random import Random
-from typing import Any
+from typing import Any, Protocol
 
+import psutil
+
+from elsewhere import Link, WorkerElsewhere
 from flowspec.bench.report import markdown_table
 from flowspec.cluster.local import LocalProcesses
 from flowspec.config import EngineConfig, LinkConfig
@@ -35,7 +43,8 @@ PROMPTS = (
 )  # fmt: skip
 STOPS = ((), (), ("return",), ("\n\n",))
 SCHEDULES = ("flow", "auto", "ar", "lockstep")
-KINDS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
+CUT_S = 1.0
+MAX_GROWTH_MB = 50
 
 
 @dataclass(frozen=True)
@@ -52,18 +61,74 @@ class Done:
     """One pass over all requests."""
 
     texts: list[tuple[str, list[int]]]
-    num_faults: dict[str, int] = field(default_factory=lambda: dict.fromkeys(KINDS, 0))
+    num_faults: Counter[str] = field(default_factory=Counter[str])
     gaps_s: list[float] = field(default_factory=list)  # between the tokens before and after a loss
 
 
-def plan(num_faults: int, num_tokens: int, num_stages: int, rng: Random) -> list[Fault]:
+class Workers(Protocol):
+    """What faults happen to."""
+
+    @property
+    def kinds(self) -> Sequence[str]:
+        """Of faults; what stands there twice is as often again."""
+        ...
+
+    def hit(self, kind: str, stage: int) -> bool:
+        """False: there is nobody yet."""
+        ...
+
+
+class OwnWorkers:
+    """Processes that the driver has started."""
+
+    kinds = ("kill", "kill", "stop")
+
+    def __init__(self, llm: LLM) -> None:
+        launcher = llm.engine.pipeline.launcher
+        assert isinstance(launcher, LocalProcesses), "they run here"
+        self._launcher = launcher
+
+    def hit(self, kind: str, stage: int) -> bool:
+        pid = self._launcher.pids.get(stage)
+        if pid is None:
+            return False  # it will be there soon
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL if kind == "kill" else signal.SIGSTOP)
+        return True
+
+
+class OtherWorkers:
+    """Processes that somebody else starts again, on links of their own. What stands still goes on after a while."""
+
+    kinds = ("kill", "kill", "stop", "cut", "cut", "silence")
+
+    def __init__(self, workers: Sequence[WorkerElsewhere], links: Sequence[Link], heartbeat_timeout_s: float) -> None:
+        self._workers, self._links = workers, links
+        self._away_s = 1.5 * heartbeat_timeout_s  # long enough to be missed
+
+    def hit(self, kind: str, stage: int) -> bool:
+        worker, link = self._workers[stage - 1], self._links[stage - 1]
+        match kind:
+            case "kill":
+                worker.kill()
+            case "stop":
+                worker.send_signal(signal.SIGSTOP)
+                waking = threading.Timer(self._away_s, worker.send_signal, [signal.SIGCONT])
+                waking.daemon = True
+                waking.start()
+            case "cut":
+                link.cut(CUT_S)
+            case _:
+                link.silence(self._away_s)
+        return True
+
+
+def plan(num_faults: int, num_tokens: int, num_stages: int, kinds: Sequence[str], rng: Random) -> list[Fault]:
     """Over all but the last tenth of the tokens, in their order."""
     places = sorted(rng.randrange(max(1, num_tokens * 9 // 10)) for _ in range(num_faults))
     places = [places[number - (number % 4 == 3)] for number in range(num_faults)]
     return [
-        Fault(
-            place, rng.choice(["kill", "kill", "stop"]), rng.randint(1, num_stages), number % 4 == 3, rng.random() / 2
-        )
+        Fault(place, rng.choice(kinds), rng.randint(1, num_stages), number % 4 == 3, rng.random() / 2)
         for number, place in enumerate(places)
     ]
 
@@ -85,15 +150,16 @@ def all_params(num_requests: int, max_tokens: int) -> list[SamplingParams]:
 class Chaos:
     """Faults on their way, while an engine runs."""
 
-    def __init__(self, llm: LLM, faults: Sequence[Fault]) -> None:
+    def __init__(self, llm: LLM, workers: Workers, faults: Sequence[Fault]) -> None:
         self._engine = llm.engine
+        self._workers = workers
         self._left = list(faults)
         self._since_token: dict[int, int] = {}  # faults by stage
         self._num_recoveries = -1  # when the last fault happened
         self._recovery_s: float | None = None  # since when one is under way
         self._last_token_s = time.perf_counter()
         self._gap_start_s: float | None = None  # the last token before a loss from which no token has come yet
-        self.num_faults = dict.fromkeys(KINDS, 0)
+        self.num_faults: Counter[str] = Counter()
         self.gaps_s: list[float] = []
 
     def note_tokens(self) -> None:
@@ -124,21 +190,16 @@ class Chaos:
         return is_over or not fault.in_recovery
 
     def _hit(self, fault: Fault) -> None:
-        launcher = self._engine.pipeline.launcher
-        assert isinstance(launcher, LocalProcesses), "they run here"
-        pid = launcher.pids.get(fault.stage)
-        if pid is None:
-            return  # it will be there soon
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, KINDS[fault.kind])
+        if not self._workers.hit(fault.kind, fault.stage):
+            return
         self._left.pop(0)
         self._since_token[fault.stage] = self._since_token.get(fault.stage, 0) + 1
         self._num_recoveries = self._engine.status().num_recoveries
         self.num_faults[fault.kind] += 1
 
 
-def run_all(llm: LLM, params: Sequence[SamplingParams], faults: Sequence[Fault] = ()) -> Done:
-    engine, chaos = llm.engine, Chaos(llm, faults)
+def run_all(llm: LLM, workers: Workers, params: Sequence[SamplingParams], faults: Sequence[Fault] = ()) -> Done:
+    engine, chaos = llm.engine, Chaos(llm, workers, faults)
     runs = [
         Run(engine, engine.submit(llm.encode(PROMPTS[i % len(PROMPTS)]), each, SCHEDULES[i % len(SCHEDULES)]))
         for i, each in enumerate(params)
@@ -161,45 +222,59 @@ def run_all(llm: LLM, params: Sequence[SamplingParams], faults: Sequence[Fault] 
     return Done(list(zip(texts, ids, strict=True)), chaos.num_faults, chaos.gaps_s)
 
 
-def num_descriptors() -> int:
-    """Of this process."""
-    return len(os.listdir("/proc/self/fd"))
+@contextmanager
+def opened(arguments: argparse.Namespace) -> Iterator[tuple[LLM, Workers]]:
+    heartbeat_s, num_stages = arguments.heartbeat_timeout, arguments.stages
+    link, config = LinkConfig(heartbeat_timeout_s=heartbeat_s), EngineConfig(max_running=4)
+    with ExitStack() as stack:
+        if not arguments.elsewhere:
+            llm = stack.enter_context(LLM(arguments.model, stages=num_stages, link=link, config=config))
+            yield llm, OwnWorkers(llm)
+            return
+        workers = [stack.enter_context(WorkerElsewhere()) for _ in range(num_stages)]
+        links = [Link(worker.address) for worker in workers]
+        for each in links:
+            stack.callback(each.close)
+        addresses = [each.address for each in links]
+        llm = stack.enter_context(LLM(arguments.model, workers=addresses, link=link, config=config))
+        yield llm, OtherWorkers(workers, links, heartbeat_s)
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     rng = Random(arguments.seed)
     params = all_params(arguments.requests, arguments.max_new_tokens)
-    link = LinkConfig(heartbeat_timeout_s=arguments.heartbeat_timeout)
-    config = EngineConfig(max_running=4)
-    with LLM(arguments.model, stages=arguments.stages, link=link, config=config) as llm:
-        undisturbed = run_all(llm, params)
-        num_open = num_descriptors()
+    own = psutil.Process()
+    children = {child.pid for child in own.children(recursive=True)}
+    with opened(arguments) as (llm, workers):
+        undisturbed = run_all(llm, workers, params)
+        num_open, memory = own.num_fds(), own.memory_info().rss
         num_tokens = sum(len(ids) for _, ids in undisturbed.texts)
-        disturbed = run_all(llm, params, plan(arguments.faults, num_tokens, arguments.stages, rng))
-        num_open = num_descriptors() - num_open
-        status = llm.engine.status()
-        launcher = llm.engine.pipeline.launcher
-        assert isinstance(launcher, LocalProcesses), "they run here"
-        pids = launcher.pids.values()
+        faults = plan(arguments.faults, num_tokens, arguments.stages, workers.kinds, rng)
+        disturbed = run_all(llm, workers, params, faults)
+        status, has_links = llm.engine.status(), arguments.elsewhere
+        num_open, memory = own.num_fds() - num_open, own.memory_info().rss - memory
+    left = [child for child in own.children(recursive=True) if child.pid not in children]
+    _, alive = psutil.wait_procs(left, timeout=5)
     pairs = zip(undisturbed.texts, disturbed.texts, strict=True)
     return {
         "requests": len(params),
         "tokens": num_tokens,
         "stages": arguments.stages,
-        "kills": disturbed.num_faults["kill"],
-        "stops": disturbed.num_faults["stop"],
+        **{f"faults_{kind}": disturbed.num_faults[kind] for kind in dict.fromkeys(workers.kinds)},
         "recoveries": status.num_recoveries,
         "seconds_without_token_median": statistics.median(disturbed.gaps_s) if disturbed.gaps_s else 0.0,
         "seconds_without_token_max": max(disturbed.gaps_s, default=0.0),
+        "driver_growth_mb": memory / 1e6,
         "differences": sum(one != other for one, other in pairs),
         "slots_held": status.num_slots_held,
-        "files_left_open": num_open,
-        "processes_left": sum(os.path.exists(f"/proc/{pid}") for pid in pids),
+        "files_left_open": 0 if has_links else num_open,  # links keep some open for ends that are gone
+        "processes_left": len(alive),
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--elsewhere", action="store_true", help="workers as on other machines, and faulty links")
     parser.add_argument("--requests", type=int, default=60)
     parser.add_argument("--faults", type=int, default=40, help="at most: what comes too late is none")
     parser.add_argument("--stages", type=int, default=3, help="worker processes")
@@ -214,7 +289,8 @@ def main() -> None:
     else:
         rows = [[name.replace("_", " "), f"{value:.4g}"] for name, value in figures.items()]
         print(markdown_table(["what", "figure"], rows))
-    if any(figures[name] > 0 for name in ("differences", "slots_held", "files_left_open", "processes_left")):
+    is_left = any(figures[name] > 0 for name in ("differences", "slots_held", "files_left_open", "processes_left"))
+    if is_left or figures["driver_growth_mb"] > MAX_GROWTH_MB:
         sys.exit(1)
 
 

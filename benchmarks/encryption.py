@@ -10,15 +10,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import statistics
-import subprocess
-import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
+from elsewhere import WorkerElsewhere
 from flowspec.cluster.membership import Membership
 from flowspec.config import EngineConfig
 from flowspec.core import SamplingParams
@@ -27,25 +24,6 @@ from flowspec.wire.key_file import STATE_VARIABLE
 
 NUM_WORKERS = 2
 PROMPT = "Once upon a time"
-
-
-@contextmanager
-def running_worker(state: Path, *arguments: str) -> Iterator[str]:
-    """A worker on a port of its own; its address."""
-    command = [sys.executable, "-m", "flowspec", "worker", "--threads", "1", "--listen", "127.0.0.1:0", *arguments]
-    environment = {**os.environ, STATE_VARIABLE: str(state)}
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
-    assert process.stderr is not None
-    try:
-        told = process.stderr.readline()
-        found = re.search(r"listening on tcp://(\S+:\d+)", told)
-        if found is None:
-            raise RuntimeError(f"a worker did not start: {told}")
-        yield found[1]
-    finally:
-        process.terminate()
-        process.wait(20)
-        process.stderr.close()
 
 
 def main() -> None:
@@ -60,8 +38,13 @@ def main() -> None:
         os.environ[STATE_VARIABLE] = str(folder / "driver")
         membership = Membership.init(folder / "driver")
         token = str(membership.new_token())
-        plain = [stack.enter_context(running_worker(folder / f"plain{i}")) for i in range(NUM_WORKERS)]
-        joined = [stack.enter_context(running_worker(folder / f"{i}", "--join", token)) for i in range(NUM_WORKERS)]
+        states = [{STATE_VARIABLE: str(folder / name)} for name in ("plain", *map(str, range(NUM_WORKERS)))]
+        plain_workers = [stack.enter_context(WorkerElsewhere(environment=states[0])) for _ in range(NUM_WORKERS)]
+        plain = [worker.address for worker in plain_workers]
+        joined_workers = [
+            stack.enter_context(WorkerElsewhere("--join", token, environment=state)) for state in states[1:]
+        ]
+        joined = [worker.address for worker in joined_workers]
         for address in joined:
             membership.let_join(address)
         llms = {

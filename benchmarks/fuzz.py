@@ -1,11 +1,14 @@
 """Damaged frames against a real worker, and damaged replies against the driver. Prints one JSON object.
 
-    python benchmarks/fuzz.py [--seconds 60] [--seed 0] [--model DIRECTORY]
+    python benchmarks/fuzz.py [--joined] [--frames 100000] [--seed 0] [--model DIRECTORY]
 
-Three parts take a third of the time each. ``strangers``: frames, raw bytes and quick disconnects come from nobody in
-particular while a session generates, whose text must stay what it was. ``driver``: sessions of the worker's own driver
-break the protocol. ``replies``: what workers say is damaged on its way to a driver in this process. Exits with 1 where
-the worker ended or grew by more than 100 MB, a text changed, or an error came that is none of flowspec's own.
+Three parts. ``strangers``, a process of their own: frames, raw bytes and quick disconnects come from nobody in
+particular, while a session generates, whose text must stay what it was; every other text is left in peace, and their
+speeds are compared. ``driver``: sessions of the worker's own driver break the protocol. ``replies``: what workers say
+is damaged on its way to a driver in this process. ``--joined``: the worker has joined a cluster, strangers come
+without keys and with wrong ones, and hear nothing; the driver has the right ones. Exits with 1 where the worker ended
+or grew by more than 50 MB, a text changed, a stranger without the right keys heard an answer, or an error came that is
+none of flowspec's own.
 """
 
 from __future__ import annotations
@@ -13,187 +16,147 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import multiprocessing
 import os
-import re
 import socket
+import statistics
 import struct
-import subprocess
 import sys
-import threading
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from random import Random
 from typing import Any
 
-import msgspec
-import psutil
 import torch
 import zmq
 
+from damage import Damage, frames_of, messages_to_worker
+from elsewhere import WorkerElsewhere
 from flowspec.cluster.connections import Connections, LoadProgress, Trip
+from flowspec.cluster.membership import Membership
 from flowspec.cluster.replies import Replies
 from flowspec.config import LinkConfig
-from flowspec.core import FINAL, SamplingParams
+from flowspec.core import SamplingParams
 from flowspec.errors import FlowspecError, ProtocolError
 from flowspec.llm import LLM
 from flowspec.model.loader import Checkpoint
 from flowspec.wire.actor import Send
 from flowspec.wire.codec import Codec
-from flowspec.wire.messages import (
-    PROTOCOL_VERSION,
-    Alive,
-    Close,
-    Commit,
-    Configure,
-    End,
-    Failed,
-    Failure,
-    Forget,
-    Loading,
-    Message,
-    Open,
-    Probe,
-    Ready,
-    Reserve,
-    Segment,
-    Step,
-    Stop,
-    ToDriver,
-)
+from flowspec.wire.curve import KeyPair, Security, secure_connection
+from flowspec.wire.key_file import STATE_VARIABLE
+from flowspec.wire.messages import Alive, Failed, Failure, Loading, Message, Ready, Stop, ToDriver
 
 PROMPT_IDS = (5, 9, 5, 9, 5, 7, 5, 9)
-PARAMS = SamplingParams(24, ignore_eos=True)
+PARAMS = SamplingParams(48, ignore_eos=True)
 LINK = LinkConfig(heartbeat_timeout_s=3.0)
 PATIENCE_S = 0.15  # with a request that hears nothing more
-MAX_GROWTH_BYTES = 100 * 2**20
-ODD: tuple[Any, ...] = (
-    0, 1, -1, 2**31, -(2**31), 2**40, 2**62, 2**63 - 1, 2**63, 2**64 - 1, -(2**63), 0.5, float("nan"), float("inf"),
-    "", "x", "x" * 5000, "\x1b[2J\n", None, True, b"", b"\0" * 100, [], [0], list(range(3000)), {}, [[1], [2]],
-)  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Damage:
-    """One way to spoil a message after another, by a seed."""
-
-    random: Random
-    wild: float = 0.6  # how often bytes are spoiled; else one value becomes an odd one, and the rest stays a message
-
-    def apply(self, frames: Sequence[bytes]) -> list[bytes]:
-        spoiled = list(frames)
-        match self.random.randrange(4) if self.random.random() < self.wild else None:
-            case 0:
-                return [self.random.randbytes(self.random.randrange(200)) for _ in range(self.random.randrange(1, 4))]
-            case 1:
-                spoiled.append(self.random.randbytes(9))
-            case 2:
-                spoiled[-1] = spoiled[-1][: self.random.randrange(len(spoiled[-1]) + 1)]
-            case 3 if spoiled[0]:
-                header = bytearray(spoiled[0])
-                header[self.random.randrange(len(header))] ^= 1 << self.random.randrange(8)
-                spoiled[0] = bytes(header)
-            case _:
-                spoiled[0] = self._with_odd_value(spoiled[0])
-        return spoiled
-
-    def _with_odd_value(self, header: bytes) -> bytes:
-        """The header is a list: one of its fields, or one item of a field that is a list, becomes something odd."""
-        fields: list[Any] = msgspec.msgpack.decode(header)
-        place = self.random.randrange(1, len(fields)) if len(fields) > 1 else 0
-        inner = fields[place]
-        if isinstance(inner, list) and inner and self.random.random() < 0.8:
-            index = self.random.randrange(len(inner))
-            inner[index] = self._odd(inner[index])
-        else:
-            fields[place] = self._odd(inner)
-        return msgspec.msgpack.encode(fields)
-
-    def _odd(self, value: Any) -> Any:
-        """Of the same type more often than not: what a decoder takes gets further."""
-        alike = [odd for odd in ODD if type(odd) is type(value)]
-        if isinstance(value, int) and self.random.random() < 0.3:
-            return value + self.random.choice((-1, 1))
-        return self.random.choice(alike if alike and self.random.random() < 0.9 else ODD)
-
-
-def frames_of(message: Message) -> list[bytes]:
-    return [bytes(frame) for frame in Codec().encode(message)]
-
-
-def messages_to_worker(model: str, num_layers: int) -> list[Message]:
-    configure = Configure(PROTOCOL_VERSION, 1, model, 0, num_layers, "float32", None, LINK.heartbeat_s)
-    prompt, ids = Segment(0, 0, 0, [0, 1, 2], [-1, 0, 1], [0, 1, 2], 2, [5, 6, 7], None, []), list(range(3, 40))
-    tree = Segment(0, 0, 1, ids, [i - 1 for i in ids], ids, 0, [9] * len(ids), None, [])
-    hidden = Segment(0, 0, 2, [50], [2], [3], 0, None, torch.zeros(1, 32), [])
-    return [
-        Open(0, 0, 2, [FINAL], slot_limit=500), prompt, tree, hidden, Commit(0, 0, [2, 3], 4), Step(0, 0, 3),
-        Reserve(0, 0, 600), End(0, 0), Close(0, 0, [2, 3]), Open(1, 0, 2, [], cached_by=0, num_cached=2), Forget(0),
-        Probe(1, b"x"), configure, Stop(),
-    ]  # fmt: skip
-
-
+MAX_GROWTH_BYTES = 50 * 10**6
+SHARES = {"strangers": 0.5, "driver": 0.4, "replies": 0.1}  # of all frames
+STORM = 20  # connections of a stranger that end at once
 # --- the worker ---
 
 
 @contextmanager
-def running_worker() -> Iterator[tuple[str, psutil.Process, list[str]]]:
-    """Its address, its process and its log so far."""
-    command = [sys.executable, "-m", "flowspec", "worker", "--threads", "1", "--listen", "127.0.0.1:0"]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}  # a damaged name is no reason to ask the hub
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
-    assert process.stderr is not None
-    lines: list[str] = []
-    found: re.Match[str] | None = None
-    for line in process.stderr:
-        lines.append(line)
-        if found := re.search(r"listening on tcp://(\S+:\d+)", line):
-            break
-    if found is None:
-        raise SystemExit(f"the worker did not come up: {''.join(lines)}")
-    reader = threading.Thread(target=lambda stream: lines.extend(stream), args=(process.stderr,), daemon=True)
-    reader.start()
-    try:
-        yield found[1], psutil.Process(process.pid), lines
-    finally:
-        process.terminate()
-        process.wait(20)
-        reader.join(5)
-        process.stderr.close()
+def running_worker(is_joined: bool) -> Iterator[tuple[WorkerElsewhere, Security | None]]:
+    """The worker, and how its driver connects to it."""
+    quiet = {"HF_HUB_OFFLINE": "1"}  # a damaged name is no reason to ask the hub
+    with ExitStack() as stack:
+        if not is_joined:
+            yield stack.enter_context(WorkerElsewhere(environment=quiet)), None
+            return
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="flowspec-fuzz-")))
+        os.environ[STATE_VARIABLE] = str(folder / "driver")  # of the drivers of this process
+        membership = Membership.init(folder / "driver")
+        arguments = "--join", str(membership.new_token())
+        environment = {**quiet, STATE_VARIABLE: str(folder / "worker")}
+        worker = stack.enter_context(WorkerElsewhere(*arguments, environment=environment))
+        membership.let_join(worker.address)
+        yield worker, membership.security([worker.address])
 
 
-class Strangers(threading.Thread):
-    """Send until they are told to stop."""
+def connect(peer: zmq.Socket[bytes], address: str, security: Security | None) -> None:
+    """As the worker's driver does."""
+    if security is not None:
+        secure_connection(peer, security.own, security.keys[address])
+    peer.connect(f"tcp://{address}")
 
-    def __init__(self, address: str, messages: Sequence[Message], random: Random) -> None:
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-        self.is_over = threading.Event()
-        self._address = address
+
+class Strangers:
+    """Send so many frames a second, while they may."""
+
+    def __init__(self, model: str, address: str, server_key: str | None, rate: float, random: Random) -> None:
+        """``server_key``: the worker's public one, which is no secret."""
+        checkpoint = Checkpoint.open(model)
+        messages = messages_to_worker(checkpoint.full_name, checkpoint.num_layers, LINK.heartbeat_s)
         self._messages = [frames_of(message) for message in messages]
-        self._random = random
+        self._address, self._server_key, self._rate, self._random = address, server_key, rate, random
+        context = multiprocessing.get_context("spawn")
+        self._may_send, self._is_over = context.Event(), context.Event()
+        self._counts: Any = context.Queue()
+        self._process = context.Process(target=self._run, daemon=True)
+        self.num_frames = context.Value("i", 0)
 
-    def run(self) -> None:
+    def start(self) -> None:
+        self._process.start()
+
+    def may_send(self, may: bool) -> None:
+        if may:
+            self._may_send.set()
+        else:
+            self._may_send.clear()
+
+    def end(self) -> Counter[str]:
+        """What they have done."""
+        self._is_over.set()
+        self._may_send.set()
+        counts = self._counts.get(timeout=60)
+        self._process.join(60)
+        return counts
+
+    def _run(self) -> None:
+        self._made: Counter[str] = Counter()
         context: zmq.Context[Any] = zmq.Context()
-        damage = Damage(self._random)
-        while not self.is_over.is_set():
-            peer = context.socket(zmq.DEALER)
-            peer.linger = self._random.choice((0, 50))
-            peer.setsockopt(
-                zmq.IDENTITY, b"fuzz%d:%s" % (self._random.randrange(5), self._random.choice((b"data", b"control")))
-            )
-            peer.setsockopt(zmq.HEARTBEAT_IVL, self._random.choice((0, 100)))
-            peer.connect(f"tcp://{self._address}")
-            for _ in range(self._random.randrange(100)):
-                frames = self._random.choice(self._messages)
-                peer.send_multipart(damage.apply(frames) if self._random.random() < 0.7 else frames)
-                self.counts["frames"] += 1
-            peer.close()
+        next_s = time.monotonic()
+        while not self._is_over.is_set():
+            self._may_send.wait()
+            next_s = max(next_s, time.monotonic() - 1.0) + self._visit(context) / self._rate
             self._send_raw()
-            self.is_over.wait(0.005)
+            if self._random.random() < 0.5:
+                self._storm()
+            self.num_frames.value = self._made["frames"]
+            time.sleep(max(0.0, next_s - time.monotonic()))
         context.destroy(linger=0)
+        self._counts.put(self._made)
+
+    def _visit(self, context: zmq.Context[Any]) -> int:
+        """One connection; how many frames it was."""
+        peer, random, damage = context.socket(zmq.DEALER), self._random, Damage(self._random)
+        peer.linger = random.choice((0, 50))
+        peer.sndhwm = 0
+        kind = random.choice((b"data", b"control"))
+        peer.setsockopt(zmq.IDENTITY, b"fuzz%d:%s" % (random.randrange(5), kind))
+        peer.setsockopt(zmq.HEARTBEAT_IVL, random.choice((0, 100)))
+        if self._server_key is not None and random.random() < 0.7:
+            secure_connection(peer, KeyPair.new(), random.choice((self._server_key, KeyPair.new().public)))
+        peer.connect(f"tcp://{self._address}")
+        num_frames = random.randrange(100)
+        for _ in range(num_frames):
+            frames = random.choice(self._messages)
+            peer.send_multipart(damage.apply(frames) if random.random() < 0.7 else frames)
+        self._made["frames"] += num_frames
+        self._made["answers"] += bool(peer.poll(5))
+        peer.close()
+        return num_frames
+
+    def _storm(self) -> None:
+        """Connections that come and go at once."""
+        for _ in range(STORM):
+            self._send_raw()
+        self._made["storms"] += 1
 
     def _send_raw(self) -> None:
         host, port = self._address.split(":")
@@ -201,45 +164,48 @@ class Strangers(threading.Thread):
             if self._random.random() < 0.5:  # a reset instead of a goodbye
                 raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             raw.sendall(self._random.choice((b"", b"\xff\0\0\0\0\0\0\0\x01\x7f\3\0NULL")) + self._random.randbytes(20))
-        self.counts["raw connections"] += 1
+        self._made["raw connections"] += 1
 
 
-def fuzz_as_strangers(model: str, address: str, seconds: float, random: Random) -> Counter[str]:
+def fuzz_as_strangers(
+    model: str, address: str, num_frames: int, strangers: Strangers, random: Random
+) -> dict[str, Any]:
     """Raises ``SystemExit`` for a text that changes."""
-    checkpoint = Checkpoint.open(model)
-    strangers = Strangers(address, messages_to_worker(checkpoint.full_name, checkpoint.num_layers), random)
+    speeds: dict[bool, list[float]] = {False: [], True: []}  # with strangers or without, in turn
     with LLM(model, workers=[address], draft="ngram", link=LINK) as llm:
         expected = llm.generate(PROMPT_IDS, PARAMS).token_ids
-        strangers.start()
         try:
-            end_s = time.monotonic() + seconds
-            while time.monotonic() < end_s:
-                if llm.generate(PROMPT_IDS, PARAMS).token_ids != expected:
-                    raise SystemExit("the text has changed")
-                strangers.counts["texts"] += 1
+            while strangers.num_frames.value < num_frames:
+                for come in random.sample((False, True), 2):
+                    strangers.may_send(come)
+                    done = llm.generate(PROMPT_IDS, PARAMS)
+                    speeds[come].append(done.tokens_per_s)
+                    if done.token_ids != expected:
+                        raise SystemExit("the text has changed")
         finally:
-            strangers.is_over.set()
-            strangers.join()
-    return strangers.counts
+            counts = strangers.end()
+    ratios = [with_them / alone for alone, with_them in zip(speeds[False], speeds[True], strict=True)]
+    return {**counts, "texts": len(ratios), "speed_with_them": statistics.median(ratios)}
 
 
-def fuzz_as_driver(model: str, address: str, seconds: float, random: Random) -> Counter[str]:
+def fuzz_as_driver(
+    model: str, address: str, security: Security | None, num_frames: int, random: Random
+) -> Counter[str]:
     """Sessions one after the other, each until the worker has enough of it."""
     checkpoint = Checkpoint.open(model)
-    *messages, configure, _ = messages_to_worker(checkpoint.full_name, checkpoint.num_layers)
+    all_messages = messages_to_worker(checkpoint.full_name, checkpoint.num_layers, LINK.heartbeat_s)
+    *messages, configure, _ = all_messages
     counts: Counter[str] = Counter()
     context: zmq.Context[Any] = zmq.Context()
-    end_s = time.monotonic() + seconds
-    number = 0
-    while time.monotonic() < end_s:
+    while counts["messages"] < num_frames:
         peer = context.socket(zmq.DEALER)
-        peer.setsockopt(zmq.IDENTITY, b"bad%d:control" % (number := number + 1))
-        peer.connect(f"tcp://{address}")
+        peer.setsockopt(zmq.IDENTITY, b"bad%d:control" % counts["sessions tried"])
+        connect(peer, address, security)
         is_odd = random.random() < 0.3
         peer.send_multipart(Damage(random).apply(frames_of(configure)) if is_odd else frames_of(configure))
-        if isinstance(answer_of(peer, 2.0 if is_odd else 30.0), Ready):
+        if isinstance(answer_of(peer, 1.0 if is_odd else 30.0), Ready):
             counts["sessions"] += 1
-            counts.update(break_session(peer, messages, random, end_s))
+            counts.update(break_session(peer, messages, random))
         counts["sessions tried"] += 1
         peer.send_multipart(frames_of(Stop()))
         peer.close(linger=1000)
@@ -247,7 +213,7 @@ def fuzz_as_driver(model: str, address: str, seconds: float, random: Random) -> 
     return counts
 
 
-def break_session(peer: zmq.Socket[bytes], messages: Sequence[Message], random: Random, end_s: float) -> Counter[str]:
+def break_session(peer: zmq.Socket[bytes], messages: Sequence[Message], random: Random) -> Counter[str]:
     counts: Counter[str] = Counter()
     for _ in range(300):
         frames = frames_of(random.choice(messages))
@@ -257,8 +223,6 @@ def break_session(peer: zmq.Socket[bytes], messages: Sequence[Message], random: 
             counts[f"answers {type(answer).__name__}"] += 1
             if isinstance(answer, Failure):
                 return counts
-        if time.monotonic() > end_s:
-            break
     return counts
 
 
@@ -328,17 +292,16 @@ class DamagingConnections:
         """The caches are what the driver has been led to believe, so nobody asks whether they add up."""
 
 
-def fuzz_replies(model: str, seconds: float, random: Random) -> Counter[str]:
+def fuzz_replies(model: str, num_frames: int, random: Random) -> Counter[str]:
     """Raises whatever escapes the engine; a request that hears nothing more is given up."""
     counts: Counter[str] = Counter()
     torch.set_num_threads(1)
     with LLM(model, stages=2, in_process=True, draft="ngram") as llm:
-        end_s = time.monotonic() + seconds
         engine, checkpoint = llm.engine, llm.checkpoint
         replies = Replies(2, checkpoint.hidden_size, checkpoint.vocab_size, torch.float32)
         connections = DamagingConnections(engine.pipeline.connections, replies, random)
         engine.pipeline.connections = connections
-        while time.monotonic() < end_s:
+        while connections.counts["replies"] < num_frames:
             job, patience_s = engine.submit(PROMPT_IDS, PARAMS), time.monotonic() + PATIENCE_S
             while not job.is_finished and time.monotonic() < patience_s:
                 if engine.step(0.05):
@@ -356,28 +319,37 @@ def fuzz_replies(model: str, seconds: float, random: Random) -> Counter[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--joined", action="store_true", help="the worker has joined a cluster, and has keys")
+    parser.add_argument("--frames", type=int, default=100_000, help="of all parts together")
+    parser.add_argument("--rate", type=float, default=500.0, help="of strangers, in frames/s")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--model", default="demo", help="a directory, or demo")
     arguments = parser.parse_args()
     logging.disable(logging.WARNING)
-    share_s, random = arguments.seconds / 3, Random(arguments.seed)
-    with running_worker() as (address, process, log):
-        LLM(arguments.model, workers=[address], draft="none", link=LINK).close()  # all that is loaded once
+    model, random = arguments.model, Random(arguments.seed)
+    counts = {part: int(share * arguments.frames) for part, share in SHARES.items()}
+    told: dict[str, Any] = {"seed": arguments.seed}
+    with running_worker(arguments.joined) as (worker, security):
+        address, process = worker.address, worker.process
+        server_key = None if security is None else security.keys[address]
+        strangers = Strangers(model, address, server_key, arguments.rate, Random(random.random()))
+        strangers.start()  # and wait
+        LLM(model, workers=[address], draft="none", link=LINK).close()  # all that is loaded once
         before = process.memory_info().rss
-        told: dict[str, Any] = {"seed": arguments.seed, "seconds": arguments.seconds}
-        told["strangers"] = fuzz_as_strangers(arguments.model, address, share_s, Random(random.random()))
-        told["driver"] = fuzz_as_driver(arguments.model, address, share_s, Random(random.random()))
-        with LLM(arguments.model, workers=[address], draft="ngram", link=LINK) as llm:
+        told["strangers"] = fuzz_as_strangers(model, address, counts["strangers"], strangers, random)
+        told["driver"] = fuzz_as_driver(model, address, security, counts["driver"], Random(random.random()))
+        with LLM(model, workers=[address], draft="ngram", link=LINK) as llm:
             told["worker answers"] = llm.generate(PROMPT_IDS, PARAMS).num_tokens == PARAMS.max_tokens
         growth = process.memory_info().rss - before
-        told |= {"worker_growth_bytes": growth, "log_lines": len(log), "longest_log_line": max(map(len, log))}
+    log = worker.lines
+    told |= {"worker_growth_bytes": growth, "log_lines": len(log), "longest_log_line": max(map(len, log))}
     try:
-        told["replies"] = fuzz_replies(arguments.model, share_s, Random(random.random()))
+        told["replies"] = fuzz_replies(model, counts["replies"], Random(random.random()))
     except FlowspecError as error:
         told["replies"] = f"{type(error).__name__}: {error}"
     print(json.dumps(told, indent=2))
-    if growth > MAX_GROWTH_BYTES or any("Traceback" in line for line in log):
+    is_heard = arguments.joined and told["strangers"]["answers"] > 0
+    if growth > MAX_GROWTH_BYTES or is_heard or any("Traceback" in line for line in log):
         sys.exit(1)
 
 
