@@ -6,6 +6,7 @@ what GGUF's Q8_0 and Q4_0 hold, to the bit, and is what OpenVINO calls compresse
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -56,6 +57,16 @@ class PackedWeight:
         if self.zero_points is not None:
             codes -= self.zero_points
         return torch.from_numpy((codes * self.scales.astype(np.float32)).reshape(self.shape))
+
+
+def stacked(parts: Sequence[PackedWeight]) -> PackedWeight:
+    """Of as many bits and inputs, one below the other."""
+    zeros = [part.zero_points for part in parts if part.zero_points is not None]
+    return PackedWeight(
+        np.concatenate([part.codes for part in parts]),
+        np.concatenate([part.scales for part in parts]),
+        np.concatenate(zeros) if zeros else None,
+    )
 
 
 def pack(weight: Tensor, bits: Bits, name: str = "weight") -> PackedWeight:
