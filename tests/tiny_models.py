@@ -11,20 +11,23 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
+    Phi3Config,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
+    SmolLM3Config,
 )
 
 from flowspec.model.eagle_head import EagleHead
 from flowspec.train.corpus import Tokens
 
 VOCAB_SIZE = 96
-FAMILIES = ("llama", "mistral", "qwen2", "gemma3_text", "qwen3")
+FAMILIES = ("llama", "mistral", "qwen2", "gemma3_text", "smollm3", "phi3", "granite", "qwen3")
 
 _SIZES: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
@@ -71,6 +74,17 @@ def make_config(family: str, **overrides: Any) -> PreTrainedConfig:
             windows = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 3}
             traits = {"head_dim": 16, "query_pre_attn_scalar": 24, "rope_parameters": rope}
             return Gemma3TextConfig(**{**traits, **windows, **sizes})
+        case "smollm3":
+            return SmolLM3Config(**{"no_rope_layer_interval": 2, **sizes})
+        case "phi3":
+            factors = {"short_factor": [1.0, 1.1, 1.3], "long_factor": [1.0, 2.0, 8.0]}
+            longrope = {"rope_type": "longrope", "rope_theta": 10000.0, "partial_rotary_factor": 0.75, **factors}
+            longrope["original_max_position_embeddings"] = 128
+            traits = {"rope_parameters": longrope, "original_max_position_embeddings": 128, "sliding_window": 8}
+            return Phi3Config(**{**traits, **sizes})
+        case "granite":
+            multipliers = {"embedding_multiplier": 3.0, "attention_multiplier": 0.2, "residual_multiplier": 0.7}
+            return GraniteConfig(**{**multipliers, "logits_scaling": 2.0, "tie_word_embeddings": True, **sizes})
         case _:
             raise AssertionError(family)
 

@@ -127,8 +127,9 @@ def test_rows_do_not_change_each_others_bits(checkpoint_dir: Callable[[str], Pat
         assert torch.equal(run_alone(stage, texts[node])[-1], found[node]), texts[node]
 
 
-def test_any_number_of_rows_has_the_same_bits(checkpoint_dir: Callable[[str], Path]) -> None:
-    checkpoint = Checkpoint.open(checkpoint_dir("qwen3"))
+@pytest.mark.parametrize("family", ["qwen3", "granite"])
+def test_any_number_of_rows_has_the_same_bits(checkpoint_dir: Callable[[str], Path], family: str) -> None:
+    checkpoint = Checkpoint.open(checkpoint_dir(family))
     stage = OpenVinoStage.load(checkpoint, LayerRange(2, 6), "float32", 8)
     head = OpenVinoHead(checkpoint, 8)
     torch.manual_seed(0)

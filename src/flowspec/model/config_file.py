@@ -26,7 +26,11 @@ _MOST_OPTIONAL = {
     "original_max_position_embeddings": 2**31,
 }
 _COUNTS_FROM_0 = {"max_window_layers": 2**12}
-_POSITIVE = ("rms_norm_eps", "rope_theta", "factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow")
+_POSITIVE = (
+    "rms_norm_eps", "rope_theta", "factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow",
+    "embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling",
+)  # fmt: skip
+_SHARES = ("partial_rotary_factor",)
 _SWITCHES = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window", "bias", "qkv_bias")
 _TEXTS = ("hidden_act", "rope_type", "type", "torch_dtype", "dtype")
 _TABLES = ("rope_scaling", "rope_parameters")
@@ -60,6 +64,9 @@ def _wanted(name: str, value: Any) -> str | None:
     if name in _POSITIVE:
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
         return None if is_number and 0 < value < math.inf else "a positive number"
+    if name in _SHARES:
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        return None if is_number and 0 < value <= 1 else "a number above 0, and at most 1"
     if name in _SWITCHES:
         return None if isinstance(value, bool) else "true or false"
     if name in _TEXTS:

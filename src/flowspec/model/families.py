@@ -23,6 +23,8 @@ FULL, SLIDING = "full_attention", "sliding_attention"  # transformers' names of 
 
 # Rotary embeddings whose frequencies do not depend on the length of the text, so that all segments agree on them.
 STATIC_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+# Has other frequencies for texts longer than those of its first training. Texts end before that here.
+SHORT_ROPE = "longrope"
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,8 @@ class Family:
     title: str  # for people
     layer_types: Callable[[PreTrainedConfig], list[str]]  # of the whole model, by the rule of the family's own code
     rope_types: tuple[str, ...] = STATIC_ROPE_TYPES
-    scales_embedding: bool = False  # by the root of the hidden size
+    embedding_scale: Callable[[PreTrainedConfig], float] = lambda config: 1.0  # by which its rows are multiplied
+    logits_divisor: Callable[[PreTrainedConfig], float] = lambda config: 1.0
     norm_offset: float = 0.0  # of RMS norms: rows are multiplied by it and the weight together
 
     def check(self, config: PreTrainedConfig, name: str) -> None:
@@ -65,7 +68,12 @@ def rope_tables(config: PreTrainedConfig) -> list[dict[str, Any]]:
 
 def embedding_scale(config: PreTrainedConfig) -> float:
     """By which the embedding's rows are multiplied."""
-    return float(config.hidden_size**0.5) if FAMILIES[config.model_type].scales_embedding else 1.0
+    return float(FAMILIES[config.model_type].embedding_scale(config))
+
+
+def logits_divisor(config: PreTrainedConfig) -> float:
+    """By which the lm_head's products are divided."""
+    return float(FAMILIES[config.model_type].logits_divisor(config))
 
 
 def norm_scale(config: PreTrainedConfig, weight: Tensor) -> Tensor:
@@ -106,6 +114,21 @@ _ROWS = (
     Family("mistral", "Mistral", _all_alike),
     Family("qwen2", "Qwen2", _as_listed),
     Family("qwen3", "Qwen3", _as_listed),
-    Family("gemma3_text", "Gemma3 (text)", _as_listed, scales_embedding=True, norm_offset=1.0),
+    Family("smollm3", "SmolLM3", _as_listed),
+    Family("phi3", "Phi-3/4", _all_alike, (*STATIC_ROPE_TYPES, SHORT_ROPE)),
+    Family(
+        "granite",
+        "Granite",
+        _all_full,
+        embedding_scale=lambda config: config.embedding_multiplier,
+        logits_divisor=lambda config: config.logits_scaling,
+    ),
+    Family(
+        "gemma3_text",
+        "Gemma3 (text)",
+        _as_listed,
+        embedding_scale=lambda config: config.hidden_size**0.5,
+        norm_offset=1.0,
+    ),
 )
 FAMILIES = {row.model_type: row for row in _ROWS}

@@ -21,7 +21,7 @@ from flowspec.core import DType, LayerRange, SamplingParams
 from flowspec.errors import ModelError, UsageError, first_line, shortened
 from flowspec.model.config_file import check_config
 from flowspec.model.demo_pair import DEMO, demo_directory, demo_draft_directory
-from flowspec.model.families import EMBEDDING, LM_HEAD, PREFIX, family_of, layer_prefix, rope_tables
+from flowspec.model.families import EMBEDDING, LM_HEAD, PREFIX, SHORT_ROPE, family_of, layer_prefix, rope_tables
 from flowspec.model.hub import fetch
 from flowspec.model.packed import Bits
 from flowspec.model.source import TensorSource
@@ -86,9 +86,11 @@ class Checkpoint(TensorSource):
         """Tokens of a text at most, its answer included.
 
         Where rotary scaling is switched on by hand, as Qwen's README says, ``max_position_embeddings`` is often still
-        that of the unscaled model.
+        that of the unscaled model. A model with other frequencies for long texts has only short ones here.
         """
         stated, (rope, *others) = int(self.config.max_position_embeddings), rope_tables(self.config)
+        if rope.get("rope_type") == SHORT_ROPE:
+            return min(stated, int(rope.get("original_max_position_embeddings") or stated))
         if others or rope.get("rope_type") not in ("linear", "yarn"):
             return stated
         original = rope.get("original_max_position_embeddings") or stated

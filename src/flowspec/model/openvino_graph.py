@@ -62,6 +62,7 @@ class Graph:
             "INFERENCE_PRECISION_HINT": "f32",
             "DYNAMIC_QUANTIZATION_GROUP_SIZE": GROUP,
         }
+        self.widths = list(widths)
         self._request = _core().compile_model(model, "CPU", options).create_infer_request()
         self._inputs: list[Buffer | None] = [None] * len(widths)
         self._results: list[Buffer | None] = [None] * len(model.outputs)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from flowspec.core import DType, LayerRange
 from flowspec.model.families import EMBEDDING, PREFIX, embedding_scale, layer_prefix
-from flowspec.model.forward_rows import LayersStage, masks_of, rotations_of
+from flowspec.model.forward_rows import AttentionShape, LayersStage, masks_of, rotations_of
 from flowspec.model.openvino_graph import CUT, Between, Buffer, Graph, Template, Weight, filled_up, linear
 from flowspec.model.packed import Bits, PackedWeight
 from flowspec.model.slot_cache import Paths, SlotCache
@@ -67,9 +67,10 @@ class OpenVinoStage(LayersStage):
         """
         config = checked_config(source, layers)
         model = bare_model(config, CUT)
-        graphs = _Graphs(source, layers, bits, model, progress)
+        rotary = rotary_of(model, config)
+        graphs = _Graphs(source, layers, bits, model, _rotary_dim(rotary, config, layers), progress)
         embedding = source.load_embedding(dtype, "cpu") if layers.start == 0 else None
-        stage = cls(config, layers, dtype, graphs, embedding, rotary_of(model, config))
+        stage = cls(config, layers, dtype, graphs, embedding, rotary)
         row = torch.zeros(1, stage.hidden_size) if layers.start else torch.zeros(1, dtype=torch.long)
         cache = stage.open_cache()
         forward(stage, row, cache.slots.append_prefix([0]), cache)  # it has the attention kernel compiled, or read
@@ -121,7 +122,8 @@ class OpenVinoStage(LayersStage):
         if count not in self._buffers:
             shape = self.attention
             hidden = Buffer(count, self.hidden_size), Buffer(count, self.hidden_size)
-            rotations = {kind: (Buffer(count, shape.head_dim), Buffer(count, shape.head_dim)) for kind in shape.types}
+            width = self._graphs[0].widths[-1]  # of cosines and sines
+            rotations = {kind: (Buffer(count, width), Buffer(count, width)) for kind in shape.types}
             attended = Buffer(count, shape.num_heads * shape.head_dim)
             self._buffers[count] = _Buffers(
                 hidden, rotations, self._graphs[0].results(count), attended, self._graphs[-1].results(count)[1:]
@@ -205,6 +207,7 @@ class _Graphs:
         layers: LayerRange,
         bits: Bits,
         model: Any,
+        rotary_dim: int,
         progress: Callable[[float], None] | None,
     ) -> None:
         self.compiled: list[Graph] = []
@@ -230,7 +233,7 @@ class _Graphs:
             weights |= {f"after.{name}": weight for name, weight in after.items()}
             if ends and norm is not None:
                 weights |= {f"norm.{n}": w for n, w in self._load(source, f"{PREFIX}norm.", norm, bits).items()}
-            template = _template(between, own[0].self_attn, source)
+            template = _template(between, own[min(index, len(own) - 1)].self_attn, rotary_dim, source)
             self.compiled.append(template.filled(weights, torch.get_num_threads()))
             if progress is not None:
                 progress((index + 1) / (len(own) + 1))
@@ -250,14 +253,23 @@ class _Graphs:
         return weights
 
 
+def _rotary_dim(rotary: nn.Module, config: PreTrainedConfig, layers: LayerRange) -> int:
+    """How many cosines a row has: some models turn a part of each head alone."""
+    types = AttentionShape.of(config, layers).types
+    rotations = rotations_of(rotary, torch.empty(0), torch.zeros(1, 1, dtype=torch.long), types)
+    return int(rotations[types[0]][0].shape[-1])
+
+
 # By the model's config and the graph's weights: layers are alike, and so are the stages of one process.
-_templates: dict[tuple[str, Any], Template] = {}
+_templates: dict[tuple[str, Any, bool], Template] = {}
 
 
-def _template(between: Between, attention: Any, source: TensorSource) -> Template:
-    key = source.config.to_json_string(), tuple(between.shapes.items())
+def _template(between: Between, attention: Any, rotary_dim: int, source: TensorSource) -> Template:
+    """``attention``: of the layer that begins there."""
+    uses_rope = bool(getattr(attention, "use_rope", True))  # of SmolLM3, some layers do not
+    key = source.config.to_json_string(), tuple(between.shapes.items()), uses_rope
     if key not in _templates:
-        widths = [source.hidden_size, attention.head_dim, attention.head_dim]
+        widths = [source.hidden_size, rotary_dim, rotary_dim]
         if any(name.startswith("before.") for name in between.shapes):
             widths.insert(1, attention.o_proj.in_features)
         _templates[key] = Template(between, widths)

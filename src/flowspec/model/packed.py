@@ -51,6 +51,10 @@ class PackedWeight:
         zero_points = None if self.zero_points is None else self.zero_points[indices]
         return PackedWeight(self.codes[indices], self.scales[indices], zero_points)
 
+    def divided(self, divisor: float) -> PackedWeight:
+        """By a number, as far as float16 holds the scales."""
+        return PackedWeight(self.codes, (self.scales / np.float32(divisor)).astype(np.float16), self.zero_points)
+
     def unpacked(self) -> Tensor:
         """float32 [N, K]: exactly what the codes mean."""
         codes = self.codes.astype(np.float32)

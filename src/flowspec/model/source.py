@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flowspec.core import DType
 from flowspec.errors import ModelError
-from flowspec.model.families import EMBEDDING, LM_HEAD, PREFIX
+from flowspec.model.families import EMBEDDING, LM_HEAD, PREFIX, logits_divisor
 from flowspec.model.packed import Bits, PackedWeight, pack
 
 if TYPE_CHECKING:
@@ -68,14 +68,15 @@ class TensorSource(Protocol):
         return self._load_vocabulary_matrix(EMBEDDING, dtype, device)
 
     def load_lm_head(self, dtype: DType, device: torch.device | str) -> Tensor:
-        """The output matrix [vocab_size, hidden_size]; the embedding if the model ties the two."""
-        return self._load_vocabulary_matrix(self._lm_head_name, dtype, device)
+        """The output matrix [vocab_size, hidden_size], which gives logits; the embedding if the model ties the two."""
+        weight = self._load_vocabulary_matrix(self._lm_head_name, dtype, device)
+        return weight if (divisor := logits_divisor(self.config)) == 1.0 else weight.div_(divisor)
 
     def packed_lm_head(self, bits: Bits) -> PackedWeight:
         """As ``load_lm_head``, in integers."""
         weight = self.packed(self._lm_head_name, bits)
         self.check_shape(self._lm_head_name, weight, (self.vocab_size, self.hidden_size))
-        return weight
+        return weight if (divisor := logits_divisor(self.config)) == 1.0 else weight.divided(divisor)
 
     @property
     def _lm_head_name(self) -> str:

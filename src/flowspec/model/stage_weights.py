@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from flowspec.core import DType, LayerRange
 from flowspec.errors import ModelError, first_line
 from flowspec.model.attention import ATTENTION
-from flowspec.model.families import PREFIX, embedding_scale, family_of, layer_prefix
+from flowspec.model.families import PREFIX, SHORT_ROPE, embedding_scale, family_of, layer_prefix
 from flowspec.model.source import TensorSource
 
 
@@ -31,9 +31,10 @@ def bare_model(config: PreTrainedConfig, attention: str) -> Any:
     """The model below its lm_head, without values; ``attention``: the name of an attention function."""
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(
+            whole: Any = AutoModelForCausalLM.from_config(
                 config, attn_implementation=attention, trust_remote_code=False
-            ).model
+            )
+            return whole.model.eval()  # without dropout
     except Exception as error:  # whatever transformers meets in what somebody has written
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise ModelError(f"no model can be made by its config.json ({reason}); download or mend the file") from error
@@ -41,7 +42,10 @@ def bare_model(config: PreTrainedConfig, attention: str) -> Any:
 
 def rotary_of(model: Any, config: PreTrainedConfig) -> nn.Module:
     """The rotary embedding: its frequencies are in no file, and on the meta device they have no values."""
-    return type(model.rotary_emb)(config=config)
+    rotary = type(model.rotary_emb)(config=config)
+    if getattr(rotary, "rope_type", None) == SHORT_ROPE:
+        rotary.rope_type = "default"  # it keeps the frequencies of short texts, whatever positions a tree has
+    return rotary
 
 
 def load_modules(
@@ -64,8 +68,9 @@ def load_modules(
     if layers.end == source.num_layers:
         modules["norm"] = model.norm
     _fill(modules, source, layers, dtype, device, progress)
-    if layers.start == 0 and (scale := embedding_scale(config)) != 1.0:
-        modules["embed_tokens"].embed_scale = torch.tensor(scale, device=device)  # in no file, as the frequencies
+    if layers.start == 0 and hasattr(modules["embed_tokens"], "embed_scale"):
+        scale = embedding_scale(config)  # in no file, as the frequencies
+        modules["embed_tokens"].embed_scale = torch.tensor(scale, device=device)
     modules["rotary_emb"] = rotary_of(model, config).to(device)
     return modules.eval().requires_grad_(False)
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from flowspec.core import DType, LayerRange
+from flowspec.model.families import embedding_scale
 from flowspec.model.forward_rows import ForwardRows, LayersStage, rotations_of
 from flowspec.model.kv_cache import CACHE_ARGUMENT, KVCache
 from flowspec.model.source import TensorSource
@@ -34,6 +35,8 @@ class TorchStage(LayersStage):
         self.weights_bytes = sum(weight.nbytes for weight in modules.parameters())
         self._layers = list(modules["layers"].children())
         self._embedding = modules["embed_tokens"] if self.is_first else None
+        # Some models multiply by it themselves, others in their embedding.
+        self._embedding_scale = 1.0 if hasattr(self._embedding, "embed_scale") else embedding_scale(config)
         self._norm = modules["norm"] if self.is_last else None
         self._rotary = modules["rotary_emb"]
 
@@ -64,7 +67,7 @@ class TorchStage(LayersStage):
             yield torch.empty(0, self.hidden_size, dtype=self.dtype, device=self.device)
             return
         rows = ForwardRows.of(parts, self.attention, self.device)
-        hidden = rows.inputs.to(self.dtype) if self._embedding is None else self._embedding(rows.inputs)
+        hidden = rows.inputs.to(self.dtype) if self._embedding is None else self._embed(rows.inputs)
         hidden = hidden[None]
         rotations = rotations_of(self._rotary, hidden, rows.positions, self.attention.types)
         for index, (layer, layer_type) in enumerate(zip(self._layers, self.attention.types, strict=True)):
@@ -83,3 +86,8 @@ class TorchStage(LayersStage):
         if watch is not None and self.is_last:
             watch(self.layers.end, hidden[0])
         yield (hidden if self._norm is None else self._norm(hidden))[0]
+
+    def _embed(self, token_ids: Tensor) -> Tensor:
+        assert self._embedding is not None, "the first stage has it"
+        rows = self._embedding(token_ids)
+        return rows if self._embedding_scale == 1.0 else rows * self._embedding_scale
