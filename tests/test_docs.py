@@ -44,6 +44,7 @@ RUN_SMALL_BY = {  # the scripts whose figures it has, the simulated ones apart
     "chaos.py": "bench/test_benchmarks_chaos.py",
     "simulated_chaos.py": "bench/test_benchmarks_chaos.py",
     "demo_speed.py": "test_demo.py",
+    "kernels.py": "bench/test_benchmarks_kernels.py",
     "overhead.py": "test_demo.py",
     "stage_memory.py": "model/test_loader.py",
 }
