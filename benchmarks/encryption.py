@@ -53,8 +53,8 @@ def main() -> None:
         }
         speeds: dict[str, list[float]] = {name: [] for name in llms}
         texts = set()
-        for _ in range(arguments.repeat + 1):  # the first of each is for warming up
-            for name, llm in llms.items():
+        for turn in range(arguments.repeat + 1):  # the first of each is for warming up
+            for name, llm in list(llms.items())[:: -1 if turn % 2 else 1]:
                 done = llm.generate(PROMPT, params, schedule="flow")
                 speeds[name].append(done.tokens_per_s)
                 texts.add(tuple(done.token_ids))
