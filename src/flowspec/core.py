@@ -157,6 +157,10 @@ class StageManifest(NamedTuple):
         """Of the stage, each file content once."""
         return list({entry.sha256: entry for entry in self.tensors if entry.sha256}.values())
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the stage's tensors, by name."""
+        return {entry.name: entry.shape for entry in self.tensors if entry.sha256}
+
 
 @checked_class
 @dataclass(frozen=True)

@@ -33,6 +33,14 @@ def worker(
     cache_gb: Annotated[
         float, typer.Option(help="Of the disk, for weights that drivers send; the oldest are dropped.", metavar="GB")
     ] = CACHE_GB,
+    max_memory: Annotated[
+        float | None,
+        typer.Option(
+            metavar="GB",
+            help="Of the device's memory, for all that this worker holds; larger stages are refused.",
+            show_default="what is free",
+        ),
+    ] = None,
     threads: Threads = 0,
     device: Device = "cpu",
     verbose: Verbose = False,
@@ -40,7 +48,7 @@ def worker(
     """Run a stage for drivers elsewhere, one at a time."""
     with errors_in_one_line(verbose, is_service=True):
         from flowspec.wire.transport import is_local
-        from flowspec.worker.process import serve
+        from flowspec.worker.serve import serve
         from flowspec.worker.sources import Sources
 
         logger = logging.getLogger("flowspec")
@@ -56,6 +64,7 @@ def worker(
             announce=lambda endpoint: logger.info("listening on %s; end it with Ctrl-C", endpoint),
             keys=keys,
             sources=sources,
+            max_memory_gb=max_memory,
         )
 
 
