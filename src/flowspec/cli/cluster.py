@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flowspec.cli.terminal import errors_in_one_line
+from flowspec.config import DEVICES_OF_A_TOKEN
 from flowspec.errors import UsageError
 
 if TYPE_CHECKING:
@@ -16,26 +17,28 @@ if TYPE_CHECKING:
 cluster = typer.Typer(no_args_is_help=True, help="The devices of this driver's cluster: join, list, remove.")
 
 _MINUTES = typer.Option("--minutes", metavar="N", min=1, max=60 * 24 * 30, help="For which the token is valid.")
+_DEVICES = typer.Option("--devices", metavar="N", min=1, max=1000, help="That may join by the token.")
 _JOIN = """On each device, once: flowspec worker --listen HOST:PORT --join {token}
-Then here: flowspec cluster add HOST:PORT, or start with --workers or --cluster. Valid for {minutes} minutes."""
+Then here: flowspec cluster add HOST:PORT, or start with --workers or --cluster. Valid for {minutes} minutes, for
+{devices} device(s). Where others can see the list of processes: --join - reads it from standard input."""
 
 
 @cluster.command()
-def init(minutes: Annotated[int, _MINUTES] = 60) -> None:
+def init(minutes: Annotated[int, _MINUTES] = 60, devices: Annotated[int, _DEVICES] = DEVICES_OF_A_TOKEN) -> None:
     """Make this driver's keys, unless it has some, and print a token by which devices join."""
     with errors_in_one_line(False):
         from flowspec.cluster.membership import Membership
         from flowspec.wire.key_file import state_folder
 
         membership = Membership.init(state_folder())
-        typer.echo(_JOIN.format(token=membership.new_token(60 * minutes), minutes=minutes))
+        _print_token(membership, minutes, devices)
 
 
 @cluster.command()
-def token(minutes: Annotated[int, _MINUTES] = 60) -> None:
+def token(minutes: Annotated[int, _MINUTES] = 60, devices: Annotated[int, _DEVICES] = DEVICES_OF_A_TOKEN) -> None:
     """Print a new token; the one before is no longer valid."""
     with errors_in_one_line(False):
-        typer.echo(_JOIN.format(token=_opened().new_token(60 * minutes), minutes=minutes))
+        _print_token(_opened(), minutes, devices)
 
 
 @cluster.command()
@@ -74,6 +77,11 @@ def rotate_keys() -> None:
         membership = _opened()
         membership.rotate()
         typer.echo("new keys; flowspec cluster token prints a token by which devices join again")
+
+
+def _print_token(membership: Membership, minutes: int, devices: int) -> None:
+    token = membership.new_token(60 * minutes, devices)
+    typer.echo(_JOIN.format(token=token, minutes=minutes, devices=devices))
 
 
 def _opened() -> Membership:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -15,6 +16,8 @@ from flowspec.errors import UsageError
 if TYPE_CHECKING:
     from flowspec.worker.door import Keys
 
+_MAX_TOKEN_LEN = 1000
+
 
 def worker(
     listen: Annotated[
@@ -22,7 +25,11 @@ def worker(
     ] = "127.0.0.1:7070",
     join: Annotated[
         str | None,
-        typer.Option(metavar="TOKEN", help="Join the cluster whose token this is; needed once, see flowspec cluster."),
+        typer.Option(
+            metavar="TOKEN",
+            envvar="FLOWSPEC_JOIN",
+            help="Join the cluster whose token this is, - reads it from standard input; see flowspec cluster.",
+        ),
     ] = None,
     name: Annotated[
         str | None, typer.Option(help="Of this device in the cluster.", show_default="the machine's")
@@ -84,7 +91,7 @@ def _joined(listen: str, join: str | None, name: str | None, insecure: bool) -> 
                 listen,
             )
         return listen, None
-    member = Member.open(state_folder()) if join is None else Member.join(state_folder(), join)
+    member = Member.open(state_folder()) if join is None else Member.join(state_folder(), _token(join))
     if member is not None:
         listen = member.await_driver(listen, device_name(name))
         return listen, Keys(member.own, member.driver_key)
@@ -94,3 +101,14 @@ def _joined(listen: str, join: str | None, name: str | None, insecure: bool) -> 
             "flowspec cluster init prints on the driver; or --insecure, in a network that you trust"
         )
     return listen, None
+
+
+def _token(join: str) -> str:
+    """As given, or a line of standard input, where no list of processes shows it. Raises ``UsageError``."""
+    if join != "-":
+        return join
+    if sys.stdin.isatty():
+        logging.getLogger("flowspec").info("paste the token that flowspec cluster token prints, and press Enter")
+    if not (line := sys.stdin.readline(_MAX_TOKEN_LEN).strip()):
+        raise UsageError("no join token comes on standard input; flowspec cluster token prints one")
+    return line
