@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, TypeAlias
 
 import typer
 
@@ -17,12 +19,18 @@ if TYPE_CHECKING:
     from flowspec.worker.door import Keys
 
 _MAX_TOKEN_LEN = 1000
+Say: TypeAlias = "Callable[[str, str, bool], None]"  # endpoint, key, whether it waits to join
 
 
 def worker(
     listen: Annotated[
-        str, typer.Option(metavar="HOST:PORT", help="Where to wait for a driver; port 0 is any free one.")
-    ] = "127.0.0.1:7070",
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT",
+            help="Where to wait for a driver; port 0 is any free one.",
+            show_default="127.0.0.1:7070; 0.0.0.0:7070 to be found",
+        ),
+    ] = None,
     join: Annotated[
         str | None,
         typer.Option(
@@ -31,6 +39,10 @@ def worker(
             help="Join the cluster whose token this is, - reads it from standard input; see flowspec cluster.",
         ),
     ] = None,
+    discover: Annotated[
+        bool,
+        typer.Option("--discover", help="Be found in the local network (mDNS) by drivers that are given --discover."),
+    ] = False,
     name: Annotated[
         str | None, typer.Option(help="Of this device in the cluster.", show_default="the machine's")
     ] = None,
@@ -53,29 +65,56 @@ def worker(
     verbose: Verbose = False,
 ) -> None:
     """Run a stage for drivers elsewhere, one at a time."""
-    with errors_in_one_line(verbose, is_service=True):
+    with errors_in_one_line(verbose, is_service=True), contextlib.ExitStack() as stack:
         from flowspec.wire.transport import is_local
         from flowspec.worker.serve import serve
         from flowspec.worker.sources import Sources
 
         logger = logging.getLogger("flowspec")
         logger.setLevel(logging.DEBUG if verbose else logging.INFO)
+        listen = listen or ("0.0.0.0:7070" if discover else "127.0.0.1:7070")
+        say: Say | None = None
+        if discover:
+            say = _announcer(listen, name, insecure, stack)
         # Where anybody may be the driver, nothing is downloaded on its word.
         sources = Sources(may_ask_hub=not insecure or is_local(listen), cache_gb=cache_gb)
-        listen, keys = _joined(listen, join, name, insecure)
+        listen, keys = _joined(listen, join, name, insecure, say)
+
+        def tell(endpoint: str) -> None:
+            logger.info("listening on %s; end it with Ctrl-C", endpoint)
+            if say is not None and keys is not None:
+                say(endpoint, keys.own.public, False)
+
         serve(
             listen,
             heartbeat_s=LinkConfig().heartbeat_s,
             threads=threads,
             device=device,
-            announce=lambda endpoint: logger.info("listening on %s; end it with Ctrl-C", endpoint),
+            announce=tell,
             keys=keys,
             sources=sources,
             max_memory_gb=max_memory,
         )
 
 
-def _joined(listen: str, join: str | None, name: str | None, insecure: bool) -> tuple[str, Keys | None]:
+def _announcer(listen: str, name: str | None, insecure: bool, stack: contextlib.ExitStack) -> Say:
+    """What announces this worker, until the stack is left."""
+    from flowspec.cluster.mdns import Announcer
+    from flowspec.wire.transport import is_local
+    from flowspec.worker.member import device_name
+
+    if insecure:
+        raise UsageError("give --discover or --insecure, not both: who is found is believed by a key alone")
+    if is_local(listen):
+        raise UsageError(f"{listen} is of this machine alone, and nobody finds it; give --listen 0.0.0.0:7070")
+    announcer = Announcer(device_name(name))
+    stack.callback(announcer.close)
+    return announcer.say
+
+
+def _joined(
+    listen: str, join: str | None, name: str | None, insecure: bool, say: Say | None
+) -> tuple[str, Keys | None]:
     """Where to listen, and by which keys; waits for the driver where it has not let this device join yet."""
     from flowspec.wire.key_file import state_folder
     from flowspec.wire.transport import is_local
@@ -93,7 +132,12 @@ def _joined(listen: str, join: str | None, name: str | None, insecure: bool) -> 
         return listen, None
     member = Member.open(state_folder()) if join is None else Member.join(state_folder(), _token(join))
     if member is not None:
-        listen = member.await_driver(listen, device_name(name))
+
+        def announce(endpoint: str) -> None:
+            if say is not None and member.waits_with is not None:
+                say(endpoint, member.waits_with, True)
+
+        listen = member.await_driver(listen, device_name(name), announce)
         return listen, Keys(member.own, member.driver_key)
     if not is_local(listen):
         raise UsageError(

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ _JOIN_TIMEOUT_S = 10.0
 class Device:
     """That has joined."""
 
-    address: str  # HOST:PORT
+    address: str  # HOST:PORT; empty where another device has been found since
     key: str
 
 
@@ -143,12 +144,28 @@ class Membership:
         return answer
 
     def _add(self, wanted: str, device: Device) -> str:
-        self.devices = {name: other for name, other in self.devices.items() if other.address != device.address}
+        before = self.devices.get(wanted)
+        if before is not None and before.address == device.address:
+            del self.devices[wanted]  # it was set up anew
+        self._leave(device.address)
         name, number = wanted, 2
         while name in self.devices:
             name, number = f"{wanted}-{number}", number + 1
         self.devices[name] = device
         return name
+
+    def _leave(self, address: str) -> None:
+        """Whoever had this address has it no longer."""
+        for name, device in self.devices.items():
+            if device.address == address:
+                self.devices[name] = replace(device, address="")
+
+    def move(self, name: str, device: Device) -> None:
+        """A device was found there, and has proved itself by the key that it has joined with."""
+        with self._changing():
+            if name in self.devices and self.devices[name].key == device.key:
+                self._leave(device.address)
+                self.devices[name] = device
 
     def remove(self, name: str) -> None:
         """Raises ``UsageError`` for a name that no device has."""
@@ -165,7 +182,7 @@ class Membership:
     @property
     def keys(self) -> dict[str, str]:
         """Of the devices, by address."""
-        return {device.address: device.key for device in self.devices.values()}
+        return {device.address: device.key for device in self.devices.values() if device.address}
 
     def security(self, addresses: Sequence[str]) -> Security:
         """For a session with these devices; those that wait to join do so now. Raises ``UsageError``."""
@@ -175,19 +192,29 @@ class Membership:
         return Security(self.own, self.keys)
 
 
+def proven(own: KeyPair, places: Iterable[tuple[str, str]], timeout_s: float) -> set[tuple[str, str]]:
+    """Of pairs of an address and a key: where somebody with that key listens, and lets ``own`` in."""
+    context: zmq.Context[Any] = zmq.Context()
+    session = uuid.uuid4().hex
+    connections: dict[tuple[str, str], Connection] = {}
+    try:
+        for place in places:
+            connections[place] = Connection(context, place[0], session, "control", timeout_s, keys=(own, place[1]))
+        until_s = time.monotonic() + timeout_s
+        while not all(one.is_up for one in connections.values()) and time.monotonic() < until_s:
+            time.sleep(0.02)
+            for connection in connections.values():
+                connection.check()
+        return {place for place, connection in connections.items() if connection.is_up}
+    finally:
+        for connection in connections.values():
+            connection.close()
+        context.term()
+
+
 def answers(membership: Membership, device: Device, timeout_s: float = 2.0) -> bool:
     """Whether somebody with the device's key listens at its address, and lets this driver in."""
-    context: zmq.Context[Any] = zmq.Context()
-    connection = Connection(context, device.address, "status", "control", timeout_s, keys=(membership.own, device.key))
-    try:
-        until_s = time.monotonic() + timeout_s
-        while not connection.is_up and time.monotonic() < until_s:
-            time.sleep(0.02)
-            connection.check()
-        return connection.is_up
-    finally:
-        connection.close()
-        context.term()
+    return bool(device.address and proven(membership.own, [(device.address, device.key)], timeout_s))
 
 
 def security_of(addresses: Sequence[str], folder: Path, insecure: bool) -> Security | None:

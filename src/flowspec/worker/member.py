@@ -68,6 +68,11 @@ class Member:
         keys = {"secret": self.own.secret, "driver": self.driver_key, "token": token, "joined_by": self._joined_by}
         write_keys(self._path, keys)
 
+    @property
+    def waits_with(self) -> str | None:
+        """The listener's key of the token that it is to join by; ``None``: it has joined."""
+        return None if self._token is None else self._token.listener_key
+
     def await_driver(self, address: str, name: str, on_listening: Callable[[str], None] = lambda endpoint: None) -> str:
         """Return once the driver has this device's key: at once, where it has joined already; the address it has.
 
