@@ -55,6 +55,11 @@ class StageFetch:
     def is_complete(self) -> bool:
         return self._manifest is not None and not self._asked and not self._missing(self._manifest)
 
+    @property
+    def has_hints(self) -> bool:
+        """Whether what its hint head needs comes too."""
+        return self._manifest is not None and bool(self._manifest.hints)
+
     def checkpoint(self) -> Checkpoint:
         """Once it is complete. Raises ``ModelError``."""
         assert self._manifest is not None, "nothing has come"

@@ -15,7 +15,7 @@ import torch
 from flowspec.core import LayerRange
 from flowspec.model.backends import load_stage
 from flowspec.model.fingerprint import fingerprint
-from flowspec.model.hint_head import load_hinter
+from flowspec.model.hint_head import gives_hints, load_hinter
 from flowspec.model.loader import Checkpoint
 from flowspec.model.stage import Stage
 from flowspec.model.stage_size import stage_bytes
@@ -64,7 +64,10 @@ class StageLoader:
         self._kept = None  # there may be no room for both
         layers = LayerRange(configure.start_layer, configure.end_layer)
         if self.memory.has_limit:
-            stored = {name: source.stored(name) for name in source.names_of_stage(layers)}
+            names = source.names_of_stage(layers)
+            if configure.hints is not None and gives_hints(configure.hints, source, layers.end):
+                names.append(source.lm_head_name)
+            stored = {name: source.stored(name) for name in names}
             self.check_fits(configure, {name: found.shape for name, found in stored.items() if found is not None})
         # Integer kernels have threads of their own, and the attention between them is too small to be shared.
         torch.set_num_threads(self._threads)

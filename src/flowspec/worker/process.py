@@ -219,8 +219,8 @@ class WorkerProcess:
         if fetch.is_complete:
             session.fetch, session.num_fetched = None, fetch.num_bytes
             assert session.configure is not None, "it has been asked for"
-            # Hints need the lm_head too, which is the driver's.
-            self._load(session, replace(session.configure, hints=None), fetch.checkpoint())
+            configure = session.configure if fetch.has_hints else replace(session.configure, hints=None)
+            self._load(session, configure, fetch.checkpoint())
 
     def _is_time_to_tell(self) -> bool:
         if is_time := time.monotonic() - self._last_told_s >= _LOADING_INTERVAL_S:
