@@ -295,6 +295,27 @@ def test_devices_are_used_by_name_or_as_a_file_says(folder: Path, tmp_path: Path
             one.close()
 
 
+@pytest.mark.usefixtures("multicast")
+def test_commands_say_who_waits_and_let_them_in(
+    run: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flowspec.cluster.mdns.own_addresses", lambda: LOOPBACK)
+    membership = Membership.init(folder)
+    assert "there is no join token" in run("cluster", "add", "--discover").err
+    waiting = Waiting(tmp_path / "device", str(membership.new_token()), "attic")
+    announcer = Announcer("attic")
+    try:
+        announcer.say(waiting.endpoint, str(waiting.member.waits_with), True)
+        address = waiting.endpoint.removeprefix("tcp://")
+        listed = run("cluster", "status", "--discover").out
+        assert listed == f"no device has joined; flowspec cluster token says how\nattic  {address}  waits to join\n"
+        added = run("cluster", "add", "--discover")
+        assert (added.code, added.out) == (0, f"attic ({address}) has joined\n"), added.err
+        waiting.end()
+    finally:
+        announcer.close()
+
+
 def test_addresses_may_be_left_out_where_devices_are_looked_for(tmp_path: Path) -> None:
     path = tmp_path / "home.toml"
     path.write_text('[[device]]\nname = "attic"\nlayers = "0:4"\n\n[[device]]\nname = "shed"\nlayers = "4:6"\n')

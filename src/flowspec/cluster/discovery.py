@@ -124,8 +124,11 @@ def find_workers(
     known_at = {device.address: name for name, device in membership.devices.items()}
     heard = look(membership, browse(seconds, interfaces))
     let_in(membership, heard)
-    if missing := sorted(membership.devices.keys() - heard.found.keys()):
-        logger.info("not found: %s", _told(missing))
+    for name, device in sorted(heard.found.items()):
+        logger.info("found %s at %s", name, device.address)
+    if heard.found and (missing := sorted(membership.devices.keys() - heard.found.keys())):
+        is_all = devices is None and workers is None
+        logger.log(logging.WARNING if is_all else logging.INFO, "not found: %s", _told(missing))
     if devices is not None:
         addresses = [
             _place(membership, name if name in membership.devices else known_at.get(address, name), address)
