@@ -17,6 +17,7 @@ import zmq
 
 from command_line import Run
 from flowspec import LLM, SamplingParams
+from flowspec.cli.worker import _joined
 from flowspec.cluster.membership import Device, Membership, answers, security_of
 from flowspec.config import LinkConfig
 from flowspec.errors import ProtocolError, UsageError, WorkerError
@@ -240,6 +241,17 @@ def test_a_service_may_give_its_token_at_every_start(folder: Path, tmp_path: Pat
         joined = Member.join(tmp_path / "device", text)
         assert joined.own == waiting.member.own and joined.await_driver("anywhere:1", "a") == "anywhere:1"
     assert Member.join(tmp_path / "device", str(membership.new_token())).own != waiting.member.own
+
+
+def test_where_a_worker_listens_unless_it_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others reach only one that knows them by keys."""
+    monkeypatch.setenv(STATE_VARIABLE, str(tmp_path))
+    assert _joined(None, None, None, False, None) == ("127.0.0.1:7070", None)
+    assert _joined(None, None, None, True, None) == ("127.0.0.1:7070", None)
+    keys = {"secret": KeyPair.new().secret, "driver": KeyPair.new().public, "token": None}
+    write_keys(tmp_path / "worker.json", keys)
+    listen, found = _joined(None, None, None, False, None)
+    assert listen == "0.0.0.0:7070" and found is not None and found.driver == keys["driver"]
 
 
 def test_only_who_has_the_token_joins(folder: Path, tmp_path: Path, context: zmq.Context[Any]) -> None:

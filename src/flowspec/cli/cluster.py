@@ -18,9 +18,9 @@ cluster = typer.Typer(no_args_is_help=True, help="The devices of this driver's c
 
 _MINUTES = typer.Option("--minutes", metavar="N", min=1, max=60 * 24 * 30, help="For which the token is valid.")
 _DEVICES = typer.Option("--devices", metavar="N", min=1, max=1000, help="That may join by the token.")
-_JOIN = """On each device, once: flowspec worker --listen HOST:PORT --join {token}
-Then here: flowspec cluster add HOST:PORT, or start with --workers or --cluster. In one local network --discover, there
-instead of --listen and here instead of addresses, finds them. Valid for {minutes} minutes, for {devices} device(s).
+_JOIN = """On each device, once: flowspec worker --join {token}
+Then here: flowspec cluster add HOST:7070, or start with --workers or --cluster. In one local network --discover, there
+and here, does without addresses. Valid for {minutes} minutes, for {devices} device(s).
 Where others can see the list of processes: --join - reads it from standard input."""
 
 

@@ -18,6 +18,7 @@ from flowspec.errors import UsageError
 if TYPE_CHECKING:
     from flowspec.worker.door import Keys
 
+_HERE, _EVERYWHERE = "127.0.0.1:7070", "0.0.0.0:7070"  # where to listen without keys, and with them
 _MAX_TOKEN_LEN = 1000
 Say: TypeAlias = "Callable[[str, str, bool], None]"  # endpoint, key, whether it waits to join
 
@@ -28,7 +29,7 @@ def worker(
         typer.Option(
             metavar="HOST:PORT",
             help="Where to wait for a driver; port 0 is any free one.",
-            show_default="127.0.0.1:7070; 0.0.0.0:7070 to be found",
+            show_default="0.0.0.0:7070 in a cluster, else 127.0.0.1:7070",
         ),
     ] = None,
     join: Annotated[
@@ -66,18 +67,22 @@ def worker(
 ) -> None:
     """Run a stage for drivers elsewhere, one at a time."""
     with errors_in_one_line(verbose, is_service=True), contextlib.ExitStack() as stack:
+        from flowspec.model.loader import check_device
         from flowspec.wire.transport import is_local
+        from flowspec.worker.memory import Allowance
         from flowspec.worker.serve import serve
         from flowspec.worker.sources import Sources
 
         logger = logging.getLogger("flowspec")
         logger.setLevel(logging.DEBUG if verbose else logging.INFO)
-        listen = listen or ("0.0.0.0:7070" if discover else "127.0.0.1:7070")
+        check_device(device)
+        memory = Allowance(device, max_memory)
         say: Say | None = None
         if discover:
+            listen = listen or _EVERYWHERE
             say = _announcer(listen, name, insecure, stack)
         # Where anybody may be the driver, nothing is downloaded on its word.
-        sources = Sources(may_ask_hub=not insecure or is_local(listen), cache_gb=cache_gb)
+        sources = Sources(may_ask_hub=not insecure or is_local(listen or _HERE), cache_gb=cache_gb)
         listen, keys = _joined(listen, join, name, insecure, say)
 
         def tell(endpoint: str) -> None:
@@ -93,7 +98,7 @@ def worker(
             announce=tell,
             keys=keys,
             sources=sources,
-            max_memory_gb=max_memory,
+            memory=memory,
         )
 
 
@@ -113,7 +118,7 @@ def _announcer(listen: str, name: str | None, insecure: bool, stack: contextlib.
 
 
 def _joined(
-    listen: str, join: str | None, name: str | None, insecure: bool, say: Say | None
+    listen: str | None, join: str | None, name: str | None, insecure: bool, say: Say | None
 ) -> tuple[str, Keys | None]:
     """Where to listen, and by which keys; waits for the driver where it has not let this device join yet."""
     from flowspec.wire.key_file import state_folder
@@ -122,6 +127,7 @@ def _joined(
     from flowspec.worker.member import Member, device_name
 
     if insecure:
+        listen = listen or _HERE
         if join is not None:
             raise UsageError("give --join or --insecure, not both")
         if not is_local(listen):
@@ -137,8 +143,9 @@ def _joined(
             if say is not None and member.waits_with is not None:
                 say(endpoint, member.waits_with, True)
 
-        listen = member.await_driver(listen, device_name(name), announce)
+        listen = member.await_driver(listen or _EVERYWHERE, device_name(name), announce)
         return listen, Keys(member.own, member.driver_key)
+    listen = listen or _HERE
     if not is_local(listen):
         raise UsageError(
             f"{listen} is open to the network, and this device has joined no cluster: give --join with the token that "

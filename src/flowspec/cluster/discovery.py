@@ -7,7 +7,7 @@ joined with, and one that waits to join where somebody proves that it has the to
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -39,12 +39,13 @@ def look(membership: Membership, heard: Iterable[Announcement], timeout_s: float
     token_key = _token_key(membership)
     names = {device.key: name for name, device in membership.devices.items()}
     places: dict[str, list[str]] = {}  # where a device may be, by its name
+    versions: dict[str, set[int]] = {}  # of the protocol, that it is said to speak
     waiting: list[Announcement] = []
     result = Heard()
     for one in heard:
         if not one.is_waiting and one.key in names:
             places.setdefault(names[one.key], []).extend(one.addresses)
-            _tell_version(one)
+            versions.setdefault(names[one.key], set()).add(one.version)
         elif one.is_waiting and one.key == token_key and len(waiting) < _MAX_WAITING:
             waiting.append(one)
         else:
@@ -60,6 +61,7 @@ def look(membership: Membership, heard: Iterable[Announcement], timeout_s: float
         device = membership.devices[name]
         if (address := next((one for one in addresses if (one, device.key) in there), None)) is not None:
             result.found[name] = Device(address, device.key)
+            _tell_version(name, versions[name])
     for one in sorted(waiting, key=lambda one: one.name):
         if (address := next((place for place in one.addresses if (place, one.key) in there), None)) is not None:
             result.waiting.append((one, address))
@@ -74,12 +76,12 @@ def _token_key(membership: Membership) -> str | None:
         return None
 
 
-def _tell_version(one: Announcement) -> None:
+def _tell_version(name: str, versions: Collection[int]) -> None:
     """The session's own check decides: this one believes what anybody says."""
-    if one.version != PROTOCOL_VERSION:
+    if PROTOCOL_VERSION not in versions:
         logger.warning(
-            "%s says that it speaks protocol %d, and this driver speaks %d; install the same flowspec version on both",
-            one.name, one.version, PROTOCOL_VERSION,
+            "%s announces protocol %d, and this driver speaks %d; install the same flowspec version on both",
+            name, max(versions), PROTOCOL_VERSION,
         )  # fmt: skip
 
 

@@ -25,16 +25,15 @@ def serve(
     emulate: Emulate | None = None,
     keys: Keys | None = None,
     sources: Sources | None = None,
-    max_memory_gb: float | None = None,
+    memory: Allowance | None = None,
 ) -> None:
     """Until it is interrupted. ``announce`` is called with the endpoint once it listens. Raises ``UsageError``.
 
-    ``max_memory_gb``: of the device, that it may use.
+    ``memory``: of the device, that it may use; by default what is free.
     """
     check_device(device)
     if threads:
         torch.set_num_threads(threads)
-    memory = Allowance(device, max_memory_gb)
     process = WorkerProcess(address, heartbeat_s, device, emulate, keys, sources, memory)
     try:
         if announce is not None:
