@@ -6,6 +6,7 @@ joined with, and one that waits to join where somebody proves that it has the to
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,8 +21,7 @@ from flowspec.wire.messages import PROTOCOL_VERSION
 logger = logging.getLogger("flowspec.cluster")
 
 _PROVE_S = 2.0
-_MAX_PLACES = 128  # where devices that have joined are looked for
-_MAX_WAITING = 32  # devices that are let in at once
+_MAX_PLACES = 64  # where devices that have joined are looked for, and as many more for those that wait to
 _MAX_TOLD = 5  # names in a message
 
 
@@ -46,16 +46,16 @@ def look(membership: Membership, heard: Iterable[Announcement], timeout_s: float
         if not one.is_waiting and one.key in names:
             places.setdefault(names[one.key], []).extend(one.addresses)
             versions.setdefault(names[one.key], set()).add(one.version)
-        elif one.is_waiting and one.key == token_key and len(waiting) < _MAX_WAITING:
+        elif one.is_waiting and one.key == token_key and len(waiting) < _MAX_PLACES:
             waiting.append(one)
         else:
             result.strangers.append(one.name)
-    most = max(2, _MAX_PLACES // max(1, len(places)))
     for name, addresses in places.items():  # the last known one first
         known = membership.devices[name].address
-        places[name] = sorted(dict.fromkeys(addresses), key=lambda address: address != known)[:most]
-    wanted = {(address, membership.devices[name].key) for name, found in places.items() for address in found}
-    wanted |= {(address, one.key) for one in waiting for address in one.addresses}
+        places[name] = sorted(dict.fromkeys(addresses), key=lambda address: address != known)
+    joined = [[(address, membership.devices[name].key) for address in found] for name, found in places.items()]
+    waits = [[(address, one.key) for address in one.addresses] for one in waiting]
+    wanted = {*_first(joined, _MAX_PLACES), *_first(waits, _MAX_PLACES)}
     there = proven(membership.own, wanted, timeout_s) if wanted else set()
     for name, addresses in places.items():
         device = membership.devices[name]
@@ -67,6 +67,12 @@ def look(membership: Membership, heard: Iterable[Announcement], timeout_s: float
             result.waiting.append((one, address))
     _note(membership, result.found)
     return result
+
+
+def _first(lists: Iterable[Sequence[tuple[str, str]]], most: int) -> list[tuple[str, str]]:
+    """So many: the first of each list, then the second of each, and so on."""
+    turns = itertools.zip_longest(*lists)
+    return list(itertools.islice((one for turn in turns for one in turn if one is not None), most))
 
 
 def _token_key(membership: Membership) -> str | None:

@@ -164,6 +164,7 @@ class Announcer:
                     continue
                 try:
                     self._announce()
+                    logger.info("announced at %s", ", ".join(self._hosts) or "no address: there is no network")
                     level = logging.WARNING
                 except (OSError, RuntimeError, Error) as error:
                     logger.log(level, "this worker is not announced at present: %s", first_line(error))

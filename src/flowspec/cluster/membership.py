@@ -198,8 +198,9 @@ def proven(own: KeyPair, places: Iterable[tuple[str, str]], timeout_s: float) ->
     session = uuid.uuid4().hex
     connections: dict[tuple[str, str], Connection] = {}
     try:
-        for place in places:
-            connections[place] = Connection(context, place[0], session, "control", timeout_s, keys=(own, place[1]))
+        for number, place in enumerate(places, start=1):  # two addresses may be one device's
+            keys = own, place[1]
+            connections[place] = Connection(context, place[0], session, "control", timeout_s, place=number, keys=keys)
         until_s = time.monotonic() + timeout_s
         while not all(one.is_up for one in connections.values()) and time.monotonic() < until_s:
             time.sleep(0.02)
