@@ -33,7 +33,7 @@ class Allowance:
                 f"--max-memory {most_gb:g}: without any layers this process takes {self._base / 1e9:.2f} GB; give more"
             )
         if self._device.type == "cuda":  # torch itself keeps to it, whatever caches and forwards take
-            torch.cuda.set_per_process_memory_fraction(min(1.0, most_gb * 1e9 / total), self._device)
+            torch.cuda.set_per_process_memory_fraction(min(1.0, most_gb * 1e9 / total), self._device.index)
 
     @property
     def has_limit(self) -> bool:
