@@ -75,6 +75,11 @@ class Network:
             str(folder),
         ]
 
+    def move(self, place: int, address: str) -> None:
+        """Take its address, and give it another one."""
+        self._ip(place, "addr", "flush", "dev", "eth0")
+        self._ip(place, "addr", "add", f"{address}/24", "dev", "eth0")
+
     def set_link(self, place: int, is_up: bool) -> None:
         """As when somebody pulls the plug at the switch, and plugs it in again."""
         self._ip(0, "link", "set", f"port{place}", "up" if is_up else "down")

@@ -225,6 +225,12 @@ def run_help(house: House, run: Run, words: list[str]) -> None:
     assert run(*name, "--help").code == 0
 
 
+def check_discover(house: House, run: Run, words: list[str]) -> None:
+    """worker/test_discovery.py runs them: the network here is none of theirs."""
+    command = words[: 2 if words[0] == "cluster" else 1]
+    assert "--discover" in run(*command, "--help").out
+
+
 def start_in_background(house: House, run: Run, words: list[str]) -> None:
     house.start(words)
 
@@ -306,6 +312,7 @@ def check_activation(house: House, run: Run, words: list[str]) -> None:
 
 
 RULES: dict[str, Rule] = {
+    r"flowspec .*--discover": check_discover,
     r"flowspec (serve|worker) .*--(model|listen)": start_in_background,
     r"flowspec models fetch ": run_help,  # nothing is fetched
     r"flowspec cluster ": run_help,  # nobody joins

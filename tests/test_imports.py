@@ -22,6 +22,8 @@ FORBIDDEN = {
 CONFINED = {
     "zmq": {"wire", "cluster", "worker"},
     "ray": {"cluster"},
+    "zeroconf": {"cluster.mdns"},
+    "ifaddr": {"cluster.mdns"},
     "fastapi": {"server"},
     "starlette": {"server"},
     "uvicorn": {"server"},

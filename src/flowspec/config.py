@@ -11,6 +11,7 @@ from flowspec.core import MAX_ROWS, MAX_RUNNING
 from flowspec.errors import FieldError, UsageError
 
 LEAST_MEMORY = 256  # tokens
+DEVICES_OF_A_TOKEN = 8  # that may join by it, unless whoever makes it says otherwise
 CACHE_GB = 50.0  # of a device's disk, for weights that drivers send
 MIN_HEARTBEAT_S, MAX_HEARTBEAT_S = 0.01, 60.0
 

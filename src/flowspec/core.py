@@ -152,10 +152,15 @@ class StageManifest(NamedTuple):
     config: bytes  # config.json as it is; or GGUF's metadata without its arrays, in msgpack
     revision: str  # at the hub; empty for files that nobody numbers
     tensors: list[TensorEntry]  # of the whole model
+    hints: list[TensorEntry]  # of the draft's hint head behind the stage, as safetensors; empty: it gives none
 
     def wanted(self) -> list[TensorEntry]:
-        """Of the stage, each file content once."""
-        return list({entry.sha256: entry for entry in self.tensors if entry.sha256}.values())
+        """Of the stage, and of the hint head if there is one, each file content once."""
+        return list({entry.sha256: entry for entry in [*self.tensors, *self.hints] if entry.sha256}.values())
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the stage's tensors, the lm_head's among them where there is a hint head, by name."""
+        return {entry.name: entry.shape for entry in self.tensors if entry.sha256}
 
 
 @checked_class

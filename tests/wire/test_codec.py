@@ -125,7 +125,7 @@ def test_hidden_states_in_int8_are_at_most_half_a_scale_off(
         Configure(1, 4, "demo", 6, 8, "bfloat16", None, 2.0),
         Configure(1, 1, "demo", 0, 8, "float32", None, 2.0, taps=TapShape((1, 4), 65, 1e-5, has_squares=True)),
         Configure(1, 1, "demo", 0, 8, "float32", None, 2.0, Emulation("[model]", 2.5, 17.25, 4.0)),
-        Manifest(StageManifest("gguf", b"\x80", "", [TensorEntry("a", "Q8_0", (2, 32), 68, "0" * 64)])),
+        Manifest(StageManifest("gguf", b"\x80", "", [TensorEntry("a", "Q8_0", (2, 32), 68, "0" * 64)], [])),
         Chunk(3, 2**40, bytes(1000)),
         Commit(5, 0, [3, 7], 9),
         Step(5, 0, 2**62),

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import stat
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import zmq
 
 from command_line import Run
 from flowspec import LLM, SamplingParams
+from flowspec.cli.worker import _joined
 from flowspec.cluster.membership import Device, Membership, answers, security_of
 from flowspec.config import LinkConfig
 from flowspec.errors import ProtocolError, UsageError, WorkerError
@@ -24,6 +28,7 @@ from flowspec.wire.messages import PROTOCOL_VERSION, Configure
 from flowspec.wire.transport import Sender, is_local
 from flowspec.worker.door import Door, Keys
 from flowspec.worker.member import Member
+from logged_process import LoggedProcess
 from pump import Pump
 from worker_process import WorkerProcess
 
@@ -137,9 +142,14 @@ def test_a_token_says_what_it_was_made_of() -> None:
     for text in ("", "flowspec1-", "flowspec1-???", str(token)[:-2], "other" + str(token)):
         with pytest.raises(UsageError, match="not all of one"):
             JoinToken.parse(text)
-    old = JoinToken(token.driver_key, token.secret, int(time.time()) - 1)
+    assert JoinToken.parse(str(JoinToken(token.driver_key, token.secret, 3))).has_expired and not token.has_expired
+
+
+def test_a_token_that_has_expired_joins_nobody(tmp_path: Path) -> None:
+    old = JoinToken(KeyPair.new().public, KeyPair.new().secret, int(time.time()) - 1)
     with pytest.raises(UsageError, match="expired"):
-        JoinToken.parse(str(old))
+        Member.join(tmp_path, str(old))
+    assert not list(tmp_path.iterdir())
 
 
 def test_keys_are_for_their_owner_alone(folder: Path) -> None:
@@ -160,6 +170,88 @@ def test_keys_are_for_their_owner_alone(folder: Path) -> None:
     write_keys(folder / "worker.json", {"secret": membership.own.secret, "driver": 3, "token": None})
     with pytest.raises(UsageError, match="damaged"):
         Member.open(folder)
+
+
+def put_device(membership: Membership, name: str, address: str) -> None:
+    with membership._changing():
+        membership.devices[name] = Device(address, KeyPair.new().public)
+
+
+class Waiting:
+    """A device that waits to be let in, in a thread."""
+
+    def __init__(self, folder: Path, token: str, name: str) -> None:
+        self.member = Member.join(folder, token)
+        self._listens = threading.Event()
+        self._endpoint = ""
+        self._failed: list[Exception] = []
+        self._thread = threading.Thread(target=self._wait, args=[name])
+        self._thread.start()
+        assert self._listens.wait(20)
+
+    def _wait(self, name: str) -> None:
+        try:
+            self.member.await_driver("127.0.0.1:0", name, self._note)
+        except UsageError as error:
+            self._failed.append(error)
+
+    def _note(self, endpoint: str) -> None:
+        self._endpoint = endpoint
+        self._listens.set()
+
+    @property
+    def address(self) -> str:
+        return self._endpoint.removeprefix("tcp://")
+
+    def end(self) -> str | None:
+        """Why it has not joined; ``None``: it has."""
+        self._thread.join(20)
+        return str(self._failed[0]) if self._failed else None
+
+
+def test_a_token_lets_in_as_many_devices_as_it_was_made_for(folder: Path, tmp_path: Path) -> None:
+    membership = Membership.init(folder)
+    token = str(membership.new_token(lifetime_s=6, num_devices=2))
+    first, second, third = (Waiting(tmp_path / name, token, name) for name in ("a", "b", "c"))
+    with pytest.raises(UsageError, match="nobody at"):
+        membership.let_join("127.0.0.1:9", timeout_s=0.2)  # counts for nothing
+    other = Membership.open(folder)  # another process of the same driver
+    assert other is not None and other.let_join(first.address) == "a"
+    assert membership.let_join(second.address) == "b"
+    assert membership.devices.keys() == {"a", "b"}, "what the other one has done is not forgotten"
+    for one in (membership, other):
+        with pytest.raises(UsageError, match=r"as many devices as it was made for; .* flowspec cluster token"):
+            one.let_join(third.address)
+    assert first.end() is None and second.end() is None and "expired" in str(third.end())
+    assert Membership.init(folder).devices == membership.devices
+    with pytest.raises(UsageError, match=r"as many devices|expired"):
+        Membership.init(folder).let_join(third.address)
+    assert membership.new_token() and membership.check_token()
+
+
+def test_a_service_may_give_its_token_at_every_start(folder: Path, tmp_path: Path) -> None:
+    membership = Membership.init(folder)
+    token = membership.new_token(lifetime_s=30)
+    waiting = Waiting(tmp_path / "device", str(token), "a")
+    again = Member.join(tmp_path / "device", str(token))  # while it waits, as after a restart
+    assert again.own == waiting.member.own
+    membership.let_join(waiting.address)
+    assert waiting.end() is None
+    for text in (str(token), str(JoinToken(token.driver_key, token.secret, 3))):  # also when it is over
+        joined = Member.join(tmp_path / "device", text)
+        assert joined.own == waiting.member.own and joined.await_driver("anywhere:1", "a") == "anywhere:1"
+    assert Member.join(tmp_path / "device", str(membership.new_token())).own != waiting.member.own
+
+
+def test_where_a_worker_listens_unless_it_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others reach only one that knows them by keys."""
+    monkeypatch.setenv(STATE_VARIABLE, str(tmp_path))
+    assert _joined(None, None, None, False, None) == ("127.0.0.1:7070", None)
+    assert _joined(None, None, None, True, None) == ("127.0.0.1:7070", None)
+    keys = {"secret": KeyPair.new().secret, "driver": KeyPair.new().public, "token": None}
+    write_keys(tmp_path / "worker.json", keys)
+    listen, found = _joined(None, None, None, False, None)
+    assert listen == "0.0.0.0:7070" and found is not None and found.driver == keys["driver"]
 
 
 def test_only_who_has_the_token_joins(folder: Path, tmp_path: Path, context: zmq.Context[Any]) -> None:
@@ -197,12 +289,12 @@ def test_addresses_elsewhere_need_keys(folder: Path) -> None:
 
 def test_the_commands_say_what_there_is(run: Run, folder: Path) -> None:
     assert "make one with flowspec cluster init" in run("cluster", "status").err
-    made = run("cluster", "init", "--minutes", "5")
-    assert made.code == 0 and "flowspec1-" in made.out and "Valid for 5 minutes" in made.out
+    made = run("cluster", "init", "--minutes", "5", "--devices", "1")
+    assert made.code == 0 and "flowspec1-" in made.out and "Valid for 5 minutes, for 1 device(s)" in made.out
+    assert run("cluster", "token", "--devices", "0").code == 2
     assert "no device has joined" in run("cluster", "status").out
     membership = Membership.init(folder)
-    membership.devices["shed"] = Device("127.0.0.1:9", KeyPair.new().public)
-    membership.new_token()
+    put_device(membership, "shed", "127.0.0.1:9")
     listed = run("cluster", "status").out
     assert "shed  127.0.0.1:9" in listed and "does not answer" in listed
     assert "no device is called 'attic'; there are: shed" in run("cluster", "remove", "attic").err
@@ -213,3 +305,31 @@ def test_the_commands_say_what_there_is(run: Run, folder: Path) -> None:
     assert refused.code == 2 and "this device has joined no cluster: give --join" in refused.err
     assert "not all of one" in run("worker", "--join", "flowspec1-x").err
     assert "give --join or --insecure" in run("worker", "--join", "x", "--insecure").err
+    assert "not all of one" in run("worker", "--join", "-", stdin="flowspec1-y\n").err
+    nothing = run("worker", "--join", "-", stdin="")
+    assert nothing.code == 2 and "no join token comes on standard input" in nothing.err
+
+
+def test_a_token_need_not_stand_in_the_list_of_processes(folder: Path, tmp_path: Path) -> None:
+    membership = Membership.init(folder)
+    token = str(membership.new_token())
+    log = LoggedProcess(
+        ["worker", "--listen", "127.0.0.2:0", "--name", "a", "--threads", "1"],
+        "for the driver to let",
+        env={**os.environ, STATE_VARIABLE: str(tmp_path / "a"), "FLOWSPEC_JOIN": token},
+    )
+    assert log.comes_up(60) and token not in " ".join(psutil.Process(log.process.pid).cmdline())
+    log.process.terminate()
+    log.wait(20)
+    piped = LoggedProcess(
+        ["worker", "--listen", "127.0.0.2:0", "--name", "b", "--threads", "1", "--join", "-"],
+        "for the driver to let",
+        env={**os.environ, STATE_VARIABLE: str(tmp_path / "b")},
+        stdin=subprocess.PIPE,
+    )
+    assert piped.process.stdin is not None
+    piped.process.stdin.write(f"{token}\n")
+    piped.process.stdin.close()
+    assert piped.comes_up(60), piped.log
+    piped.process.terminate()
+    piped.wait(20)

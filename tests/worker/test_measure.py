@@ -8,7 +8,6 @@ from itertools import count
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 import torch
 from hypothesis import given
@@ -21,7 +20,7 @@ from flowspec.model.torch_stage import TorchStage
 from flowspec.schedule.catalogue import make_schedule
 from flowspec.schedule.pace import MeasuredCosts, Pace, free_rows
 from flowspec.wire.messages import Echo, Ready, Result, Timing
-from flowspec.worker.measure import LinkMeter, free_bytes, measure_forward
+from flowspec.worker.measure import LinkMeter, measure_forward
 
 STEEP = [(1, 2.6), (2, 3.0), (4, 3.2), (8, 3.5), (16, 4.2), (32, 5.2), (64, 7.6), (128, 13.0)]  # a processor's
 
@@ -138,18 +137,6 @@ def test_free_rows_are_those_that_cost_nothing_or_are_worth_their_time() -> None
     assert free_rows(costs([(1, 1.0), (128, 1.0)], bytes_per_s=1e6, row_bytes=4999)) == 70  # 0.35 s on the wire
     assert 8 <= free_rows(costs(STEEP)) <= 16
     assert free_rows(costs([(1, 1.0), (128, 128.0)])) == 1
-
-
-def test_free_memory_is_what_machine_and_container_leave(tmp_path: Path) -> None:
-    cpu = torch.device("cpu")
-    whole = free_bytes(cpu, tmp_path)
-    assert 2**20 < whole < psutil.virtual_memory().total
-    (tmp_path / "memory.current").write_text("1000\n")
-    for limit, expected in (("1048576\n", 1048576 - 1000), ("500\n", 1)):
-        (tmp_path / "memory.max").write_text(limit)
-        assert free_bytes(cpu, tmp_path) == expected
-    (tmp_path / "memory.max").write_text("max\n")
-    assert free_bytes(cpu, tmp_path) > 2**20
 
 
 def test_a_segment_takes_along_the_rows_that_save_more_than_they_delay() -> None:

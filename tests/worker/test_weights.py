@@ -12,6 +12,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from msgspec.structs import replace
 
 from flowspec import LLM, SamplingParams
 from flowspec.cluster import weight_server
@@ -21,12 +22,24 @@ from flowspec.core import LayerRange, Partition, StageManifest, TensorEntry
 from flowspec.errors import FlowspecError, ModelError, ProtocolError, UsageError
 from flowspec.model.backends import find_checkpoint, load_stage, open_checkpoint
 from flowspec.model.fingerprint import fingerprint
+from flowspec.model.hint_head import HintHead, save_hints
 from flowspec.model.loader import Checkpoint
 from flowspec.model.received import check_manifest
-from flowspec.wire.messages import Chunk, Manifest, Message, WantChunk, WantManifest
+from flowspec.request.generation import Generation
+from flowspec.wire.messages import (
+    PROTOCOL_VERSION,
+    Chunk,
+    Configure,
+    Hint,
+    Manifest,
+    Message,
+    WantChunk,
+    WantManifest,
+)
 from flowspec.worker import fetch as fetch_module
 from flowspec.worker.blob_cache import BlobCache
 from flowspec.worker.fetch import StageFetch
+from flowspec.worker.kept import StageLoader
 from flowspec.worker.sources import Sources
 from pump import Pump
 from tiny_gguf import write_gguf
@@ -39,10 +52,17 @@ PARTITION = Partition.parse("0:2,2:3,3:6")
 class Wire:
     """A driver's files and a device's disk, with what goes between them."""
 
-    def __init__(self, model: Path, folder: Path, partition: Partition = PARTITION, most_bytes: int = 10**9) -> None:
+    def __init__(
+        self,
+        model: Path,
+        folder: Path,
+        partition: Partition = PARTITION,
+        most_bytes: int = 10**9,
+        draft: Path | None = None,
+    ) -> None:
         self.partition = partition
         self.checkpoint = open_checkpoint(str(model))
-        self.server = WeightServer(self.checkpoint, partition)
+        self.server = WeightServer(self.checkpoint, partition, None if draft is None else str(draft))
         self.cache = BlobCache(folder, most_bytes)
         self.num_bytes = 0  # that went to the device
 
@@ -124,6 +144,42 @@ def test_what_has_come_is_the_stage_and_nothing_else(model: Path, tmp_path: Path
     assert all(hashlib.sha256(path.read_bytes()).hexdigest() == path.name for path in files)
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3", "Q8_0"])
+def test_a_fetched_stage_gives_the_hints_of_a_local_one(
+    checkpoint_dir: Callable[[str], Path], tmp_path: Path, family: str
+) -> None:
+    """With an lm_head of its own, or the embedding in its place; what it takes is fetched once, and only for hints."""
+    path = tmp_path / "tiny.gguf" if family == "Q8_0" else checkpoint_dir(family)
+    if family == "Q8_0":
+        write_gguf(path, "llama", gguf.GGMLQuantizationType.Q8_0, num_hidden_layers=6)
+    partition, stages = Partition.parse("0:1,1:4,4:6"), (1, 2, 3)
+    plain = [Wire(path, tmp_path / f"plain{n}", partition).fetch(n).num_bytes for n in stages]
+    wires = [Wire(path, tmp_path / f"device{n}", partition, draft=tmp_path) for n in stages]
+    checkpoint = wires[1].checkpoint
+    lm_head, stored = checkpoint.load_lm_head("float32", "cpu"), checkpoint.stored(checkpoint.lm_head_name)
+    save_hints(tmp_path, [HintHead(n, lm_head, 3, 1e-6) for n in range(1, 6)])
+    fetches = [wire.fetch(n) for n, wire in zip(stages, wires, strict=True)]
+    assert stored is not None
+    width = lm_head.shape[1]
+    extra = stored.num_bytes + 2 * (width + 2 * 3 * width)  # the head's norm, and its two matrices, in float16
+    assert [fetch.num_bytes for fetch in fetches] == [plain[0], plain[1] + extra, plain[2]], "of use there alone"
+    assert [fetch.has_hints for fetch in fetches] == [False, True, False]
+    assert [wire.fetch(n).num_bytes for n, wire in zip(stages, wires, strict=True)] == [0, 0, 0]
+    (tmp_path / "empty").mkdir()
+    assert Wire(path, tmp_path / "plain2", partition, draft=tmp_path / "empty").fetch(2).num_bytes == 0
+    configure = Configure(PROTOCOL_VERSION, 2, "elsewhere", 1, 4, "float32", None, 1.0, hints=str(tmp_path))
+    local = StageLoader("cpu").load(configure, checkpoint, lambda done: None)
+    there = replace(configure, hints="/not/on/that/device")
+    loader, received = StageLoader("cpu"), fetches[1].checkpoint()
+    fetched = loader.load(there, received, lambda done: None)
+    assert loader.load(there, wires[1].fetch(2).checkpoint(), lambda done: None) is fetched, "it is kept"
+    rows = torch.randn(7, width, generator=torch.Generator().manual_seed(3))
+    assert local.hinter is not None and fetched.hinter is not None
+    for ours, theirs in zip(local.hinter.guess(rows, 5), fetched.hinter.guess(rows, 5), strict=True):
+        assert torch.equal(ours, theirs)
+    assert StageLoader("cpu").load(replace(there, hints=None), received, lambda done: None).hinter is None
+
+
 def test_a_fetch_that_was_cut_off_goes_on_where_it_was(model: Path, tmp_path: Path) -> None:
     whole = Wire(model, tmp_path / "whole").fetch(1).num_bytes
     wire, rng = Wire(model, tmp_path / "received"), np.random.default_rng(3)
@@ -186,20 +242,24 @@ def entry(**changes: Any) -> TensorEntry:
 
 
 BAD = {
-    "no tensor": StageManifest("safetensors", b"{}", "", []),
-    "none of the stage": StageManifest("safetensors", b"{}", "", [entry(sha256="")]),
-    "a path for a digest": StageManifest("safetensors", b"{}", "", [entry(sha256="../" * 21 + "x")]),
-    "a size that is not the shape's": StageManifest("safetensors", b"{}", "", [entry(num_bytes=2**50)]),
-    "a shape that nothing has": StageManifest("safetensors", b"{}", "", [entry(shape=(2**50,), num_bytes=2**52)]),
-    "a negative shape": StageManifest("safetensors", b"{}", "", [entry(shape=(-8, -1))]),
-    "numbers that are no floats": StageManifest("safetensors", b"{}", "", [entry(kind="I8", num_bytes=8)]),
-    "no kind of GGUF": StageManifest("gguf", b"\x80", "", [entry(kind="Q9_9")]),
-    "half a block": StageManifest("gguf", b"\x80", "", [entry(kind="Q8_0", num_bytes=8)]),
+    "no tensor": StageManifest("safetensors", b"{}", "", [], []),
+    "none of the stage": StageManifest("safetensors", b"{}", "", [entry(sha256="")], []),
+    "a path for a digest": StageManifest("safetensors", b"{}", "", [entry(sha256="../" * 21 + "x")], []),
+    "a size that is not the shape's": StageManifest("safetensors", b"{}", "", [entry(num_bytes=2**50)], []),
+    "a shape that nothing has": StageManifest("safetensors", b"{}", "", [entry(shape=(2**50,), num_bytes=2**52)], []),
+    "a negative shape": StageManifest("safetensors", b"{}", "", [entry(shape=(-8, -1))], []),
+    "numbers that are no floats": StageManifest("safetensors", b"{}", "", [entry(kind="I8", num_bytes=8)], []),
+    "no kind of GGUF": StageManifest("gguf", b"\x80", "", [entry(kind="Q9_9")], []),
+    "half a block": StageManifest("gguf", b"\x80", "", [entry(kind="Q8_0", num_bytes=8)], []),
     "two sizes of one content": StageManifest(
-        "safetensors", b"{}", "", [entry(), entry(name="b", shape=(4,), num_bytes=16)]
+        "safetensors", b"{}", "", [entry(), entry(name="b", shape=(4,), num_bytes=16)], []
     ),
-    "a name of control characters": StageManifest("safetensors", b"{}", "", [entry(name="a\nb")]),
-    "a config without end": StageManifest("safetensors", bytes(2**23), "", [entry()]),
+    "a name of control characters": StageManifest("safetensors", b"{}", "", [entry(name="a\nb")], []),
+    "hints alone": StageManifest("safetensors", b"{}", "", [entry(sha256="")], [entry()]),
+    "hints without end": StageManifest("safetensors", b"{}", "", [entry()], [entry()] * 9),
+    "hints that are not to be had": StageManifest("safetensors", b"{}", "", [entry()], [entry(sha256="")]),
+    "hints of GGUF's kind": StageManifest("gguf", b"\x80", "", [entry()], [entry(kind="Q8_0", num_bytes=34)]),
+    "a config without end": StageManifest("safetensors", bytes(2**23), "", [entry()], []),
 }
 
 
@@ -288,3 +348,32 @@ def test_devices_without_the_model_give_the_text_of_plain_decoding(
         logs = [worker.end() for worker in workers]
     assert all(fetched[0]) and not any(fetched[1])
     assert "fetching" in logs[0] and "fetching" not in logs[1]
+
+
+def test_hints_come_from_a_device_without_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(Checkpoint, "full_name", property(lambda self: "/not/on/that/device"))
+    hints: list[Hint] = []
+    take_hint = Generation.take_hint
+
+    def note(self: Generation, hint: Hint) -> None:
+        hints.append(hint)
+        take_hint(self, hint)
+
+    monkeypatch.setattr(Generation, "take_hint", note)
+    workers = [WorkerProcess() for _ in range(2)]
+    fetched = []
+    try:
+        for wants_hints in (False, True, True):
+            where: dict[str, Any] = {"workers": [worker.address for worker in workers], "partition": "0:5,5:8"}
+            with LLM(
+                "demo", hints=wants_hints, link=LinkConfig(start_timeout_s=60, stall_timeout_s=60), **where
+            ) as llm:
+                llm.generate("def main(", SamplingParams(max_tokens=16), schedule="flow")
+                fetched.append([stage.fetched_bytes for stage in llm.engine.status().stages])
+            assert bool(hints) == wants_hints
+    finally:
+        logs = [worker.end() for worker in workers]
+    assert all(fetched[0]) and fetched[1][0] and fetched[1][1] == 0 and fetched[2] == [0, 0]
+    assert "layers 0:5 of /not/on/that/device are still here" in logs[0], "what has come is kept, too"

@@ -224,6 +224,14 @@ class StageOptions:
         str | None,
         typer.Option(metavar="FILE.toml", help="A file that lists the workers; see the README."),
     ] = None
+    discover: Annotated[
+        bool,
+        typer.Option(
+            "--discover",
+            help="Find the devices that have joined in the local network (mDNS), and let those join that wait to; "
+            "their order is by name, or that of --cluster or --workers.",
+        ),
+    ] = False
     weights: WeightsOption = WeightsChoice.auto
     dtype: DtypeOption = Dtype.float32
     device: Device = "cpu"
@@ -247,7 +255,7 @@ class StageOptions:
     @functools.cached_property
     def devices(self) -> DeviceList | None:
         """What ``--cluster`` lists. Raises ``UsageError``."""
-        return None if self.cluster is None else DeviceList.load(self.cluster)
+        return None if self.cluster is None else DeviceList.load(self.cluster, by_name=self.discover)
 
     def arguments(self) -> dict[str, Any]:
         """Of ``LLM`` and ``Engine``. Raises ``UsageError``."""
@@ -255,9 +263,13 @@ class StageOptions:
             raise UsageError("give one of --stages, --workers and --cluster")
         partition: str | Partition | None = self.partition
         workers = None if self.workers is None else [address.strip() for address in self.workers.split(",")]
+        names = None if self.devices is None else self.devices.names
         if self.devices is not None:
-            workers = list(self.devices.addresses)
             partition = partition or self.devices.partition
+        if self.discover:
+            workers, names = self._found(workers)
+        elif self.devices is not None:
+            workers = list(self.devices.addresses)
         return {
             "stages": self.stages,
             "partition": partition,
@@ -265,7 +277,7 @@ class StageOptions:
             "weights": self.weights.value,
             "dtype": self.dtype.value,
             "device": self.device,
-            "names": None if self.devices is None else self.devices.names,
+            "names": names,
             "link": LinkConfig(
                 start_timeout_s=self.timeout,
                 stall_timeout_s=self.timeout,
@@ -276,6 +288,17 @@ class StageOptions:
                 insecure=self.insecure,
             ),
         }
+
+    def _found(self, workers: list[str] | None) -> tuple[list[str], list[str]]:
+        """Where the devices are in the network, and their names."""
+        if self.stages is not None:
+            raise UsageError("give --stages for processes here, or --discover for devices in the network")
+        if self.insecure:
+            raise UsageError("give --discover or --insecure, not both: who is found is believed by a key alone")
+        from flowspec.cluster.discovery import find_workers
+        from flowspec.wire.key_file import state_folder
+
+        return find_workers(state_folder(), self.devices, workers)
 
 
 @dataclass(frozen=True)

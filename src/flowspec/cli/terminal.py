@@ -34,7 +34,7 @@ def errors_in_one_line(verbose: bool, is_service: bool = False) -> Iterator[None
         level=logging.DEBUG if verbose else logging.WARNING, format="flowspec: %(message)s", stream=sys.stderr
     )
     logging.getLogger("flowspec.hub").setLevel(logging.INFO)  # downloads are long, and seldom
-    for name in ("httpx", "httpx2", "httpcore", "matplotlib"):
+    for name in ("httpx", "httpx2", "httpcore", "matplotlib", "zeroconf"):
         logging.getLogger(name).setLevel(logging.ERROR)
     if not verbose:
         # These set up their loggers when they are loaded, here and in worker processes, by what stands here.

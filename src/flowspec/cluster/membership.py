@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import zmq
 
+from flowspec.config import DEVICES_OF_A_TOKEN
 from flowspec.errors import UsageError
 from flowspec.wire.curve import JoinToken, KeyPair, Security, is_key
 from flowspec.wire.joining import ask_to_join
-from flowspec.wire.key_file import read_keys, write_keys
+from flowspec.wire.key_file import held, read_keys, write_keys
 from flowspec.wire.transport import Connection, is_local
 
 logger = logging.getLogger("flowspec.cluster")
@@ -28,99 +31,158 @@ _JOIN_TIMEOUT_S = 10.0
 class Device:
     """That has joined."""
 
-    address: str  # HOST:PORT
+    address: str  # HOST:PORT; empty where another device has been found since
     key: str
 
 
 class Membership:
-    """What a driver keeps in ``driver.json``. Devices are known by names, and found by addresses."""
+    """What a driver keeps in ``driver.json``. Devices are known by names, and found by addresses.
 
-    def __init__(self, path: Path, own: KeyPair, token: JoinToken | None, devices: Mapping[str, Device]) -> None:
+    Several processes may change it: each change begins with what the file says by then.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Use ``open`` or ``init`` to get one."""
         self._path = path
-        self.own = own
-        self._token = token  # the newest
-        self.devices = dict(devices)
+        self.own = KeyPair("", "")
+        self.token: JoinToken | None = None  # the newest
+        self._num_left = 0  # devices that it may let in
+        self.devices: dict[str, Device] = {}
 
     @classmethod
     def open(cls, folder: Path) -> Membership | None:
         """``None`` before ``init``. Raises ``UsageError``."""
-        path = folder / _FILE
-        if (keys := read_keys(path)) is None:
-            return None
-        try:
-            devices = {str(name): Device(**device) for name, device in keys["devices"].items()}
-            if not all(is_key(key) for key in (keys["secret"], *(device.key for device in devices.values()))):
-                raise ValueError
-            own, token = KeyPair.of(keys["secret"]), None
-            if (secret := keys["token"]) is not None and keys["expires_s"] >= time.time():
-                token = JoinToken(own.public, secret, keys["expires_s"])
-        except (KeyError, TypeError, ValueError, AttributeError, zmq.ZMQError):
-            raise UsageError(f"{path} is damaged; delete it, run flowspec cluster init, and join anew") from None
-        return cls(path, own, token, devices)
+        membership = cls(folder / _FILE)
+        return membership if membership._read() else None
 
     @classmethod
     def init(cls, folder: Path) -> Membership:
         """A new cluster, unless there is one."""
-        membership = cls.open(folder)
-        if membership is None:
-            membership = cls(folder / _FILE, KeyPair.new(), None, {})
-            membership._save()
+        membership = cls(folder / _FILE)
+        with membership._changing():
+            if not membership.own.secret:
+                membership.own = KeyPair.new()
         return membership
 
-    def _save(self) -> None:
-        devices = {name: asdict(device) for name, device in self.devices.items()}
-        token, expires_s = (None, 0) if self._token is None else (self._token.secret, self._token.expires_s)
-        keys = {"secret": self.own.secret, "token": token, "expires_s": expires_s, "devices": devices}
-        write_keys(self._path, keys)
+    def _read(self) -> bool:
+        """Whether there is a file. Raises ``UsageError``."""
+        if (keys := read_keys(self._path)) is None:
+            return False
+        try:
+            devices = {str(name): Device(**device) for name, device in keys["devices"].items()}
+            if not all(is_key(key) for key in (keys["secret"], *(device.key for device in devices.values()))):
+                raise ValueError
+            own, token, num_left = KeyPair.of(keys["secret"]), None, keys.get("num_left", DEVICES_OF_A_TOKEN)
+            if (secret := keys["token"]) is not None:
+                token = JoinToken(own.public, secret, int(keys["expires_s"]))
+            if not (isinstance(num_left, int) and (token is None or is_key(token.secret))):
+                raise ValueError
+        except (KeyError, TypeError, ValueError, AttributeError, zmq.ZMQError):
+            raise UsageError(f"{self._path} is damaged; delete it, run flowspec cluster init, and join anew") from None
+        self.own, self.token, self._num_left, self.devices = own, token, num_left, devices
+        return True
 
-    def new_token(self, lifetime_s: float = TOKEN_LIFETIME_S) -> JoinToken:
-        """The only one from now on."""
-        self._token = JoinToken(self.own.public, KeyPair.new().secret, int(time.time() + lifetime_s))
-        self._save()
-        return self._token
+    @contextlib.contextmanager
+    def _changing(self) -> Iterator[None]:
+        with held(self._path):
+            self._read()
+            yield
+            devices = {name: asdict(device) for name, device in self.devices.items()}
+            token, expires_s = (None, 0) if self.token is None else (self.token.secret, self.token.expires_s)
+            keys = {"secret": self.own.secret, "token": token, "expires_s": expires_s, "num_left": self._num_left}
+            write_keys(self._path, {**keys, "devices": devices})
+
+    def new_token(self, lifetime_s: float = TOKEN_LIFETIME_S, num_devices: int = DEVICES_OF_A_TOKEN) -> JoinToken:
+        """The only one from now on; so many devices may join by it."""
+        with self._changing():
+            token = JoinToken(self.own.public, KeyPair.new().secret, int(time.time() + lifetime_s))
+            self.token, self._num_left = token, num_devices
+        return token
+
+    def check_token(self) -> JoinToken:
+        """The one by which devices may join now. Raises ``UsageError`` where there is none."""
+        if self.token is None or self.token.has_expired:
+            raise UsageError("there is no join token, or it has expired; make one with flowspec cluster token")
+        if self._num_left <= 0:
+            raise UsageError(
+                "the join token has let in as many devices as it was made for; make a new one with flowspec cluster "
+                "token (--devices says for how many)"
+            )
+        return self.token
 
     def let_join(self, address: str, timeout_s: float = _JOIN_TIMEOUT_S) -> str:
         """Ask the device that listens there with the token; its name from now on.
 
         Raises ``UsageError`` where there is no valid token, or nobody who has it.
         """
-        if self._token is None or self._token.expires_s < time.time():
-            raise UsageError("there is no join token, or it has expired; make one with flowspec cluster token")
-        server_key = KeyPair.of(self._token.secret).public
-        answer = ask_to_join(address, self.own, server_key, timeout_s)
-        if answer is None:
+        with self._changing():
+            token = self.check_token()
+            self._num_left -= 1  # whoever else lets devices in meanwhile counts on
+        has_joined = False
+        try:
+            key, wanted = self._ask(address, token, timeout_s)
+            has_joined = True
+        finally:
+            if not has_joined:
+                with self._changing():
+                    if self.token == token:
+                        self._num_left += 1
+        with self._changing():
+            name = self._add(wanted, Device(address, key))
+        logger.info("%s (%s) has joined", name, address)
+        return name
+
+    def _ask(self, address: str, token: JoinToken, timeout_s: float) -> tuple[str, str]:
+        """The device's key, and what it wants to be called."""
+        if (answer := ask_to_join(address, self.own, token.listener_key, timeout_s)) is None:
             raise UsageError(
                 f"nobody at {address} waits to join with this cluster's token; on that device, run "
                 "flowspec worker --join TOKEN (flowspec cluster token prints a new one)"
             )
-        key, wanted = answer
-        if not is_key(key):
+        if not is_key(answer[0]):
             raise UsageError(f"the device at {address} has sent no key; install the same flowspec version on both")
-        self.devices = {name: device for name, device in self.devices.items() if device.address != address}
+        return answer
+
+    def _add(self, wanted: str, device: Device) -> str:
+        before = self.devices.get(wanted)
+        if before is not None and before.address == device.address:
+            del self.devices[wanted]  # it was set up anew
+        self._leave(device.address)
         name, number = wanted, 2
         while name in self.devices:
             name, number = f"{wanted}-{number}", number + 1
-        self.devices[name] = Device(address, key)
-        self._save()
-        logger.info("%s (%s) has joined", name, address)
+        self.devices[name] = device
         return name
+
+    def _leave(self, address: str) -> None:
+        """Whoever had this address has it no longer."""
+        for name, device in self.devices.items():
+            if device.address == address:
+                self.devices[name] = replace(device, address="")
+
+    def move(self, name: str, device: Device) -> None:
+        """A device was found there, and has proved itself by the key that it has joined with."""
+        with self._changing():
+            if name in self.devices and self.devices[name].key == device.key:
+                self._leave(device.address)
+                self.devices[name] = device
 
     def remove(self, name: str) -> None:
         """Raises ``UsageError`` for a name that no device has."""
-        if name not in self.devices:
-            raise UsageError(f"no device is called {name!r}; there are: {', '.join(self.devices) or 'none'}")
-        del self.devices[name]
-        self._save()
+        with self._changing():
+            if name not in self.devices:
+                raise UsageError(f"no device is called {name!r}; there are: {', '.join(self.devices) or 'none'}")
+            del self.devices[name]
 
     def rotate(self) -> None:
         """New keys: no device believes this driver any more, and no token is valid. All have to join again."""
-        self.own, self._token, self.devices = KeyPair.new(), None, {}
-        self._save()
+        with self._changing():
+            self.own, self.token, self._num_left, self.devices = KeyPair.new(), None, 0, {}
 
     @property
     def keys(self) -> dict[str, str]:
         """Of the devices, by address."""
-        return {device.address: device.key for device in self.devices.values()}
+        return {device.address: device.key for device in self.devices.values() if device.address}
 
     def security(self, addresses: Sequence[str]) -> Security:
         """For a session with these devices; those that wait to join do so now. Raises ``UsageError``."""
@@ -130,19 +192,30 @@ class Membership:
         return Security(self.own, self.keys)
 
 
+def proven(own: KeyPair, places: Iterable[tuple[str, str]], timeout_s: float) -> set[tuple[str, str]]:
+    """Of pairs of an address and a key: where somebody with that key listens, and lets ``own`` in."""
+    context: zmq.Context[Any] = zmq.Context()
+    session = uuid.uuid4().hex
+    connections: dict[tuple[str, str], Connection] = {}
+    try:
+        for number, place in enumerate(places, start=1):  # two addresses may be one device's
+            keys = own, place[1]
+            connections[place] = Connection(context, place[0], session, "control", timeout_s, place=number, keys=keys)
+        until_s = time.monotonic() + timeout_s
+        while not all(one.is_up for one in connections.values()) and time.monotonic() < until_s:
+            time.sleep(0.02)
+            for connection in connections.values():
+                connection.check()
+        return {place for place, connection in connections.items() if connection.is_up}
+    finally:
+        for connection in connections.values():
+            connection.close()
+        context.term()
+
+
 def answers(membership: Membership, device: Device, timeout_s: float = 2.0) -> bool:
     """Whether somebody with the device's key listens at its address, and lets this driver in."""
-    context: zmq.Context[Any] = zmq.Context()
-    connection = Connection(context, device.address, "status", "control", timeout_s, keys=(membership.own, device.key))
-    try:
-        until_s = time.monotonic() + timeout_s
-        while not connection.is_up and time.monotonic() < until_s:
-            time.sleep(0.02)
-            connection.check()
-        return connection.is_up
-    finally:
-        connection.close()
-        context.term()
+    return bool(device.address and proven(membership.own, [(device.address, device.key)], timeout_s))
 
 
 def security_of(addresses: Sequence[str], folder: Path, insecure: bool) -> Security | None:

@@ -6,6 +6,7 @@ import logging
 import queue
 import threading
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from flowspec.core import LayerRange, Partition, StageManifest
 from flowspec.errors import require
@@ -18,14 +19,21 @@ from flowspec.wire.messages import CHUNK_BYTES, Chunk, Manifest, WantChunk
 logger = logging.getLogger("flowspec.cluster")
 
 
+class _Made(NamedTuple):
+    manifest: StageManifest
+    places: Mapping[str, StoredTensor]  # by SHA-256
+
+
 class WeightServer:
     """Of one session. A thread of its own reads the files once to compute their digests, which may take a while."""
 
-    def __init__(self, checkpoint: Checkpoint, partition: Partition) -> None:
+    def __init__(self, checkpoint: Checkpoint, partition: Partition, draft: str | None = None) -> None:
+        """``draft``: the directory, or the place, of one whose hint heads the stages are to have too."""
         self._checkpoint = checkpoint
         self._partition = partition
+        self._draft = draft
         self._asked: queue.SimpleQueue[int | None] = queue.SimpleQueue()  # stages; ``None`` ends the thread
-        self._made: queue.SimpleQueue[tuple[int, StageManifest | Exception]] = queue.SimpleQueue()
+        self._made: queue.SimpleQueue[tuple[int, _Made | Exception]] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._is_closed = False
         self._stored: dict[int, list[StoredTensor]] = {}  # what each stage may ask for
@@ -46,12 +54,12 @@ class WeightServer:
             stage, made = self._made.get()
             if isinstance(made, Exception):
                 raise made
-            wanted = made.wanted()
-            self._stored[stage] = [_whole(self._checkpoint.stored(entry.name)) for entry in wanted]
+            wanted = made.manifest.wanted()
+            self._stored[stage] = [made.places[entry.sha256] for entry in wanted]
             self._last[stage] = (-1, 0)
             num_bytes = sum(entry.num_bytes for entry in wanted)
             logger.info("worker %d has not this model, and gets its stage: up to %.1f MB", stage, num_bytes / 1e6)
-            manifests[stage] = Manifest(made)
+            manifests[stage] = Manifest(made.manifest)
         return manifests
 
     def chunk(self, stage: int, want: WantChunk) -> Chunk:
@@ -78,13 +86,8 @@ class WeightServer:
             except Exception as error:  # for whoever waits
                 self._made.put((stage, error))
 
-    def _make(self, layers: LayerRange) -> StageManifest:
+    def _make(self, layers: LayerRange) -> _Made:
         digests = TensorDigests(lambda: not self._is_closed)
-        manifest = make_manifest(self._checkpoint, layers, digests.of)
+        made = _Made(*make_manifest(self._checkpoint, layers, digests.of, self._draft))
         digests.save()
-        return manifest
-
-
-def _whole(stored: StoredTensor | None) -> StoredTensor:
-    assert stored is not None, "its digest was computed"
-    return stored
+        return made

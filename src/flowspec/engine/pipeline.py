@@ -195,7 +195,7 @@ def connect(spec: PipelineSpec, launcher: Launcher) -> RemoteConnections:
             weights=spec.weights,
             taps=taps,
             blocks=spec.tap_block,
-            server=WeightServer(spec.checkpoint, spec.partition),
+            server=WeightServer(spec.checkpoint, spec.partition, spec.hints),
         )
     except BaseException:
         connections.close()

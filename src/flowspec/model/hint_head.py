@@ -8,7 +8,7 @@ boundary l = 1 .. number of layers - 1.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -19,9 +19,10 @@ from flowspec.core import DType
 from flowspec.errors import ModelError
 from flowspec.model.demo_pair import DEMO, demo_draft_directory
 from flowspec.model.source import TensorSource
-from flowspec.model.tensor_files import open_tensors, read_tensor, save_tensors
+from flowspec.model.tensor_files import StoredTensor, open_tensors, read_tensor, save_tensors, stored_tensors
 
 _FILE = "hints.safetensors"
+_PARTS = ("norm", "down", "up")
 HINT_DEPTH = 0.6  # share of the layers behind which hints are right often enough to be worth their time
 
 
@@ -83,23 +84,32 @@ class HintHead(nn.Module):
         path = directory / _FILE
         if not path.is_file():
             return None
+        weights = {name: read_tensor(path, name, dtype, device) for name in _names(path, num_layers)}
+        return cls.of(weights, num_layers, lm_head, rms_eps, dtype, device, str(path))
+
+    @classmethod
+    def of(
+        cls,
+        tensors: Mapping[str, Tensor],
+        num_layers: int,
+        lm_head: Tensor,
+        rms_eps: float,
+        dtype: DType,
+        device: torch.device | str,
+        where: str,
+    ) -> HintHead:
+        """``tensors``: by the names in its file, and on the device. ``where``: they come from, for errors."""
         prefix = _prefix(num_layers)
-        names = [f"{prefix}{name}.weight" for name in ("norm", "down", "up")]
-        with open_tensors(path) as file:
-            missing = sorted({*names} - {*file.keys()})
-        if missing:
-            raise ModelError(
-                f"{path} lacks {', '.join(missing)}, so it has no hints after {num_layers} layers; "
-                "train hints for this target, or remove the file"
-            )
-        weights = {name.removeprefix(prefix): read_tensor(path, name, dtype, device) for name in names}
+        weights = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+        if missing := {f"{name}.weight" for name in _PARTS} - weights.keys():
+            raise ModelError(f"{where} lacks {prefix}{min(missing)}; install the same flowspec version on all devices")
         rank = max(1, weights["down.weight"].numel() // lm_head.shape[1])
         with torch.device("meta"):
             head = cls(num_layers, lm_head.to(device, getattr(torch, dtype)), rank, rms_eps)
         for name, tensor in head.state_dict().items():
             if weights[name].shape != tensor.shape:
                 raise ModelError(
-                    f"{path}: {prefix}{name} has shape {list(weights[name].shape)}, but {list(tensor.shape)} is "
+                    f"{where}: {prefix}{name} has shape {list(weights[name].shape)}, but {list(tensor.shape)} is "
                     "needed; train hints for this target, or remove the file"
                 )
         head.load_state_dict(weights, assign=True)
@@ -111,12 +121,51 @@ def load_hinter(draft: str | Path, source: TensorSource, num_layers: int, dtype:
 
     ``draft``: its directory, or its place.
     """
-    directory = demo_draft_directory() if draft == DEMO else Path(draft)
-    is_of_use = HINT_DEPTH * source.num_layers <= num_layers < source.num_layers
-    if not is_of_use or not (directory / _FILE).is_file():
+    if not gives_hints(draft, source, num_layers):
         return None
-    lm_head = source.load_lm_head(dtype, device)
-    return HintHead.load(directory, num_layers, lm_head, source.config.rms_norm_eps, dtype, device)
+    lm_head, eps = source.load_lm_head(dtype, device), source.config.rms_norm_eps
+    if (weights := source.hint_weights(dtype, device)) is not None:
+        return HintHead.of(weights, num_layers, lm_head, eps, dtype, device, "what the driver has sent")
+    return HintHead.load(_directory(draft), num_layers, lm_head, eps, dtype, device)
+
+
+def gives_hints(draft: str | Path, source: TensorSource, num_layers: int) -> bool:
+    """Whether ``load_hinter`` loads one."""
+    has_come = source.hint_weights("float32", "cpu") is not None
+    return _is_of_use(source.num_layers, num_layers) and (has_come or (_directory(draft) / _FILE).is_file())
+
+
+def stored_hints(draft: str | Path, model_layers: int, num_layers: int) -> dict[str, StoredTensor]:
+    """Where the tensors lie of the head that ``load_hinter`` would load; none, where that is ``None``.
+
+    ``model_layers``: that the model has in all. Raises ``ModelError``.
+    """
+    path = _directory(draft) / _FILE
+    if not _is_of_use(model_layers, num_layers) or not path.is_file():
+        return {}
+    names, stored = _names(path, num_layers), stored_tensors(path)
+    return {name: stored[name] for name in names}
+
+
+def _directory(draft: str | Path) -> Path:
+    return demo_draft_directory() if draft == DEMO else Path(draft)
+
+
+def _is_of_use(model_layers: int, num_layers: int) -> bool:
+    return HINT_DEPTH * model_layers <= num_layers < model_layers
+
+
+def _names(path: Path, num_layers: int) -> list[str]:
+    """Of a head's tensors, in the file of all heads. Raises ``ModelError`` where they are not in it."""
+    names = [f"{_prefix(num_layers)}{name}.weight" for name in _PARTS]
+    with open_tensors(path) as file:
+        missing = sorted({*names} - {*file.keys()})
+    if missing:
+        raise ModelError(
+            f"{path} lacks {', '.join(missing)}, so it has no hints after {num_layers} layers; "
+            "train hints for this target, or remove the file"
+        )
+    return names
 
 
 def save_hints(directory: Path, heads: Iterable[HintHead], dtype: torch.dtype = torch.float16) -> None:

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import gguf
 import msgspec
-import numpy as np
 import torch
 from gguf import GGMLQuantizationType
 from torch import Tensor
@@ -22,15 +21,16 @@ from flowspec.core import DType, LayerRange, StageManifest, TensorEntry
 from flowspec.errors import ModelError, first_line, require
 from flowspec.model.gguf_checkpoint import GGUFCheckpoint
 from flowspec.model.gguf_header import TensorPlace
+from flowspec.model.hint_head import stored_hints
 from flowspec.model.loader import Checkpoint, read_config
-from flowspec.model.tensor_files import StoredTensor
+from flowspec.model.tensor_files import FLOATS, StoredTensor, read_stored
 from flowspec.model.user_cache import keep
 
 PathOf = Callable[[str], Path]  # of what has this SHA-256
 
-_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _MAX_TENSORS, _MAX_NAME_LEN, _MAX_CONFIG_BYTES = 2**17, 512, 2**22
 _MAX_DIMENSIONS, _MAX_SIZE = 4, 2**40
+_MAX_HINT_TENSORS = 8
 _SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
 
 
@@ -38,10 +38,24 @@ _SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
 
 
 def make_manifest(
-    checkpoint: Checkpoint, layers: LayerRange, digest_of: Callable[[StoredTensor], str]
-) -> StageManifest:
-    """Of a stage. Raises ``ModelError`` where its tensors cannot be read here."""
+    checkpoint: Checkpoint, layers: LayerRange, digest_of: Callable[[StoredTensor], str], draft: str | None = None
+) -> tuple[StageManifest, dict[str, StoredTensor]]:
+    """Of a stage, and where what it wants lies, by SHA-256. Raises ``ModelError`` where that cannot be read here.
+
+    ``draft``: its directory, or its place, if the stage is to give hints; they need the lm_head too.
+    """
     own = set(checkpoint.names_of_stage(layers))
+    hints = {} if draft is None else stored_hints(draft, checkpoint.num_layers, layers.end)
+    if hints:
+        own.add(checkpoint.lm_head_name)
+    places: dict[str, StoredTensor] = {}
+
+    def entry(name: str, stored: StoredTensor, is_own: bool) -> TensorEntry:
+        digest = digest_of(stored) if is_own else ""
+        if is_own:
+            places[digest] = stored
+        return TensorEntry(name, stored.kind, stored.shape, stored.num_bytes, digest)
+
     is_gguf = isinstance(checkpoint, GGUFCheckpoint)
     entries: list[TensorEntry] = []
     for name in sorted(checkpoint.tensor_names() | own):
@@ -49,17 +63,21 @@ def make_manifest(
         stored = checkpoint.stored(name) if name in own or is_gguf else None
         if stored is None and name in own:
             raise ModelError(f"{checkpoint.name}: {checkpoint.shard_of(name)} is missing; download the model again")
-        if stored is not None and not is_gguf and stored.kind not in _FLOATS:
-            raise ModelError(f"{stored.path}: {name} has type {stored.kind}; only float checkpoints are supported")
-        if stored is None:
-            entries.append(TensorEntry(name, "", (), 0, ""))
-        else:
-            digest = digest_of(stored) if name in own else ""
-            entries.append(TensorEntry(name, stored.kind, stored.shape, stored.num_bytes, digest))
+        if stored is not None and not is_gguf:
+            _check_kind(name, stored)
+        entries.append(TensorEntry(name, "", (), 0, "") if stored is None else entry(name, stored, is_own=name in own))
+    for name, stored in hints.items():
+        _check_kind(name, stored)
+    of_hints = [entry(name, stored, is_own=True) for name, stored in hints.items()]
     if isinstance(checkpoint, GGUFCheckpoint):
-        return StageManifest("gguf", msgspec.msgpack.encode(checkpoint.values), "", entries)
+        return StageManifest("gguf", msgspec.msgpack.encode(checkpoint.values), "", entries, of_hints), places
     config = checkpoint.path("config.json").read_bytes()
-    return StageManifest("safetensors", config, checkpoint.revision, entries)
+    return StageManifest("safetensors", config, checkpoint.revision, entries, of_hints), places
+
+
+def _check_kind(name: str, stored: StoredTensor) -> None:
+    if stored.kind not in FLOATS:
+        raise ModelError(f"{stored.path}: {name} has type {stored.kind}; only float checkpoints are supported")
 
 
 # --- where they are not ---
@@ -70,23 +88,27 @@ def check_manifest(manifest: StageManifest) -> None:
     require(len(manifest.config) <= _MAX_CONFIG_BYTES, f"a config of {len(manifest.config)} bytes")
     require(0 < len(manifest.tensors) <= _MAX_TENSORS, f"a model of {len(manifest.tensors)} tensors")
     require(len(manifest.revision) <= _MAX_NAME_LEN, "a revision is no name")
+    require(len(manifest.hints) <= _MAX_HINT_TENSORS, f"a hint head of {len(manifest.hints)} tensors")
+    require(all(entry.sha256 for entry in manifest.hints), "a hint head that is not to be had")
+    require(any(entry.sha256 for entry in manifest.tensors), "a stage without tensors")
+    formats = [*((manifest.format, entry) for entry in manifest.tensors)]
+    formats += [("safetensors", entry) for entry in manifest.hints]
     sizes: dict[str, int] = {}
-    for entry in manifest.tensors:
+    for form, entry in formats:
         require(0 < len(entry.name) <= _MAX_NAME_LEN and entry.name.isprintable(), "a tensor has no name")
         is_shape = len(entry.shape) <= _MAX_DIMENSIONS and all(0 <= size <= _MAX_SIZE for size in entry.shape)
         require(is_shape, f"{entry.name} has the shape {entry.shape}")
         if entry.sha256:
             require(_SHA256.fullmatch(entry.sha256) is not None, f"the SHA-256 of {entry.name} is none")
-            require(entry.num_bytes == _num_bytes(manifest.format, entry), f"{entry.name} has {entry.num_bytes} bytes")
+            require(entry.num_bytes == _num_bytes(form, entry), f"{entry.name} has {entry.num_bytes} bytes")
             require(sizes.setdefault(entry.sha256, entry.num_bytes) == entry.num_bytes, "two sizes of one content")
-    require(bool(sizes), "a stage without tensors")
 
 
 def _num_bytes(format_name: str, entry: TensorEntry) -> int | None:
     """That a tensor of this kind and shape has; ``None`` for what is no kind."""
     num_values = math.prod(entry.shape)
     if format_name == "safetensors":
-        return num_values * _FLOATS[entry.kind].itemsize if entry.kind in _FLOATS else None
+        return num_values * FLOATS[entry.kind].itemsize if entry.kind in FLOATS else None
     if entry.kind not in GGMLQuantizationType.__members__ or not entry.shape:
         return None
     block, size = gguf.GGML_QUANT_SIZES[GGMLQuantizationType[entry.kind]]
@@ -107,19 +129,35 @@ def open_received(name: str, manifest: StageManifest, path_of: PathOf, folder: P
     return _ReceivedSafetensors(name, manifest, path_of, folder)
 
 
-class _ReceivedSafetensors(Checkpoint):
+def _stored(entry: TensorEntry, path_of: PathOf) -> StoredTensor:
+    """As it has come: alone in a file."""
+    return StoredTensor(path_of(entry.sha256), 0, entry.num_bytes, entry.kind, entry.shape)
+
+
+class _Received(Checkpoint):
+    """What the formats share."""
+
+    _manifest: StageManifest
+    _path_of: PathOf
+
+    def files(self) -> list[Path]:
+        return sorted(self._path_of(entry.sha256) for entry in self._manifest.wanted())
+
+    def hint_weights(self, dtype: DType, device: torch.device | str) -> dict[str, Tensor] | None:
+        hints = self._manifest.hints
+        return {entry.name: read_stored(_stored(entry, self._path_of), dtype, device) for entry in hints} or None
+
+
+class _ReceivedSafetensors(_Received):
     def __init__(self, name: str, manifest: StageManifest, path_of: PathOf, folder: Path) -> None:
         super().__init__(name, folder, read_config(folder / "config.json"))
+        self._manifest = manifest
         self._entries = {entry.name: entry for entry in manifest.tensors}
-        self._revision = manifest.revision
         self._path_of = path_of
 
     @property
     def revision(self) -> str:
-        return self._revision
-
-    def files(self) -> list[Path]:
-        return sorted({self._path_of(entry.sha256) for entry in self._entries.values() if entry.sha256})
+        return self._manifest.revision
 
     def tensor_names(self) -> frozenset[str]:
         return frozenset(self._entries)
@@ -139,24 +177,18 @@ class _ReceivedSafetensors(Checkpoint):
 
     def stored(self, name: str) -> StoredTensor:
         self.shard_of(name)
-        entry = self._entry(name)
-        return StoredTensor(self._path_of(entry.sha256), 0, entry.num_bytes, entry.kind, entry.shape)
+        return _stored(self._entry(name), self._path_of)
 
     def tensors(self, names: Iterable[str], dtype: DType, device: torch.device | str) -> Iterator[tuple[str, Tensor]]:
         for name in names:
-            stored = self.stored(name)
-            try:
-                values = torch.from_numpy(np.fromfile(stored.path, np.uint8)).view(_FLOATS[stored.kind])
-                yield name, values.reshape(stored.shape).to(device=device, dtype=getattr(torch, dtype))
-            except (OSError, RuntimeError) as error:
-                raise ModelError(f"{stored.path} cannot be read ({first_line(error)}); delete it") from error
+            yield name, read_stored(self.stored(name), dtype, device)
 
 
-class _ReceivedGGUF(GGUFCheckpoint):
+class _ReceivedGGUF(_Received, GGUFCheckpoint):
     """Tensors of other stages have a shape, and no bytes."""
 
     def __init__(self, name: str, manifest: StageManifest, path_of: PathOf) -> None:
-        self._own_files = {path_of(entry.sha256) for entry in manifest.wanted()}
+        self._manifest, self._path_of = manifest, path_of
         try:
             values = msgspec.msgpack.decode(manifest.config, type=dict[str, str | int | float | bool | None])
             places = {
@@ -167,7 +199,4 @@ class _ReceivedGGUF(GGUFCheckpoint):
             }
         except (msgspec.DecodeError, KeyError) as error:
             raise ModelError(f"{name}: what the driver says of it is damaged ({first_line(error)})") from error
-        super().__init__(Path(name), values, places)
-
-    def files(self) -> list[Path]:
-        return sorted(self._own_files)
+        GGUFCheckpoint.__init__(self, Path(name), values, places)

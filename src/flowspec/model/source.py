@@ -69,18 +69,23 @@ class TensorSource(Protocol):
 
     def load_lm_head(self, dtype: DType, device: torch.device | str) -> Tensor:
         """The output matrix [vocab_size, hidden_size], which gives logits; the embedding if the model ties the two."""
-        weight = self._load_vocabulary_matrix(self._lm_head_name, dtype, device)
+        weight = self._load_vocabulary_matrix(self.lm_head_name, dtype, device)
         return weight if (divisor := logits_divisor(self.config)) == 1.0 else weight.div_(divisor)
 
     def packed_lm_head(self, bits: Bits) -> PackedWeight:
         """As ``load_lm_head``, in integers."""
-        weight = self.packed(self._lm_head_name, bits)
-        self.check_shape(self._lm_head_name, weight, (self.vocab_size, self.hidden_size))
+        weight = self.packed(self.lm_head_name, bits)
+        self.check_shape(self.lm_head_name, weight, (self.vocab_size, self.hidden_size))
         return weight if (divisor := logits_divisor(self.config)) == 1.0 else weight.divided(divisor)
 
     @property
-    def _lm_head_name(self) -> str:
+    def lm_head_name(self) -> str:
+        """Of what the lm_head is made of."""
         return EMBEDDING if self.has_tied_embeddings else LM_HEAD
+
+    def hint_weights(self, dtype: DType, device: torch.device | str) -> dict[str, Tensor] | None:
+        """Of a hint head, by the names in its file, that has come with a stage; ``None``: it lies with its draft."""
+        return None
 
     def _load_vocabulary_matrix(self, name: str, dtype: DType, device: torch.device | str) -> Tensor:
         ((_, tensor),) = self.tensors([name], dtype, device)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -17,6 +18,7 @@ from torch import Tensor
 from flowspec.core import DType
 from flowspec.errors import ModelError, first_line
 
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _MAX_HEADER_BYTES = 100_000_000  # as in safetensors
 
 
@@ -57,6 +59,15 @@ def stored_tensors(path: Path) -> dict[str, StoredTensor]:
         return found
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(f"{path} is truncated or damaged ({first_line(error)}); download or copy it again") from error
+
+
+def read_stored(stored: StoredTensor, dtype: DType, device: torch.device | str) -> Tensor:
+    """One that lies there alone, converted, in private memory. Raises ``ModelError``."""
+    try:
+        values = torch.from_numpy(np.fromfile(stored.path, np.uint8)).view(FLOATS[stored.kind])
+        return values.reshape(stored.shape).to(device=device, dtype=getattr(torch, dtype))
+    except (OSError, RuntimeError) as error:
+        raise ModelError(f"{stored.path} cannot be read ({first_line(error)}); delete it") from error
 
 
 def open_tensors(path: Path) -> safe_open:

@@ -72,9 +72,18 @@ class JoinToken:
         packed = _TOKEN_FORM.pack(z85.decode(self.driver_key), z85.decode(self.secret), self.expires_s)
         return _TOKEN + base64.urlsafe_b64encode(packed).decode().rstrip("=")
 
+    @property
+    def listener_key(self) -> str:
+        """The public one, by which a device that waits to join proves itself."""
+        return KeyPair.of(self.secret).public
+
+    @property
+    def has_expired(self) -> bool:
+        return self.expires_s < time.time()
+
     @classmethod
     def parse(cls, text: str) -> JoinToken:
-        """Raises ``UsageError`` for what is no token, or one that has expired."""
+        """Raises ``UsageError`` for what is no token; one that has expired is one."""
         try:
             if not text.startswith(_TOKEN):
                 raise ValueError
@@ -83,8 +92,6 @@ class JoinToken:
             driver_key, secret, expires_s = _TOKEN_FORM.unpack(packed)
         except (ValueError, binascii.Error, struct.error):
             raise UsageError("the join token is not all of one; copy what flowspec cluster token prints") from None
-        if expires_s < time.time():
-            raise UsageError("the join token has expired; make a new one with flowspec cluster token")
         return cls(z85.encode(driver_key).decode(), z85.encode(secret).decode(), expires_s)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from flowspec.core import DType, StageManifest, TapShape, Weights
 
-PROTOCOL_VERSION = 10
+PROTOCOL_VERSION = 11
 NO_PARENT = -1  # the parent id of a request's first token
 LOADED = 1.0  # the fraction of a stage that is all of it
 LAST_STEP = 2**62  # the step after which no segment of a request waits any more

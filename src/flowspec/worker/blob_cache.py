@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import os
 import shutil
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -33,10 +34,11 @@ class BlobCache:
         """And note that it is of use: what is not goes first."""
         path = self.path(digest)
         try:
-            is_whole = path.stat().st_size == num_bytes
-            if is_whole:
-                os.utime(path)
-            return is_whole
+            found = path.stat()
+            if found.st_size != num_bytes:
+                return False
+            os.utime(path, ns=(time.time_ns(), found.st_mtime_ns))  # it was not written: whoever has read it has it all
+            return True
         except OSError:
             return False
 
@@ -48,7 +50,7 @@ class BlobCache:
             names |= {f"{name}.partial" for name in names}
             found = [(entry.stat(), entry) for entry in os.scandir(self.path(""))]
             num_held = sum(stat.st_size for stat, _ in found)
-            oldest = sorted((s.st_mtime_ns, s.st_size, e.path) for s, e in found if e.name not in names)
+            oldest = sorted((s.st_atime_ns, s.st_size, e.path) for s, e in found if e.name not in names)
             own = num_held - sum(size for _, size, _ in oldest)
             if own + num_bytes > self._most_bytes:
                 raise UsageError(

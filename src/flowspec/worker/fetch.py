@@ -6,7 +6,7 @@ import hashlib
 import logging
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from flowspec.core import StageManifest, TensorEntry
@@ -31,10 +31,13 @@ class _Coming(NamedTuple):
 class StageFetch:
     """Of one session. What has come is on the disk, and is asked for no more: by this session, or a later one."""
 
-    def __init__(self, cache: BlobCache, model: str) -> None:
-        """``model``: as the driver calls it."""
+    def __init__(
+        self, cache: BlobCache, model: str, check_fits: Callable[[StageManifest], None] = lambda manifest: None
+    ) -> None:
+        """``model``: as the driver calls it. ``check_fits``: raises for more than the device may hold."""
         self._cache = cache
         self._model = model
+        self._check_fits = check_fits
         self._manifest: StageManifest | None = None
         self._wants: Iterator[WantChunk] = iter(())
         self._asked: deque[WantChunk] = deque()
@@ -51,6 +54,11 @@ class StageFetch:
     @property
     def is_complete(self) -> bool:
         return self._manifest is not None and not self._asked and not self._missing(self._manifest)
+
+    @property
+    def has_hints(self) -> bool:
+        """Whether what its hint head needs comes too."""
+        return self._manifest is not None and bool(self._manifest.hints)
 
     def checkpoint(self) -> Checkpoint:
         """Once it is complete. Raises ``ModelError``."""
@@ -101,6 +109,7 @@ class StageFetch:
                 "files being written, or is this device's disk or memory broken?"
             )
         check_manifest(manifest)
+        self._check_fits(manifest)
         self._num_rounds += 1
         self._manifest = manifest
         missing = self._missing(manifest)

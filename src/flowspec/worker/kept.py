@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+import socket
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
@@ -14,13 +15,15 @@ import torch
 from flowspec.core import LayerRange
 from flowspec.model.backends import load_stage
 from flowspec.model.fingerprint import fingerprint
-from flowspec.model.hint_head import load_hinter
+from flowspec.model.hint_head import gives_hints, load_hinter
 from flowspec.model.loader import Checkpoint
 from flowspec.model.stage import Stage
+from flowspec.model.stage_size import stage_bytes
 from flowspec.wire.messages import Configure
 from flowspec.worker.checks import Limits
 from flowspec.worker.hints import Hinter
 from flowspec.worker.measure import measure_forward
+from flowspec.worker.memory import Allowance
 
 logger = logging.getLogger("flowspec.worker")
 
@@ -41,15 +44,18 @@ class Loaded:
 class StageLoader:
     """Loads what drivers ask for; one that asks for what the last one had gets that."""
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, memory: Allowance | None = None) -> None:
+        """``memory``: that may be used; by default what is free."""
         self.device = device
+        self.memory = memory or Allowance(device)
         self._threads = torch.get_num_threads()
         self._kept: tuple[_Key, Loaded] | None = None
 
     def load(self, configure: Configure, source: Checkpoint, progress: Callable[[float], None]) -> Loaded:
         """``source``: the model that is asked for.
 
-        Raises ``ModelError`` and ``UsageError``; whatever interrupts it leaves nothing half loaded.
+        Raises ``ModelError`` and ``UsageError``, also for what is more than the device may hold; whatever interrupts it
+        leaves nothing half loaded.
         """
         key = _key(configure, source.files())
         if self._kept is not None and self._kept[0] == key:
@@ -57,6 +63,12 @@ class StageLoader:
             return self._kept[1]
         self._kept = None  # there may be no room for both
         layers = LayerRange(configure.start_layer, configure.end_layer)
+        if self.memory.has_limit:
+            names = source.names_of_stage(layers)
+            if configure.hints is not None and gives_hints(configure.hints, source, layers.end):
+                names.append(source.lm_head_name)
+            stored = {name: source.stored(name) for name in names}
+            self.check_fits(configure, {name: found.shape for name, found in stored.items() if found is not None})
         # Integer kernels have threads of their own, and the attention between them is too small to be shared.
         torch.set_num_threads(self._threads)
         stage = load_stage(source, layers, configure.dtype, configure.weights, self.device, progress)
@@ -69,6 +81,12 @@ class StageLoader:
         loaded = Loaded(stage, hinter, forward_s, Limits.of(source), fingerprint(source, layers))
         self._kept = key, loaded
         return loaded
+
+    def check_fits(self, configure: Configure, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Before anything is loaded, or fetched. ``shapes``: of the stage's tensors, by name. Raises ``UsageError``."""
+        where = f"worker {configure.stage} ({socket.gethostname()}, {self.device})"
+        num_bytes = stage_bytes(shapes, configure.dtype, configure.weights)
+        self.memory.check_fits(num_bytes, f"{where}: layers {configure.start_layer}:{configure.end_layer}")
 
     def forget(self) -> None:
         """What is kept may be damaged."""

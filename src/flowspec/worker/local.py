@@ -17,7 +17,7 @@ import threading
 import time
 
 from flowspec.config import LinkConfig
-from flowspec.worker.process import serve
+from flowspec.worker.serve import serve
 from flowspec.worker.session import Emulate
 
 _YOUNG_S = 2.0  # one that ends sooner would only end again

@@ -1,24 +1,19 @@
-"""What a worker measures of itself at start-up: memory, its stage's forward by rows, its link to the next worker.
+"""What a worker measures of itself at start-up: its stage's forward by rows, its link to the next worker.
 
 Knows no sockets; ``schedule.pace.MeasuredCosts`` makes the costs of segments from what is found here.
 """
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from flowspec.model.stage import Stage, forward
 from flowspec.wire.messages import Echo, Probe
-
-CGROUP = Path("/sys/fs/cgroup")  # of this process, in a container (version 2)
 
 MEASURED_ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
 PREFIX_LEN = 64  # tokens before them
@@ -70,28 +65,6 @@ def measure_forward(
 def never_shrinking(seconds: Sequence[float]) -> list[float]:
     """Times by growing rows, each at most the next one: fewer rows take no longer."""
     return np.minimum.accumulate(seconds[::-1])[::-1].tolist()
-
-
-def peak_memory_bytes() -> int:
-    """The most that this process has ever held."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
-
-
-def free_bytes(device: torch.device, cgroup: Path = CGROUP) -> int:
-    """Memory that may still be used there; 0 where nobody can tell."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return 0
-    available = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), 0)
-    try:  # a container may have less ("max" where it has no limit)
-        limit, used = (int((cgroup / name).read_text()) for name in ("memory.max", "memory.current"))
-    except (OSError, ValueError):
-        return available
-    return max(1, min(available, limit - used))
 
 
 class LinkMeter:

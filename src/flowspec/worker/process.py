@@ -1,6 +1,6 @@
 """The process around a worker: sockets, real time, sessions. One driver at a time, any number one after another.
 
-``flowspec worker`` runs one; ``worker.local`` forks those of one machine.
+``worker.serve`` runs one.
 """
 
 from __future__ import annotations
@@ -14,14 +14,13 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-import torch
 import zmq
 from msgspec.structs import replace
 
 from flowspec.complaints import Complaints
 from flowspec.core import interpolate
 from flowspec.errors import FlowspecError, ProtocolError, UsageError, described, shortened
-from flowspec.model.loader import Checkpoint, check_device
+from flowspec.model.loader import Checkpoint
 from flowspec.wire.actor import Route, Send
 from flowspec.wire.messages import (
     LOADED,
@@ -45,10 +44,10 @@ from flowspec.wire.transport import Connection, Sender, session_of
 from flowspec.worker.actor import Worker
 from flowspec.worker.checks import check_configure
 from flowspec.worker.door import Door, Keys
-from flowspec.worker.ending import note_sigterm
 from flowspec.worker.fetch import StageFetch
 from flowspec.worker.kept import Loaded, StageLoader
-from flowspec.worker.measure import LinkMeter, free_bytes, peak_memory_bytes
+from flowspec.worker.measure import LinkMeter
+from flowspec.worker.memory import Allowance, peak_memory_bytes
 from flowspec.worker.session import Emulate, LinkLostError, Session, SessionOver, WorkerActor
 from flowspec.worker.sources import Sources
 from flowspec.worker.taps import TapBlocks
@@ -73,8 +72,9 @@ class WorkerProcess:
         emulate: Emulate | None = None,
         keys: Keys | None = None,
         sources: Sources | None = None,
+        memory: Allowance | None = None,
     ) -> None:
-        """``emulate``: of workers that play devices. ``sources``: of models.
+        """``emulate``: of workers that play devices. ``sources``: of models. ``memory``: of the device.
 
         Raises ``UsageError`` when the address cannot be bound.
         """
@@ -86,7 +86,7 @@ class WorkerProcess:
             raise
         self._listener = self._door.listener
         self._device = device
-        self._loader = StageLoader(device)
+        self._loader = StageLoader(device, memory)
         self._sources = sources or Sources()
         self._emulate = emulate
         self._poller = zmq.Poller()
@@ -206,7 +206,8 @@ class WorkerProcess:
         if (source := self._sources.find(configure.model)) is not None:
             self._load(session, configure, source)
         else:
-            session.fetch = self._sources.fetch(configure)
+            fits = self._loader.check_fits
+            session.fetch = self._sources.fetch(configure, lambda stage: fits(configure, stage.shapes()))
             self._tell_driver(session.fetch.begin())
 
     def _fetch(self, session: Session, fetch: StageFetch, message: Manifest | Chunk) -> None:
@@ -218,8 +219,8 @@ class WorkerProcess:
         if fetch.is_complete:
             session.fetch, session.num_fetched = None, fetch.num_bytes
             assert session.configure is not None, "it has been asked for"
-            # Hints need the lm_head too, which is the driver's.
-            self._load(session, replace(session.configure, hints=None), fetch.checkpoint())
+            configure = session.configure if fetch.has_hints else replace(session.configure, hints=None)
+            self._load(session, configure, fetch.checkpoint())
 
     def _is_time_to_tell(self) -> bool:
         if is_time := time.monotonic() - self._last_told_s >= _LOADING_INTERVAL_S:
@@ -266,7 +267,7 @@ class WorkerProcess:
             peak_memory_bytes(),
             forward_s=loaded.forward_s,
             slot_bytes=loaded.stage.slot_bytes,
-            free_bytes=free_bytes(torch.device(self._device)),
+            free_bytes=self._loader.memory.free_bytes,
             fingerprint=loaded.fingerprint,
             load_s=time.monotonic() - session.start_s,
             fetched_bytes=session.num_fetched,
@@ -374,27 +375,3 @@ class WorkerProcess:
         self._early.clear()
         self._last_session = "" if self._session is None else self._session.name
         self._session = None
-
-
-def serve(
-    address: str,
-    *,
-    heartbeat_s: float,
-    threads: int,
-    device: str,
-    announce: Callable[[str], None] | None = None,
-    emulate: Emulate | None = None,
-    keys: Keys | None = None,
-    sources: Sources | None = None,
-) -> None:
-    """Run a worker until interrupted. ``announce`` is called with the endpoint once it listens."""
-    check_device(device)
-    if threads:
-        torch.set_num_threads(threads)
-    process = WorkerProcess(address, heartbeat_s, device, emulate, keys, sources)
-    try:
-        if announce is not None:
-            announce(process.endpoint)
-        process.run(note_sigterm())
-    finally:
-        process.close()

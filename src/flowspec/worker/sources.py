@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from flowspec.config import CACHE_GB
+from flowspec.core import StageManifest
 from flowspec.errors import UsageError
 from flowspec.model.backends import find_checkpoint
 from flowspec.model.loader import Checkpoint
@@ -29,8 +32,8 @@ class Sources:
         """``None``: the driver has to send it. Raises ``ModelError`` for what is here, and cannot be used."""
         return find_checkpoint(name, self._may_ask_hub)
 
-    def fetch(self, configure: Configure) -> StageFetch:
-        """What gets it. Raises ``UsageError`` where the driver sends nothing."""
+    def fetch(self, configure: Configure, check_fits: Callable[[StageManifest], None]) -> StageFetch:
+        """What gets it, if it fits. Raises ``UsageError`` where the driver sends nothing."""
         if configure.emulation is not None:
             raise UsageError(f"{configure.model} is not on this device, and it plays another one; copy the model there")
-        return StageFetch(self._cache, configure.model)
+        return StageFetch(self._cache, configure.model, check_fits)

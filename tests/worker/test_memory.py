@@ -1,0 +1,135 @@
+"""What a worker may use of its device's memory: what it says is free, and what it refuses to load."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import gguf
+import msgspec
+import psutil
+import pytest
+import torch
+
+from command_line import Run
+from flowspec import LLM
+from flowspec.config import LinkConfig
+from flowspec.core import DType, LayerRange, Weights
+from flowspec.errors import UsageError
+from flowspec.model.backends import load_stage, open_checkpoint
+from flowspec.model.loader import Checkpoint
+from flowspec.model.stage_size import stage_bytes
+from flowspec.wire.messages import PROTOCOL_VERSION, Configure
+from flowspec.worker.kept import StageLoader
+from flowspec.worker.memory import Allowance, free_bytes, total_bytes, used_bytes
+from logged_process import LoggedProcess
+from tiny_gguf import write_gguf
+from tiny_models import make_checkpoint
+from worker_process import WorkerProcess
+
+CPU = torch.device("cpu")
+
+
+def shapes_of(checkpoint: Checkpoint, layers: LayerRange) -> dict[str, tuple[int, ...]]:
+    stored = {name: checkpoint.stored(name) for name in checkpoint.names_of_stage(layers)}
+    return {name: found.shape for name, found in stored.items() if found is not None}
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Layers of 7.7 MB."""
+    return make_checkpoint(tmp_path_factory.mktemp("wide"), "llama", intermediate_size=20_000)
+
+
+def test_free_memory_is_what_machine_and_container_leave(tmp_path: Path) -> None:
+    cpu = torch.device("cpu")
+    whole = free_bytes(cpu, tmp_path)
+    assert 2**20 < whole < psutil.virtual_memory().total
+    (tmp_path / "memory.current").write_text("1000\n")
+    for limit, expected in (("1048576\n", 1048576 - 1000), ("500\n", 1)):
+        (tmp_path / "memory.max").write_text(limit)
+        assert free_bytes(cpu, tmp_path) == expected
+    (tmp_path / "memory.max").write_text("max\n")
+    assert free_bytes(cpu, tmp_path) > 2**20
+    (tmp_path / "memory.max").write_text("1048576\n")
+    assert total_bytes(CPU, tmp_path) == 1048576 < total_bytes(CPU, tmp_path / "none")
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "Q8_0", "tied"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_a_stage_takes_is_known_before_it_is_read(
+    checkpoint_dir: Callable[[str], Path], tmp_path: Path, kind: str, dtype: DType
+) -> None:
+    path = checkpoint_dir("qwen3" if kind == "tied" else "llama")
+    if kind == "Q8_0":
+        path = tmp_path / "tiny.gguf"
+        write_gguf(path, "qwen3", gguf.GGMLQuantizationType.Q8_0, num_hidden_layers=6)
+    checkpoint = open_checkpoint(str(path))
+    for layers in (LayerRange(0, 2), LayerRange(2, 3), LayerRange(3, 6)):
+        wanted = load_stage(checkpoint, layers, dtype, "float", "cpu").weights_bytes
+        assert stage_bytes(shapes_of(checkpoint, layers), dtype, "float") == wanted
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_so_it_is_on_integer_kernels(checkpoint_dir: Callable[[str], Path], weights: Weights) -> None:
+    checkpoint, layers = open_checkpoint(str(checkpoint_dir("qwen2"))), LayerRange(0, 1)
+    wanted = load_stage(checkpoint, layers, "float32", weights, "cpu").weights_bytes
+    assert stage_bytes(shapes_of(checkpoint, layers), "float32", weights) == wanted
+
+
+def test_free_is_what_is_left_of_what_is_allowed() -> None:
+    assert Allowance().free_bytes > 2**20 and not Allowance().has_limit
+    used = used_bytes(CPU)
+    assert used == pytest.approx(psutil.Process().memory_info().rss, rel=0.1)
+    limited = Allowance("cpu", (used + 2**28) / 1e9)
+    held = torch.ones(2**25)  # 128 MB
+    left = limited.free_bytes
+    assert 2**26 < left < 2**28 - 2**26
+    del held
+    more = torch.ones(2**27)  # all of it, and more: little is said to be left, and not that nobody can tell
+    assert limited.free_bytes == 1
+    del more
+
+
+def test_a_stage_that_is_too_large_is_refused_before_it_is_read(wide: Path) -> None:
+    memory = Allowance("cpu", (used_bytes(CPU) + 20e6) / 1e9)
+    loader, told = StageLoader("cpu", memory), list[float]()
+    configure = Configure(PROTOCOL_VERSION, 2, str(wide), 1, 3, "float32", None, 1.0)
+    small = loader.load(configure, open_checkpoint(str(wide)), told.append)
+    assert small.stage.weights_bytes < 20e6 and told
+    told.clear()
+    with pytest.raises(
+        UsageError, match=r"worker 2 \(\S+, cpu\): layers 1:5 take 0\.03\d+ GB, and it may use .* larger --max-memory"
+    ):
+        loader.load(msgspec.structs.replace(configure, end_layer=5), open_checkpoint(str(wide)), told.append)
+    assert not told
+    fits = msgspec.structs.replace(configure, end_layer=5, dtype="bfloat16")
+    assert loader.load(fits, open_checkpoint(str(wide)), told.append).stage.weights_bytes > 10e6
+
+
+@pytest.mark.parametrize("given", ["0", "-1", "nan", "inf", "1e12", "0.001", "4096000", "much"])
+def test_what_is_no_size_is_said_to_be_none(run: Run, given: str) -> None:
+    refused = run("worker", "--listen", "127.0.0.1:0", "--max-memory", given)
+    assert refused.code == 2 and "max-memory" in refused.err and "Traceback" not in refused.err
+
+
+def test_a_worker_keeps_to_what_it_may_use(wide: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It refuses a stage before it fetches a byte of it, and serves the next driver; what it tells bounds caches."""
+    small = LoggedProcess(["worker", "--threads", "1", "--listen", "127.0.0.1:0", "--max-memory", "0.01"], "GB; give")
+    assert small.wait(60) == 2
+    found = re.search(r"without any layers this process takes (\S+) GB; give more", small.log)
+    assert found is not None, small.log
+    worker = WorkerProcess("127.0.0.1", 0, "--max-memory", str(float(found[1]) + 0.04))
+    link = LinkConfig(start_timeout_s=60, stall_timeout_s=60)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(Checkpoint, "full_name", property(lambda self: "/not/on/that/device"))
+            with pytest.raises(UsageError, match=r"layers 0:6 take 0\.04\d* GB, and it may use .* fewer layers"):
+                LLM(wide, workers=[worker.address], link=link)
+        with LLM(wide, workers=[worker.address], dtype="bfloat16", link=link) as llm:
+            (ready,) = llm.engine.pipeline.ready
+            assert 1 <= ready.free_bytes < 0.04e9
+    finally:
+        log = worker.end()
+    assert "fetching" not in log
