@@ -44,8 +44,14 @@ tools:
 	  echo "not here, and not to be installed: $$missing" >&2
 
 # Processes that the tests start are forked from one that has all imported; FLOWSPEC_FRESH_PROCESSES=1 starts each anew.
-test: lint types tools
-	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+# Types are checked meanwhile: what pyright says comes as one piece, among the tests' dots.
+test: lint tools
+	@{ said=$$($(BIN)/pyright 2>&1); code=$$?; printf '\n$(BIN)/pyright: %s\n' "$$said"; exit $$code; } & types=$$!; \
+	trap 'kill $$types; exit 130' INT TERM; \
+	echo '$(BIN)/python -m pytest -n $(JOBS) --dist worksteal'; \
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal; code=$$?; \
+	wait $$types || { echo "types do not fit: pyright says above where; make types says it again" >&2; exit 1; }; \
+	exit $$code
 
 # Random tokens through the detokeniser: a million sequences, some minutes.
 fuzz: setup

@@ -1,4 +1,7 @@
-"""Shared settings and fixtures: one torch thread, and one tiny checkpoint of each family for the whole run."""
+"""Shared settings and fixtures: one torch thread, and one tiny checkpoint of each family for the whole run.
+
+Imports nothing heavy: the process that only hands tests out would wait for it, and the others for that one.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-import torch
 from hypothesis import settings
 
 import fork_server
-from tiny_dflash import DFlashForm, write_dflash
-from tiny_eagle3 import Eagle3Form, write_eagle3
-from tiny_models import make_checkpoint, make_draft_head
 
 if TYPE_CHECKING:
     from command_line import Done, Run
@@ -30,11 +29,32 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # these have it from the process th
     os.environ |= {"XDG_CACHE_HOME": tempfile.mkdtemp(prefix="flowspec-tests-"), "PIP_NO_INDEX": "1"}
     os.environ["XDG_STATE_HOME"] = os.environ["XDG_CACHE_HOME"]  # and nobody has joined a cluster
     atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
-torch.set_num_threads(1)
 if fork_server.is_possible:
     fork_server.install(fork_server.server)
 settings.register_profile("flowspec", deadline=None)  # machines are shared: no test measures time
 settings.load_profile("flowspec")
+
+# What takes longest, to begin with: else one process is left alone with it in the end.
+LONGEST = (
+    "server/test_server_soak.py", "worker/test_real_network.py", "test_requests_wait_for_devices_that_are_away",
+    "test_the_synthetic_language_is_calibrated", "test_samples_follow_the_exact_distribution", "test_rivals_are_tuned",
+    "bench/test_benchmarks_gguf.py", "test_the_draft_dtype_benchmark", "test_who_has_to_give_way",
+    "test_ngrams_save_time", "test_auto_gives_a_useless_draft_up", "test_chats_keys_and_a_stage_that_dies",
+)  # fmt: skip
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):  # this process runs tests
+        import torch
+
+        torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def place(item: pytest.Item) -> int:
+        return next((place for place, name in enumerate(LONGEST) if name in item.nodeid), len(LONGEST))
+
+    items.sort(key=place)
 
 
 @pytest.fixture(scope="session")
@@ -44,6 +64,10 @@ def checkpoint_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], 
     A random EAGLE head lies in ``draft``, an EAGLE-3 head in ``eagle3``, a DFlash head in
     ``dflash``.
     """
+    from tiny_dflash import DFlashForm, write_dflash
+    from tiny_eagle3 import Eagle3Form, write_eagle3
+    from tiny_models import make_checkpoint, make_draft_head
+
     made: dict[str, Path] = {}
 
     def get(family: str) -> Path:

@@ -3,8 +3,9 @@
 Torch and transformers take seconds to import, and the tests start hundreds of processes. After ``install``, those that
 ``subprocess`` would start as ``python -m flowspec...`` or ``python benchmarks/...`` are forked by a server: real
 processes, with descriptors, environment, folder, signals and exit code of their own, and children of whoever starts
-them. All others are started as ever: what has a ``preexec_fn``, what is told other variables that are read at import,
-what is not on Linux. With FLOWSPEC_FRESH_PROCESSES=1 every process is.
+them; in the place of ``namespaces`` that the command names. All others are started as ever: what has a ``preexec_fn``
+but ``as_at_a_terminal``, what is told other variables that are read at import, what is not on Linux. With
+FLOWSPEC_FRESH_PROCESSES=1 every process is.
 
 This file is also the server's program. Beside each process that it forks stands a fork of the server itself, for what
 that process starts.
@@ -12,7 +13,9 @@ that process starts.
 
 from __future__ import annotations
 
+import atexit
 import ctypes
+import fcntl
 import gc
 import importlib
 import json
@@ -22,6 +25,8 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
+import termios
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -29,6 +34,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+
+import namespaces
 
 BENCHMARKS = str(Path(__file__).parent.parent / "benchmarks")
 MAX_REQUEST_BYTES = 1 << 18
@@ -57,6 +64,8 @@ class Request:
     folder: str
     environment: dict[str, str]
     has_own_session: bool
+    network: str | None  # the namespace that it is in
+    hidden: str | None  # a folder that is empty there
 
     def send(self, connection: socket.socket, descriptors: list[int]) -> None:
         socket.send_fds(connection, [json.dumps(asdict(self)).encode()], descriptors)
@@ -104,21 +113,32 @@ def install(server: ForkServer) -> None:
     def start(*arguments: Any) -> int:
         words, _, _, _, folder, environment, *rest = arguments
         words, variables = [os.fsdecode(word) for word in words], _variables(environment)
-        has_function = any(callable(argument) for argument in rest)
+        has_function = any(callable(argument) and argument is not as_at_a_terminal for argument in rest)
+        network, hidden, words = namespaces.parse(words)
         if has_function or not _can_be_forked(words) or _read_at_import(variables) != own:
             return _start_fresh(*arguments)
         theirs, has_own_session = (rest[0], rest[3], rest[5]), bool(rest[9])
         descriptors = [number if given == -1 else given for number, given in enumerate(theirs)]
-        request = Request(words[1:], os.path.abspath(os.fsdecode(folder or ".")), variables, has_own_session)
+        folder = os.path.abspath(os.fsdecode(folder or "."))
+        request = Request(words[1:], folder, variables, has_own_session, network, hidden)
         return server.fork(request, descriptors)
 
     subprocess._fork_exec = start  # type: ignore[attr-defined]
+
+
+def as_at_a_terminal() -> None:
+    """For ``preexec_fn``: it listens to Ctrl-C, whoever starts it, and a terminal of its session is its own."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if os.getsid(0) == os.getpid() and os.isatty(0):
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
 def _can_be_forked(words: Sequence[str]) -> bool:
     match words:
         case [sys.executable, "-m", module, *_]:
             return module.partition(".")[0] == "flowspec"
+        case [sys.executable, "-c", code, *_]:
+            return "from flowspec import LLM;" in code
         case [sys.executable, script, *_]:
             return script.startswith(BENCHMARKS)
         case _:
@@ -176,16 +196,36 @@ def become(request: Request, descriptors: list[int]) -> None:
     """The process that was asked for, as far as a program can see."""
     if request.has_own_session:
         os.setsid()
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     for number, descriptor in enumerate(descriptors):
         os.dup2(descriptor, number)
         os.close(descriptor)
+    as_at_a_terminal()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if request.network is not None:
+        namespaces.enter(request.network, request.hidden)
     sys.stdin = os.fdopen(0, closefd=False)
     sys.stdout = os.fdopen(1, "w", 1 if os.isatty(1) else -1, closefd=False)
     sys.stderr = os.fdopen(2, "w", 1, errors="backslashreplace", closefd=False)
     os.chdir(request.folder)
     os.environ.clear()
     os.environ.update(request.environment)
+    tempfile.tempdir = None  # by TMPDIR
+
+
+def run_to_the_end(words: list[str]) -> None:
+    """As Python does, but for taking each object down: they are the server's, and would be copied for that."""
+    code: Any = None
+    try:
+        run(words)
+    except SystemExit as end:
+        code = end.code
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    if isinstance(code, str):
+        print(code, file=sys.stderr)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code if isinstance(code, int) else code is not None)
 
 
 def run(words: list[str]) -> None:
@@ -194,6 +234,9 @@ def run(words: list[str]) -> None:
         ctypes.CDLL(None).prctl(SET_NAME, module.removeprefix("flowspec.").encode(), 0, 0, 0)
         sys.argv, sys.path[0] = [module, *arguments], os.getcwd()
         runpy.run_module(module, run_name="__main__", alter_sys=True)
+    elif words[0] == "-c":
+        sys.argv, sys.path[0] = ["-c", *words[2:]], ""
+        exec(words[1], {"__name__": "__main__"})
     else:
         sys.argv, sys.path[0] = words, os.path.dirname(words[0])
         runpy.run_path(words[0], run_name="__main__")
@@ -217,7 +260,7 @@ def main() -> None:
     connection.close()
     install(ForkServer(here))
     become(request, descriptors)
-    run(request.words)
+    run_to_the_end(request.words)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import os
 import shutil
@@ -9,6 +10,8 @@ import subprocess
 from pathlib import Path
 
 _NUMBERS = itertools.count()
+_INSIDE = ("ip", "netns", "exec")
+_WITHOUT = ("unshare", "--mount", "sh", "-c", 'mount -t tmpfs none "$0" && exec "$@"')
 
 
 def why_not() -> str | None:
@@ -61,19 +64,15 @@ class Network:
 
     def inside(self, place: int) -> list[str]:
         """Before a command: it runs there."""
-        return ["ip", "netns", "exec", self._names[place]]
+        return [*_INSIDE, self._names[place]]
 
     def inside_without(self, place: int, folder: Path) -> list[str]:
         """As ``inside``, and the folder is empty there."""
-        return [
-            *self.inside(place),
-            "unshare",
-            "--mount",
-            "sh",
-            "-c",
-            'mount -t tmpfs none "$0" && exec "$@"',
-            str(folder),
-        ]
+        return [*self.inside(place), *_WITHOUT, str(folder)]
+
+    def pids(self) -> list[str]:
+        """Of all processes in it."""
+        return [pid for name in self._names for pid in _run("ip", "netns", "pids", name).split()]
 
     def move(self, place: int, address: str) -> None:
         """Take its address, and give it another one."""
@@ -96,7 +95,41 @@ def _shape(mbps: float) -> list[str]:
     return ["rate", f"{mbps}mbit", "burst", "64kb", "latency", "200ms"]
 
 
-def _run(*command: str) -> None:
+def _run(*command: str) -> str:
     done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
     if done.returncode:
         raise OSError(f"{' '.join(command)}: {done.stderr.strip()}")
+    return done.stdout
+
+
+# --- for processes that are forked, and execute nothing ---
+
+_NEW_NETWORK, _NEW_MOUNTS = 0x40000000, 0x00020000  # of setns and unshare
+_PRIVATE_BELOW = 0x4000 | 0x40000  # of mount: what is mounted later is nobody else's
+
+
+def parse(command: list[str]) -> tuple[str | None, str | None, list[str]]:
+    """The namespace and the folder of ``Network.inside`` or ``inside_without``, if any, and the rest."""
+    if tuple(command[:3]) != _INSIDE:
+        return None, None, command
+    name, rest = command[3], command[4:]
+    if tuple(rest[: len(_WITHOUT)]) != _WITHOUT:
+        return name, None, rest
+    return name, rest[len(_WITHOUT)], rest[len(_WITHOUT) + 1 :]
+
+
+def enter(name: str, hidden: str | None) -> None:
+    """What the two do, for this process."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    space = os.open(f"/run/netns/{name}", os.O_RDONLY)
+    _check(libc.setns(space, _NEW_NETWORK))
+    os.close(space)
+    if hidden is not None:
+        _check(libc.unshare(_NEW_MOUNTS))
+        _check(libc.mount(b"none", b"/", None, _PRIVATE_BELOW, None))
+        _check(libc.mount(b"none", os.fsencode(hidden), b"tmpfs", 0, None))
+
+
+def _check(code: int) -> None:
+    if code:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))

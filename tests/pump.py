@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -47,6 +48,11 @@ def prompt_of(length: int, seed: int = 3) -> list[int]:
     return torch.randint(0, 6, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
+@functools.cache  # a stage keeps nothing of its requests
+def stage_of(directory: Path, layers: LayerRange) -> TorchStage:
+    return TorchStage.load(Checkpoint.open(directory), layers, "float32", "cpu")
+
+
 class Pump:
     """A driver and its workers; ``run`` plays events until all requests have left the pipeline."""
 
@@ -75,7 +81,7 @@ class Pump:
         self.workers: list[Worker] = []
         self.stages: list[Any] = []
         for index, layers in enumerate(partition.stages, start=1):
-            stage = TorchStage.load(checkpoint, layers, "float32", "cpu")
+            stage = stage_of(directory, layers)
             self.stages.append(wrap_stage(stage))
             lens = HintHead.logit_lens(layers.end, torch.ones(stage.hidden_size), lm_head, 1, 1e-6).eval()
             hinter, forward_s = lens if hints else None, (lambda num_rows: 1.0) if shares_forwards else None

@@ -29,7 +29,8 @@ def add_chat_template(directory: Path) -> Path:
 def forked_workers(process: psutil.Process) -> list[psutil.Process]:
     """The local workers of a process that runs a model, worker 1 first: process ids start again at some time."""
     launchers = [child for child in process.children() if is_running(child, "worker.local")]
-    workers = [worker for launcher in launchers for worker in launcher.children()]
+    forked = [child for launcher in launchers for child in launcher.children()]
+    workers = [child for child in forked if is_running(child, "worker.local")]  # not a fork server
     return sorted(workers, key=lambda worker: (worker.create_time(), worker.pid))
 
 

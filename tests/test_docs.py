@@ -255,12 +255,14 @@ def run_results(house: House, run: Run, words: list[str]) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str((ROOT / script).parent))
         lab, tuning, page = (importlib.import_module(f"simulated.{name}") for name in ("lab", "tuning", "page"))
-        for name in ("fair", "flow", "rivals", "whole"):
+        for name in ("block", "fair", "flow", "rivals", "whole"):
             patch.setattr(f"simulated.{name}.all_clusters", lambda: [lab.cluster(lab.NANO_7B)])
         for table in ("rivals.DRAWN", "sensitivity.CLUSTERS"):
             patch.setattr(f"simulated.{table}", (lab.NANO_7B,))
-        spaces = {name: {setting: values[:1] for setting, values in own.items()} for name, own in tuning.SPACES.items()}
-        patch.setattr(tuning, "SPACES", spaces)
+        for space in ("SPACES", "BLOCK_SPACES"):
+            whole = getattr(tuning, space)
+            first = {name: {setting: values[:1] for setting, values in own.items()} for name, own in whole.items()}
+            patch.setattr(tuning, space, first)
         patch.setattr(tuning, "NUM_TOKENS", 4)
         patch.setattr(tuning, "NUM_TEXTS", 1)
         if arguments == ["--only", "NAME"]:  # stands for each that has no command of its own

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -97,6 +98,11 @@ def run(
     pump.network.post(DRIVER, sends)
     pump.run()
     return generation
+
+
+@functools.cache
+def plain_text_of(directory: Path, params: SamplingParams) -> Generation:
+    return run(directory, params)
 
 
 def whole_model_logits(directory: Path, output_ids: list[int]) -> torch.Tensor:
@@ -278,7 +284,7 @@ def test_texts_with_everything_on_are_those_of_plain_decoding(
     num_stages: int,
 ) -> None:
     directory, params = checkpoint_dir("llama"), replace(params, temperature=temperature)
-    plain = run(directory, params)
+    plain = plain_text_of(directory, params)
     original, lengths = Generation.verify, list[int]()
 
     def verify_twice(generation: Generation) -> Verdict | None:

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 from flowspec.bench.report import markdown_table
 from flowspec.emulation.description import ClusterDescription
-from simulated.lab import Case, Lab, all_clusters
+from simulated.lab import AGX_7B, Case, Lab, all_clusters, cluster
 from simulated.text import code, command, speed
 
 CAUSES = ("one message", "engine", "schedule", "hints", "draft", "int8")
@@ -16,7 +16,8 @@ CAUSES = ("one message", "engine", "schedule", "hints", "draft", "int8")
 def whole(lab: Lab) -> str:
     """From ``lockstep`` as published to ``flow``, one step at a time."""
     few = lab.options.few
-    ladders = {spec.name: ladder(spec, few) for spec in all_clusters()}
+    specs = [cluster(AGX_7B)] if lab.options.is_quick else all_clusters()
+    ladders = {spec.name: ladder(spec, few) for spec in specs}
     runs = iter(lab.run([case for cases in ladders.values() for case in cases]))
     rows: list[list[str]] = []
     for name, cases in ladders.items():

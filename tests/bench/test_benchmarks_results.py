@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import re
@@ -22,9 +23,9 @@ def run_benchmark(name: str, *arguments: str) -> str:
     return done.stdout
 
 
-def run_results(out: Path, *sections: str, options: tuple[str, ...] = ()) -> None:
+def run_results(out: Path, *sections: str) -> None:
     only = [argument for name in sections for argument in ("--only", name)]
-    run_benchmark("results.py", "--quick", "--jobs", "1", "--out", str(out), *only, *options)
+    run_benchmark("results.py", "--quick", "--jobs", "1", "--out", str(out), *only)
 
 
 def read_results(out: Path, section: str) -> list[dict[str, Any]]:
@@ -59,15 +60,21 @@ def test_results_are_written_between_the_markers_and_the_rest_stays(tmp_path: Pa
     assert page.read_text() == text, "one section alone changed the others, or itself"
 
 
-def test_rivals_are_tuned_and_every_figure_says_where_it_comes_from(tmp_path: Path) -> None:
-    keep = ("--keep", str(tmp_path / "keep"))
-    run_results(tmp_path, "fair", options=keep)
+def test_rivals_are_tuned_and_every_figure_says_where_it_comes_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    results, tuning = (importlib.import_module(name) for name in ("results", "simulated.tuning"))
+    monkeypatch.setattr(tuning, "NUM_TOKENS", 24)  # of each of more than fifty settings
+    sizes = ("--quick", "--jobs", "1", "--out", str(tmp_path), "--keep", str(tmp_path / "keep"))
+    monkeypatch.setattr(sys, "argv", ["results.py", *sizes, "--only", "fair"])
+    results.main()
     text = (tmp_path / "RESULTS.md").read_text()
     assert "| best rival |" in text and "flow / best rival" in text
     assert re.search(r"^Simulated on \d{4}-\d\d-\d\d with commit \w+\.$", text, re.MULTILINE)
     written = (tmp_path / "results" / "fair.json").read_bytes()
     assert {result["schedule"] for entry in json.loads(written) for result in entry["results"]} > {"flow"}
-    run_results(tmp_path, "fair", options=keep)  # from what was kept
+    results.main()  # from what was kept
     assert (tmp_path / "results" / "fair.json").read_bytes() == written
 
 
@@ -85,7 +92,7 @@ def test_quick_results_never_reach_the_documentation() -> None:
 
 
 def test_the_synthetic_language_is_calibrated() -> None:
-    sizes = ("--contexts", "4000", "--num-prompts", "1", "--max-new-tokens", "64")
+    sizes = ("--contexts", "4000", "--num-prompts", "1", "--max-new-tokens", "32")
     figures = json.loads(run_benchmark("synthetic_language.py", "--json", *sizes))
     aims = {1: 0.744, 3: 0.703, 5: 0.647, 8: 0.562, 12: 0.468}
     rates = {row["step"]: row["hit_rate"] for row in figures["eagle1"]["hits"]}

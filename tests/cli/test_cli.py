@@ -19,6 +19,8 @@ import pytest
 import torch
 
 from command_line import Run, apart_from_progress
+from fork_server import as_at_a_terminal
+from server_process import forked_workers
 
 COMMAND = [sys.executable, "-m", "flowspec"]
 
@@ -147,12 +149,12 @@ def test_ctrl_c_ends_every_process(checkpoint_dir: Callable[[str], Path]) -> Non
         stderr=subprocess.PIPE,
         start_new_session=True,
         # A test run in the background of a script would hand down that Ctrl-C is ignored.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=as_at_a_terminal,
     )
     assert driver.stdout is not None and driver.stderr is not None
     assert driver.stdout.read(1), "it has begun to print"
     children = psutil.Process(driver.pid).children(recursive=True)
-    assert len(children) == 4
+    assert len(forked_workers(psutil.Process(driver.pid))) == 3
     os.killpg(driver.pid, signal.SIGINT)
     _, errors = driver.communicate(timeout=20)
     assert driver.returncode == 130, errors
@@ -177,7 +179,7 @@ def started(*arguments: str, **environment: str) -> Iterator[subprocess.Popen[st
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | environment,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=as_at_a_terminal,
     )
     try:
         yield process

@@ -37,6 +37,7 @@ from flowspec.server.feed import Feed
 from flowspec.talk.local import LocalTalker
 from flowspec.talk.remote import RemoteTalker, read_events
 from flowspec.talk.talker import Settings
+from fork_server import as_at_a_terminal
 from server_process import forked_workers
 from tiny_models import make_checkpoint
 
@@ -125,17 +126,13 @@ class Terminal:
         self._screen, inner = pty.openpty()
         fcntl.ioctl(inner, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
 
-        def prepare() -> None:
-            fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-
         self.process = subprocess.Popen(
             [*COMMAND, "chat", *options],
             stdin=inner,
             stdout=inner,
             stderr=inner,
             start_new_session=True,
-            preexec_fn=prepare,
+            preexec_fn=as_at_a_terminal,
             # This terminal does not say where its cursor is.
             env=os.environ
             | {"TERM": "xterm", "FLOWSPEC_API_KEY": KEY, "XDG_STATE_HOME": str(state), "PROMPT_TOOLKIT_NO_CPR": "1"},

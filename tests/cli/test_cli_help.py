@@ -125,7 +125,7 @@ def test_figures_fit_the_terminal_and_none_is_lost(
     run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, columns: int
 ) -> None:
     monkeypatch.setenv("COLUMNS", str(columns))
-    small = ("--num-prompts", "1", "--max-new-tokens", "8", "--jobs", "1", "--schedule")
+    small = ("--num-prompts", "1", "--max-new-tokens", "4", "--jobs", "1", "--schedule")
     names = "ar,serial,chunked,pipedec,lockstep,lockstep-no-score-order,flow,flow-no-late-binding"
     for command in (
         ("simulate", CLUSTER, *small, names),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import gc
 import math
 import shutil
@@ -10,6 +11,7 @@ import weakref
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from random import Random
+from typing import TypeAlias
 
 import pytest
 import torch
@@ -73,7 +75,15 @@ class FaultyDraft:
         return self._inner.expand(tree, rows)
 
 
-def solo(directory: Path, jobs: Sequence[tuple[tuple[int, ...], SamplingParams]]) -> list[list[int]]:
+Kind: TypeAlias = tuple[tuple[int, ...], SamplingParams]
+
+
+def solo(directory: Path, jobs: Sequence[Kind]) -> list[list[int]]:
+    return _solo(directory, tuple(jobs))
+
+
+@functools.cache
+def _solo(directory: Path, jobs: tuple[Kind, ...]) -> list[list[int]]:
     with LLM(directory, stages=1, in_process=True, draft="none", schedule="ar") as llm:
         return [llm.generate(prompt, params).token_ids for prompt, params in jobs]
 

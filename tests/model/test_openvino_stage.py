@@ -209,6 +209,13 @@ def test_what_the_kernels_cannot_take_is_an_error(tmp_path: Path) -> None:
     )
 
 
+def test_nobody_is_told_what_runs_here() -> None:
+    """OpenVINO sent word of every graph to its maker, and forked a process for it."""
+    from openvino.tools.ovc import convert_impl, telemetry_stub, utils
+
+    assert convert_impl.tm is utils.tm is telemetry_stub
+
+
 def test_what_this_machine_lacks_is_an_error(
     checkpoint_dir: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

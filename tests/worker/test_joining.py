@@ -60,6 +60,7 @@ def wanted_text(directory: Path, num_tokens: int) -> list[int]:
 def hears(context: zmq.Context[Any], address: str, directory: Path, own: KeyPair | None, server_key: str) -> bool:
     """Whether a worker answers a driver that asks for a session, with these keys or with none."""
     with context.socket(zmq.DEALER) as socket:
+        socket.linger = 0  # else what nobody takes keeps its context for ever
         socket.setsockopt(zmq.IDENTITY, b"stranger:control")
         if own is not None:
             secure_connection(socket, own, server_key)

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 import namespaces
@@ -108,4 +107,4 @@ def test_five_machines_give_the_text_of_plain_decoding(network: Network, tmp_pat
     finally:
         logs = [machine.end() for machine in machines]
     assert all(log.count("fetching") == 1 for log in logs), "the second start moves nothing"
-    assert not [p for p in psutil.process_iter(["environ"]) if str(tmp_path) in str(p.info["environ"] or "")]
+    assert not network.pids(), "a process is left"

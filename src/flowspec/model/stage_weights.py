@@ -83,14 +83,16 @@ def _fill(
     device: str,
     progress: Callable[[float], None] | None,
 ) -> None:
-    """Replace the meta parameters by the source's tensors, one by one."""
+    """Replace the meta parameters by the source's tensors."""
     shapes = {PREFIX + name: tuple(parameter.shape) for name, parameter in modules.named_parameters()}
     check_nothing_ignored(source, layers, shapes.keys())
-    for num_loaded, (name, tensor) in enumerate(source.tensors(shapes, dtype, device), start=1):
+    tensors: dict[str, torch.Tensor] = {}
+    for name, tensor in source.tensors(shapes, dtype, device):
         source.check_shape(name, tensor, shapes[name])
-        modules.load_state_dict({name.removeprefix(PREFIX): tensor}, strict=False, assign=True)
+        tensors[name.removeprefix(PREFIX)] = tensor
         if progress is not None:
-            progress(num_loaded / len(shapes))
+            progress(len(tensors) / len(shapes))
+    modules.load_state_dict(tensors, strict=False, assign=True)  # once: it walks through all modules
 
 
 def check_nothing_ignored(source: TensorSource, layers: LayerRange, expected: Set[str]) -> None:

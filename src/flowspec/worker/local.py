@@ -110,6 +110,7 @@ def main(emulate: Emulate | None = None) -> None:
     logging.basicConfig(level=logging.ERROR, format="flowspec worker: %(message)s")
     logging.getLogger("flowspec.hub").setLevel(logging.INFO)  # downloads are long, and seldom
     _Forker(int(sys.argv[1]), sys.argv[2], sys.argv[3:], emulate).run()
+    os._exit(0)  # the driver waits: the libraries would take long to be taken down
 
 
 if __name__ == "__main__":
