@@ -283,7 +283,8 @@ def test_blocks_of_a_draft_are_waited_for_and_held_against_what_was_said(
         end(begin(context, worker.address, directory, "before"))
         peer = None
         for attempt in range(100):
-            peer = Peer(context, worker.address, f"blocks{attempt}:control".encode())
+            name = f"blocks{shape.shape[1]}x{attempt}"  # one that is going away keeps its own for a while
+            peer = Peer(context, worker.address, f"{name}:control".encode())
             peer.send(configure(directory, taps=taps))
             if not isinstance(peer.answer(timeout_s=1.0), Busy):
                 break
