@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import os
 import re
 import signal
@@ -45,9 +46,9 @@ class WorkerElsewhere:
                 has_news.set()
         has_news.set()
 
-    @property
+    @functools.cached_property
     def address(self) -> str:
-        """Waits until it listens. Raises ``SystemExit`` where it does not come up."""
+        """Waits until it listens for the first time. Raises ``SystemExit`` where it does not come up."""
         self._has_news.wait(_START_S)
         found = re.search(r"listening on tcp://(\S+:\d+)", "".join(self.lines))
         if found is None:
