@@ -62,11 +62,9 @@ def _wanted(name: str, value: Any) -> str | None:
     if (most := _COUNTS_FROM_0.get(name)) is not None:
         return None if _is_count(value, 0, most) else f"a whole number in 0..{most}"
     if name in _POSITIVE:
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        return None if is_number and 0 < value < math.inf else "a positive number"
+        return None if _is_number(value) and 0 < value < math.inf else "a positive number"
     if name in _SHARES:
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        return None if is_number and 0 < value <= 1 else "a number above 0, and at most 1"
+        return None if _is_number(value) and 0 < value <= 1 else "a number above 0, and at most 1"
     if name in _SWITCHES:
         return None if isinstance(value, bool) else "true or false"
     if name in _TEXTS:
@@ -74,6 +72,10 @@ def _wanted(name: str, value: Any) -> str | None:
     if name in _TABLES:
         return None if isinstance(value, dict) else "an object"
     return None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _is_count(value: Any, least: int, most: int) -> bool:

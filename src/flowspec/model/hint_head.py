@@ -124,15 +124,16 @@ def load_hinter(draft: str | Path, source: TensorSource, num_layers: int, dtype:
     if not gives_hints(draft, source, num_layers):
         return None
     lm_head, eps = source.load_lm_head(dtype, device), source.config.rms_norm_eps
-    if (weights := source.hint_weights(dtype, device)) is not None:
-        return HintHead.of(weights, num_layers, lm_head, eps, dtype, device, "what the driver has sent")
+    if source.has_hints:
+        return HintHead.of(
+            source.hint_weights(dtype, device), num_layers, lm_head, eps, dtype, device, "what the driver has sent"
+        )
     return HintHead.load(_directory(draft), num_layers, lm_head, eps, dtype, device)
 
 
 def gives_hints(draft: str | Path, source: TensorSource, num_layers: int) -> bool:
     """Whether ``load_hinter`` loads one."""
-    has_come = source.hint_weights("float32", "cpu") is not None
-    return _is_of_use(source.num_layers, num_layers) and (has_come or (_directory(draft) / _FILE).is_file())
+    return _is_of_use(source.num_layers, num_layers) and (source.has_hints or (_directory(draft) / _FILE).is_file())
 
 
 def stored_hints(draft: str | Path, model_layers: int, num_layers: int) -> dict[str, StoredTensor]:

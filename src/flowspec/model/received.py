@@ -143,9 +143,13 @@ class _Received(Checkpoint):
     def files(self) -> list[Path]:
         return sorted(self._path_of(entry.sha256) for entry in self._manifest.wanted())
 
-    def hint_weights(self, dtype: DType, device: torch.device | str) -> dict[str, Tensor] | None:
+    @property
+    def has_hints(self) -> bool:
+        return bool(self._manifest.hints)
+
+    def hint_weights(self, dtype: DType, device: torch.device | str) -> dict[str, Tensor]:
         hints = self._manifest.hints
-        return {entry.name: read_stored(_stored(entry, self._path_of), dtype, device) for entry in hints} or None
+        return {entry.name: read_stored(_stored(entry, self._path_of), dtype, device) for entry in hints}
 
 
 class _ReceivedSafetensors(_Received):

@@ -83,9 +83,14 @@ class TensorSource(Protocol):
         """Of what the lm_head is made of."""
         return EMBEDDING if self.has_tied_embeddings else LM_HEAD
 
-    def hint_weights(self, dtype: DType, device: torch.device | str) -> dict[str, Tensor] | None:
-        """Of a hint head, by the names in its file, that has come with a stage; ``None``: it lies with its draft."""
-        return None
+    @property
+    def has_hints(self) -> bool:
+        """Whether a hint head has come with the stage; else it lies with its draft."""
+        return False
+
+    def hint_weights(self, dtype: DType, device: torch.device | str) -> dict[str, Tensor]:
+        """Of the hint head that has come, by the names in its file."""
+        return {}
 
     def _load_vocabulary_matrix(self, name: str, dtype: DType, device: torch.device | str) -> Tensor:
         ((_, tensor),) = self.tensors([name], dtype, device)
