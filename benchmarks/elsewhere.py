@@ -11,10 +11,16 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import TracebackType
 
 import psutil
+
+from flowspec.cluster.membership import Membership
+from flowspec.wire.key_file import STATE_VARIABLE
 
 _START_S = 60.0
 _READ_BYTES = 1 << 16
@@ -84,6 +90,21 @@ class WorkerElsewhere:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._end(signal.SIGTERM)
+
+
+@contextmanager
+def joined_workers(num_workers: int, environment: Mapping[str, str] | None = None) -> Iterator[list[WorkerElsewhere]]:
+    """That have joined the cluster of this process' drivers, whose keys are in a folder of its own from now on."""
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(TemporaryDirectory(prefix="flowspec-joined-")))
+        os.environ[STATE_VARIABLE] = str(folder / "driver")
+        membership = Membership.init(folder / "driver")
+        token = str(membership.new_token())
+        states = [{**(environment or {}), STATE_VARIABLE: str(folder / f"{place}")} for place in range(num_workers)]
+        workers = [stack.enter_context(WorkerElsewhere("--join", token, environment=state)) for state in states]
+        for worker in workers:
+            membership.let_join(worker.address)
+        yield workers
 
 
 class Link:

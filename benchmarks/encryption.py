@@ -9,18 +9,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import tempfile
 from contextlib import ExitStack
-from pathlib import Path
 
-from elsewhere import WorkerElsewhere
-from flowspec.cluster.membership import Membership
+from elsewhere import WorkerElsewhere, joined_workers
 from flowspec.config import EngineConfig
 from flowspec.core import SamplingParams
 from flowspec.llm import LLM
-from flowspec.wire.key_file import STATE_VARIABLE
 
 NUM_WORKERS = 2
 PROMPT = "Once upon a time"
@@ -34,19 +29,8 @@ def main() -> None:
     arguments = parser.parse_args()
     params = SamplingParams(arguments.max_new_tokens, ignore_eos=True)
     with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="flowspec-encryption-")))
-        os.environ[STATE_VARIABLE] = str(folder / "driver")
-        membership = Membership.init(folder / "driver")
-        token = str(membership.new_token())
-        states = [{STATE_VARIABLE: str(folder / name)} for name in ("plain", *map(str, range(NUM_WORKERS)))]
-        plain_workers = [stack.enter_context(WorkerElsewhere(environment=states[0])) for _ in range(NUM_WORKERS)]
-        plain = [worker.address for worker in plain_workers]
-        joined_workers = [
-            stack.enter_context(WorkerElsewhere("--join", token, environment=state)) for state in states[1:]
-        ]
-        joined = [worker.address for worker in joined_workers]
-        for address in joined:
-            membership.let_join(address)
+        joined = [worker.address for worker in stack.enter_context(joined_workers(NUM_WORKERS))]
+        plain = [stack.enter_context(WorkerElsewhere()).address for _ in range(NUM_WORKERS)]
         llms = {
             name: stack.enter_context(LLM(arguments.model, workers=addresses, config=EngineConfig(memory_tokens=0)))
             for name, addresses in (("plain", plain), ("encrypted", joined))

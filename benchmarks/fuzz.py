@@ -17,17 +17,14 @@ import argparse
 import json
 import logging
 import multiprocessing
-import os
 import socket
 import statistics
 import struct
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
+from contextlib import contextmanager
 from random import Random
 from typing import Any
 
@@ -35,9 +32,9 @@ import torch
 import zmq
 
 from damage import Damage, frames_of, messages_to_worker
-from elsewhere import WorkerElsewhere
+from elsewhere import WorkerElsewhere, joined_workers
 from flowspec.cluster.connections import Connections, LoadProgress, Trip
-from flowspec.cluster.membership import Membership
+from flowspec.cluster.membership import security_of
 from flowspec.cluster.replies import Replies
 from flowspec.config import LinkConfig
 from flowspec.core import SamplingParams
@@ -47,7 +44,7 @@ from flowspec.model.loader import Checkpoint
 from flowspec.wire.actor import Send
 from flowspec.wire.codec import Codec
 from flowspec.wire.curve import KeyPair, Security, secure_connection
-from flowspec.wire.key_file import STATE_VARIABLE
+from flowspec.wire.key_file import state_folder
 from flowspec.wire.messages import Alive, Failed, Failure, Loading, Message, Ready, Stop, ToDriver
 
 PROMPT_IDS = (5, 9, 5, 9, 5, 7, 5, 9)
@@ -64,18 +61,12 @@ STORM = 20  # connections of a stranger that end at once
 def running_worker(is_joined: bool) -> Iterator[tuple[WorkerElsewhere, Security | None]]:
     """The worker, and how its driver connects to it."""
     quiet = {"HF_HUB_OFFLINE": "1"}  # a damaged name is no reason to ask the hub
-    with ExitStack() as stack:
-        if not is_joined:
-            yield stack.enter_context(WorkerElsewhere(environment=quiet)), None
-            return
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="flowspec-fuzz-")))
-        os.environ[STATE_VARIABLE] = str(folder / "driver")  # of the drivers of this process
-        membership = Membership.init(folder / "driver")
-        arguments = "--join", str(membership.new_token())
-        environment = {**quiet, STATE_VARIABLE: str(folder / "worker")}
-        worker = stack.enter_context(WorkerElsewhere(*arguments, environment=environment))
-        membership.let_join(worker.address)
-        yield worker, membership.security([worker.address])
+    if is_joined:
+        with joined_workers(1, quiet) as (worker,):
+            yield worker, security_of([worker.address], state_folder(), insecure=False)
+    else:
+        with WorkerElsewhere(environment=quiet) as worker:
+            yield worker, None
 
 
 def connect(peer: zmq.Socket[bytes], address: str, security: Security | None) -> None:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "fuzz.py"
+from benchmark_script import run_benchmark
 
 
 @pytest.mark.parametrize("options", [(), ("--joined",)], ids=["open", "joined"])
@@ -18,10 +16,7 @@ def test_worker_and_driver_outlive_damaged_frames(
     checkpoint_dir: Callable[[str], Path], options: tuple[str, ...]
 ) -> None:
     sizes = ("--frames", "300", "--rate", "2000", "--model", str(checkpoint_dir("llama")))
-    command = [sys.executable, str(BENCHMARK), *sizes, *options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout)
+    told = json.loads(run_benchmark("fuzz.py", *sizes, *options))
     assert told["worker answers"] and told["log_lines"] < 100 and told["longest_log_line"] < 600
     assert told["strangers"]["frames"] >= 150 and told["strangers"]["texts"] > 0
     assert (told["strangers"]["answers"] == 0) or not options

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
 
+from benchmark_script import run_benchmark
 from flowspec.model.backends import open_checkpoint
 from flowspec.model.eagle_head import EagleHead
 from flowspec.train.eagle import head_config
 from tiny_gguf import write_text_gguf
 
 pytest.importorskip("openvino")
-
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 @pytest.fixture(scope="module")
@@ -30,24 +26,17 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def run(script: str, *arguments: str) -> dict[str, Any]:
-    command = [sys.executable, str(BENCHMARKS / script), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
-
-
 def test_the_rivals_benchmark_prints_json(model: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("the old man\nand the sea\n")
     sizes = ("--num-prompts", "2", "--max-new-tokens", "8", "--repeat", "1", "--threads", "1")
-    figures = run("rivals.py", str(model), "--prompts", str(prompts), *sizes)
+    figures = json.loads(run_benchmark("rivals.py", str(model), "--prompts", str(prompts), *sizes))
     assert figures["num_prompts"] == 2 and figures["int8_stage"]["ratio"] >= 1
     assert len(figures["rows"]) == 8 and all(row["tokens_per_s"] > 0 for row in figures["rows"].values())
 
 
 def test_the_quality_benchmark_prints_json(model: Path) -> None:
-    figures = run("quantised_quality.py", str(model), "--num-tokens", "400")
+    figures = json.loads(run_benchmark("quantised_quality.py", str(model), "--num-tokens", "400"))
     assert figures["windows"] == 2
     exact, int8, int4 = (figures["weights"][name] for name in ("float", "int8", "int4"))
     assert exact["same_best_token"] == 1 and int8["same_best_token"] > 0.9 and 0 < int4["same_best_token"] < 1
@@ -62,7 +51,11 @@ def test_the_chat_draft_benchmark_prints_json(model: Path, tmp_path: Path) -> No
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("the old man\nand the sea\n")
     sizes = ("--num-prompts", "2", "--max-new-tokens", "12", "--temperatures", "0,1")
-    found = run("chat_draft.py", str(model), "--draft", str(tmp_path / "draft"), "--prompts", str(prompts), *sizes)
+    found = json.loads(
+        run_benchmark(
+            "chat_draft.py", str(model), "--draft", str(tmp_path / "draft"), "--prompts", str(prompts), *sizes
+        )
+    )
     assert [row["temperature"] for row in found["figures"]] == [0.0, 1.0]
     for row in found["figures"]:
         assert row["tokens_per_pass"] >= 1 and len(row["top_1_by_level"]) == 8

@@ -13,14 +13,7 @@ from typing import Any
 
 import pytest
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-
-
-def run_benchmark(name: str, *arguments: str) -> str:
-    command = [sys.executable, str(BENCHMARKS / name), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+from benchmark_script import BENCHMARKS, run_benchmark
 
 
 def run_results(out: Path, *sections: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
@@ -19,7 +18,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from zeroconf import IPVersion, ServiceInfo, Zeroconf
 
-import namespaces
 from command_line import Run
 from flowspec.cluster.device_list import DeviceList
 from flowspec.cluster.discovery import find_workers, let_in, look
@@ -33,6 +31,7 @@ from flowspec.wire.messages import PROTOCOL_VERSION
 from flowspec.worker.door import Door, Keys
 from flowspec.worker.member import Member
 from logged_process import LoggedProcess
+from machines import environment, network_of
 from namespaces import Network
 
 LOOPBACK = ["127.0.0.1"]
@@ -353,21 +352,8 @@ def test_a_users_mistake_is_one_line(run: Run, folder: Path, arguments: list[str
 
 @pytest.fixture
 def network() -> Iterator[Network]:
-    if (reason := namespaces.why_not()) is not None:
-        pytest.skip(reason)
-    made = Network(3, 1000)
-    try:
+    with network_of(3, 1000) as made:
         yield made
-    finally:
-        made.close()
-
-
-def environment(folder: Path, place: int) -> dict[str, str]:
-    return {
-        **os.environ,
-        STATE_VARIABLE: str(folder / f"state{place}"),
-        "XDG_CACHE_HOME": str(folder / f"cache{place}"),
-    }
 
 
 def test_devices_join_and_are_found_again_at_new_addresses(network: Network, tmp_path: Path) -> None:
@@ -405,4 +391,4 @@ def test_devices_join_and_are_found_again_at_new_addresses(network: Network, tmp
         for one in workers:
             one.process.terminate()
             one.wait(20)
-    assert not [p for p in psutil.process_iter(["environ"]) if str(tmp_path) in str(p.info["environ"] or "")]
+    assert not network.pids(), "a process is left"

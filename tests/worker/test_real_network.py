@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
@@ -13,11 +12,11 @@ from typing import Any
 
 import pytest
 
-import namespaces
 from flowspec import LLM, SamplingParams
 from flowspec.cluster.membership import Membership
 from flowspec.model.demo_pair import demo_directory, demo_draft_directory
 from logged_process import LoggedProcess
+from machines import environment, network_of
 from namespaces import Network
 
 PROMPT = "class Queue:\n    def __init__(self, maxsize=0):\n"
@@ -26,22 +25,8 @@ NUM_TOKENS = 150
 
 @pytest.fixture
 def network() -> Iterator[Network]:
-    if (reason := namespaces.why_not()) is not None:
-        pytest.skip(reason)
-    made = Network(5, 150)
-    try:
+    with network_of(5, 150) as made:
         yield made
-    finally:
-        made.close()
-
-
-def environment(folder: Path, place: int) -> dict[str, str]:
-    """Of a machine with a disk of its own."""
-    return {
-        **os.environ,
-        "FLOWSPEC_STATE": str(folder / f"state{place}"),
-        "XDG_CACHE_HOME": str(folder / f"cache{place}"),
-    }
 
 
 class Machine:
