@@ -158,10 +158,6 @@ class StageManifest(NamedTuple):
         """Of the stage, and of the hint head if there is one, each file content once."""
         return list({entry.sha256: entry for entry in [*self.tensors, *self.hints] if entry.sha256}.values())
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of the stage's tensors, the lm_head's among them where there is a hint head, by name."""
-        return {entry.name: entry.shape for entry in self.tensors if entry.sha256}
-
 
 @checked_class
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,15 @@ def test_the_rivals_benchmark_prints_json(model: Path, tmp_path: Path) -> None:
     figures = json.loads(run_benchmark("rivals.py", str(model), "--prompts", str(prompts), *sizes))
     assert figures["num_prompts"] == 2 and figures["int8_stage"]["ratio"] >= 1
     assert len(figures["rows"]) == 8 and all(row["tokens_per_s"] > 0 for row in figures["rows"].values())
+
+
+def test_the_exactness_benchmark_prints_a_table(model: Path) -> None:
+    sizes = ("--num-prompts", "3", "--max-new-tokens", "6", "--stages", "2", "--each", "3", "--weights", "int8")
+    printed = run_benchmark(
+        "exactness.py", str(model), "--drafts", "ngram", "--schedules", "ar,flow,lockstep,auto", *sizes
+    )
+    *_, last = printed.splitlines()
+    assert re.fullmatch(r"\| all +\| +\| +\| +18 \| +108 \| +0 \|", last), "3 prompts at 2 temperatures, each 3 ways"
 
 
 def test_the_quality_benchmark_prints_json(model: Path) -> None:

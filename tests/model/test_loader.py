@@ -216,7 +216,7 @@ def test_other_architectures_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"quantization_config": {"quant_method": "gptq"}}, "quantised"),
+        ({"quantization_config": {"quant_method": "hqq"}}, "quantised by 'hqq'"),
         ({"hidden_size": "wide"}, "hidden_size is 'wide'; it must be a whole number"),
         ({"model_type": None}, "model_type is None"),
     ],

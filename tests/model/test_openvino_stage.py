@@ -11,17 +11,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from gguf import GGMLQuantizationType
 from torch import Tensor
 
 from flowspec.core import LayerRange, Partition, SamplingParams
 from flowspec.errors import ModelError, UsageError
 from flowspec.llm import LLM
-from flowspec.model.backends import choose_weights
+from flowspec.model.backends import choose_weights, open_checkpoint
 from flowspec.model.loader import Checkpoint
 from flowspec.model.openvino_stage import OpenVinoHead, OpenVinoStage
 from flowspec.model.packed import GROUP, PackedWeight, pack
 from flowspec.model.stage import Part, forward
 from flowspec.model.torch_stage import TorchStage
+from tiny_gguf import write_gguf
 from tiny_models import FAMILIES, VOCAB_SIZE, make_checkpoint
 
 SCHEDULES = ("serial", "chunked", "pipedec", "lockstep", "flow")
@@ -144,6 +146,14 @@ def test_any_number_of_rows_has_the_same_bits(checkpoint_dir: Callable[[str], Pa
         some = forward(stage, rows[:count], cache.slots.append_prefix(range(count)), cache)
         assert torch.equal(some, whole[:count]) and torch.equal(head.logits(some), logits[:count])
     assert head.logits(whole[:0]).shape == (0, VOCAB_SIZE)
+
+
+def test_the_lm_head_has_8_bits_unless_its_own_have_4(checkpoint_dir: Callable[[str], Path], tmp_path: Path) -> None:
+    write_gguf(tmp_path / "model.gguf", "qwen3", GGMLQuantizationType.Q4_0)
+    own = open_checkpoint(tmp_path / "model.gguf")
+    for checkpoint, bits in ((open_checkpoint(checkpoint_dir("llama")), 8), (own, 4)):
+        assert checkpoint.packed_lm_head(4).bits == bits and checkpoint.packed_lm_head(8).bits == 8
+        assert checkpoint.packed("model.layers.0.mlp.up_proj.weight", 4).bits == 4
 
 
 def test_requests_in_one_forward_have_the_bits_that_they_have_alone(checkpoint_dir: Callable[[str], Path]) -> None:

@@ -128,7 +128,7 @@ class GGUFCheckpoint(Checkpoint):
     def files(self) -> list[Path]:
         return sorted({place.path for place in self._places.values()})
 
-    def tensor_names(self) -> frozenset[str]:
+    def stored_names(self) -> frozenset[str]:
         return frozenset(self._places)
 
     def names_of_stage(self, layers: LayerRange) -> list[str]:
@@ -160,11 +160,10 @@ class GGUFCheckpoint(Checkpoint):
                 tensor = tensor[torch.from_numpy(order)]
             yield name, tensor.to(device)
 
-    def packed(self, name: str, bits: Bits) -> PackedWeight:
-        """The file's own codes, where 8 or 4 bits hold them."""
+    def own_packed(self, name: str, bits: Bits) -> PackedWeight | None:
         place = self._place(name)
         if place.kind != Kind.Q4_0 and not (place.kind == Kind.Q8_0 and bits == 8):
-            return super().packed(name, bits)
+            return None
         blocks = np.concatenate(list(self._raw_chunks(place))).reshape(place.shape[0], place.shape[1] // GROUP, -1)
         if (order := self._row_order(name, place)) is not None:
             blocks = blocks[order]

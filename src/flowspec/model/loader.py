@@ -11,6 +11,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ from flowspec.model.config_file import check_config
 from flowspec.model.demo_pair import DEMO, demo_directory, demo_draft_directory
 from flowspec.model.families import EMBEDDING, LM_HEAD, PREFIX, SHORT_ROPE, family_of, layer_prefix, rope_tables
 from flowspec.model.hub import fetch
-from flowspec.model.packed import Bits
+from flowspec.model.packed import Bits, PackedWeight
+from flowspec.model.quantised import Codes, layout_of
 from flowspec.model.source import TensorSource
 from flowspec.model.tensor_files import StoredTensor, open_tensors, read_tensor, stored_tensors
 
@@ -56,6 +58,8 @@ class Checkpoint(TensorSource):
         self.config = config
         self._directory = directory  # None: on the hub
         self._stored: dict[str, dict[str, StoredTensor]] = {}  # by file
+        quantised = getattr(config, "quantization_config", None)
+        self.layout = None if quantised is None else layout_of(quantised, f"{name}: config.json")
 
     @classmethod
     def open(cls, name: str | Path) -> Checkpoint:
@@ -79,7 +83,7 @@ class Checkpoint(TensorSource):
     @property
     def own_bits(self) -> Bits | None:
         """Of the integer kernels that lose next to nothing of the model's own numbers; ``None``: they are floats."""
-        return None
+        return None if self.layout is None else self.layout.own_bits
 
     @property
     def max_positions(self) -> int:
@@ -161,17 +165,27 @@ class Checkpoint(TensorSource):
 
     def tensor_names(self) -> frozenset[str]:
         """As of a model with its lm_head, whatever the files leave out."""
+        return frozenset(self._parts)
+
+    def stored_names(self) -> frozenset[str]:
+        """Of what the files hold, which may be parts of tensors; their prefixes are as of a model with its lm_head."""
         return frozenset(self._shards)
 
+    def parts_of(self, tensor_name: str) -> tuple[str, ...]:
+        """What is stored of one of the model's tensors: itself, unless it is quantised."""
+        return self._parts.get(tensor_name, (tensor_name,))
+
     def names_of_stage(self, layers: LayerRange) -> list[str]:
-        """Of the tensors that a stage runs, sorted."""
+        """Of what is stored of the tensors that a stage runs, sorted."""
         prefixes = [layer_prefix(index) for index in range(layers.start, layers.end)]
         prefixes += [EMBEDDING] if layers.start == 0 else []
         prefixes += [_NORM] if layers.end == self.num_layers else []
-        return sorted(name for name in self.tensor_names() if name.startswith(tuple(prefixes)))
+        wanted = [name for name in self.tensor_names() if name.startswith(tuple(prefixes))]
+        return sorted(part for name in wanted for part in self.parts_of(name))
 
     def shard_of(self, tensor_name: str) -> str:
         """The name of the file that holds a tensor."""
+        tensor_name = self.parts_of(tensor_name)[0]
         if tensor_name not in self._shards:
             raise ModelError(
                 f"{self.name}: config.json asks for {tensor_name}, but none of the safetensors files holds it; "
@@ -186,10 +200,29 @@ class Checkpoint(TensorSource):
         names_by_shard: dict[str, list[str]] = defaultdict(list)
         for name in names:
             names_by_shard[self.shard_of(name)].append(name)
-        for shard, shard_names in names_by_shard.items():
-            path = self.path(shard)
-            for name in shard_names:
-                yield name, read_tensor(path, name.removeprefix(self._left_out), dtype, device)
+        for name in chain.from_iterable(names_by_shard.values()):
+            codes = self._codes(name)
+            if codes is None:
+                yield name, self._read(name, dtype, device)
+            else:
+                yield name, codes.floats().to(device=device, dtype=getattr(torch, dtype))
+
+    def own_packed(self, name: str, bits: Bits) -> PackedWeight | None:
+        codes = self._codes(name)
+        return None if codes is None else codes.packed(bits)
+
+    def _codes(self, name: str) -> Codes | None:
+        """Of a tensor that is quantised."""
+        parts = self.parts_of(name)
+        if self.layout is None or len(parts) == 1:
+            return None
+        return self.layout.read(name, {part: self._read(part, None, "cpu") for part in parts}, self.name)
+
+    def _read(self, stored_name: str, dtype: DType | None, device: torch.device | str) -> torch.Tensor:
+        """As ``read_tensor``."""
+        return read_tensor(
+            self.path(self.shard_of(stored_name)), stored_name.removeprefix(self._left_out), dtype, device
+        )
 
     @property
     def revision(self) -> str:
@@ -200,7 +233,7 @@ class Checkpoint(TensorSource):
         return "" if path is None else path.parent.name
 
     def stored(self, name: str) -> StoredTensor | None:
-        """Where a tensor lies; ``None``: its file is not in the model's directory. From the hub it is fetched."""
+        """Where what is stored lies; ``None``: its file is not in the model's directory. From the hub it is fetched."""
         path = _find(self.name, self._directory, self.shard_of(name))
         if path is None:
             return None
@@ -220,6 +253,12 @@ class Checkpoint(TensorSource):
                 f"{self.name}: its tokenizer cannot be loaded ({first_line(error)}); tokenizer.json and "
                 "tokenizer_config.json belong beside config.json"
             ) from error
+
+    @cached_property
+    def _parts(self) -> dict[str, tuple[str, ...]]:
+        """By the model's own tensor names."""
+        names = self.stored_names()
+        return {name: (name,) for name in names} if self.layout is None else self.layout.weights_among(names)
 
     @cached_property
     def _shards(self) -> dict[str, str]:
@@ -297,8 +336,8 @@ def read_config(path: Path) -> PreTrainedConfig:
     """Of a model that can be cut; raises ``ModelError`` for any other one."""
     content = _read_json(path)
     family = family_of(content.get("model_type"), str(path))
-    if content.get("quantization_config"):
-        raise ModelError(f"{path}: the checkpoint is quantised; use the original float checkpoint")
+    if (quantised := content.get("quantization_config")) is not None:
+        layout_of(quantised, str(path))
     check_config(content, str(path))
     try:
         config = AutoConfig.from_pretrained(path.parent, trust_remote_code=False)

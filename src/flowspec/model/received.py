@@ -6,9 +6,10 @@ or two versions of one have in common is there once.
 
 from __future__ import annotations
 
+import json
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import gguf
@@ -23,7 +24,8 @@ from flowspec.model.gguf_checkpoint import GGUFCheckpoint
 from flowspec.model.gguf_header import TensorPlace
 from flowspec.model.hint_head import stored_hints
 from flowspec.model.loader import Checkpoint, read_config
-from flowspec.model.tensor_files import FLOATS, StoredTensor, read_stored
+from flowspec.model.quantised import layout_of
+from flowspec.model.tensor_files import KINDS, StoredTensor, check_float, read_stored
 from flowspec.model.user_cache import keep
 
 PathOf = Callable[[str], Path]  # of what has this SHA-256
@@ -47,7 +49,7 @@ def make_manifest(
     own = set(checkpoint.names_of_stage(layers))
     hints = {} if draft is None else stored_hints(draft, checkpoint.num_layers, layers.end)
     if hints:
-        own.add(checkpoint.lm_head_name)
+        own.update(checkpoint.parts_of(checkpoint.lm_head_name))
     places: dict[str, StoredTensor] = {}
 
     def entry(name: str, stored: StoredTensor, is_own: bool) -> TensorEntry:
@@ -58,16 +60,16 @@ def make_manifest(
 
     is_gguf = isinstance(checkpoint, GGUFCheckpoint)
     entries: list[TensorEntry] = []
-    for name in sorted(checkpoint.tensor_names() | own):
+    for name in sorted(checkpoint.stored_names() | own):
         # What other stages hold need not be on this device either; a GGUF file's header says it all, and is read.
         stored = checkpoint.stored(name) if name in own or is_gguf else None
         if stored is None and name in own:
             raise ModelError(f"{checkpoint.name}: {checkpoint.shard_of(name)} is missing; download the model again")
         if stored is not None and not is_gguf:
-            _check_kind(name, stored)
+            _check_kind(name, stored, is_quantised=checkpoint.layout is not None)
         entries.append(TensorEntry(name, "", (), 0, "") if stored is None else entry(name, stored, is_own=name in own))
     for name, stored in hints.items():
-        _check_kind(name, stored)
+        _check_kind(name, stored, is_quantised=False)
     of_hints = [entry(name, stored, is_own=True) for name, stored in hints.items()]
     if isinstance(checkpoint, GGUFCheckpoint):
         return StageManifest("gguf", msgspec.msgpack.encode(checkpoint.values), "", entries, of_hints), places
@@ -75,12 +77,29 @@ def make_manifest(
     return StageManifest("safetensors", config, checkpoint.revision, entries, of_hints), places
 
 
-def _check_kind(name: str, stored: StoredTensor) -> None:
-    if stored.kind not in FLOATS:
-        raise ModelError(f"{stored.path}: {name} has type {stored.kind}; only float checkpoints are supported")
+def _check_kind(name: str, stored: StoredTensor, is_quantised: bool) -> None:
+    if stored.kind not in KINDS:
+        raise ModelError(f"{stored.path}: {name} has type {stored.kind}, which cannot be read; use another version")
+    if not is_quantised:
+        check_float(stored.path, name, KINDS[stored.kind])
 
 
 # --- where they are not ---
+
+
+def stage_shapes(manifest: StageManifest) -> dict[str, tuple[int, ...]]:
+    """Of the stage's tensors, the lm_head's among them where there is a hint head, by the model's own names.
+
+    Raises ``ModelError`` for a config that is none.
+    """
+    stored = {entry.name: entry.shape for entry in manifest.tensors if entry.sha256}
+    if manifest.format == "gguf":
+        return stored
+    try:
+        quantised = json.loads(manifest.config).get("quantization_config")
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise ModelError(f"what the driver says of its model is damaged ({first_line(error)})") from error
+    return stored if quantised is None else layout_of(quantised, "the driver's config.json").weight_shapes(stored)
 
 
 def check_manifest(manifest: StageManifest) -> None:
@@ -108,7 +127,7 @@ def _num_bytes(format_name: str, entry: TensorEntry) -> int | None:
     """That a tensor of this kind and shape has; ``None`` for what is no kind."""
     num_values = math.prod(entry.shape)
     if format_name == "safetensors":
-        return num_values * FLOATS[entry.kind].itemsize if entry.kind in FLOATS else None
+        return num_values * KINDS[entry.kind].itemsize if entry.kind in KINDS else None
     if entry.kind not in GGMLQuantizationType.__members__ or not entry.shape:
         return None
     block, size = gguf.GGML_QUANT_SIZES[GGMLQuantizationType[entry.kind]]
@@ -163,11 +182,11 @@ class _ReceivedSafetensors(_Received):
     def revision(self) -> str:
         return self._manifest.revision
 
-    def tensor_names(self) -> frozenset[str]:
+    def stored_names(self) -> frozenset[str]:
         return frozenset(self._entries)
 
     def shard_of(self, tensor_name: str) -> str:
-        if not (entry := self._entry(tensor_name)).sha256:
+        if not (entry := self._entry(self.parts_of(tensor_name)[0])).sha256:
             raise ModelError(f"{self.name}: {tensor_name} is of another stage, and was not fetched from the driver")
         return f"what came from the driver ({entry.sha256[:12]})"
 
@@ -183,9 +202,8 @@ class _ReceivedSafetensors(_Received):
         self.shard_of(name)
         return _stored(self._entry(name), self._path_of)
 
-    def tensors(self, names: Iterable[str], dtype: DType, device: torch.device | str) -> Iterator[tuple[str, Tensor]]:
-        for name in names:
-            yield name, read_stored(self.stored(name), dtype, device)
+    def _read(self, stored_name: str, dtype: DType | None, device: torch.device | str) -> Tensor:
+        return read_stored(self.stored(stored_name), dtype, device)
 
 
 class _ReceivedGGUF(_Received, GGUFCheckpoint):

@@ -58,8 +58,14 @@ class TensorSource(Protocol):
         """Whether the embedding is the lm_head too; a file that holds both overrules the config, as in transformers."""
         return bool(self.config.tie_word_embeddings) and LM_HEAD not in self.tensor_names()
 
+    def own_packed(self, name: str, bits: Bits) -> PackedWeight | None:
+        """The weight of a linear layer as it is, where the source has it in codes that kernels of so many bits hold."""
+        return None
+
     def packed(self, name: str, bits: Bits) -> PackedWeight:
-        """The weight of a linear layer, rounded; a source that holds such weights may give them as they are."""
+        """The weight of a linear layer, rounded where it must be."""
+        if (own := self.own_packed(name, bits)) is not None:
+            return own
         ((_, tensor),) = self.tensors([name], "float32", "cpu")
         return pack(tensor, bits, f"{self.name}: {name}")
 
@@ -73,8 +79,11 @@ class TensorSource(Protocol):
         return weight if (divisor := logits_divisor(self.config)) == 1.0 else weight.div_(divisor)
 
     def packed_lm_head(self, bits: Bits) -> PackedWeight:
-        """As ``load_lm_head``, in integers."""
-        weight = self.packed(self.lm_head_name, bits)
+        """As ``load_lm_head``, in integers: of 8 bits, unless its own have 4.
+
+        Files of 4 bits leave it in more, since it is what rounding spoils first.
+        """
+        weight = self.own_packed(self.lm_head_name, bits) or self.packed(self.lm_head_name, 8)
         self.check_shape(self.lm_head_name, weight, (self.vocab_size, self.hidden_size))
         return weight if (divisor := logits_divisor(self.config)) == 1.0 else weight.divided(divisor)
 

@@ -19,6 +19,11 @@ from flowspec.core import DType
 from flowspec.errors import ModelError, first_line
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# With those of which a quantised checkpoint has the parts of its weights.
+KINDS = FLOATS | {
+    "I8": torch.int8, "I32": torch.int32, "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
 _MAX_HEADER_BYTES = 100_000_000  # as in safetensors
 
 
@@ -61,11 +66,13 @@ def stored_tensors(path: Path) -> dict[str, StoredTensor]:
         raise ModelError(f"{path} is truncated or damaged ({first_line(error)}); download or copy it again") from error
 
 
-def read_stored(stored: StoredTensor, dtype: DType, device: torch.device | str) -> Tensor:
-    """One that lies there alone, converted, in private memory. Raises ``ModelError``."""
+def read_stored(stored: StoredTensor, dtype: DType | None, device: torch.device | str) -> Tensor:
+    """One that lies there alone, in private memory; ``dtype`` as of ``read_tensor``. Raises ``ModelError``."""
+    if dtype is not None:
+        check_float(stored.path, "what it holds", KINDS[stored.kind])
     try:
-        values = torch.from_numpy(np.fromfile(stored.path, np.uint8)).view(FLOATS[stored.kind])
-        return values.reshape(stored.shape).to(device=device, dtype=getattr(torch, dtype))
+        values = torch.from_numpy(np.fromfile(stored.path, np.uint8)).view(KINDS[stored.kind])
+        return values.reshape(stored.shape).to(device=device, dtype=None if dtype is None else getattr(torch, dtype))
     except (OSError, RuntimeError) as error:
         raise ModelError(f"{stored.path} cannot be read ({first_line(error)}); delete it") from error
 
@@ -78,8 +85,11 @@ def open_tensors(path: Path) -> safe_open:
         raise ModelError(f"{path} is truncated or damaged ({first_line(error)}); download or copy it again") from error
 
 
-def read_tensor(path: Path, name: str, dtype: DType, device: torch.device | str) -> Tensor:
-    """One tensor of a safetensors file, converted, in private memory; raises ``ModelError`` for a broken file."""
+def read_tensor(path: Path, name: str, dtype: DType | None, device: torch.device | str) -> Tensor:
+    """One tensor of a safetensors file, in private memory. Raises ``ModelError`` for a broken file.
+
+    Floats are converted to the ``dtype``, and nothing else will do; ``None`` takes what there is.
+    """
     # Opened for each tensor, since the pages of a mapped file count as the process's memory until it is closed.
     with open_tensors(path) as file:
         try:
@@ -88,9 +98,18 @@ def read_tensor(path: Path, name: str, dtype: DType, device: torch.device | str)
             raise ModelError(
                 f"{path}: tensor {name} cannot be read ({first_line(error)}); download or copy the model again"
             ) from error
-        if not tensor.is_floating_point():
-            raise ModelError(f"{path}: tensor {name} has type {tensor.dtype}; only float checkpoints are supported")
+        if dtype is None:
+            return tensor.to(device=device, copy=True)
+        check_float(path, f"tensor {name}", tensor.dtype)
         return tensor.to(device=device, dtype=getattr(torch, dtype), copy=True)
+
+
+def check_float(path: Path, what: str, dtype: torch.dtype) -> None:
+    """Raise ``ModelError`` for numbers that mean nothing without others."""
+    if dtype not in FLOATS.values():
+        raise ModelError(
+            f"{path}: {what} has type {dtype}, of which config.json says nothing; download or copy the model again"
+        )
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:

@@ -26,6 +26,7 @@ from flowspec.model.demo_pair import DEMO, demo_directory
 from flowspec.model.eagle_head import EagleHead
 from flowspec.model.families import LM_HEAD, norm_scale, rope_tables
 from flowspec.model.gguf_checkpoint import GGUFCheckpoint
+from flowspec.model.loader import Checkpoint
 from flowspec.train.corpus import Tokens, shuffled_rows, windows
 from flowspec.train.loop import run_steps
 from flowspec.train.losses import expected_rows, log_partition
@@ -136,7 +137,7 @@ class Target:
 def load_model(name: str | Path, dtype: torch.dtype) -> PreTrainedModel:
     """The target as transformers runs it; ``name``: as of ``open_checkpoint``. Raises ``ModelError``."""
     checkpoint = open_checkpoint(name)
-    if isinstance(checkpoint, GGUFCheckpoint):
+    if isinstance(checkpoint, GGUFCheckpoint) or checkpoint.layout is not None:
         return _dequantised(checkpoint, dtype)
     directory = demo_directory() if str(name) == DEMO else Path(name).expanduser()
     try:
@@ -148,7 +149,7 @@ def load_model(name: str | Path, dtype: torch.dtype) -> PreTrainedModel:
         raise ModelError(f"{checkpoint.name} cannot be loaded ({message}); fetch its files again") from None
 
 
-def _dequantised(checkpoint: GGUFCheckpoint, dtype: torch.dtype) -> PreTrainedModel:
+def _dequantised(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
     model = AutoModelForCausalLM.from_config(checkpoint.config, dtype=dtype)
     places = model.state_dict()
     names = [name for name in places if name in checkpoint.tensor_names()]

@@ -66,9 +66,10 @@ class StageLoader:
         if self.memory.has_limit:
             names = source.names_of_stage(layers)
             if configure.hints is not None and gives_hints(configure.hints, source, layers.end):
-                names.append(source.lm_head_name)
+                names += source.parts_of(source.lm_head_name)
             stored = {name: source.stored(name) for name in names}
-            self.check_fits(configure, {name: found.shape for name, found in stored.items() if found is not None})
+            shapes = {name: found.shape for name, found in stored.items() if found is not None}
+            self.check_fits(configure, shapes if source.layout is None else source.layout.weight_shapes(shapes))
         # Integer kernels have threads of their own, and the attention between them is too small to be shared.
         torch.set_num_threads(self._threads)
         stage = load_stage(source, layers, configure.dtype, configure.weights, self.device, progress)

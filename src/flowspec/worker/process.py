@@ -21,6 +21,7 @@ from flowspec.complaints import Complaints
 from flowspec.core import interpolate
 from flowspec.errors import FlowspecError, ProtocolError, UsageError, described, shortened
 from flowspec.model.loader import Checkpoint
+from flowspec.model.received import stage_shapes
 from flowspec.wire.actor import Route, Send
 from flowspec.wire.messages import (
     LOADED,
@@ -207,7 +208,7 @@ class WorkerProcess:
             self._load(session, configure, source)
         else:
             fits = self._loader.check_fits
-            session.fetch = self._sources.fetch(configure, lambda stage: fits(configure, stage.shapes()))
+            session.fetch = self._sources.fetch(configure, lambda stage: fits(configure, stage_shapes(stage)))
             self._tell_driver(session.fetch.begin())
 
     def _fetch(self, session: Session, fetch: StageFetch, message: Manifest | Chunk) -> None:
