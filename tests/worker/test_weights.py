@@ -102,10 +102,10 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
-@pytest.fixture(params=["safetensors", "Q8_0", "Q5_0"])
+@pytest.fixture(params=["safetensors", "experts", "Q8_0", "Q5_0"])
 def model(request: pytest.FixtureRequest, checkpoint_dir: Callable[[str], Path], tmp_path: Path) -> Path:
-    if request.param == "safetensors":
-        return checkpoint_dir("llama")
+    if request.param in ("safetensors", "experts"):
+        return checkpoint_dir("llama" if request.param == "safetensors" else "mixtral")
     path = tmp_path / "tiny.gguf"
     write_gguf(path, "llama", gguf.GGMLQuantizationType[request.param], num_hidden_layers=6)
     return path
@@ -132,7 +132,7 @@ def test_what_has_come_is_the_stage_and_nothing_else(model: Path, tmp_path: Path
         assert fingerprint(own, layers) == fingerprint(wire.checkpoint, layers)
         stage_made = load_stage(own, layers, "float32", "float", "cpu")
         assert stage_made.weights_bytes == load_stage(wire.checkpoint, layers, "float32", "float", "cpu").weights_bytes
-        other = "model.layers.5.mlp.up_proj.weight" if stage == 1 else "model.layers.0.mlp.up_proj.weight"
+        other = f"model.layers.{5 if stage == 1 else 0}.self_attn.o_proj.weight"
         with pytest.raises(ModelError, match=r"of another stage|cannot be read"):
             list(own.tensors([other], "float32", "cpu"))
     sent = wire.num_bytes
@@ -319,11 +319,12 @@ def test_only_what_is_here_is_opened(checkpoint_dir: Callable[[str], Path], tmp_
         find_checkpoint(str(tmp_path), may_ask_hub=False)  # it is here, and no model
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
 def test_devices_without_the_model_give_the_text_of_plain_decoding(
-    checkpoint_dir: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    checkpoint_dir: Callable[[str], Path], family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With a draft head, and one of them killed while it generates: it has its weights on its disk by then."""
-    directory = checkpoint_dir("llama")
+    directory = checkpoint_dir(family)
     pump = Pump(directory, 1, "none", "ar")
     generation = pump.submit(PROMPT_IDS, SamplingParams(max_tokens=40))
     pump.run()
