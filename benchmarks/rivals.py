@@ -101,7 +101,7 @@ def measure_stage(checkpoint: Checkpoint, threads: int) -> dict[str, float]:
     torch.set_num_threads(threads)
     stage = load_stage(checkpoint, LayerRange(0, checkpoint.num_layers), "float32", "int8", "cpu")
     torch.set_num_threads(1)
-    seconds = dict(measure_forward(stage, FORWARD_BUDGET_S))
+    seconds = dict(measure_forward(stage, checkpoint.vocab_size, FORWARD_BUDGET_S))
     return {"1_row_ms": 1000 * seconds[1], "16_rows_ms": 1000 * seconds[16], "ratio": seconds[16] / seconds[1]}
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,14 @@ import numpy as np
 from gguf import GGMLQuantizationType as Kind
 from transformers import PreTrainedTokenizerFast
 
-from flowspec.model.gguf_checkpoint import GEMMA_NAMES, LAYER_NAMES
-from tiny_models import make_model, make_text_tokenizer
+from flowspec.model.gguf_architectures import architecture_of
+from tiny_models import make_config, make_model, make_text_tokenizer
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma3")
+# llama.cpp's names, but for Mixtral, which is a llama with experts there.
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma3", "smollm3", "granite", "phi3", "qwen3moe", "mixtral")
+_MODEL_TYPES = {"gemma3": "gemma3_text", "qwen3moe": "qwen3_moe"}  # where they are not the same
+_INTERLEAVED = ("llama", "mixtral", "granite", "smollm3")
 _NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
-_SHORT = {long: short for short, long in LAYER_NAMES.items()}
-_GEMMA_SHORT = {long: short for short, long in GEMMA_NAMES.items()}
 
 
 def stored_name(name: str, family: str = "llama") -> str:
@@ -27,7 +29,11 @@ def stored_name(name: str, family: str = "llama") -> str:
     if module in _NAMES:
         return f"{_NAMES[module]}.{end}"
     _, _, index, inner = module.split(".", 3)
-    return f"blk.{index}.{(_GEMMA_SHORT if family == 'gemma3' else _SHORT)[inner]}.{end}"
+    values = {"general.architecture": family}
+    if family == "mixtral":
+        values = {"general.architecture": "llama", "llama.expert_count": 4}
+    short = {long: short for short, long in architecture_of(values, Path()).layer_names.items()}
+    return f"blk.{index}.{short[inner]}.{end}"
 
 
 def interleaved(weight: Any, num_heads: int) -> Any:
@@ -45,7 +51,68 @@ def _traits(family: str) -> dict[str, Any]:
         local = {"rope_type": "default", "rope_theta": 10000.0}  # as every file of this family leaves unsaid
         plain["rope_parameters"] = {"full_attention": full, "sliding_attention": local}
         plain |= {"num_hidden_layers": 7, "layer_types": None, "query_pre_attn_scalar": 16}
+    if family == "smollm3":
+        plain["no_rope_layer_interval"] = 4
+    if family == "qwen3moe":
+        plain |= {"decoder_sparse_step": 1, "mlp_only_layers": [], "num_hidden_layers": 4}
+    if family == "phi3":  # with a window longer than the texts here, which llama.cpp leaves out
+        plain |= {"rope_parameters": make_config("phi3").rope_parameters, "sliding_window": 200}
+        plain["rope_parameters"] |= {name: [1.0, 1.2, 1.5, 2.0, 3.0, 4.0] for name in ("short_factor", "long_factor")}
+    if family == "mixtral":
+        plain["sliding_window"] = None
     return plain
+
+
+def _add_traits(writer: gguf.GGUFWriter, family: str, config: Any) -> None:
+    """What only some architectures say."""
+    if family in ("qwen3", "qwen3moe", "gemma3"):
+        writer.add_key_length(config.head_dim)
+    if family in ("gemma3", "phi3"):
+        writer.add_sliding_window(config.sliding_window)
+    if family == "gemma3":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(config.rope_parameters["full_attention"]["factor"])
+    if family == "granite":
+        writer.add_attention_scale(config.attention_multiplier)
+        writer.add_embedding_scale(config.embedding_multiplier)
+        writer.add_residual_scale(config.residual_multiplier)
+        writer.add_logit_scale(config.logits_scaling)
+    if family in ("qwen3moe", "mixtral"):
+        writer.add_expert_count(config.num_experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+    if family == "qwen3moe":
+        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+    if family == "phi3":
+        rope, original = config.rope_parameters, config.original_max_position_embeddings
+        writer.add_rope_scaling_orig_ctx_len(original)
+        scale = config.max_position_embeddings / original
+        writer.add_rope_scaling_attn_factors(math.sqrt(1 + math.log(scale) / math.log(original)))
+        for kind in ("short", "long"):
+            writer.add_tensor(f"rope_factors_{kind}.weight", np.array(rope[f"{kind}_factor"], dtype=np.float32))
+
+
+def _stored_tensors(model: Any, family: str) -> Iterator[tuple[str, Any]]:
+    """By the file's names: experts lie kind by kind."""
+    heads = {"q_proj": model.config.num_attention_heads, "k_proj": model.config.num_key_value_heads}
+    for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight" and model.config.tie_word_embeddings:
+            continue
+        array = tensor.float().numpy()
+        kind = name.split(".")[-2]
+        if family in _INTERLEAVED and kind in heads:
+            array = interleaved(array, heads[kind])
+        if family == "gemma3" and name.endswith("norm.weight"):
+            array = array + 1
+        layer, _, inner = name.partition(".mlp.")
+        if inner == "gate.weight":
+            yield f"{layer.replace('model.layers', 'blk')}.ffn_gate_inp.weight", array
+        elif inner == "experts.gate_up_proj":
+            for kind, half in zip(("gate", "up"), np.split(array, 2, axis=1), strict=True):
+                yield f"{layer.replace('model.layers', 'blk')}.ffn_{kind}_exps.weight", half
+        elif inner == "experts.down_proj":
+            yield f"{layer.replace('model.layers', 'blk')}.ffn_down_exps.weight", array
+        else:
+            yield stored_name(name, family), array
 
 
 def write_gguf(
@@ -62,9 +129,9 @@ def write_gguf(
     ``kind``: of matrices. ``split``: the part's number and how many there are; each has every second tensor.
     """
     plain = _traits(family)
-    model: Any = make_model("gemma3_text" if family == "gemma3" else family, **plain | overrides)
+    model: Any = make_model(_MODEL_TYPES.get(family, family), **plain | overrides)
     config = model.config
-    writer = gguf.GGUFWriter(path, family)
+    writer = gguf.GGUFWriter(path, "llama" if family == "mixtral" else family)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_feed_forward_length(config.intermediate_size)
@@ -74,12 +141,8 @@ def write_gguf(
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     rope = config.rope_parameters.get("full_attention", config.rope_parameters)
     writer.add_rope_freq_base(rope["rope_theta"])
-    if family in ("qwen3", "gemma3"):
-        writer.add_key_length(config.head_dim)
-    if family == "gemma3":
-        writer.add_sliding_window(config.sliding_window)
-        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
-        writer.add_rope_scaling_factor(rope["factor"])
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    writer.add_rope_dimension_count(int(head_dim * rope.get("partial_rotary_factor", 1.0)))
     if isinstance(tokenizer, PreTrainedTokenizerFast):
         _add_tokenizer(writer, tokenizer)
     elif tokenizer is not None:
@@ -89,19 +152,12 @@ def write_gguf(
     if split is not None:
         writer.add_uint16("split.no", split[0])
         writer.add_uint16("split.count", split[1])
-    tensors = [(name, tensor) for name, tensor in model.state_dict().items()]
-    if config.tie_word_embeddings:
-        tensors = [(name, tensor) for name, tensor in tensors if name != "lm_head.weight"]
-    for name, tensor in tensors if split is None else tensors[split[0] :: split[1]]:
-        array = tensor.float().numpy()
-        if family == "llama" and ("q_proj" in name or "k_proj" in name):
-            heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
-            array = interleaved(array, heads)
-        if family == "gemma3" and name.endswith("norm.weight"):
-            array = array + 1
-        of = kind if array.ndim == 2 else Kind.F32
-        data = np.ascontiguousarray(array) if of == Kind.F32 else gguf.quantize(array, of)
-        writer.add_tensor(stored_name(name, family), data, raw_dtype=None if of == Kind.F32 else of)
+    _add_traits(writer, family, config)
+    tensors = list(_stored_tensors(model, family))
+    for name, array in tensors if split is None else tensors[split[0] :: split[1]]:
+        of = kind if array.ndim >= 2 else Kind.F32
+        data = np.ascontiguousarray(array) if of == Kind.F32 else gguf.quantize(np.ascontiguousarray(array), of)
+        writer.add_tensor(name, data, raw_dtype=None if of == Kind.F32 else of)
     _write(writer)
     return model
 
@@ -131,12 +187,12 @@ def _write(writer: gguf.GGUFWriter) -> None:
     writer.close()
 
 
-def write_text_gguf(path: Path, kind: Kind = Kind.F32, pre: str = "smollm", **more: Any) -> Any:
+def write_text_gguf(path: Path, kind: Kind = Kind.F32, pre: str = "smollm", family: str = "llama", **more: Any) -> Any:
     """With a byte-level tokenizer and a chat template."""
     tokenizer = make_text_tokenizer("byte-level")
     tokenizer.chat_template = "{% for message in messages %}<{{ message.content }}>{% endfor %}"
     values = {"tokenizer.ggml.pre": pre}
-    return write_gguf(path, "llama", kind, tokenizer, values, vocab_size=len(tokenizer), **more)
+    return write_gguf(path, family, kind, tokenizer, values, vocab_size=len(tokenizer), **more)
 
 
 def write_gemma_gguf(path: Path) -> list[str]:

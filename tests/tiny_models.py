@@ -14,12 +14,14 @@ from transformers import (
     GraniteConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     Phi3Config,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
     SmolLM3Config,
 )
 
@@ -27,7 +29,7 @@ from flowspec.model.eagle_head import EagleHead
 from flowspec.train.corpus import Tokens
 
 VOCAB_SIZE = 96
-FAMILIES = ("llama", "mistral", "qwen2", "gemma3_text", "smollm3", "phi3", "granite", "qwen3")
+FAMILIES = ("llama", "mistral", "qwen2", "gemma3_text", "smollm3", "phi3", "granite", "mixtral", "qwen3_moe", "qwen3")
 
 _SIZES: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
@@ -85,6 +87,13 @@ def make_config(family: str, **overrides: Any) -> PreTrainedConfig:
         case "granite":
             multipliers = {"embedding_multiplier": 3.0, "attention_multiplier": 0.2, "residual_multiplier": 0.7}
             return GraniteConfig(**{**multipliers, "logits_scaling": 2.0, "tie_word_embeddings": True, **sizes})
+        case "mixtral":
+            traits = {"num_local_experts": 4, "sliding_window": 12, "initializer_range": 0.2}
+            return MixtralConfig(**{**sizes, **traits, **overrides})
+        case "qwen3_moe":
+            experts = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 24, "norm_topk_prob": True}
+            dense = {"decoder_sparse_step": 2, "mlp_only_layers": [3]}  # layers 1 and 5 are mixtures
+            return Qwen3MoeConfig(**{"head_dim": 16, **experts, **dense, **sizes})
         case _:
             raise AssertionError(family)
 

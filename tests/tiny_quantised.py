@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +149,21 @@ FORMS: dict[str, tuple[dict[str, Any], Callable[[Tensor], Written]]] = {
 }
 
 
+def _matrices(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """All weights by the names in files, which have each expert's by themselves; parts of the model's own memory."""
+    for name, parameter in model.named_parameters():
+        stem, _, kind = name.rpartition(".")
+        if parameter.ndim < 3:
+            yield name, parameter
+            continue
+        for expert, matrix in enumerate(parameter):
+            if kind == "gate_up_proj":
+                gate, up = matrix.chunk(2)
+                yield from ((f"{stem}.{expert}.gate_proj.weight", gate), (f"{stem}.{expert}.up_proj.weight", up))
+            else:
+                yield f"{stem}.{expert}.{kind}.weight", matrix
+
+
 def write_quantised(directory: Path, form: str, family: str = "qwen2", **overrides: Any) -> PreTrainedModel:
     """A random model whose layers' matrices are quantised; returned is the one in float32 that it stands for."""
     config, quantise = FORMS[form]
@@ -158,7 +173,7 @@ def write_quantised(directory: Path, form: str, family: str = "qwen2", **overrid
     path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": config}))
     tensors: dict[str, Tensor] = {}
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for name, parameter in _matrices(model):
             if name.endswith("_proj.weight"):
                 meant, parts = quantise(parameter)
                 parameter.copy_(meant)

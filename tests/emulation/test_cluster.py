@@ -142,6 +142,17 @@ def test_a_forward_costs_the_roofline_and_its_overheads() -> None:
     assert DEVICE.forward_s(MODEL, 4, 0, 500) == 0
 
 
+def test_a_mixture_reads_what_its_rows_need_and_multiplies_with_that() -> None:
+    mixture = replace(MODEL, num_experts=8, experts_per_row=2, expert_params=5e5)
+    assert [mixture.read_params(rows) / 1e6 for rows in (1, 2)] == pytest.approx([1 + 1.0, 1 + 0.5 * 8 * (1 - 0.75**2)])
+    assert mixture.read_params(1000) == pytest.approx(1e6 + 8 * 5e5), "all experts, and no more"
+    assert MODEL.read_params(64) == MODEL.row_params == 1e6 and mixture.row_params == 2e6
+    reads = Device("d", memory_gb_s=10.0, compute_tflops=1e6)
+    assert reads.forward_s(mixture, 1, 2, 0) == pytest.approx(2 * mixture.read_params(2) / 10e9)
+    multiplies = Device("d", memory_gb_s=1e6, compute_tflops=1.0)
+    assert multiplies.forward_s(mixture, 1, 16, 0) == pytest.approx(2 * 2e6 * 16 / 1e12)
+
+
 def test_dequantisation_lengthens_reading_only() -> None:
     slow = replace(MODEL, weight_time_factor=3.0)
     device = Device("d", memory_gb_s=10.0, compute_tflops=1e6)
@@ -339,6 +350,8 @@ def test_links_control_name_and_partition_can_be_given() -> None:
         ("latency_ms = 0.3", "latency_ms = -0.3", 19, "latency_ms is -0.3; it must be 0 or positive"),
         ("memory_gb_s = 10", "memory_gb_s = 0", 11, "memory_gb_s is 0"),
         ("num_layers = 8", "num_layers = 0", 4, "num_layers is 0"),
+        ("num_layers = 8", "experts_per_row = 2\nnum_layers = 8", 4, "experts_per_row is 2, of 0 experts"),
+        ("num_layers = 8", "num_layers = 8\nexpert_params = 9", 5, "expert_params goes with num_experts"),
         ("[16, 2.5]", "[1, 2.5]", 13, "forward_ms has the rows .* ascend"),
         ("[16, 2.5]", "[16, -2.5]", 13, "forward_ms has a time that is not positive"),
         ("[16, 2.5]", "[16, nan]", 13, "forward_ms"),

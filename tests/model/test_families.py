@@ -34,6 +34,8 @@ def test_layer_types_follow_each_familys_own_rule(tmp_path: Path) -> None:
     assert types("phi3") == [SLIDING] * 6
     assert types("smollm3", use_sliding_window=True, sliding_window=8) == [FULL, SLIDING] * 3
     assert types("granite") == [FULL] * 6
+    assert types("mixtral") == types("qwen3_moe", use_sliding_window=True, sliding_window=8) == [SLIDING] * 6
+    assert types("mixtral", sliding_window=None) == types("qwen3_moe") == [FULL] * 6
 
 
 @pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
@@ -67,6 +69,13 @@ def test_texts_end_before_other_frequencies_begin(checkpoint_dir: Callable[[str]
         ("granite", "logits_scaling", 0),
         ("granite", "embedding_multiplier", "12"),
         ("smollm3", "no_rope_layers", [1, 0]),
+        ("qwen3_moe", "num_experts_per_tok", 9),
+        ("qwen3_moe", "num_experts_per_tok", 0),
+        ("qwen3_moe", "num_local_experts", 16),
+        ("qwen3_moe", "mlp_only_layers", [1, 3]),
+        ("qwen3_moe", "mlp_only_layers", "1"),
+        ("mixtral", "num_local_experts", 2),
+        ("mixtral", "intermediate_size", 32),
     ],
 )
 def test_odd_traits_of_a_family_are_one_line(family: str, field: str, value: Any, tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ def test_a_file_is_the_model_that_it_was_written_from(family: str, tmp_path: Pat
         wanted = model(torch.tensor([tokens])).logits[0]
     assert torch.allclose(logits(checkpoint, tokens), wanted, atol=1e-4)
     assert checkpoint.own_bits is None and choose_weights(checkpoint, "auto", "cpu") == "float"
-    assert checkpoint.max_positions == 256 and checkpoint.title == "model"
+    assert checkpoint.max_positions == (128 if family == "phi3" else 256) and checkpoint.title == "model"
 
 
 def test_scaled_frequencies_of_llama_3_are_found_in_the_file(tmp_path: Path) -> None:
@@ -104,6 +104,25 @@ def test_numbers_are_the_files_own(
     assert (tensor - original).abs().max() < 0.15 * original.abs().max()
 
 
+@pytest.mark.parametrize("family", ["qwen3moe", "mixtral"])
+def test_numbers_of_experts_are_the_files_own(family: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    sizes: dict[str, Any] = {"moe_intermediate_size": 32} if family == "qwen3moe" else {}
+    model = write_gguf(tmp_path / "model.gguf", family, Kind.Q8_0, **sizes)
+    checkpoint = GGUFCheckpoint.open(tmp_path / "model.gguf")
+    assert checkpoint.own_bits == 8 and choose_weights(checkpoint, "auto", "cpu") == "float"
+    assert "model is quantised, but is computed in floats" in caplog.text
+    stored = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
+    gate, up, down = (
+        gguf.dequantize(entry.data, entry.tensor_type)
+        for entry in (stored[f"blk.1.ffn_{kind}_exps.weight"] for kind in ("gate", "up", "down"))
+    )
+    names = {kind: f"model.layers.1.mlp.experts.{kind}" for kind in ("gate_up_proj", "down_proj")}
+    shapes = {name: tuple(model.state_dict()[name].shape) for name in names.values()}
+    found = dict(checkpoint.module_tensors(shapes, "float32", "cpu"))
+    assert np.array_equal(found[names["gate_up_proj"]].numpy(), np.concatenate([gate, up], axis=1))
+    assert np.array_equal(found[names["down_proj"]].numpy(), down)
+
+
 def test_gemmas_text_is_cut_as_its_own_tokenizer_does(tmp_path: Path) -> None:
     tokens = write_gemma_gguf(tmp_path / "model.gguf")
     with LLM(tmp_path / "model.gguf", stages=2, in_process=True) as llm:
@@ -127,9 +146,22 @@ def test_text_is_cut_as_the_models_own_tokenizer_does(tmp_path: Path) -> None:
     assert checkpoint.generation_config == {}
 
 
+@pytest.mark.parametrize("family", ["smollm3", "granite", "phi3", "qwen3moe"])
+def test_every_architecture_brings_its_tokenizer(family: str, tmp_path: Path) -> None:
+    write_text_gguf(tmp_path / "model.gguf", family=family)
+    with LLM(tmp_path / "model.gguf", stages=2, in_process=True) as llm:
+        text = "hello world 12"
+        assert llm.tokenizer.decode(list(llm.encode(text))) == text
+        plain = llm.generate(text, SamplingParams(8, ignore_eos=True), schedule="ar").token_ids
+        assert llm.generate(text, SamplingParams(8, ignore_eos=True), schedule="flow").token_ids == plain
+
+
 @pytest.mark.parametrize(
     ("pre", "words"),
     [
+        ("refact", ["a", "Ġ", "1", "2", "3", "4", "5", "Ċ", "Ġb"]),
+        ("smaug-bpe", ["a", "Ġ", "123", "45", "Ċ", "Ġb"]),
+        ("gpt-4o", ["a", "Ġ", "123", "45", "Ċ", "Ġb"]),
         ("llama-bpe", ["a", "Ġ", "123", "45", "Ċ", "Ġb"]),
         ("qwen2", ["a", "Ġ", "1", "2", "3", "4", "5", "Ċ", "Ġb"]),
         ("default", ["a", "Ġ12345", "Ċ", "Ġb"]),
@@ -206,7 +238,10 @@ def test_absurd_counts_are_found_before_anything_is_read(tmp_path: Path) -> None
         ({"general.architecture": "mamba"}, "its architecture is 'mamba', which flowspec cannot read from GGUF"),
         ({"llama.block_count": 7}, "config.json says 7 layers"),
         ({"llama.attention.head_count": 0}, "its metadata says 0 as attention.head_count"),
-        ({"llama.embedding_length": 32}, r"with shape \(\d+, 64\)"),
+        ({"llama.embedding_length": 32, "llama.rope.dimension_count": 8}, r"with shape \(\d+, 64\)"),
+        ({"llama.rope.dimension_count": 8}, "rotary embeddings turn 8 of the 16 numbers of a head"),
+        ({"llama.expert_count": 4, "llama.expert_used_count": 2}, "ffn_down.weight, which config.json has no place"),
+        ({"llama.expert_count": 4}, "its metadata says None as expert_used_count"),
         ({"llama.rope.scaling.type": "dynamic"}, "rotary scaling 'dynamic' depends on the length of the text"),
     ],
 )

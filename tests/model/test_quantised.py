@@ -97,6 +97,18 @@ def test_a_draft_head_can_be_trained_for_it(made: tuple[str, Path, PreTrainedMod
     assert torch.equal(found, wanted)
 
 
+@pytest.mark.parametrize("form", ["awq", "fp8"])
+def test_experts_are_put_together_of_quantised_ones(tmp_path: Path, form: str) -> None:
+    model = write_quantised(tmp_path, form, "qwen3_moe", num_hidden_layers=2, moe_intermediate_size=32)
+    wanted = dict(model.named_parameters())
+    shapes = {name: tuple(parameter.shape) for name, parameter in wanted.items()}
+    for name, tensor in open_checkpoint(tmp_path).module_tensors(shapes, "float32", "cpu"):
+        assert torch.equal(tensor, wanted[name]), name
+    with LLM(tmp_path, draft="ngram", stages=2, in_process=True) as llm:
+        texts = [llm.generate(PROMPT, PARAMS, schedule=schedule).token_ids for schedule in ("ar", "flow")]
+    assert texts[0] == texts[1]
+
+
 # --- what cannot be read ---
 
 Change = Callable[[dict[str, Tensor]], object]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor
 from flowspec.core import DType, LayerRange, Partition
 from flowspec.errors import ModelError
 from flowspec.model import tensor_files
+from flowspec.model.families import PREFIX
 from flowspec.model.loader import Checkpoint
 from flowspec.model.source import TensorSource
 from flowspec.model.stage import forward
@@ -35,17 +37,17 @@ class InMemory(TensorSource):
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.name = "a model in memory"
         self.config = checkpoint.config
-        self._tensors = dict(checkpoint.tensors(checkpoint.tensor_names(), "float32", "cpu"))
+        self.stored = dict(checkpoint.tensors(checkpoint.tensor_names(), "float32", "cpu"))
 
     def tensor_names(self) -> frozenset[str]:
-        return frozenset(self._tensors)
+        return frozenset(self.stored)
 
     def shard_of(self, tensor_name: str) -> str:
         return "memory"
 
     def tensors(self, names: Iterable[str], dtype: DType, device: torch.device | str) -> Iterator[tuple[str, Tensor]]:
         for name in names:
-            yield name, self._tensors[name].to(device, getattr(torch, dtype), copy=True)
+            yield name, self.stored[name].to(device, getattr(torch, dtype), copy=True)
 
 
 def test_any_source_gives_the_same_stage_and_heads(checkpoint: Checkpoint) -> None:
@@ -57,6 +59,29 @@ def test_any_source_gives_the_same_stage_and_heads(checkpoint: Checkpoint) -> No
     assert torch.equal(*hidden)
     assert torch.equal(source.load_lm_head("float32", "cpu"), checkpoint.load_lm_head("float32", "cpu"))
     assert torch.equal(source.load_embedding("float32", "cpu"), checkpoint.load_embedding("float32", "cpu"))
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("as_modules", [False, True], ids=["by kind", "as modules"])
+def test_experts_may_be_stored_together(checkpoint_dir: Callable[[str], Path], family: str, as_modules: bool) -> None:
+    checkpoint = Checkpoint.open(checkpoint_dir(family))
+    source = InMemory(checkpoint)
+    wanted = TorchStage.load(checkpoint, LayerRange(4, 6), "float32", "cpu")
+    if as_modules:
+        layers = {PREFIX + f"layers.{index}.": layer for index, layer in enumerate(wanted._layers, 4)}
+        source.stored = {n: w for n, w in source.stored.items() if ".experts." not in n and ".block_sparse_" not in n}
+        source.stored |= {p + n: w for p, layer in layers.items() for n, w in layer.named_parameters()}
+    else:
+        kinds: dict[str, list[Tensor]] = {}
+        for name in sorted(name for name in source.stored if ".experts." in name):
+            kinds.setdefault(re.sub(r"experts\.\d+\.", "experts.", name), []).append(source.stored.pop(name))
+        source.stored |= {name: torch.stack(tensors) for name, tensors in kinds.items()}
+    found = TorchStage.load(source, LayerRange(4, 6), "float32", "cpu")
+    rows, hidden = torch.randn(9, wanted.hidden_size, generator=torch.Generator().manual_seed(0)), []
+    for stage in (wanted, found):
+        cache = stage.open_cache()
+        hidden.append(forward(stage, rows, cache.slots.append_prefix(range(9)), cache))
+    assert torch.equal(*hidden)
 
 
 class RecordingFile:
@@ -100,7 +125,8 @@ def test_a_stage_reads_only_its_own_tensors(
     assert sorted(RecordingFile.names) == sorted(wanted)
     assert progress[-1] == 1.0
     assert progress == sorted(progress)
-    assert len(progress) == len(wanted)
+    mixtures = {name.partition(".experts.")[0] for name in wanted if ".experts." in name}
+    assert len(progress) == len([name for name in wanted if ".experts." not in name]) + 2 * len(mixtures)
     monkeypatch.undo()
     loaded = dict(checkpoint.tensors(wanted, "float32", "cpu"))
     assert stage.weights_bytes == sum(tensor.nbytes for tensor in loaded.values())

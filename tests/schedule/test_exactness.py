@@ -21,7 +21,11 @@ from pump import Pump, prompt_of
 from tiny_models import FAMILIES, make_checkpoint, make_draft_head
 
 NUM_TOKENS = 24
-MORE_TOKENS = {"qwen2": 40}  # of greedy texts: this one has nothing for the n-gram draft before
+MORE_TOKENS = {
+    "qwen2": 40,
+    "mixtral": 40,
+    "qwen3_moe": 32,
+}  # of greedy texts: these have nothing for the n-gram draft before
 DRAFTS = ("eagle", "ngram", "none")
 STAGES = (1, 2, 3, 5)
 SMALL = PipelineConfig(segment_len=5, prefill_chunk=7)  # so that prompts and trees come in several segments

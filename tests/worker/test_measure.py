@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from flowspec.schedule.catalogue import make_schedule
 from flowspec.schedule.pace import MeasuredCosts, Pace, free_rows
 from flowspec.wire.messages import Echo, Ready, Result, Timing
 from flowspec.worker.measure import LinkMeter, measure_forward
+from tiny_models import VOCAB_SIZE
 
 STEEP = [(1, 2.6), (2, 3.0), (4, 3.2), (8, 3.5), (16, 4.2), (32, 5.2), (64, 7.6), (128, 13.0)]  # a processor's
 
@@ -39,11 +41,36 @@ def test_a_forward_is_measured_for_as_many_rows_as_there_is_time(
     checkpoint_dir: Callable[[str], Path], layers: LayerRange
 ) -> None:
     stage = TorchStage.load(Checkpoint.open(checkpoint_dir("llama")), layers, "float32", "cpu")
-    assert [rows for rows, _ in measure_forward(stage, clock=ticking_clock(1e-4))] == [1, 2, 4, 8, 16, 32, 64, 128]
+    assert [rows for rows, _ in measure_forward(stage, VOCAB_SIZE, clock=ticking_clock(1e-4))] == [
+        1,
+        2,
+        4,
+        8,
+        16,
+        32,
+        64,
+        128,
+    ]
     # Every look at the clock takes 0.1 s: too slow for all counts.
-    few = [rows for rows, _ in measure_forward(stage, clock=ticking_clock(0.1))]
+    few = [rows for rows, _ in measure_forward(stage, VOCAB_SIZE, clock=ticking_clock(0.1))]
     assert few and few == [1, 2, 4, 8, 16, 32, 64, 128][: len(few)] and len(few) < 8
-    assert [rows for rows, _ in measure_forward(stage, clock=ticking_clock(10.0))] == [1]
+    assert [rows for rows, _ in measure_forward(stage, VOCAB_SIZE, clock=ticking_clock(10.0))] == [1]
+
+
+@pytest.mark.parametrize("layers", [LayerRange(0, 2), LayerRange(1, 2)], ids=["first", "second"])
+def test_rows_of_a_measurement_need_different_experts(
+    checkpoint_dir: Callable[[str], Path], layers: LayerRange
+) -> None:
+    stage = TorchStage.load(Checkpoint.open(checkpoint_dir("qwen3_moe")), layers, "float32", "cpu")
+    routed: dict[int, set[int]] = {}
+
+    def note(module: torch.nn.Module, rows: Any, results: Any) -> None:
+        routed.setdefault(len(results[2]), set()).update(results[2].flatten().tolist())
+
+    router = next(module for name, module in stage._layers[-1].named_modules() if name == "mlp.gate")
+    router.register_forward_hook(note)
+    measure_forward(stage, VOCAB_SIZE, clock=ticking_clock(1e-4))
+    assert len(routed[1]) == 3 and routed[64] == set(range(8))
 
 
 @dataclass

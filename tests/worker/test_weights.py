@@ -103,15 +103,18 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
-@pytest.fixture(params=["safetensors", "awq", "Q8_0", "Q5_0"])
+@pytest.fixture(params=["safetensors", "experts", "awq", "Q8_0", "Q5_0", "phi3", "qwen3moe"])
 def model(request: pytest.FixtureRequest, checkpoint_dir: Callable[[str], Path], tmp_path: Path) -> Path:
-    if request.param == "safetensors":
-        return checkpoint_dir("llama")
+    if request.param in ("safetensors", "experts"):
+        return checkpoint_dir("llama" if request.param == "safetensors" else "mixtral")
     if request.param == "awq":
         write_quantised(tmp_path / "awq", "awq", "llama", num_hidden_layers=6)
         return tmp_path / "awq"
     path = tmp_path / "tiny.gguf"
-    write_gguf(path, "llama", gguf.GGMLQuantizationType[request.param], num_hidden_layers=6)
+    if request.param in ("phi3", "qwen3moe"):  # whose rotary factors, or experts, come too
+        write_gguf(path, request.param, num_hidden_layers=6)
+    else:
+        write_gguf(path, "llama", gguf.GGMLQuantizationType[request.param], num_hidden_layers=6)
     return path
 
 
@@ -122,7 +125,7 @@ def same_stage(ours: Checkpoint, theirs: Checkpoint, layers: LayerRange) -> None
     own, other = (dict(source.tensors(names, "float32", "cpu")) for source in (ours, theirs))
     assert own.keys() == other.keys() == set(names)
     assert all(torch.equal(own[name], other[name]) for name in names)
-    for name in (name for name in names if "proj.weight" in name):
+    for name in (name for name in names if "proj.weight" in name and ".experts." not in name):
         one, two = ours.packed(name, 8), theirs.packed(name, 8)
         assert np.array_equal(one.codes, two.codes) and np.array_equal(one.scales, two.scales)
 
@@ -138,7 +141,7 @@ def test_what_has_come_is_the_stage_and_nothing_else(model: Path, tmp_path: Path
         assert fingerprint(own, layers) == fingerprint(wire.checkpoint, layers)
         stage_made = load_stage(own, layers, "float32", "float", "cpu")
         assert stage_made.weights_bytes == load_stage(wire.checkpoint, layers, "float32", "float", "cpu").weights_bytes
-        other = "model.layers.5.mlp.up_proj.weight" if stage == 1 else "model.layers.0.mlp.up_proj.weight"
+        other = f"model.layers.{5 if stage == 1 else 0}.self_attn.o_proj.weight"
         with pytest.raises(ModelError, match=r"of another stage|cannot be read"):
             list(own.tensors([other], "float32", "cpu"))
     sent = wire.num_bytes
@@ -325,11 +328,12 @@ def test_only_what_is_here_is_opened(checkpoint_dir: Callable[[str], Path], tmp_
         find_checkpoint(str(tmp_path), may_ask_hub=False)  # it is here, and no model
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
 def test_devices_without_the_model_give_the_text_of_plain_decoding(
-    checkpoint_dir: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    checkpoint_dir: Callable[[str], Path], family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With a draft head, and one of them killed while it generates: it has its weights on its disk by then."""
-    directory = checkpoint_dir("llama")
+    directory = checkpoint_dir(family)
     pump = Pump(directory, 1, "none", "ar")
     generation = pump.submit(PROMPT_IDS, SamplingParams(max_tokens=40))
     pump.run()

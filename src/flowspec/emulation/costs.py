@@ -29,15 +29,35 @@ class EmulatedModel:
     num_layers: int
     hidden_size: int
     vocab_size: int
-    layer_params: float  # weights of one layer
+    layer_params: float  # weights of one layer, without those of experts
     kv_size: int  # numbers of K plus V for one token in one layer
     bytes_per_weight: float = 2.0
     bytes_per_activation: float = 2.0  # on the wire and in the KV cache
     weight_time_factor: float = 1.0  # how much longer reading weights takes than their bytes say: dequantisation
+    num_experts: int = 0  # of one layer, in a mixture
+    experts_per_row: int = 0  # that a row runs through
+    expert_params: float = 0.0  # weights of one of them
 
     def __post_init__(self) -> None:
         check_positive(self, "num_layers", "hidden_size", "vocab_size", "layer_params", "kv_size")
         check_positive(self, "bytes_per_weight", "bytes_per_activation", "weight_time_factor")
+        check_not_negative(self, "num_experts", "experts_per_row", "expert_params")
+        if self.experts_per_row > self.num_experts:
+            raise FieldError("experts_per_row", f"is {self.experts_per_row}, of {self.num_experts} experts")
+        if bool(self.experts_per_row) != bool(self.expert_params):
+            raise FieldError("expert_params", "goes with num_experts and experts_per_row; give all three, or none")
+
+    def read_params(self, num_rows: int) -> float:
+        """Weights of one layer that a forward of so many rows reads; each row chooses its experts by itself."""
+        if not self.num_experts:
+            return self.layer_params
+        missed = (1 - self.experts_per_row / self.num_experts) ** num_rows
+        return self.layer_params + self.num_experts * (1 - missed) * self.expert_params
+
+    @property
+    def row_params(self) -> float:
+        """Weights of one layer that one row is multiplied by."""
+        return self.layer_params + self.experts_per_row * self.expert_params
 
 
 @dataclass(frozen=True)
@@ -84,8 +104,8 @@ class Device:
         kv = context_len * model.kv_size * model.bytes_per_activation * memory_s
         if self.forward_ms:
             return (interpolate(self.forward_ms, num_rows) / 1e3 + kv) / num_shares
-        weights = model.layer_params * model.bytes_per_weight * model.weight_time_factor * memory_s
-        flops = 2 * model.layer_params * num_rows / (self.compute_tflops * 1e12)
+        weights = model.read_params(num_rows) * model.bytes_per_weight * model.weight_time_factor * memory_s
+        flops = 2 * model.row_params * num_rows / (self.compute_tflops * 1e12)
         # The fourth-power mean rounds the knee between the two limits.
         return ((weights**4 + flops**4) ** 0.25 + kv) / num_shares + self.layer_overhead_ms / 1e3
 

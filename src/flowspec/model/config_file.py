@@ -24,6 +24,11 @@ _MOST_OPTIONAL = {
     "head_dim": 2**14,
     "sliding_window": 2**31,
     "original_max_position_embeddings": 2**31,
+    "num_experts": 2**12,
+    "num_local_experts": 2**12,
+    "num_experts_per_tok": 2**12,
+    "moe_intermediate_size": 2**22,
+    "decoder_sparse_step": 2**12,
 }
 _COUNTS_FROM_0 = {"max_window_layers": 2**12}
 _POSITIVE = (
@@ -31,7 +36,15 @@ _POSITIVE = (
     "embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling",
 )  # fmt: skip
 _SHARES = ("partial_rotary_factor",)
-_SWITCHES = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window", "bias", "qkv_bias")
+_SWITCHES = (
+    "tie_word_embeddings",
+    "attention_bias",
+    "mlp_bias",
+    "use_sliding_window",
+    "bias",
+    "qkv_bias",
+    "norm_topk_prob",
+)
 _TEXTS = ("hidden_act", "rope_type", "type", "torch_dtype", "dtype")
 _TABLES = ("rope_scaling", "rope_parameters")
 
@@ -53,6 +66,9 @@ def check_config(content: Mapping[str, Any], where: str) -> None:
     types = content.get("layer_types")
     if types is not None and not (isinstance(types, list) and all(isinstance(kind, str) for kind in types)):
         _refuse(where, "layer_types", types, "a list of names")
+    dense = content.get("mlp_only_layers")
+    if dense is not None and not (isinstance(dense, list) and all(_is_count(index, 0, 2**12) for index in dense)):
+        _refuse(where, "mlp_only_layers", dense, "a list of layers' numbers")
 
 
 def _wanted(name: str, value: Any) -> str | None:

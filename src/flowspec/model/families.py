@@ -1,6 +1,6 @@
 """The model families that can be cut into stages, a row each: all that depends on ``model_type`` is here.
 
-Tensors have transformers' names, which are the same in all families.
+Tensors have transformers' names, which are the same in all families; what files call otherwise is in ``ExpertNames``.
 """
 
 from __future__ import annotations
@@ -28,6 +28,16 @@ SHORT_ROPE = "longrope"
 
 
 @dataclass(frozen=True)
+class ExpertNames:
+    """What files call the parts of a layer's mixture of experts: each has its own matrices there."""
+
+    block: str  # of the layer; transformers' modules have them in ``mlp``
+    gate: str
+    up: str
+    down: str
+
+
+@dataclass(frozen=True)
 class Family:
     """Models of one ``model_type``."""
 
@@ -38,6 +48,7 @@ class Family:
     embedding_scale: Callable[[PreTrainedConfig], float] = lambda config: 1.0  # by which its rows are multiplied
     logits_divisor: Callable[[PreTrainedConfig], float] = lambda config: 1.0
     norm_offset: float = 0.0  # of RMS norms: rows are multiplied by it and the weight together
+    experts: ExpertNames | None = None  # of families in which a row runs through a few experts of many
 
     def check(self, config: PreTrainedConfig, name: str) -> None:
         """Raise ``ModelError`` for a model, called ``name``, whose stages would not add up to it."""
@@ -58,6 +69,11 @@ class Family:
             )
         if SLIDING in types and not config.sliding_window:
             raise ModelError(f"{name}: config.json has sliding layers but no sliding_window; set it")
+        if self.experts is not None and not 0 < config.num_experts_per_tok <= config.num_experts:
+            raise ModelError(
+                f"{name}: config.json sends a token to {config.num_experts_per_tok} of {config.num_experts} experts; "
+                "download or mend the file"
+            )
 
 
 def rope_tables(config: PreTrainedConfig) -> list[dict[str, Any]]:
@@ -74,6 +90,11 @@ def embedding_scale(config: PreTrainedConfig) -> float:
 def logits_divisor(config: PreTrainedConfig) -> float:
     """By which the lm_head's products are divided."""
     return float(FAMILIES[config.model_type].logits_divisor(config))
+
+
+def expert_names(config: PreTrainedConfig) -> ExpertNames | None:
+    """``None`` where all rows run through all weights."""
+    return FAMILIES[config.model_type].experts
 
 
 def norm_scale(config: PreTrainedConfig, weight: Tensor) -> Tensor:
@@ -114,6 +135,8 @@ _ROWS = (
     Family("mistral", "Mistral", _all_alike),
     Family("qwen2", "Qwen2", _as_listed),
     Family("qwen3", "Qwen3", _as_listed),
+    Family("qwen3_moe", "Qwen3-MoE", _all_alike, experts=ExpertNames("mlp", "gate_proj", "up_proj", "down_proj")),
+    Family("mixtral", "Mixtral", _all_alike, experts=ExpertNames("block_sparse_moe", "w1", "w3", "w2")),
     Family("smollm3", "SmolLM3", _as_listed),
     Family("phi3", "Phi-3/4", _all_alike, (*STATIC_ROPE_TYPES, SHORT_ROPE)),
     Family(

@@ -60,6 +60,7 @@ class Checkpoint(TensorSource):
         self._stored: dict[str, dict[str, StoredTensor]] = {}  # by file
         quantised = getattr(config, "quantization_config", None)
         self.layout = None if quantised is None else layout_of(quantised, f"{name}: config.json")
+        self._from_hub: dict[str, Path | None] = {}  # what was asked for: each file once, however many tensors it has
 
     @classmethod
     def open(cls, name: str | Path) -> Checkpoint:
@@ -113,7 +114,7 @@ class Checkpoint(TensorSource):
     @cached_property
     def generation_config(self) -> dict[str, Any]:
         """generation_config.json; empty where there is none."""
-        path = _find(self.name, self._directory, "generation_config.json")
+        path = self._find("generation_config.json")
         return _read_json(path) if path else {}
 
     @cached_property
@@ -154,10 +155,17 @@ class Checkpoint(TensorSource):
 
     def path(self, filename: str) -> Path:
         """The local path of one file, fetched from the hub if the model is there."""
-        path = _find(self.name, self._directory, filename)
+        path = self._find(filename)
         if path is None:
             raise ModelError(f"{self.name}: {filename} is missing; download or copy the model again")
         return path
+
+    def _find(self, filename: str) -> Path | None:
+        if self._directory is not None:
+            return _find(self.name, self._directory, filename)
+        if filename not in self._from_hub:
+            self._from_hub[filename] = _find(self.name, None, filename)
+        return self._from_hub[filename]
 
     def files(self) -> list[Path]:
         """What of the model lies on this device by now, in a fixed order."""
@@ -229,12 +237,12 @@ class Checkpoint(TensorSource):
         """Of a model at the hub: which one of its versions the files are; empty for files that nobody numbers."""
         if self._directory is not None:
             return ""
-        path = _find(self.name, None, "config.json")
+        path = self._find("config.json")
         return "" if path is None else path.parent.name
 
     def stored(self, name: str) -> StoredTensor | None:
         """Where what is stored lies; ``None``: its file is not in the model's directory. From the hub it is fetched."""
-        path = _find(self.name, self._directory, self.shard_of(name))
+        path = self._find(self.shard_of(name))
         if path is None:
             return None
         if path.name not in self._stored:
@@ -274,11 +282,11 @@ class Checkpoint(TensorSource):
     @cached_property
     def _stored_shards(self) -> dict[str, str]:
         """By the files' own tensor names. A single file comes first, as in transformers."""
-        single = _find(self.name, self._directory, "model.safetensors")
+        single = self._find("model.safetensors")
         if single is not None:
             with open_tensors(single) as file:
                 return dict.fromkeys(file.keys(), single.name)
-        index = _find(self.name, self._directory, "model.safetensors.index.json")
+        index = self._find("model.safetensors.index.json")
         if index is None:
             raise ModelError(
                 f"{self.name}: neither model.safetensors nor model.safetensors.index.json; save the model with "

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from flowspec.core import DType, LayerRange
-from flowspec.model.families import EMBEDDING, PREFIX, embedding_scale, layer_prefix
+from flowspec.model.families import PREFIX, embedding_scale, layer_prefix
 from flowspec.model.forward_rows import AttentionShape, LayersStage, masks_of, rotations_of
 from flowspec.model.openvino_graph import CUT, Between, Buffer, Graph, Template, Weight, filled_up, linear
 from flowspec.model.packed import Bits, PackedWeight
@@ -215,12 +215,12 @@ class _Graphs:
         own = [model.layers[index] for index in range(layers.start, layers.end)]
         self.scaling: float = own[0].self_attn.scaling  # of attention's scores
         norm = model.norm if layers.end == source.num_layers else None
-        names = {
-            layer_prefix(index) + name
+        shapes = {
+            layer_prefix(index) + name: tuple(parameter.shape)
             for index, layer in enumerate(own, layers.start)
-            for name, _ in layer.named_parameters()
+            for name, parameter in layer.named_parameters()
         }
-        check_nothing_ignored(source, layers, names | {EMBEDDING, f"{PREFIX}norm.weight"})
+        check_nothing_ignored(source, layers, shapes)
         before: dict[str, Weight] = {}
         for index in range(len(own) + 1):
             after_layer = own[index] if index < len(own) else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -11,8 +11,9 @@ from torch import Tensor
 
 from flowspec.core import DType
 from flowspec.errors import ModelError
-from flowspec.model.families import EMBEDDING, LM_HEAD, PREFIX, logits_divisor
+from flowspec.model.families import EMBEDDING, LM_HEAD, PREFIX, expert_names, logits_divisor
 from flowspec.model.packed import Bits, PackedWeight, pack
+from flowspec.model.pieces import Piece, pieces_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -57,6 +58,30 @@ class TensorSource(Protocol):
     def has_tied_embeddings(self) -> bool:
         """Whether the embedding is the lm_head too; a file that holds both overrules the config, as in transformers."""
         return bool(self.config.tie_word_embeddings) and LM_HEAD not in self.tensor_names()
+
+    def pieces(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[Piece]]:
+        """The tensors here of which modules' tensors are made, by these names. ``shapes``: that the modules have."""
+        experts, stored = expert_names(self.config), self.tensor_names()
+        return {name: pieces_of(name, shape, experts, stored) for name, shape in shapes.items()}
+
+    def module_tensors(
+        self, shapes: Mapping[str, tuple[int, ...]], dtype: DType, device: torch.device | str
+    ) -> Iterator[tuple[str, Tensor]]:
+        """As ``tensors``, by the names and of the shapes that modules have. Raises for what has another shape."""
+        made_of = self.pieces(shapes)
+        wholes = {pieces[0].name: name for name, pieces in made_of.items() if not pieces[0].place}
+        for stored, tensor in self.tensors(wholes, dtype, device):
+            self.check_shape(stored, tensor, shapes[wholes[stored]])
+            yield wholes[stored], tensor
+        for name, pieces in made_of.items():
+            places = {piece.name: piece.place for piece in pieces if piece.place}
+            if not places:
+                continue
+            whole = torch.empty(shapes[name], dtype=getattr(torch, dtype), device=device)
+            for stored, tensor in self.tensors(places, dtype, device):
+                self.check_shape(stored, tensor, tuple(whole[places[stored]].shape))
+                whole[places[stored]] = tensor
+            yield name, whole
 
     def own_packed(self, name: str, bits: Bits) -> PackedWeight | None:
         """The weight of a linear layer as it is, where the source has it in codes that kernels of so many bits hold."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Set
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,6 +15,10 @@ from flowspec.errors import ModelError, first_line
 from flowspec.model.attention import ATTENTION
 from flowspec.model.families import PREFIX, SHORT_ROPE, embedding_scale, family_of, layer_prefix
 from flowspec.model.source import TensorSource
+
+# One expert after the other, with the kernels of all other linear layers, and what a row gets of them added up by the
+# experts' numbers. Only the weights that some row needs are read, and none is copied.
+EXPERTS = "eager"
 
 
 def checked_config(source: TensorSource, layers: LayerRange) -> PreTrainedConfig:
@@ -32,7 +36,7 @@ def bare_model(config: PreTrainedConfig, attention: str) -> Any:
     try:
         with torch.device("meta"):
             whole: Any = AutoModelForCausalLM.from_config(
-                config, attn_implementation=attention, trust_remote_code=False
+                config, attn_implementation=attention, experts_implementation=EXPERTS, trust_remote_code=False
             )
             return whole.model.eval()  # without dropout
     except Exception as error:  # whatever transformers meets in what somebody has written
@@ -85,18 +89,21 @@ def _fill(
 ) -> None:
     """Replace the meta parameters by the source's tensors."""
     shapes = {PREFIX + name: tuple(parameter.shape) for name, parameter in modules.named_parameters()}
-    check_nothing_ignored(source, layers, shapes.keys())
+    check_nothing_ignored(source, layers, shapes)
     tensors: dict[str, torch.Tensor] = {}
-    for name, tensor in source.tensors(shapes, dtype, device):
-        source.check_shape(name, tensor, shapes[name])
+    for name, tensor in source.module_tensors(shapes, dtype, device):
         tensors[name.removeprefix(PREFIX)] = tensor
         if progress is not None:
             progress(len(tensors) / len(shapes))
     modules.load_state_dict(tensors, strict=False, assign=True)  # once: it walks through all modules
 
 
-def check_nothing_ignored(source: TensorSource, layers: LayerRange, expected: Set[str]) -> None:
-    """Raise if there are weights of these layers that the config has no place for, such as biases."""
+def check_nothing_ignored(source: TensorSource, layers: LayerRange, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise if there are weights of these layers that the config has no place for, such as biases.
+
+    ``shapes``: of the modules' tensors, by their names.
+    """
+    expected = {piece.name for pieces in source.pieces(shapes).values() for piece in pieces}
     prefixes = tuple(layer_prefix(index) for index in range(layers.start, layers.end))
     for name in sorted(source.tensor_names() - expected):
         # Old Llama checkpoints carry the rotary frequencies, which follow from the config.

@@ -27,6 +27,7 @@ from flowspec.model.eagle_head import EagleHead
 from flowspec.model.families import LM_HEAD, norm_scale, rope_tables
 from flowspec.model.gguf_checkpoint import GGUFCheckpoint
 from flowspec.model.loader import Checkpoint
+from flowspec.model.stage_weights import EXPERTS
 from flowspec.train.corpus import Tokens, shuffled_rows, windows
 from flowspec.train.loop import run_steps
 from flowspec.train.losses import expected_rows, log_partition
@@ -142,7 +143,10 @@ def load_model(name: str | Path, dtype: torch.dtype) -> PreTrainedModel:
     directory = demo_directory() if str(name) == DEMO else Path(name).expanduser()
     try:
         return AutoModelForCausalLM.from_pretrained(
-            directory if directory.is_dir() else str(name), dtype=dtype, trust_remote_code=False
+            directory if directory.is_dir() else str(name),
+            dtype=dtype,
+            experts_implementation=EXPERTS,
+            trust_remote_code=False,
         )
     except (OSError, ValueError, RuntimeError) as error:
         message = str(error).splitlines()[0]
@@ -150,14 +154,13 @@ def load_model(name: str | Path, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def _dequantised(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
-    model = AutoModelForCausalLM.from_config(checkpoint.config, dtype=dtype)
+    model = AutoModelForCausalLM.from_config(checkpoint.config, dtype=dtype, experts_implementation=EXPERTS)
     places = model.state_dict()
-    names = [name for name in places if name in checkpoint.tensor_names()]
-    if missing := places.keys() - {*names, LM_HEAD}:
-        raise ModelError(f"{checkpoint.name} lacks {min(missing)}; download or convert the model again")
+    shapes = {name: tuple(place.shape) for name, place in places.items()}
+    if LM_HEAD not in checkpoint.tensor_names():
+        del shapes[LM_HEAD]
     with torch.no_grad():
-        for name, tensor in checkpoint.tensors(names, "float32", "cpu"):
-            checkpoint.check_shape(name, tensor, tuple(places[name].shape))
+        for name, tensor in checkpoint.module_tensors(shapes, "float32", "cpu"):
             places[name].copy_(tensor)
     model.tie_weights()
     return model

@@ -78,7 +78,7 @@ class StageLoader:
         hinter = None
         if configure.hints is not None:
             hinter = load_hinter(configure.hints, source, layers.end, configure.dtype, self.device)
-        forward_s = measure_forward(stage) if configure.emulation is None else []
+        forward_s = measure_forward(stage, source.vocab_size) if configure.emulation is None else []
         loaded = Loaded(stage, hinter, forward_s, Limits.of(source), fingerprint(source, layers))
         self._kept = key, loaded
         return loaded

@@ -30,22 +30,30 @@ _RETRY_S = 0.5
 
 
 def measure_forward(
-    stage: Stage, budget_s: float = _FORWARD_BUDGET_S, clock: Callable[[], float] = time.perf_counter
+    stage: Stage,
+    vocab_size: int,
+    budget_s: float = _FORWARD_BUDGET_S,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> list[tuple[int, float]]:
     """(rows, seconds) by growing rows, each the least of several runs; at least that of one row.
 
-    A count is left out when it might not end within the budget, at twice the time of the count before.
+    Rows are random: alike ones would all need the same few experts of a mixture. A count is left out when it might not
+    end within the budget, at twice the time of the count before.
     """
     cache = stage.open_cache()
     cache.slots.append_prefix(np.arange(PREFIX_LEN))
     slots = cache.slots.append_prefix(PREFIX_LEN + np.arange(MEASURED_ROWS[-1]))
+    draw = torch.Generator().manual_seed(0)
+    if stage.is_first:
+        inputs = torch.randint(vocab_size, (len(slots),), generator=draw)
+    else:
+        inputs = torch.randn(len(slots), stage.hidden_size, generator=draw).to(stage.dtype)
     deadline_s = clock() + budget_s
 
     def run_s(num_rows: int) -> float:
-        shape = (num_rows,) if stage.is_first else (num_rows, stage.hidden_size)
-        inputs = torch.ones(shape, dtype=torch.long if stage.is_first else stage.dtype)
         start_s = clock()
-        forward(stage, inputs, slots[:num_rows], cache).cpu()  # the copy waits for the device, and is made anyway
+        rows = forward(stage, inputs[:num_rows], slots[:num_rows], cache)
+        rows.cpu()  # waits for the device, and is made anyway
         return clock() - start_s
 
     least_s: dict[int, float] = {}
