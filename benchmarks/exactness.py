@@ -21,6 +21,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast, get_args
 
+from flowspec.bench.local import encode
 from flowspec.bench.prompts import read_prompts
 from flowspec.bench.report import markdown_table
 from flowspec.config import EngineConfig
@@ -28,7 +29,6 @@ from flowspec.core import SamplingParams, Weights
 from flowspec.llm import LLM
 from flowspec.schedule.catalogue import AUTO, SCHEDULES
 from flowspec.train.openers import OPENERS
-from rivals import encode
 
 SUBJECTS = ("a lighthouse", "prime numbers", "the river Nile", "old bread")
 

@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
+from flowspec.bench.local import encode
 from flowspec.bench.prompts import read_prompts
 from flowspec.config import EngineConfig
 from flowspec.core import LayerRange, SamplingParams, Weights
@@ -257,12 +258,6 @@ def figures_of(own: list[list[Answer]], base: list[list[Answer]] | None) -> dict
 
 def read_questions(path: str | None, num: int) -> list[str]:
     return [prompt.turns[0] for prompt in read_prompts(path, num)] if path else list(QUESTIONS[:num])
-
-
-def encode(llm: LLM, question: str) -> tuple[int, ...]:
-    if llm.engine.model.chat_template.is_there:
-        return llm.encode_chat([{"role": "user", "content": question}])
-    return llm.encode(question)
 
 
 def restrict_cores(num: int) -> None:

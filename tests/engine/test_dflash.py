@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 
 from flowspec import LLM, SamplingParams
-from flowspec.emulation.checkpoint_pair import CheckpointPair
-from flowspec.errors import ModelError, UsageError
+from flowspec.errors import ModelError
 from tiny_dflash import DFlashForm, write_dflash
 
 PROMPT = (1, 4, 2, 1, 4, 2, 3, 9, 9)
@@ -53,8 +52,6 @@ def test_a_head_of_speculators_with_few_tokens_drafts(
 
 def test_what_cannot_be_is_said_before_workers_start(checkpoint_dir: Callable[[str], Path], tmp_path: Path) -> None:
     directory = checkpoint_dir("qwen3")
-    with pytest.raises(UsageError, match="is a DFlash head, which simulations and emulations do not run"):
-        CheckpointPair(str(directory), str(directory / "dflash"))
     write_dflash(tmp_path, DFlashForm(config={"num_target_layers": 7}))
     with pytest.raises(ModelError, match="a target with 7 layers, this one has 6"):
         LLM(directory, draft=tmp_path, workers=["127.0.0.1:1"])

@@ -13,7 +13,6 @@ import pytest
 from engines import Fault, engine_of, run
 from flowspec import LLM, SamplingParams
 from flowspec.config import LinkConfig
-from flowspec.emulation.checkpoint_pair import CheckpointPair
 from flowspec.errors import ModelError, UsageError
 from tiny_eagle3 import Eagle3Form, write_eagle3
 from worker_process import WorkerProcess
@@ -106,12 +105,6 @@ def test_remote_workers_serve_drivers_with_different_drafts_in_turn(
         with LLM(directory, draft=directory / draft, workers=remote_workers, schedule="flow") as llm:
             completion = llm.generate(PROMPT, PARAMS)
         assert completion.token_ids == expected and completion.stats.drafted > 0
-
-
-def test_simulations_say_that_they_run_no_such_head(checkpoint_dir: Callable[[str], Path]) -> None:
-    directory = checkpoint_dir("qwen3")
-    with pytest.raises(UsageError, match="an EAGLE-3 head, which simulations and emulations do not run"):
-        CheckpointPair(str(directory), str(directory / "eagle3"))
 
 
 def test_a_head_of_another_target_is_an_error_before_workers_start(

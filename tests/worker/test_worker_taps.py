@@ -46,7 +46,7 @@ def test_blocks_come_in_parts_until_the_stage_has_those_of_its_layers() -> None:
         found.take(message)
     assert found.is_complete
     taps = found.make_taps(CONFIGURE, "cpu")
-    assert taps.is_begun and taps.has_blocks
+    assert taps.is_begun and taps.num_blocks
     share = taps.share(5, torch.ones(2, 32))
     assert share is not None and torch.equal(share, torch.full((2, 24), 32.0))
     assert taps.share(4, torch.ones(2, 32)) is None

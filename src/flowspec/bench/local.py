@@ -15,10 +15,17 @@ from flowspec.request.records import RequestRecord, forward_spans
 _WARM_UP_TOKENS = 16
 
 
+def encode(llm: LLM, prompt: str) -> tuple[int, ...]:
+    """A question, for a model that chats; else the beginning of a text."""
+    if llm.engine.model.chat_template.is_there:
+        return llm.encode_chat([{"role": "user", "content": prompt}])
+    return llm.encode(prompt)
+
+
 def warm_up(llm: LLM, schedules: Sequence[str], prompt: str) -> None:
     """The first runs of a process are slower than all others."""
     for schedule in schedules:
-        llm.generate(prompt, SamplingParams(_WARM_UP_TOKENS), schedule=schedule)
+        llm.generate(encode(llm, prompt), SamplingParams(_WARM_UP_TOKENS), schedule=schedule)
 
 
 def run_local(
@@ -58,7 +65,7 @@ def _run(llm: LLM, index: int, prompt: str, params: SamplingParams, schedule: st
     token_ids: list[int] = []
     start_s, emissions = time.perf_counter(), Emissions(0.0)
     completion = None
-    for chunk in llm.stream(prompt, params, schedule=schedule):
+    for chunk in llm.stream(encode(llm, prompt), params, schedule=schedule):
         token_ids += chunk.token_ids
         emissions.note(time.perf_counter() - start_s, len(token_ids))
         completion = chunk.completion

@@ -192,9 +192,9 @@ def _max_stages(study: Study) -> int:
     num_layers = study.experiment.cluster.model.num_layers
     if study.pair.model == SYNTHETIC:
         return num_layers
-    from flowspec.model.loader import Checkpoint  # here: it brings transformers, as in ``PairSpec.load``
+    from flowspec.model.backends import open_checkpoint  # here: it brings transformers, as in ``PairSpec.load``
 
-    return min(num_layers, Checkpoint.open(study.pair.model).num_layers)
+    return min(num_layers, open_checkpoint(study.pair.model).num_layers)
 
 
 def _vary(cluster: ClusterDescription, name: str, x: float) -> ClusterDescription:

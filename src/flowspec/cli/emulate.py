@@ -32,7 +32,9 @@ from flowspec.errors import UsageError
 def emulate(
     cluster_file: ClusterFile,
     schedule: Annotated[str, typer.Option(help="Comma list, as for simulate, without the tp ones.")] = "lockstep,flow",
-    model: Annotated[str, typer.Option(help="Gives the tokens: demo, a directory, or a hub name.")] = "demo",
+    model: Annotated[
+        str, typer.Option(help="Gives the tokens: demo, smollm2, a directory, a .gguf file, or a hub name.")
+    ] = "demo",
     draft: RealDraft = None,
     draft_dtype: DraftDtypeOption = DraftDtype.auto,
     prompts: PromptsFile = None,

@@ -48,7 +48,7 @@ class StudyOptions:
     model: Annotated[
         str | None,
         typer.Option(
-            help="Gives the tokens: synthetic (simulated only), demo, a directory, or a hub name.",
+            help="Gives the tokens: synthetic (simulated only), demo, smollm2, a directory, a .gguf file, a hub name.",
             show_default="synthetic; on this machine demo",
         ),
     ] = None

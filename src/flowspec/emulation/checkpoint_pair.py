@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from flowspec.core import DraftDType, Partition
-from flowspec.draft.catalogue import choose_draft, load_draft
+import torch
+from torch import Tensor
+
+from flowspec.chat_template import ChatTemplate
+from flowspec.core import DraftDType, Partition, TapShape, Weights
+from flowspec.draft.catalogue import choose_draft, load_draft, read_taps
 from flowspec.errors import UsageError
-from flowspec.model.draft_files import DraftFiles
-from flowspec.model.eagle3_format import kind_of
+from flowspec.model.backends import choose_weights, load_head, load_stage, make_taps, open_checkpoint
 from flowspec.model.hint_head import load_hinter
 from flowspec.model.loader import Checkpoint
 from flowspec.model.stage import Stage
-from flowspec.model.target_head import TargetHead
-from flowspec.model.torch_stage import TorchStage
+from flowspec.model.taps import Taps
 from flowspec.worker.hints import Hinter
 
 
@@ -23,33 +25,30 @@ class CheckpointPair:
 
     def __init__(self, model: str, draft: str, is_coupled: bool = True, draft_dtype: DraftDType = "auto") -> None:
         """``is_coupled``: see ``draft.eagle.EagleSource``. Raises ``UsageError`` for what cannot be loaded."""
-        self.checkpoint = Checkpoint.open(model)
-        head = TargetHead(self.checkpoint.load_lm_head("float32", "cpu"))
+        self.checkpoint = open_checkpoint(model)
+        self.weights: Weights = choose_weights(self.checkpoint, "auto", "cpu")
         chosen = choose_draft(self.checkpoint, draft, draft_dtype)
-        if isinstance(chosen, Path) and (kind := kind_of(DraftFiles(chosen))) != "eagle":
-            told = {"eagle3": "an EAGLE-3 head", "dflash": "a DFlash head"}[kind]
-            raise UsageError(
-                f"{chosen} is {told}, which simulations and emulations do not run; give an EAGLE-1 or EAGLE-2 head, "
-                "ngram or none, or measure in real time with bench"
-            )
         if isinstance(chosen, Checkpoint):
             raise UsageError(
-                f"{chosen.title} is a language model, which simulations and emulations do not draft with; give an "
-                "EAGLE head, ngram or none, or measure in real time with bench"
+                f"{chosen.title} is a language model, and no cluster file says what its passes cost; give a head, "
+                "ngram or none, or measure in real time with bench"
             )
-        self.head = head
-        self.source = load_draft(chosen, self.checkpoint, head, "float32", "cpu", is_coupled, draft_dtype)
+        self.head = load_head(self.checkpoint, "float32", self.weights, "cpu")
+        self.form = read_taps(chosen, self.checkpoint)
+        how = is_coupled, draft_dtype, self.weights, self.form
+        self.source = load_draft(chosen, self.checkpoint, self.head, "float32", "cpu", *how)
         self.max_positions = self.checkpoint.max_positions
         self.eos_ids = self.checkpoint.eos_token_ids
         self._tokenizer = self.checkpoint.load_tokenizer()
-        self._stages: dict[int, list[TorchStage]] = {}
+        self._template = ChatTemplate(self._tokenizer, self.checkpoint.title)
+        self._stages: dict[int, list[Stage]] = {}
         self.draft_directory = chosen if isinstance(chosen, Path) else None
         self._hinters: dict[tuple[int, int], Hinter | None] = {}
 
     def make_stages(self, num_stages: int) -> Sequence[Stage]:
         if num_stages not in self._stages:
             self._stages[num_stages] = [
-                TorchStage.load(self.checkpoint, layers, "float32", "cpu")
+                load_stage(self.checkpoint, layers, "float32", self.weights, "cpu")
                 for layers in self.partition(num_stages).stages
             ]
         return self._stages[num_stages]
@@ -62,6 +61,23 @@ class CheckpointPair:
             self._hinters[index, num_stages] = load_hinter(self.draft_directory, self.checkpoint, end, "float32", "cpu")
         return self._hinters[index, num_stages]
 
+    @property
+    def taps(self) -> TapShape | None:
+        return None if self.form is None else self.form.taps
+
+    def tap_block(self, layer: int) -> Tensor:
+        """What the draft's first matrix multiplies the stream by that enters a layer, [D, H]."""
+        assert self.form is not None, "nobody asks for it"
+        return self.form.block(layer, torch.float32)
+
+    def make_taps(self, index: int, num_stages: int) -> Taps | None:
+        if self.taps is None:
+            return None
+        layers = self.partition(num_stages).stages[index - 1]
+        own = self.taps.of_stage(layers, index == num_stages)
+        blocks = {layer: self.tap_block(layer) for layer in own}
+        return make_taps(self.taps, layers, blocks, "float32", self.weights, "cpu")
+
     def partition(self, num_stages: int) -> Partition:
         """Raises ``UsageError`` for more stages than layers."""
         name, num_layers = self.checkpoint.name, self.checkpoint.num_layers
@@ -70,7 +86,11 @@ class CheckpointPair:
         return Partition.even(num_layers, num_stages)
 
     def encode(self, prompt: str) -> tuple[int, ...]:
-        prompt_ids = tuple(self._tokenizer(prompt, verbose=False).input_ids)
+        """A question, for a model that chats."""
+        if self._template.is_there:
+            prompt_ids = tuple(self._template.encode([{"role": "user", "content": prompt}]))
+        else:
+            prompt_ids = tuple(self._tokenizer(prompt, verbose=False).input_ids)
         if not 0 < len(prompt_ids) < self.max_positions:
             raise UsageError(
                 f"a prompt has {len(prompt_ids)} tokens; the model has room for 1 to {self.max_positions - 1}"

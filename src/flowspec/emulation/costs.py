@@ -85,7 +85,7 @@ class Device:
         """The part of a forward that does not depend on layers or rows."""
         return 0.0 if self.forward_ms else self.overhead_ms / 1e3
 
-    def forward_s(self, model: EmulatedModel, num_layers: int, num_rows: int, context_len: int) -> float:
+    def forward_s(self, model: EmulatedModel, num_layers: float, num_rows: int, context_len: int) -> float:
         """Seconds that ``num_layers`` layers take for ``num_rows`` rows behind ``context_len`` cached tokens."""
         if num_rows == 0:
             return 0.0

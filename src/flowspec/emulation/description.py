@@ -98,9 +98,13 @@ class ClusterDescription:
             key = "devices" if pipeline.partition is None else "partition"
             raise table.error(key, f"{key}: {error}") from None
 
-    def stage_s(self, stage_index: int, num_rows: int, context_len: int) -> float:
-        """Seconds of one forward of a stage, counted from 0."""
-        num_layers = len(self.partition.stages[stage_index])
+    def stage_s(self, stage_index: int, num_rows: int, context_len: int, num_taps: int = 0) -> float:
+        """Seconds of one forward of a stage, counted from 0.
+
+        ``num_taps``: matrices of H x H that it multiplies by for a draft that reads its layers.
+        """
+        taps = num_taps * self.model.hidden_size**2 / self.model.read_params(1)  # in layers
+        num_layers = len(self.partition.stages[stage_index]) + taps
         return self.devices[stage_index].forward_s(self.model, num_layers, num_rows, context_len)
 
     def with_bandwidth(self, mbps: float) -> ClusterDescription:

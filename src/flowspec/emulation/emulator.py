@@ -80,7 +80,7 @@ class Emulator:
             Route.WORKERS: VirtualLink(control, commit_s, Random(1)),
         }
         self._sizes = Sizes(cluster.model)
-        self._informed = Informed(self._driver, experiment.measured_costs(0))
+        self._informed = Informed(self._driver, experiment.measured_costs(0, pair.taps is not None))
         self._actor = PacedActor(self._informed, clock, wall, self._links, self._sizes)
         self._wall = wall
         self._next_id = 0
@@ -90,7 +90,16 @@ class Emulator:
         processes = LocalProcesses(num_stages, threads=1, device="cpu", module="flowspec.emulation.local")
         self._connections = RemoteConnections(processes, self._link)
         try:
-            self._connections.configure(pair.checkpoint.full_name, partition, "float32", emulation, hints)
+            self._connections.configure(
+                pair.checkpoint.full_name,
+                partition,
+                "float32",
+                emulation,
+                hints,
+                pair.weights,
+                taps=pair.taps,
+                blocks=pair.tap_block,
+            )
             self._connections.await_ready(lambda done: None)
         except BaseException:
             self.close()
@@ -108,7 +117,7 @@ class Emulator:
 
     def _run(self, index: int, prompt_ids: tuple[int, ...]) -> RequestRecord:
         experiment, num_stages = self._experiment, self._experiment.cluster.num_stages
-        self._informed.costs = experiment.measured_costs(index)
+        self._informed.costs = experiment.measured_costs(index, self._pair.taps is not None)
         pace = Pace(self._informed.costs)
         schedule = experiment.make_schedule(self._schedule, num_stages, self._pair.source, pace)
         start_s = self._clock.now = max(self._clock.now, self._wall.now())

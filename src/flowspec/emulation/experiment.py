@@ -85,24 +85,31 @@ class Experiment:
         block_pass_ms = ours.int8_block_pass_ms or None
         return replace(ours, draft_pass_ms=ours.int8_draft_pass_ms, block_pass_ms=block_pass_ms)
 
-    def measured_costs(self, index: int) -> MeasuredCosts:
-        """What the driver believes of the cluster's costs when it has just been started for that prompt."""
-        return measure(self.cluster, self.start_up, self.faults.seed + index)
+    def measured_costs(self, index: int, has_taps: bool) -> MeasuredCosts:
+        """What the driver believes of the cluster's costs when it has just been started for that prompt.
+
+        ``has_taps``: rows bring a draft's features along.
+        """
+        return measure(self.cluster, self.start_up, self.faults.seed + index, has_taps)
 
     def make_schedule(self, name: str, num_stages: int, source: DraftSource | None, pace: Pace) -> Schedule:
         """For one request; ``pace``: of all that run at once."""
         return make_schedule(name, self.config, num_stages, pace=pace, levels=Levels.of(source))
 
-    def forward_cost(self, schedule: str, worker: int) -> Callable[[int, int, float], float]:
-        """What a forward costs that worker: (rows, rows in the cache, time) -> seconds."""
+    def forward_cost(self, schedule: str, worker: int, num_taps: int) -> Callable[[int, int, float, bool], float]:
+        """What a forward costs that worker, as of ``EmulatedStage``. ``num_taps``: of its layers that a draft reads."""
         cluster, slowdown = self.cluster, self.faults.slowdown
+
+        def stage_s(rows: int, context: int, has_taps: bool) -> float:
+            return cluster.stage_s(worker - 1, rows, context, num_taps if has_taps else 0)
+
         match schedule:
             case "tp-megatron" | "tp-galaxy":
-                return lambda rows, context, now: cluster.tensor_parallel_s(schedule, rows, context)
+                return lambda rows, context, now, has_taps: cluster.tensor_parallel_s(schedule, rows, context)
             case _ if slowdown is not None and slowdown.worker == worker:
-                return lambda rows, context, now: cluster.stage_s(worker - 1, rows, context) * slowdown.factor(now)
+                return lambda rows, context, now, has_taps: stage_s(rows, context, has_taps) * slowdown.factor(now)
             case _:
-                return lambda rows, context, now: cluster.stage_s(worker - 1, rows, context)
+                return lambda rows, context, now, has_taps: stage_s(rows, context, has_taps)
 
 
 def make_driver(experiment: Experiment, pair: ModelPair, costs: DriverCosts, clock: Clock) -> Driver:
@@ -131,4 +138,5 @@ def make_driver(experiment: Experiment, pair: ModelPair, costs: DriverCosts, clo
             clock.spend(costs_ms[kind] / 1000, 0, kind.value, num_rows)
 
     common = Common(pair.head, experiment.config.pipeline, pair.max_positions, clock, charge)
-    return Driver(common, pair.source, num_stages=experiment.cluster.num_stages)
+    tapped = () if pair.taps is None else pair.taps.layers
+    return Driver(common, pair.source, num_stages=experiment.cluster.num_stages, tapped=tapped)

@@ -18,6 +18,7 @@ from flowspec.emulation.description import ClusterDescription
 from flowspec.emulation.virtual_time import Clock, EmulatedHinter, EmulatedStage, Place, Sizes, VirtualLink
 from flowspec.errors import ProtocolError
 from flowspec.model.stage import Stage, forward
+from flowspec.model.taps import Taps
 from flowspec.wire.actor import Actor, Route, Send
 from flowspec.wire.messages import Emulation, Message, Segment, Stamped
 from flowspec.worker.actor import PATIENCE_S, Worker
@@ -93,7 +94,9 @@ class PacedActor:
         return stamped
 
 
-def paced_worker(stage: Stage, index: int, emulation: Emulation, hinter: Hinter | None = None) -> PacedActor:
+def paced_worker(
+    stage: Stage, index: int, emulation: Emulation, hinter: Hinter | None = None, taps: Taps | None = None
+) -> PacedActor:
     """A worker that plays the cluster's device ``index`` (from 1)."""
     _warm_up(stage)
     cluster = ClusterDescription.parse(emulation.cluster, "the emulated cluster")
@@ -101,13 +104,24 @@ def paced_worker(stage: Stage, index: int, emulation: Emulation, hinter: Hinter 
     sizes = Sizes(cluster.model)
     out = cluster.links[index]
     link = VirtualLink(out, (out.latency_ms + emulation.hop_ms) / 1000, Random(index))
-    emulated = EmulatedStage(stage, index, clock, lambda rows, context, now: cluster.stage_s(index - 1, rows, context))
+    num_taps = 0 if taps is None else taps.num_blocks
+
+    def cost_s(num_rows: int, context_len: int, now: float, has_taps: bool) -> float:
+        return cluster.stage_s(index - 1, num_rows, context_len, num_taps if has_taps else 0)
+
+    emulated = EmulatedStage(stage, index, clock, cost_s)
     if hinter is not None:
         hinter.guess(torch.zeros(16, stage.hidden_size), NUM_GUESSES)  # warms it up
         hinter = EmulatedHinter(hinter, index, clock, cluster.devices[index - 1].hint_s(cluster.model))
     patience_s = PATIENCE_S if emulation.cancels else None
     worker = CountingWorker(
-        emulated, index, clock, patience_s, hinter, forward_s=lambda rows: cluster.stage_s(index - 1, rows, 0)
+        emulated,
+        index,
+        clock,
+        patience_s,
+        hinter,
+        forward_s=lambda rows: cluster.stage_s(index - 1, rows, 0),
+        taps=taps,
     )
     worker.sizes = sizes
     wall = WallClock(emulation.start_s, emulation.time_scale)

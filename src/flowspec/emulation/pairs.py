@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from random import Random
 from typing import Protocol
 
+from flowspec.core import TapShape
 from flowspec.draft.base import DraftSource
 from flowspec.draft.synthetic import SyntheticSource
 from flowspec.model.hint_head import HINT_DEPTH
 from flowspec.model.stage import Stage
 from flowspec.model.synthetic import VOCAB_SIZE, Language, SyntheticHead, SyntheticHinter, SyntheticStage, quality
+from flowspec.model.taps import Taps
 from flowspec.model.target_head import LogitsHead
 from flowspec.worker.hints import Hinter
 
@@ -40,6 +42,15 @@ class ModelPair(Protocol):
         """What worker ``index`` of so many guesses with, if it gives hints."""
         ...
 
+    @property
+    def taps(self) -> TapShape | None:
+        """What the stages add up for the draft; ``None``: nothing."""
+        ...
+
+    def make_taps(self, index: int, num_stages: int) -> Taps | None:
+        """What worker ``index`` of so many adds."""
+        ...
+
     def encode(self, prompt: str) -> tuple[int, ...]: ...
 
 
@@ -53,6 +64,7 @@ class SyntheticPair:
         self.source = SyntheticSource(language)
         self.max_positions = 1 << 20
         self.eos_ids: frozenset[int] = frozenset()
+        self.taps: TapShape | None = None
 
     def make_stages(self, num_stages: int) -> Sequence[Stage]:
         return [SyntheticStage(i == 0, i == num_stages - 1) for i in range(num_stages)]
@@ -60,6 +72,9 @@ class SyntheticPair:
     def make_hinter(self, index: int, num_stages: int) -> Hinter | None:
         depth = index / num_stages
         return SyntheticHinter(self.source.language, depth) if HINT_DEPTH <= depth < 1 else None
+
+    def make_taps(self, index: int, num_stages: int) -> Taps | None:
+        return None
 
     def encode(self, prompt: str) -> tuple[int, ...]:
         """Another text for another prompt."""

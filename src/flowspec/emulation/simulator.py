@@ -80,7 +80,7 @@ class _Simulation:
         is_pipeline = schedule not in TENSOR_PARALLEL
         num_stages, page = (cluster.num_stages, schedule) if is_pipeline else (1, "serial")
         clock = Clock()
-        measured = experiment.measured_costs(first_index)
+        measured = experiment.measured_costs(first_index, pair.taps is not None)
         pace = Pace(measured)
         self._make_schedule = lambda: experiment.make_schedule(page, num_stages, pair.source, pace)
         self._driver = make_driver(experiment, pair, costs, clock)
@@ -91,13 +91,20 @@ class _Simulation:
         self._places = [Place(Informed(self._driver, measured), clock)]
         for index, stage in enumerate(pair.make_stages(num_stages), start=1):
             clock = Clock()
-            forward_s = experiment.forward_cost(schedule, index)
+            taps = pair.make_taps(index, num_stages)
+            forward_s = experiment.forward_cost(schedule, index, 0 if taps is None else taps.num_blocks)
             emulated = EmulatedStage(stage, index, clock, forward_s)
             hinter = pair.make_hinter(index, num_stages) if wants_hints else None
             if hinter is not None:
                 hinter = EmulatedHinter(hinter, index, clock, cluster.devices[index - 1].hint_s(cluster.model))
             worker = Worker(
-                emulated, index, clock, patience_s, hinter, forward_s=lambda rows, cost=forward_s: cost(rows, 0, 0.0)
+                emulated,
+                index,
+                clock,
+                patience_s,
+                hinter,
+                forward_s=lambda rows, cost=forward_s: cost(rows, 0, 0.0, False),
+                taps=taps,
             )
             self._workers.append(worker)
             self._places.append(Place(self._workers[-1], clock))

@@ -32,8 +32,11 @@ class StartUp:
 AS_USUAL = StartUp()
 
 
-def measure(cluster: ClusterDescription, start_up: StartUp, seed: int) -> MeasuredCosts:
-    """The costs of segments, as the driver believes them; another ``seed`` is another start of the cluster."""
+def measure(cluster: ClusterDescription, start_up: StartUp, seed: int, has_taps: bool = False) -> MeasuredCosts:
+    """The costs of segments, as the driver believes them; another ``seed`` is another start of the cluster.
+
+    ``has_taps``: rows bring a draft's features along, which are as wide.
+    """
     random = Random(f"{seed} {cluster.name}")
 
     def measured(value: float) -> float:
@@ -46,7 +49,7 @@ def measure(cluster: ClusterDescription, start_up: StartUp, seed: int) -> Measur
         rate = measured(1 / link.transfer_s(1)) if stage + 1 < cluster.num_stages else None
         ready.append(Ready(stage + 1, 0, 0, [*zip(MEASURED_ROWS, never_shrinking(times), strict=True)], rate))
     model = cluster.model
-    return MeasuredCosts(ready, model.hidden_size * model.bytes_per_activation)
+    return MeasuredCosts(ready, (1 + has_taps) * model.hidden_size * model.bytes_per_activation)
 
 
 class Informed:

@@ -95,8 +95,13 @@ class Place:
 class EmulatedStage:
     """A stage that takes as long as emulated devices would."""
 
-    def __init__(self, stage: Stage, index: int, clock: Clock, cost_s: Callable[[int, int, float], float]) -> None:
-        """``index``: the worker's, from 1. ``cost_s``: (rows, rows in the cache, time) -> seconds of a forward."""
+    def __init__(
+        self, stage: Stage, index: int, clock: Clock, cost_s: Callable[[int, int, float, bool], float]
+    ) -> None:
+        """``index``: the worker's, from 1.
+
+        ``cost_s``: (rows, rows in the cache, time, whether a draft's features are wanted) -> seconds of a forward.
+        """
         self._stage = stage
         self._index = index
         self._clock = clock
@@ -114,7 +119,7 @@ class EmulatedStage:
         num_rows = sum(len(part.slots) for part in parts)
         if num_rows:
             context_len = sum(part.cache.slots.high_water for part in parts)
-            seconds = self._cost_s(num_rows, context_len, self._clock.now)
+            seconds = self._cost_s(num_rows, context_len, self._clock.now, watch is not None)
             self._clock.spend(seconds / (PAUSES + 1), self._index, "forward", num_rows)
             for _ in range(PAUSES):
                 try:
@@ -176,9 +181,8 @@ class Sizes:
     def num_bytes(self, message: Message) -> int:
         header = len(self._codec.encode(message)[0])
         match message:
-            case Segment(hidden=None):
-                return header
-            case Segment() | Result():
-                return header + round(len(message.node_ids) * self._row_bytes)
+            case Segment(hidden=Tensor() as hidden) | Result(hidden=hidden):
+                num_vectors = len(hidden) + (0 if message.features is None else len(message.features))
+                return header + round(num_vectors * self._row_bytes)
             case _:
                 return header

@@ -46,7 +46,7 @@ class Taps:
         self.shape = shape
         self.dtype = dtype
         self.is_begun = is_begun
-        self.has_blocks = bool(blocks)
+        self.num_blocks = len(blocks)
         self._blocks = blocks
 
     def share(self, layer: int, rows: Tensor) -> Tensor | None:

@@ -217,7 +217,7 @@ class Worker:
 
     def _start(self, segments: list[Placed]) -> list[Send]:
         features = self._features_of(segments)
-        watch = features if self._taps is not None and self._taps.has_blocks else None
+        watch = features if self._taps is not None and self._taps.num_blocks else None
         self._running = _Forward(segments, _steps(self._stage, segments, watch), self._clock(), features)
         return self._go_on(self._running)
 
@@ -227,7 +227,7 @@ class Worker:
         if taps is None or not any(placed.request.want_taps for placed in segments):
             return None
         # A segment without a row meets no layer: its sum is complete as it is.
-        if not taps.is_begun and not (taps.has_blocks and not any(len(placed.rows) for placed in segments)):
+        if not taps.is_begun and not (taps.num_blocks and not any(len(placed.rows) for placed in segments)):
             return TapSum(taps, None)
         width = taps.shape.width
         return TapSum(taps, torch.cat([placed.features(width, taps.dtype) for placed in segments]))

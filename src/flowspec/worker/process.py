@@ -196,8 +196,6 @@ class WorkerProcess:
         check_configure(configure, self.endpoint)
         if configure.emulation is not None and self._emulate is None:
             raise UsageError(f"worker {configure.stage} plays no device; flowspec emulate starts workers of its own")
-        if configure.emulation is not None and configure.taps is not None:
-            raise UsageError("workers that play devices serve no draft that reads several layers; use another draft")
         self._door.open_for(configure)
         self._tell_driver(Alive())  # the hub may have to be asked
         session.configure = configure
@@ -277,7 +275,7 @@ class WorkerProcess:
         logger.info("layers %d:%d of %s are ready", configure.start_layer, configure.end_layer, configure.model)
 
     def _make_worker(self, configure: Configure, loaded: Loaded, blocks: TapBlocks | None) -> WorkerActor:
-        index = configure.stage
+        index, taps = configure.stage, None if blocks is None else blocks.make_taps(configure, self._device)
         if configure.emulation is None:
             return Worker(
                 loaded.stage,
@@ -287,10 +285,10 @@ class WorkerProcess:
                 forward_s=lambda num_rows: interpolate(loaded.forward_s, num_rows),
                 layers=f"{configure.start_layer}:{configure.end_layer}",
                 limits=loaded.limits,
-                taps=None if blocks is None else blocks.make_taps(configure, self._device),
+                taps=taps,
             )
         assert self._emulate is not None, "checked before"
-        return self._emulate(loaded.stage, index, configure.emulation, loaded.hinter)
+        return self._emulate(loaded.stage, index, configure.emulation, loaded.hinter, taps)
 
     def _tend_link(self) -> None:
         """Reach the next worker and measure the link; then tell the driver that all is ready.

@@ -9,6 +9,7 @@ from typing import Protocol
 
 from flowspec.errors import WorkerError
 from flowspec.model.stage import Stage
+from flowspec.model.taps import Taps
 from flowspec.wire.actor import Actor
 from flowspec.wire.messages import Configure, Emulation, Ready
 from flowspec.wire.transport import Connection, identity_of
@@ -26,7 +27,7 @@ class WorkerActor(Actor, Protocol):
 
 
 # A stage, its index, and what device to play -> the actor that does.
-Emulate = Callable[[Stage, int, Emulation, Hinter | None], WorkerActor]
+Emulate = Callable[[Stage, int, Emulation, Hinter | None, Taps | None], WorkerActor]
 
 
 class LinkLostError(WorkerError):
