@@ -84,9 +84,12 @@ class TensorSource(Protocol):
             yield name, whole
 
     def packed(self, name: str, bits: Bits) -> PackedWeight:
-        """The weight of a linear layer, rounded; a source that holds such weights may give them as they are."""
+        """The weight of a linear layer, rounded; a source that holds such weights may give them as they are.
+
+        Of a tensor with those of several experts, one below the other.
+        """
         ((_, tensor),) = self.tensors([name], "float32", "cpu")
-        return pack(tensor, bits, f"{self.name}: {name}")
+        return pack(tensor.flatten(0, -2), bits, f"{self.name}: {name}")
 
     def load_embedding(self, dtype: DType, device: torch.device | str) -> Tensor:
         """The token embedding [vocab_size, hidden_size]."""
