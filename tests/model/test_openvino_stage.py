@@ -17,7 +17,7 @@ from torch import Tensor
 from flowspec.core import LayerRange, Partition, SamplingParams
 from flowspec.errors import ModelError, UsageError
 from flowspec.llm import LLM
-from flowspec.model.backends import choose_weights, load_stage, open_checkpoint
+from flowspec.model.backends import choose_weights, open_checkpoint
 from flowspec.model.loader import Checkpoint
 from flowspec.model.openvino_stage import OpenVinoHead, OpenVinoStage
 from flowspec.model.packed import GROUP, PackedWeight, pack
@@ -26,7 +26,6 @@ from flowspec.model.torch_stage import TorchStage
 from tiny_gguf import write_gguf
 from tiny_models import FAMILIES, VOCAB_SIZE, make_checkpoint
 
-DENSE = tuple(family for family in FAMILIES if family not in ("mixtral", "qwen3_moe"))
 SCHEDULES = ("serial", "chunked", "pipedec", "lockstep", "flow")
 
 
@@ -41,7 +40,7 @@ class Rounded(Checkpoint):
             yield name, pack(tensor, self.bits).unpacked() if is_linear else tensor
 
 
-@pytest.fixture(params=DENSE)
+@pytest.fixture(params=FAMILIES)
 def directory(request: pytest.FixtureRequest, checkpoint_dir: Callable[[str], Path]) -> Path:
     return checkpoint_dir(request.param)
 
@@ -85,7 +84,7 @@ def test_a_stage_is_as_close_as_activations_of_8_bits_are(directory: Path) -> No
     assert 0 < error < 0.04
 
 
-@pytest.mark.parametrize(("family", "bits"), [*((family, 8) for family in DENSE), ("llama", 4)])
+@pytest.mark.parametrize(("family", "bits"), [*((family, 8) for family in FAMILIES), ("llama", 4), ("mixtral", 4)])
 def test_rows_do_not_change_each_others_bits(checkpoint_dir: Callable[[str], Path], family: str, bits: Any) -> None:
     """A tree in random segments, with commits, dead rows and slots that are used again, against plain decoding."""
     checkpoint = Checkpoint.open(checkpoint_dir(family))
@@ -194,11 +193,19 @@ def test_halves_on_the_way_are_the_same_for_every_partition(checkpoint_dir: Call
     assert (texts[0].float() - texts[1].float()).norm() < 0.05 * texts[0].float().norm()
 
 
-@pytest.mark.parametrize(("weights", "partition"), [("int8", "0:6"), ("int8", "0:2,2:5,5:6"), ("int4", "0:3,3:6")])
+@pytest.mark.parametrize(
+    ("family", "weights", "partition"),
+    [
+        ("qwen2", "int8", "0:6"),
+        ("llama", "int8", "0:2,2:5,5:6"),
+        ("llama", "int4", "0:3,3:6"),
+        ("mixtral", "int4", "0:1,1:6"),
+    ],
+)
 def test_every_schedule_gives_the_tokens_of_plain_decoding(
-    checkpoint_dir: Callable[[str], Path], weights: Any, partition: str
+    checkpoint_dir: Callable[[str], Path], family: str, weights: Any, partition: str
 ) -> None:
-    directory = checkpoint_dir("qwen2" if partition == "0:6" else "llama")
+    directory = checkpoint_dir(family)
     prompt = random.Random(0).choices(range(VOCAB_SIZE), k=15)
     sampled = SamplingParams(max_tokens=24, temperature=0.8, seed=3)
     with LLM(directory, weights=weights, partition=partition, in_process=True) as llm:
@@ -238,17 +245,6 @@ def test_what_this_machine_lacks_is_an_error(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"int8 weights need OpenVINO and numba, .*; install flowspec\[cpu\]"):
         choose_weights(checkpoint, "int8", "cpu")
-
-
-def test_mixtures_of_experts_are_refused_in_one_line(checkpoint_dir: Callable[[str], Path]) -> None:
-    checkpoint = Checkpoint.open(checkpoint_dir("qwen3_moe"))
-    assert choose_weights(checkpoint, "auto", "cpu") == "float"
-    for refused in (
-        lambda: choose_weights(checkpoint, "int8", "cpu"),
-        lambda: load_stage(checkpoint, LayerRange(0, 1), "float32", "int4", "cpu"),
-    ):
-        with pytest.raises(UsageError, match="is a mixture of experts, which integer kernels do not run; leave"):
-            refused()
 
 
 def test_packed_weights_hold_negative_scales() -> None:

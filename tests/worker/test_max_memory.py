@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import gguf
 import msgspec
@@ -56,12 +57,12 @@ def test_free_memory_is_what_machine_and_container_leave(tmp_path: Path) -> None
     assert total_bytes(CPU, tmp_path) == 1048576 < total_bytes(CPU, tmp_path / "none")
 
 
-@pytest.mark.parametrize("kind", ["safetensors", "Q8_0", "tied"])
+@pytest.mark.parametrize("kind", ["safetensors", "Q8_0", "tied", "experts"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_what_a_stage_takes_is_known_before_it_is_read(
     checkpoint_dir: Callable[[str], Path], tmp_path: Path, kind: str, dtype: DType
 ) -> None:
-    path = checkpoint_dir("qwen3" if kind == "tied" else "llama")
+    path = checkpoint_dir({"tied": "qwen3", "experts": "qwen3_moe"}.get(kind, "llama"))
     if kind == "Q8_0":
         path = tmp_path / "tiny.gguf"
         write_gguf(path, "qwen3", gguf.GGMLQuantizationType.Q8_0, num_hidden_layers=6)
@@ -72,8 +73,13 @@ def test_what_a_stage_takes_is_known_before_it_is_read(
 
 
 @pytest.mark.parametrize("weights", ["int8", "int4"])
-def test_so_it_is_on_integer_kernels(checkpoint_dir: Callable[[str], Path], weights: Weights) -> None:
-    checkpoint, layers = open_checkpoint(str(checkpoint_dir("qwen2"))), LayerRange(0, 1)
+@pytest.mark.parametrize("family", ["qwen2", "mixtral"])
+def test_so_it_is_on_integer_kernels(family: str, weights: Weights, tmp_path: Path) -> None:
+    # Experts lie in whole blocks of 64.
+    sizes: dict[str, Any] = (
+        {"num_local_experts": 64, "hidden_size": 64, "num_hidden_layers": 1} if family == "mixtral" else {}
+    )
+    checkpoint, layers = open_checkpoint(make_checkpoint(tmp_path, family, **sizes)), LayerRange(0, 1)
     wanted = load_stage(checkpoint, layers, "float32", weights, "cpu").weights_bytes
     assert stage_bytes(shapes_of(checkpoint, layers), "float32", weights) == wanted
 

@@ -13,7 +13,6 @@ from torch import Tensor
 from flowspec.core import DType, LayerRange, TapShape, Weights
 from flowspec.errors import ModelError, UsageError
 from flowspec.model.demo_pair import DEMO
-from flowspec.model.families import expert_names
 from flowspec.model.fetched import FETCHED, path_of
 from flowspec.model.gguf_checkpoint import GGUF_SUFFIX, GGUFCheckpoint
 from flowspec.model.loader import Checkpoint, is_hub_name
@@ -67,13 +66,6 @@ def choose_weights(checkpoint: Checkpoint, weights: Weights, device: str) -> Wei
     if weights == "auto":
         if checkpoint.own_bits is None or not is_cpu:
             return "float"
-        if expert_names(checkpoint.config) is not None:
-            logger.warning(
-                "%s is quantised, but is computed in floats, more slowly and in more memory: integer kernels do not "
-                "run mixtures of experts",
-                checkpoint.title,
-            )
-            return "float"
         if not _has_kernels():
             logger.warning(
                 "%s is quantised, but is computed in floats, more slowly; integer kernels come with flowspec[cpu]",
@@ -84,17 +76,7 @@ def choose_weights(checkpoint: Checkpoint, weights: Weights, device: str) -> Wei
     if weights in _BITS and not is_cpu:
         raise UsageError(f"{weights} weights are for processors, and the device is {device}; leave them at auto")
     _check_kernels(weights)
-    if weights in _BITS:
-        _check_experts(checkpoint)
     return weights
-
-
-def _check_experts(source: TensorSource) -> None:
-    if expert_names(source.config) is not None:
-        raise UsageError(
-            f"{source.name} is a mixture of experts, which integer kernels do not run; leave --weights at auto, and "
-            "give --dtype bfloat16 where memory is short"
-        )
 
 
 def _has_kernels() -> bool:
@@ -122,7 +104,6 @@ def load_stage(
     if weights not in _BITS:
         return TorchStage.load(source, layers, dtype, device, progress)
     _check_kernels(weights)
-    _check_experts(source)
     from flowspec.model.openvino_stage import OpenVinoStage  # here: it is optional
 
     return OpenVinoStage.load(source, layers, dtype, _BITS[weights], progress)

@@ -147,7 +147,8 @@ class GGUFCheckpoint(Checkpoint):
         place = self._place(name)
         if place.kind != Kind.Q4_0 and not (place.kind == Kind.Q8_0 and bits == 8):
             return None
-        blocks = np.concatenate(list(self._raw_chunks(place))).reshape(place.shape[0], place.shape[1] // GROUP, -1)
+        blocks = np.concatenate(list(self._raw_chunks(place)))
+        blocks = blocks.reshape(len(blocks), place.shape[-1] // GROUP, -1)
         if (order := self._row_order(name, place)) is not None:
             blocks = blocks[order]
         scales = blocks[..., :2].copy().view(np.float16)

@@ -112,13 +112,24 @@ def _cut_attention(module: Any, query: Tensor, key: Tensor, value: Tensor, *_: A
 AttentionInterface.register(CUT, _cut_attention)
 
 
+class LeftOut(nn.Module):
+    """In the place of a layer's mixture of experts, which no graph chooses: it keeps the rows, and adds nothing."""
+
+    rows: Tensor
+
+    def forward(self, rows: Tensor) -> Tensor:
+        self.rows = rows
+        return torch.zeros_like(rows)
+
+
 class Between(nn.Module):
     """From the attention of one layer to that of the next, with all weights as inputs, for tracing.
 
     Inputs, a row each: hidden states behind the layer before (or of the embedding), what was attended to, cosines and
     sines of the positions. Results: hidden states, then queries, keys and values of the next attention, by heads. At
     the ends of a stage, the attended and the hidden states, or queries, keys and values, are left out. Where the final
-    norm is, the hidden states that go into it are the second result.
+    norm is, the hidden states that go into it are the second result. Where a mixture is ``LeftOut`` the graph ends, and
+    the rows that go into the mixture are the second result; another graph goes on behind it.
     """
 
     def __init__(self, before: nn.Module | None, after: nn.Module | None, norm: nn.Module | None) -> None:
@@ -145,6 +156,10 @@ class Between(nn.Module):
             results.append((hidden if norm is None else norm(hidden))[0])
             if norm is not None:
                 results.append(hidden[0])
+            if isinstance(mixture := getattr(before, "mlp", None), LeftOut):
+                results.append(mixture.rows[0])
+        elif norm := self._parts.get("norm"):
+            results.append(norm(hidden)[0])
         if after := self._parts.get("after"):
             try:
                 _run(after, hidden, rotation, None)

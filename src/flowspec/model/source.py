@@ -88,11 +88,14 @@ class TensorSource(Protocol):
         return None
 
     def packed(self, name: str, bits: Bits) -> PackedWeight:
-        """The weight of a linear layer, rounded where it must be."""
+        """The weight of a linear layer, rounded where it must be.
+
+        Of a tensor with those of several experts, one below the other.
+        """
         if (own := self.own_packed(name, bits)) is not None:
             return own
         ((_, tensor),) = self.tensors([name], "float32", "cpu")
-        return pack(tensor, bits, f"{self.name}: {name}")
+        return pack(tensor.flatten(0, -2), bits, f"{self.name}: {name}")
 
     def load_embedding(self, dtype: DType, device: torch.device | str) -> Tensor:
         """The token embedding [vocab_size, hidden_size]."""
