@@ -9,7 +9,7 @@ from flowspec.core import DraftDType, Partition
 from flowspec.draft.catalogue import choose_draft, load_draft
 from flowspec.errors import UsageError
 from flowspec.model.draft_files import DraftFiles
-from flowspec.model.eagle3_format import kind_of
+from flowspec.model.head_kind import NAMES, kind_of
 from flowspec.model.hint_head import load_hinter
 from flowspec.model.loader import Checkpoint
 from flowspec.model.stage import Stage
@@ -27,10 +27,9 @@ class CheckpointPair:
         head = TargetHead(self.checkpoint.load_lm_head("float32", "cpu"))
         chosen = choose_draft(self.checkpoint, draft, draft_dtype)
         if isinstance(chosen, Path) and (kind := kind_of(DraftFiles(chosen))) != "eagle":
-            told = {"eagle3": "an EAGLE-3 head", "dflash": "a DFlash head"}[kind]
             raise UsageError(
-                f"{chosen} is {told}, which simulations and emulations do not run; give an EAGLE-1 or EAGLE-2 head, "
-                "ngram or none, or measure in real time with bench"
+                f"{chosen} is {NAMES[kind]}, which simulations and emulations do not run; give an EAGLE-1 or "
+                "EAGLE-2 head, ngram or none, or measure in real time with bench"
             )
         if isinstance(chosen, Checkpoint):
             raise UsageError(

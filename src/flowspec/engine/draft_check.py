@@ -84,7 +84,7 @@ def _cause(kind: str, step: int) -> str:
     """What most probably is wrong, as far as such figures tell it."""
     if step:
         return "What it feeds back to itself is not what it was trained with: look at norm_output in its config"
-    if kind in ("eagle3", "dflash"):
+    if kind in ("eagle3", "dflash", "dspark"):
         return (
             "It reads other layers than it was trained with (--draft-layers says which), or its lm_head, its embedding "
             "or a norm is missing or another model's"

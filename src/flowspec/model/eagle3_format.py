@@ -21,7 +21,6 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -30,43 +29,11 @@ from flowspec.core import TapShape
 from flowspec.errors import ModelError, shortened
 from flowspec.model.draft_files import DraftFiles
 from flowspec.model.eagle3_layers import find_layer_ids
-from flowspec.model.head_tensors import CONTAINER, FC, FIRST, IDS, SUPPORTED, HeadTensors, read_layers
+from flowspec.model.head_kind import plain_name
+from flowspec.model.head_tensors import CONTAINER, HeadTensors, read_layers
 
 FC_BIAS, INPUT_NORM = "fc.bias", "input_norm.weight"
 _FC_NORM = re.compile(r"fc_norm\.(\d+)\.weight")
-Kind = Literal["eagle", "eagle3", "dflash"]
-
-
-def kind_of(files: DraftFiles) -> Kind:
-    """By the container, or by the tensors. Raises ``ModelError`` for a draft of another kind."""
-    container = files.config.get(CONTAINER)
-    names = {_plain(name) for name in files.shapes}
-    other = container if container not in ("eagle3", "dflash") else None
-    is_marked = "hidden_norm.weight" in names or "dflash_config" in files.config
-    is_block = container == "dflash" or (is_marked and f"{FIRST}hidden_norm.weight" not in names)
-    if "mask_hidden" in names or "mask_embedding" in names:
-        other = "peagle"
-    elif any(name.startswith(("markov_head.", "confidence_head.")) for name in names):
-        other = "dspark"
-    elif is_block and any(re.search(r"_conv\.|selector|codebook", name) for name in names):
-        other = "dflash2"
-    if other is not None:
-        raise ModelError(
-            f"{files.directory} holds a draft of the kind {shortened(str(other), 40)!r}, which is not supported; "
-            f"{SUPPORTED}"
-        )
-    if is_block:
-        return "dflash"
-    fc = files.shapes.get(FC, ())
-    is_wide = len(fc) == 2 and fc[1] >= 3 * fc[0] > 0  # EAGLE-1's reads one feature and one embedding
-    marks = {IDS, "t2d", f"{FIRST}hidden_norm.weight"}
-    return "eagle3" if container == "eagle3" or is_wide or names & marks else "eagle"
-
-
-def _plain(name: str) -> str:
-    """A tensor's name in any dialect -> the one used here."""
-    name = name.removeprefix("model.")
-    return FIRST + name.removeprefix("midlayer.") if name.startswith("midlayer.") else name
 
 
 @dataclass(frozen=True)
@@ -92,7 +59,7 @@ class Eagle3Format(HeadTensors):
 
         Raises ``ModelError`` for a checkpoint that lacks something, contradicts itself, or is of another target.
         """
-        names, config = read_layers(files, _plain, hidden_size, vocab_size)
+        names, config = read_layers(files, plain_name, hidden_size, vocab_size)
         layer_ids = find_layer_ids(files, num_layers, draft_layers)
         norms = sorted(int(match[1]) for match in map(_FC_NORM.fullmatch, names) if match)
         found = cls(

@@ -1,4 +1,4 @@
-"""A DFlash head beside a real engine: found, loaded, served by processes, and of no influence on the text."""
+"""A DFlash or DSpark head beside a real engine: found, loaded, served by processes, and of no influence on the text."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from flowspec import LLM, SamplingParams
 from flowspec.emulation.checkpoint_pair import CheckpointPair
 from flowspec.errors import ModelError, UsageError
 from tiny_dflash import DFlashForm, write_dflash
+from tiny_dspark import DSparkForm, write_dspark
 
 PROMPT = (1, 4, 2, 1, 4, 2, 3, 9, 9)
 PARAMS = SamplingParams(24, 0.8, seed=5)
@@ -41,6 +42,29 @@ def test_a_head_drafts_and_changes_nothing(
     assert completion.stats.draft == "dflash" and completion.stats.drafted > 0
 
 
+@pytest.mark.parametrize(
+    ("form", "settings"),
+    [
+        (DSparkForm(), {"stages": 2}),
+        (DSparkForm("deepspec"), {"stages": 3, "in_process": True, "draft_dtype": "int8"}),
+        (DSparkForm("specforge", variant="rnn"), {"stages": 2, "in_process": True, "schedule": "lockstep"}),
+        (DSparkForm(num_draft=60, variant="gated"), {"stages": 1, "in_process": True, "schedule": "serial"}),
+    ],
+)
+def test_a_dspark_head_drafts_and_changes_nothing(
+    checkpoint_dir: Callable[[str], Path],
+    tmp_path: Path,
+    expected: list[int],
+    form: DSparkForm,
+    settings: dict[str, Any],
+) -> None:
+    write_dspark(tmp_path, form)
+    with LLM(checkpoint_dir("qwen3"), draft=tmp_path, draft_check="off", **{"schedule": "flow", **settings}) as llm:
+        completion = llm.generate(PROMPT, PARAMS)
+    assert completion.token_ids == expected
+    assert completion.stats.draft == "dspark" and completion.stats.drafted > 0
+
+
 def test_a_head_of_speculators_with_few_tokens_drafts(
     checkpoint_dir: Callable[[str], Path], tmp_path: Path, expected: list[int]
 ) -> None:
@@ -55,6 +79,8 @@ def test_what_cannot_be_is_said_before_workers_start(checkpoint_dir: Callable[[s
     directory = checkpoint_dir("qwen3")
     with pytest.raises(UsageError, match="is a DFlash head, which simulations and emulations do not run"):
         CheckpointPair(str(directory), str(directory / "dflash"))
+    with pytest.raises(UsageError, match="is a DSpark head, which simulations and emulations do not run"):
+        CheckpointPair(str(directory), str(directory / "dspark"))
     write_dflash(tmp_path, DFlashForm(config={"num_target_layers": 7}))
     with pytest.raises(ModelError, match="a target with 7 layers, this one has 6"):
         LLM(directory, draft=tmp_path, workers=["127.0.0.1:1"])

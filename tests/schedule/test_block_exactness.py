@@ -1,4 +1,4 @@
-"""With a DFlash head too, every schedule and every number of stages gives the tokens of plain decoding."""
+"""With a head that guesses blocks, every schedule and every number of stages gives the tokens of plain decoding."""
 
 from __future__ import annotations
 
@@ -22,44 +22,50 @@ from pump import Pump, prompt_of
 from tapped import NUM_TOKENS, SMALL, Plain, check_that_a_kept_prompt_is_taken_over, params_at
 from tiny_dflash import DFlashForm, Reference, make_weights
 
+BLOCKS = ("dflash", "dspark")
 FORM = DFlashForm(block_size=5)  # of the checkpoints: blocks that end within a tree
 
 
 @pytest.mark.parametrize(
-    ("schedule", "num_stages", "temperature"),
-    list(itertools.product([*(name for name in SCHEDULES if name != "ar"), AUTO], (1, 3), (0.0, 0.8))),
+    ("draft", "schedule", "num_stages", "temperature"),
+    list(itertools.product(BLOCKS, [*(name for name in SCHEDULES if name != "ar"), AUTO], (1, 3), (0.0, 0.8))),
 )
 def test_tokens_are_those_of_plain_decoding(
-    checkpoint_dir: Callable[[str], Path], plain: Plain, schedule: str, num_stages: int, temperature: float
+    checkpoint_dir: Callable[[str], Path], plain: Plain, draft: str, schedule: str, num_stages: int, temperature: float
 ) -> None:
-    pump = Pump(checkpoint_dir("qwen3"), num_stages, "dflash", schedule, pipeline=SMALL)
+    pump = Pump(checkpoint_dir("qwen3"), num_stages, draft, schedule, pipeline=SMALL)
     generation = pump.submit(prompt_of(20), params_at(temperature))
     pump.run()
     assert generation.output_ids == plain(temperature, 20, NUM_TOKENS)
     assert generation.stats.draft_passes and generation.stats.drafted
 
 
-@pytest.mark.parametrize("prompt_len", [1, 8])
-def test_prompts_of_any_length_are_exact(checkpoint_dir: Callable[[str], Path], plain: Plain, prompt_len: int) -> None:
-    pump = Pump(checkpoint_dir("qwen3"), 3, "dflash", pipeline=SMALL)
+@pytest.mark.parametrize(("draft", "prompt_len"), list(itertools.product(BLOCKS, (1, 8))))
+def test_prompts_of_any_length_are_exact(
+    checkpoint_dir: Callable[[str], Path], plain: Plain, draft: str, prompt_len: int
+) -> None:
+    pump = Pump(checkpoint_dir("qwen3"), 3, draft, pipeline=SMALL)
     generation = pump.submit(prompt_of(prompt_len), params_at(0.0, 12))
     pump.run()
     assert generation.output_ids == plain(0.0, prompt_len, 12)
 
 
-@settings(max_examples=5)
-@given(st.randoms(use_true_random=False), st.sampled_from(["flow", "lockstep", "pipedec"]))
+@settings(max_examples=8)
+@given(st.randoms(use_true_random=False), st.sampled_from(BLOCKS), st.sampled_from(["flow", "lockstep", "pipedec"]))
 def test_any_order_of_events_gives_the_same_tokens(
-    checkpoint_dir: Callable[[str], Path], plain: Plain, random: Random, schedule: str
+    checkpoint_dir: Callable[[str], Path], plain: Plain, random: Random, draft: str, schedule: str
 ) -> None:
-    pump = Pump(checkpoint_dir("qwen3"), 3, "dflash", schedule, pipeline=SMALL)
+    pump = Pump(checkpoint_dir("qwen3"), 3, draft, schedule, pipeline=SMALL)
     generation = pump.submit(prompt_of(9), params_at(0.8, 12))
     pump.run(random.randrange)
     assert generation.output_ids == plain(0.8, 9, 12)
 
 
-def test_a_prompt_that_was_kept_is_taken_over_with_its_features(checkpoint_dir: Callable[[str], Path]) -> None:
-    check_that_a_kept_prompt_is_taken_over(checkpoint_dir("qwen3"), "dflash")
+@pytest.mark.parametrize("draft", BLOCKS)
+def test_a_prompt_that_was_kept_is_taken_over_with_its_features(
+    checkpoint_dir: Callable[[str], Path], draft: str
+) -> None:
+    check_that_a_kept_prompt_is_taken_over(checkpoint_dir("qwen3"), draft)
 
 
 class Recorder:
