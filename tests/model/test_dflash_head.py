@@ -83,6 +83,7 @@ def test_a_head_that_does_not_say_reads_the_layers_that_its_authors_choose(tmp_p
         ({}, {"gru__weight": torch.zeros(2)}, "has unknown tensors gru.weight"),
         ({}, {"layers__0__self_attn__q_proj__bias": torch.zeros(32)}, r"unknown tensors layers\.0\.self_attn"),
         ({"block_size": None}, {}, "block_size is missing"),
+        ({"block_size": 2}, {}, "so a block guesses one token"),
         ({"block_size": 1}, {}, "block_size is 1; it must be a whole number in 2..256"),
         ({"dflash_config": {"target_layer_ids": [0, 2, 4], "mask_token_id": VOCAB}}, {}, "mask_token_id is 96"),
         ({"causal": True}, {}, "rows of a block are causal"),

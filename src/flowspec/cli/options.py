@@ -81,7 +81,7 @@ DraftLayersOption = Annotated[
 DraftCheckOption = Annotated[
     OnOff,
     typer.Option(
-        help="Try a draft head before the first request, once, and switch it off where its guesses show it is broken."
+        help="Try a draft before the first request, once, and switch it off where its guesses show that it is broken."
     ),
 ]
 Stages = Annotated[

@@ -51,14 +51,23 @@ class DFlashFormat(HeadTensors):
         parts = read_block_parts(files, num_layers, hidden_size, vocab_size, draft_layers)
         is_told = bool(files.config.get(CONTAINER)) and block_value(files, "sample_from_anchor") is True
         found = cls(**parts, samples_anchor=is_told)
-        found.check_fc()
-        found.check_vocabulary(vocab_size)
+        found.check_block(vocab_size)
         return found
 
     @property
     def num_levels(self) -> int:
         """Tokens behind the anchor that one block guesses."""
         return self.block_size - (not self.samples_anchor)
+
+    def check_block(self, vocab_size: int) -> None:
+        """Raises ``ModelError`` unless ``fc``, the vocabulary and the block make sense."""
+        if self.num_levels < 2:
+            raise ModelError(
+                f"{self.files.config_path}: block_size is {self.block_size}, so a block guesses one token, which is "
+                f"not supported; {SUPPORTED}"
+            )
+        self.check_fc()
+        self.check_vocabulary(vocab_size)
 
 
 def read_block_parts(

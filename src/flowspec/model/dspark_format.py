@@ -65,8 +65,7 @@ class DSparkFormat(DFlashFormat):
             has_confidence=_CONFIDENCE in shapes,
             confidence_reads_token=confidence_width > parts["config"].hidden_size,
         )
-        found.check_fc()
-        found.check_vocabulary(vocab_size)
+        found.check_block(vocab_size)
         found._check_heads(vocab_size)
         return found
 
