@@ -74,8 +74,8 @@ class LLM:
             or a draft source of your own.
         draft_dtype: ``"int8"`` quantises the weights of a draft head, which are then read faster; guesses may get
             slightly worse, the text stays the same. ``"auto"`` is ``dtype``, or int8 where ``weights`` are integers.
-        draft_layers: the target's layers that an EAGLE-3, DFlash or DSpark head reads, where its config is wrong or
-            silent: k for the stream that enters layer k. docs/DRAFTS.md says how they are found otherwise.
+        draft_layers: the target's layers that a head reads (EAGLE-3, P-EAGLE, DFlash, DSpark), where its config is
+            wrong or silent: k for the stream that enters layer k. docs/DRAFTS.md says how they are found otherwise.
         draft_check: ``"on"`` lets a draft head or model guess along a short text before the first request, and switches
             one off that is broken; what was found is kept for the next start. ``"off"`` takes it as it is.
         stages: how many stages, 4 at most by default; the layers are shared out evenly.

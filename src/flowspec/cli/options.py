@@ -74,7 +74,7 @@ DraftLayersOption = Annotated[
     typer.Option(
         "--draft-layers",
         metavar="A,B,C",
-        help="Layers whose input an EAGLE-3, DFlash or DSpark head reads, where its config is wrong.",
+        help="Layers whose input a head reads (EAGLE-3, P-EAGLE, DFlash, DSpark), where its config is wrong.",
         show_default="as its config says",
     ),
 ]

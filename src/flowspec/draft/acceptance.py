@@ -30,6 +30,7 @@ FEWEST: Final = 12  # first guesses that say anything
 FLOORS: Final = {
     "eagle": (0.2, 0.15),
     "eagle3": (0.3, 0.2),
+    "peagle": (0.3, 0.2),
     "dflash": (0.3, 0.2),
     "dspark": (0.3, 0.25),
     "model": (0.2, 0.15),

@@ -26,6 +26,7 @@ from flowspec.model.gguf_checkpoint import GGUF_SUFFIX
 from flowspec.model.head_kind import Kind, kind_of
 from flowspec.model.head_tensors import HeadTensors
 from flowspec.model.loader import Checkpoint
+from flowspec.model.peagle_format import PEagleFormat
 from flowspec.model.target_head import LogitsHead
 
 # A head's directory, a language model, or the caller's own source.
@@ -33,6 +34,7 @@ ChosenDraft: TypeAlias = Literal["none", "ngram"] | Path | Checkpoint | DraftSou
 
 _FORMS: Final[Mapping[Kind, type[Eagle3Format | DFlashFormat]]] = {
     "eagle3": Eagle3Format,
+    "peagle": PEagleFormat,
     "dflash": DFlashFormat,
     "dspark": DSparkFormat,
 }
@@ -95,7 +97,9 @@ def read_taps(
     if files is not None and form is not None:
         return form.read(files, checkpoint.num_layers, checkpoint.hidden_size, checkpoint.vocab_size, draft_layers)
     if draft_layers is not None:
-        raise UsageError("draft_layers are for EAGLE-3, DFlash and DSpark heads, and the draft is none; leave them out")
+        raise UsageError(
+            "draft_layers are for EAGLE-3, P-EAGLE, DFlash and DSpark heads, and the draft is none; leave them out"
+        )
     return None
 
 

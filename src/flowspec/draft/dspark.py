@@ -31,8 +31,6 @@ Key: TypeAlias = tuple[int, ...]
 class DSparkSource(DFlashSource):
     """A loaded head, shared by all requests."""
 
-    name = "dspark"
-
     def __init__(
         self,
         head: DSparkHead,
@@ -42,19 +40,19 @@ class DSparkSource(DFlashSource):
         is_coupled: bool = True,
     ) -> None:
         """``bias_head``: what the Markov head adds to logits over the target's tokens, if there is one."""
-        super().__init__(head, lm_head, feature_layers, is_coupled)
+        super().__init__(head, lm_head, feature_layers, is_coupled, "dspark")
         self.markov = head
         self.bias_head = bias_head
 
     def open(self, prompt_ids: Sequence[int], sampler: Sampler, top_k: int) -> DSparkDraft:
-        return DSparkDraft(self, len(prompt_ids), sampler if self.is_coupled else GREEDY, top_k)
+        return DSparkDraft(self, prompt_ids, sampler if self.is_coupled else GREEDY, top_k)
 
 
 class DSparkDraft(DFlashDraft):
     """One request: as ``DFlashDraft``, and of the newest block its rows, and the guesses that were asked for."""
 
-    def __init__(self, source: DSparkSource, prompt_len: int, sampler: Sampler, top_k: int) -> None:
-        super().__init__(source, prompt_len, sampler, top_k)
+    def __init__(self, source: DSparkSource, prompt_ids: Sequence[int], sampler: Sampler, top_k: int) -> None:
+        super().__init__(source, prompt_ids, sampler, top_k)
         self._markov, self._bias_head = source.markov, source.bias_head
         self._rows, self._logits = torch.zeros(0), torch.zeros(0)  # [levels, D]; [levels, V], without the Markov head
         self._above: list[int] = []  # tokens from the newest block's anchor to the root

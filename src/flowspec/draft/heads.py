@@ -23,6 +23,8 @@ from flowspec.model.eagle_head import EagleHead
 from flowspec.model.head_tensors import HEAD, HeadTensors
 from flowspec.model.int8 import Int8TargetHead, can_quantize, quantize_head
 from flowspec.model.loader import Checkpoint
+from flowspec.model.peagle_format import PEagleFormat
+from flowspec.model.peagle_head import PEagleHead
 from flowspec.model.target_head import FewTokensHead, LogitsHead, TargetHead
 
 
@@ -72,6 +74,9 @@ def load_tapped_draft(
         case DFlashFormat():
             dflash = DFlashHead.load(taps, embedding, dtype, device)
             return DFlashSource(dflash, finished(dflash), layers, is_coupled)
+        case PEagleFormat():
+            peagle = PEagleHead.load(taps, embedding, dtype, device)
+            return DFlashSource(peagle, finished(peagle), layers, is_coupled, "peagle")
         case Eagle3Format():
             eagle3 = Eagle3Head.load(taps, embedding, dtype, device)
             return EagleSource(eagle3, NormedHead(eagle3, finished(eagle3)), is_coupled, "eagle3", layers)

@@ -90,9 +90,11 @@ def _cause(kind: str, step: int) -> str:
             "Its weights are damaged, its tokens stand for other text than the model's, or it was trained on text of "
             "quite another kind"
         )
+    if step and kind not in ("eagle", "eagle3"):
+        return "Its rows below the first are not what it was trained with: look at mask_token_id in its config"
     if step:
         return "What it feeds back to itself is not what it was trained with: look at norm_output in its config"
-    if kind in ("eagle3", "dflash", "dspark"):
+    if kind != "eagle":
         return (
             "It reads other layers than it was trained with (--draft-layers says which), or its lm_head, its embedding "
             "or a norm is missing or another model's"

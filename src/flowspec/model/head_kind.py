@@ -10,10 +10,11 @@ from flowspec.errors import ModelError, shortened
 from flowspec.model.draft_files import DraftFiles
 from flowspec.model.head_tensors import CONTAINER, FC, FIRST, IDS, SUPPORTED
 
-Kind = Literal["eagle", "eagle3", "dflash", "dspark"]
+Kind = Literal["eagle", "eagle3", "peagle", "dflash", "dspark"]
 NAMES: Final[Mapping[Kind, str]] = {
     "eagle": "an EAGLE-1 or EAGLE-2 head",
     "eagle3": "an EAGLE-3 head",
+    "peagle": "a P-EAGLE head",
     "dflash": "a DFlash head",
     "dspark": "a DSpark head",
 }
@@ -23,10 +24,10 @@ def kind_of(files: DraftFiles) -> Kind:
     """Raises ``ModelError`` for a draft of another kind."""
     container = files.config.get(CONTAINER)
     names = {plain_name(name) for name in files.shapes}
-    if container not in (None, "eagle3", "dflash", "dspark"):
+    if container not in (None, "eagle3", "peagle", "dflash", "dspark"):
         raise _is_other(files, str(container))
-    if "mask_hidden" in names:
-        raise _is_other(files, "peagle")
+    if container == "peagle" or "mask_hidden" in names:
+        return "peagle"
     is_marked = "hidden_norm.weight" in names or "dflash_config" in files.config
     is_block = container in ("dflash", "dspark") or (is_marked and f"{FIRST}hidden_norm.weight" not in names)
     if is_block and any(re.search(r"_conv\.|selector|codebook", name) for name in names):
