@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import echo
 from clockwork import COLUMN, TAPPED, TURN, VOCAB, head_weights, turn, write_head, write_target
 from engines import engine_of, run
 from flowspec.core import SamplingParams
@@ -129,6 +130,69 @@ def test_a_broken_eagle3_head_is_switched_off(
         assert engine.model.source is not None and engine.model.source.name == "eagle3"
         assert text_of(engine) == expected
     assert len(warnings()) == 1
+
+
+# --- heads that guess blocks ---
+
+BLOCK_HEADS = {"peagle": echo.peagle_weights, "dspark": echo.dspark_weights}
+
+
+@pytest.fixture(scope="module")
+def echoing(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return echo.write_target(tmp_path_factory.mktemp("echo") / "target")
+
+
+@pytest.mark.parametrize("kind", BLOCK_HEADS)
+def test_a_good_head_of_blocks_passes(
+    echoing: Path, tmp_path: Path, own_cache: Path, warnings: Callable[[], list[str]], kind: str
+) -> None:
+    head = echo.write_head(tmp_path / "head", kind, BLOCK_HEADS[kind]())
+    with engine_of(echoing, stages=3, in_process=True, draft=head, draft_check="on") as engine:
+        assert engine.model.source is not None and engine.model.source.name == kind and not warnings()
+    (kept,) = own_cache.iterdir()
+    found = draft_check._load(kept)
+    assert found is not None and found.acceptance.num_made[0] > 30
+    assert found.acceptance.num_right == found.acceptance.num_made, "it is built to be always right"
+
+
+def other_tokens(weights: dict[str, Tensor]) -> None:
+    weights["markov_head.markov_w1.weight"] = weights["markov_head.markov_w1.weight"].roll(5, dims=0)
+
+
+def untrained_markov_head(weights: dict[str, Tensor]) -> None:
+    shape = weights["markov_head.markov_w2.weight"].shape
+    weights["markov_head.markov_w2.weight"] = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    ("kind", "plant", "changes", "layers", "cause"),
+    [
+        ("peagle", nothing, {"mask_token_id": 3}, None, "Its rows below the first are not what it was trained with"),
+        ("peagle", random_embedding, {}, None, "or its lm_head, its embedding"),
+        ("peagle", nothing, {}, [layer + 1 for layer in TAPPED], "--draft-layers"),
+        ("dspark", other_tokens, {}, None, "--draft-layers"),
+        ("dspark", untrained_markov_head, {}, None, "--draft-layers"),
+        ("dspark", nothing, {}, [layer - 1 for layer in TAPPED], "--draft-layers"),
+    ],
+    ids=["mask", "embedding", "layers", "Markov head of other tokens", "Markov head untrained", "layers of DSpark"],
+)
+def test_a_broken_head_of_blocks_is_switched_off(
+    echoing: Path,
+    tmp_path: Path,
+    warnings: Callable[[], list[str]],
+    kind: str,
+    plant: Plant,
+    changes: dict[str, Any],
+    layers: list[int] | None,
+    cause: str,
+) -> None:
+    weights = BLOCK_HEADS[kind]()
+    plant(weights)
+    head = echo.write_head(tmp_path / "head", kind, weights, **changes)
+    with engine_of(echoing, stages=2, in_process=True, draft=head, draft_check="on", draft_layers=layers) as engine:
+        (told,) = warnings()
+        assert f"the draft head in {head} is switched off" in told and cause in told
+        assert engine.model.source is not None and engine.model.source.name == "ngram"
 
 
 # --- EAGLE-1 ---
