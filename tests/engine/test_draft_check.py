@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import echo
-from clockwork import COLUMN, TAPPED, TURN, VOCAB, head_weights, turn, write_head, write_target
+from clockwork import COLUMN, TAPPED, TURN, VOCAB, codes, head_weights, turn, write_head, write_target
 from engines import engine_of, run
 from flowspec.core import SamplingParams
 from flowspec.draft.acceptance import DEPTH, Acceptance, ReadText, measure
@@ -164,6 +164,13 @@ def untrained_markov_head(weights: dict[str, Tensor]) -> None:
     weights["markov_head.markov_w2.weight"] = torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
+def only_later_rows(weights: dict[str, Tensor]) -> None:
+    """The first row of a block guesses another column than the token's."""
+    mask = weights["embed_tokens.weight"][echo.MASK]
+    weights["embed_tokens.weight"] = 9 * codes().roll(5, dims=0) @ COLUMN
+    weights["embed_tokens.weight"][echo.MASK] = mask
+
+
 @pytest.mark.parametrize(
     ("kind", "plant", "changes", "layers", "cause"),
     [
@@ -173,8 +180,17 @@ def untrained_markov_head(weights: dict[str, Tensor]) -> None:
         ("dspark", other_tokens, {}, None, "--draft-layers"),
         ("dspark", untrained_markov_head, {}, None, "--draft-layers"),
         ("dspark", nothing, {}, [layer - 1 for layer in TAPPED], "--draft-layers"),
+        ("dspark", only_later_rows, {}, None, "With sample_from_anchor false it guesses well: say so in its config"),
     ],
-    ids=["mask", "embedding", "layers", "Markov head of other tokens", "Markov head untrained", "layers of DSpark"],
+    ids=[
+        "mask",
+        "embedding",
+        "layers",
+        "Markov head of other tokens",
+        "Markov head untrained",
+        "layers of DSpark",
+        "first row",
+    ],
 )
 def test_a_broken_head_of_blocks_is_switched_off(
     echoing: Path,

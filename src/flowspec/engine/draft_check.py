@@ -96,8 +96,8 @@ def _cause(kind: str, step: int) -> str:
         return "What it feeds back to itself is not what it was trained with: look at norm_output in its config"
     if kind != "eagle":
         return (
-            "It reads other layers than it was trained with (--draft-layers says which), or its lm_head, its embedding "
-            "or a norm is missing or another model's"
+            "It reads other layers than it was trained with (--draft-layers says which), or its lm_head, its "
+            "embedding, a norm or another part of it is missing or another model's"
         )
     return "It was trained for another model, or its weights are damaged: fetch or train it again"
 

@@ -9,7 +9,7 @@ target's streams; ordinary ``layers.i.*`` with norms of queries and keys; ``norm
 | rows of a block, ``block_size`` | top, or in ``dflash_config`` | top |
 | ``mask_token_id`` | ``dflash_config`` | top |
 | layers of the target | ``target_layer_ids`` in ``dflash_config``: outputs | ``aux_hidden_state_layer_ids``: streams |
-| ``sample_from_anchor``: row 0 guesses, too | never | top |
+| ``sample_from_anchor``: row 0 guesses, too | not said: no | top |
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from flowspec.errors import ModelError, shortened
 from flowspec.model.draft_files import DraftFiles
 from flowspec.model.eagle3_layers import find_layer_ids
 from flowspec.model.head_kind import plain_name
-from flowspec.model.head_tensors import CONTAINER, SUPPORTED, HeadTensors, read_layers
+from flowspec.model.head_tensors import SUPPORTED, HeadTensors, read_layers
 
 MAX_BLOCK = 256  # rows; none published has more than 16
 
@@ -49,8 +49,7 @@ class DFlashFormat(HeadTensors):
     ) -> DFlashFormat:
         """As ``Eagle3Format.read``."""
         parts = read_block_parts(files, num_layers, hidden_size, vocab_size, draft_layers)
-        is_told = bool(files.config.get(CONTAINER)) and block_value(files, "sample_from_anchor") is True
-        found = cls(**parts, samples_anchor=is_told)
+        found = cls(**parts, samples_anchor=block_value(files, "sample_from_anchor") is True)
         found.check_block(vocab_size)
         return found
 
