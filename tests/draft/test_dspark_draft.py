@@ -126,6 +126,20 @@ def test_a_root_that_nobody_foresaw_has_guesses_of_its_own(
     case.check(0, [foreign], end + 2, end + 3)
 
 
+def test_of_many_tokens_those_are_corrected_that_the_level_finds_likely(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    form = DSparkForm(block_size=4, num_draft=50, confidence="none")
+    case = Case(checkpoint, tmp_path, form, SamplingParams())
+    case.draft._num_candidates, end = 6, len(PROMPT) - 1
+    case.draft.expand(case.tree, ROOT)
+    texts = [rows[:end] for rows in case.streams]
+    likely = case.reference.logits(texts, PROMPT[-1])[0].topk(6).indices
+    corrected = case.reference.behind(texts, PROMPT[-1:])[0][likely].log_softmax(-1)
+    best = corrected.topk(TOP_K)
+    token_ids, logprobs = case.children(0)
+    assert token_ids == likely[best.indices].tolist()
+    np.testing.assert_allclose(logprobs, best.values, atol=1e-4)
+
+
 def test_a_rate_scales_all_below_it(checkpoint: Checkpoint, tmp_path: Path) -> None:
     """A node's score is what the draft gives its tokens, times the rates of all levels down to it."""
     form = DSparkForm(block_size=4)

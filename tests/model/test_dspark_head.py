@@ -53,10 +53,15 @@ def test_guesses_behind_a_chain_are_those_of_the_paper(tmp_path: Path, form: DSp
     reference, ids = Reference(form, weights, embedding, lm_head), found.token_ids(VOCAB)
     for level in range(form.num_levels):
         latents, states, rates = head.behind(rows[level : level + 1], torch.tensor([path[level]]), states)
-        few = rows[level] @ weights.get("lm_head.weight", lm_head).T + (head.logits(latents)[0] if form.rank else 0)
+        few = rows[level] @ weights.get("lm_head.weight", lm_head).T + (_added(head, latents[0]) if form.rank else 0)
         logits, rate = reference.behind(streams, path[: level + 1])
         assert torch.allclose(few, logits if ids is None else logits[ids], atol=1e-4)
         assert float(rates) == pytest.approx(math.log(rate), abs=1e-4)
+
+
+def _added(head: DSparkHead, latent: torch.Tensor) -> torch.Tensor:
+    assert head.markov_head is not None
+    return head.markov_head.markov_w2(latent)
 
 
 def test_older_files_of_specforge_hold_the_heads_in_a_wrapper(tmp_path: Path) -> None:

@@ -1,10 +1,13 @@
 """Drafts with a DSpark head (arXiv 2607.05147): one pass at a root, and a tree whose guesses hang on the tokens above.
 
 The children of a node are those of its level and its token, so each pair of both has guesses of its own, which are made
-when a node is first expanded that needs them: a product with the Markov head's last matrix, and no pass. (A recurrent
-head goes by all tokens since the anchor.) What the confidence head says of a node is a factor of all its children, so a
-node's score falls with the rates of all levels above: the product is the share of blocks that rejection sampling would
-take so far, and the best unsent nodes are those that are most probably reached and right.
+when a node is first expanded that needs them: a product with some rows of the Markov head's last matrix, and no pass.
+(A recurrent head goes by all tokens since the anchor.) Of a large vocabulary these are the rows of the tokens that the
+level itself finds most probable, since all of the matrix is as dear to read as a layer.
+
+What the confidence head says of a node is a factor of all its children, so a node's score falls with the rates of all
+levels above: the product is the share of blocks that rejection sampling would take so far, and the best unsent nodes
+are those that are most probably reached and right.
 """
 
 from __future__ import annotations
@@ -24,6 +27,8 @@ from flowspec.model.target_head import LogitsHead
 from flowspec.sampling import Sampler
 from flowspec.tree import DraftTree, Floats, Ints
 
+FEW = 1024  # tokens of a level that the Markov head speaks of
+
 # What a node's guesses hang on: its level in the block and its token, or all tokens from the anchor to it.
 Key: TypeAlias = tuple[int, ...]
 
@@ -35,14 +40,26 @@ class DSparkSource(DFlashSource):
         self,
         head: DSparkHead,
         lm_head: LogitsHead,
-        bias_head: LogitsHead | None,
+        token_ids: Tensor | None,
         feature_layers: tuple[int, ...],
         is_coupled: bool = True,
     ) -> None:
-        """``bias_head``: what the Markov head adds to logits over the target's tokens, if there is one."""
+        """``token_ids``: as ``HeadTensors.token_ids``."""
         super().__init__(head, lm_head, feature_layers, is_coupled, "dspark")
         self.markov = head
-        self.bias_head = bias_head
+        self._places: Tensor | None = None  # of the target's tokens among those that the head knows, [V]
+        self.num_candidates = FEW
+        if token_ids is not None:
+            self._places = torch.zeros(int(token_ids.max()) + 1, dtype=torch.long)
+            self._places[token_ids] = torch.arange(len(token_ids))
+            self.num_candidates = min(FEW, len(token_ids))
+
+    def matrix_of(self, token_ids: Tensor) -> Tensor | None:
+        """Rows of the Markov head's last matrix, of tokens [C] that the head knows: [C, r]; ``None``: it has none."""
+        if self.markov.markov_head is None:
+            return None
+        weight = self.markov.markov_head.markov_w2.weight
+        return weight[(token_ids if self._places is None else self._places[token_ids.cpu()]).to(weight.device)]
 
     def open(self, prompt_ids: Sequence[int], sampler: Sampler, top_k: int) -> DSparkDraft:
         return DSparkDraft(self, prompt_ids, sampler if self.is_coupled else GREEDY, top_k)
@@ -53,9 +70,10 @@ class DSparkDraft(DFlashDraft):
 
     def __init__(self, source: DSparkSource, prompt_ids: Sequence[int], sampler: Sampler, top_k: int) -> None:
         super().__init__(source, prompt_ids, sampler, top_k)
-        self._markov, self._bias_head = source.markov, source.bias_head
+        self._markov, self._matrix_of, self._num_candidates = source.markov, source.matrix_of, source.num_candidates
         self._rows, self._logits = torch.zeros(0), torch.zeros(0)  # [levels, D]; [levels, V], without the Markov head
         self._above: list[int] = []  # tokens from the newest block's anchor to the root
+        self._candidates: dict[int, tuple[Tensor, Tensor]] = {}  # by level: tokens [C], the matrix's rows of them
         self._guesses: dict[Key, tuple[Ints, Floats]] = {}  # tokens and log-probabilities [k]
         self._states: dict[Key, Tensor] = {}  # of a recurrent head, [r]
 
@@ -67,7 +85,7 @@ class DSparkDraft(DFlashDraft):
         self._rows = self._source.head.guess(token_id, self._cache)
         self._logits = self._source.lm_head.logits(self._rows)
         self._anchor_position = self._root_position
-        self._above, self._guesses = [token_id], {}
+        self._above, self._guesses, self._candidates = [token_id], {}, {}
         self._states = {(): self._markov.first_states(1)[0]}
 
     def _read_block(self, tree: DraftTree, rows: Ints) -> None:
@@ -86,13 +104,24 @@ class DSparkDraft(DFlashDraft):
 
     def _draft_behind(self, keys: Sequence[Key], levels: Ints) -> None:
         latents, rates = self._run(keys, levels)
-        logits = self._logits[torch.from_numpy(levels).to(self._logits.device)]
-        if self._bias_head is not None:
-            logits = logits + self._bias_head.logits(latents)
+        logits = torch.stack([self._corrected(*pair) for pair in zip(levels.tolist(), latents, strict=True)])
         positions = self._anchor_position + 1 + levels
         token_ids, logprobs = self._sampler.draft_children(logits, positions, self._top_k)
         logprobs = logprobs + rates[:, None]
         self._guesses.update(zip(keys, zip(token_ids, logprobs, strict=True), strict=True))
+
+    def _corrected(self, level: int, latent: Tensor) -> Tensor:
+        """A level's logits [V] with what ``markov_w2`` makes of ``latent`` [r]; minus infinity but for candidates."""
+        logits = self._logits[level]
+        if level not in self._candidates:
+            few = logits.topk(min(self._num_candidates, len(logits))).indices
+            matrix = self._matrix_of(few)
+            if matrix is None:
+                return logits
+            self._candidates[level] = few, matrix
+        few, matrix = self._candidates[level]
+        added = (matrix @ latent.to(matrix.dtype)).to(logits)
+        return torch.full_like(logits, -torch.inf).index_copy(0, few, logits[few] + added)
 
     def _run(self, keys: Sequence[Key], levels: Ints) -> tuple[Tensor, Floats]:
         """What the Markov head's last matrix takes [n, r], and the logarithms of the rates [n]."""

@@ -69,8 +69,7 @@ def load_tapped_draft(
         case DSparkFormat():
             dspark = DSparkHead.load(taps, embedding, dtype, device)
             assert isinstance(dspark, DSparkHead)
-            bias_head = _spread(dspark, token_ids, checkpoint) if taps.rank else None
-            return DSparkSource(dspark, finished(dspark), bias_head, layers, is_coupled)
+            return DSparkSource(dspark, finished(dspark), token_ids, layers, is_coupled)
         case DFlashFormat():
             dflash = DFlashHead.load(taps, embedding, dtype, device)
             return DFlashSource(dflash, finished(dflash), layers, is_coupled)

@@ -21,6 +21,20 @@ from flowspec.model.dspark_format import DSparkFormat
 _LEAST_RATE = math.log(1e-6)  # a guess with no hope at all is one of little
 
 
+class _Matrix(nn.Module):
+    """No ``Linear``, which integers would replace: little of it is read, or it is small."""
+
+    bias: Tensor | None
+
+    def __init__(self, num_rows: int, num_columns: int, has_bias: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_rows, num_columns))
+        self.register_parameter("bias", nn.Parameter(torch.empty(num_rows)) if has_bias else None)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return F.linear(inputs, self.weight, self.bias)
+
+
 class MarkovHead(nn.Module):
     """Of the token above a row, what is added to the row's logits, but for ``markov_w2``, the last matrix."""
 
@@ -29,7 +43,7 @@ class MarkovHead(nn.Module):
         rank, size = form.rank, form.config.hidden_size
         self.variant, self.rank = form.variant, rank
         self.markov_w1 = nn.Embedding(form.config.vocab_size, rank)
-        self.markov_w2 = nn.Linear(rank, form.num_known, bias=False)
+        self.markov_w2 = _Matrix(form.num_known, rank, has_bias=False)
         if form.variant == "gated":
             self.gate_proj = nn.Linear(size + rank, rank)
         elif form.variant == "rnn":
@@ -51,23 +65,12 @@ class MarkovHead(nn.Module):
                 return torch.tanh(out), keep * states + (1 - keep) * torch.tanh(new)
 
 
-class _Weights(nn.Module):
-    """One output; no ``Linear``, since nothing is gained where it is made of integers."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.empty(1, width)), nn.Parameter(torch.empty(1))
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        return F.linear(inputs, self.weight, self.bias)
-
-
 class ConfidenceHead(nn.Module):
     """[n, D or D + r] -> [n, 1], the log-odds of the rate that it was trained on."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.proj = _Weights(width)
+        self.proj = _Matrix(1, width, has_bias=True)
 
     def forward(self, inputs: Tensor) -> Tensor:
         return self.proj(inputs)
@@ -99,8 +102,8 @@ class DSparkHead(DFlashHead):
     def behind(self, rows: Tensor, token_ids: Tensor, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What stands behind tokens [n] whose levels have the block's ``rows`` [n, D].
 
-        ``states`` [n, r]: those behind the tokens above. Returns what ``bias`` takes [n, r]; the states behind these
-        tokens [n, r]; and the logarithms of the confidence head's rates [n], zero without one.
+        ``states`` [n, r]: those behind the tokens above. Returns what ``markov_w2`` takes [n, r]; the states behind
+        these tokens [n, r]; and the logarithms of the confidence head's rates [n], zero without one.
         """
         tokens = states[:, :0]
         latents = tokens
@@ -112,8 +115,3 @@ class DSparkHead(DFlashHead):
         inputs = torch.cat((rows, tokens), dim=-1) if self._confidence_reads_token else rows
         rates = F.logsigmoid(self.confidence_head(inputs)[:, 0].float())
         return latents, states, rates.nan_to_num(_LEAST_RATE).clamp(min=_LEAST_RATE)
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """What the Markov head adds to logits over the draft's tokens: [n, r] -> [n, N], as ``LogitsHead`` does."""
-        assert self.markov_head is not None, "there is nothing to add"
-        return self.markov_head.markov_w2(hidden)
