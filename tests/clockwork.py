@@ -9,6 +9,7 @@ turns by one at each step, and its column from the embedding.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ EPS = 1e-6
 TURN = 3  # rows by which a layer turns a stream
 FOCUS = 6.0  # of attention on its own position
 
-_CONFIG = {
+CONFIG = {
     "hidden_size": SIZE,
     "intermediate_size": 8,
     "num_attention_heads": 1,
@@ -48,7 +49,7 @@ def _code(row: int, column: int) -> Tensor:
     return code
 
 
-def _codes(shift: int = 0, follow: bool = False) -> Tensor:
+def codes(shift: int = 0, follow: bool = False) -> Tensor:
     """[V, SIZE]: of each token, or of its successor, with its row turned."""
     ids = [successor(token_id) if follow else token_id for token_id in range(VOCAB)]
     return torch.stack([_code(token_id // COLUMNS + shift, token_id % COLUMNS) for token_id in ids])
@@ -65,16 +66,17 @@ def turn(shift: int) -> Tensor:
 ROW, COLUMN = turn(0), torch.diag(torch.tensor([0.0] * ROWS + [1.0] * COLUMNS + [0.0] * (SIZE - ROWS - COLUMNS)))
 
 
-def write_target(directory: Path) -> Path:
+def write_target(directory: Path, follow: Callable[[int], int] = successor) -> Path:
+    """``follow``: of a token the one behind it."""
     config = LlamaConfig(
-        **_CONFIG, num_hidden_layers=LAYERS, tie_word_embeddings=False, bos_token_id=None, eos_token_id=None
+        **CONFIG, num_hidden_layers=LAYERS, tie_word_embeddings=False, bos_token_id=None, eos_token_id=None
     )
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
-        model.model.embed_tokens.weight.copy_(_codes())
-        codes = _codes(shift=TURN * LAYERS)
+        model.model.embed_tokens.weight.copy_(codes())
+        last = codes(shift=TURN * LAYERS)
         for token_id in range(VOCAB):
-            model.lm_head.weight[successor(token_id)] = codes[token_id]
+            model.lm_head.weight[follow(token_id)] = last[token_id]
         for layer in model.model.layers:
             layer.self_attn.q_proj.weight.copy_(FOCUS * torch.eye(SIZE))
             layer.self_attn.k_proj.weight.copy_(torch.eye(SIZE))
@@ -94,8 +96,8 @@ def head_weights() -> dict[str, Tensor]:
     from_feature = turn(1) - ROW - COLUMN  # what is left is the row, turned
     return {
         "fc.weight": torch.cat(blocks, dim=1),
-        "embed_tokens.weight": _codes(follow=True),
-        "lm_head.weight": _codes(),
+        "embed_tokens.weight": codes(follow=True),
+        "lm_head.weight": codes(),
         "norm.weight": ones,
         "midlayer.input_layernorm.weight": ones.clone(),
         "midlayer.hidden_norm.weight": ones.clone(),
@@ -115,6 +117,6 @@ def write_head(directory: Path, weights: dict[str, Tensor], **changes: object) -
     directory.mkdir(parents=True)
     save_file({name: tensor.contiguous() for name, tensor in weights.items()}, directory / "model.safetensors")
     inner = {"eagle_aux_hidden_state_layer_ids": [layer - 1 for layer in TAPPED]}
-    config = {"model_type": "llama", "norm_before_residual": True, "eagle_config": inner, **_CONFIG, **changes}
+    config = {"model_type": "llama", "norm_before_residual": True, "eagle_config": inner, **CONFIG, **changes}
     (directory / "config.json").write_text(json.dumps(config))
     return directory

@@ -61,12 +61,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def checkpoint_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """The directory of a family's tiny checkpoint, made on first use.
 
-    A random EAGLE head lies in ``draft``, an EAGLE-3 head in ``eagle3``, a DFlash head in
-    ``dflash``.
+    A random EAGLE head lies in ``draft``, an EAGLE-3 head in ``eagle3``, P-EAGLE, DFlash and DSpark
+    heads in ``peagle``, ``dflash`` and ``dspark``.
     """
     from tiny_dflash import DFlashForm, write_dflash
+    from tiny_dspark import DSparkForm, write_dspark
     from tiny_eagle3 import Eagle3Form, write_eagle3
     from tiny_models import make_checkpoint, make_draft_head
+    from tiny_peagle import PEagleForm, write_peagle
 
     made: dict[str, Path] = {}
 
@@ -75,7 +77,9 @@ def checkpoint_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], 
             made[family] = make_checkpoint(tmp_path_factory.mktemp(family), family)
             make_draft_head(made[family] / "draft")
             write_eagle3(made[family] / "eagle3", Eagle3Form("specforge"))
+            write_peagle(made[family] / "peagle", PEagleForm(num_levels=4))
             write_dflash(made[family] / "dflash", DFlashForm(block_size=5))
+            write_dspark(made[family] / "dspark", DSparkForm(block_size=5))
         return made[family]
 
     return get

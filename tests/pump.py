@@ -35,6 +35,7 @@ from flowspec.schedule.catalogue import make_schedule
 from flowspec.wire.transport import DRIVER, InprocNetwork
 from flowspec.worker.actor import Worker
 
+HEADS = ("eagle3", "peagle", "dflash", "dspark")  # that read several layers
 Choose = Callable[[int], int]  # the number of possible next events -> which one happens
 
 
@@ -77,7 +78,7 @@ class Pump:
         partition = Partition.even(checkpoint.num_layers, num_stages)
         lm_head = checkpoint.load_lm_head("float32", "cpu")
         directory_of_head = directory / draft if isinstance(draft, str) else directory
-        taps = read_taps(directory_of_head, checkpoint) if draft in ("eagle3", "dflash") else None
+        taps = read_taps(directory_of_head, checkpoint) if draft in HEADS else None
         self.workers: list[Worker] = []
         self.stages: list[Any] = []
         for index, layers in enumerate(partition.stages, start=1):

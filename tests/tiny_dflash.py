@@ -42,11 +42,15 @@ def write_dflash(directory: Path, form: DFlashForm | None = None, seed: int = 1,
     """``more``: tensors to add, ``__`` for a dot. Returns the tensors."""
     form = form or DFlashForm()
     weights = make_weights(form, seed)
+    write_head(directory, weights, make_config(form) | form.config, more)
+    return weights
+
+
+def write_head(directory: Path, weights: dict[str, Tensor], config: dict[str, Any], more: dict[str, Tensor]) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     stored = weights | {name.replace("__", "."): tensor for name, tensor in more.items()}
     save_file({name: tensor.contiguous() for name, tensor in stored.items()}, directory / "model.safetensors")
-    (directory / "config.json").write_text(json.dumps(make_config(form) | form.config))
-    return weights
+    (directory / "config.json").write_text(json.dumps(config))
 
 
 def make_weights(form: DFlashForm, seed: int) -> dict[str, Tensor]:
@@ -125,15 +129,22 @@ class Reference:
 
         Returns [levels, V] over the target's tokens.
         """
+        return self.spread(self.rows(streams, token_id) @ self.lm_head.T)
+
+    def rows(self, streams: list[Tensor], token_id: int) -> Tensor:
+        """What the levels' logits are made of, [levels, D]."""
         weights = self.weights
         text = rms(F.linear(torch.cat(streams, dim=-1), weights["fc.weight"]), weights["hidden_norm.weight"])
         rows = self.embedding[torch.tensor([token_id] + [MASK] * (self.form.block_size - 1))]
         for layer in range(self.form.num_layers):
             rows = self._layer(f"layers.{layer}.", rows, text)
-        few = (rms(rows, weights["norm.weight"]) @ self.lm_head.T)[-self.form.num_levels :]
-        if "d2t" not in weights:
+        return rms(rows, weights["norm.weight"])[-self.form.num_levels :]
+
+    def spread(self, few: Tensor) -> Tensor:
+        """[n, N] -> [n, V]."""
+        if "d2t" not in self.weights:
             return few
-        ids = torch.arange(few.shape[1]) + weights["d2t"]
+        ids = torch.arange(few.shape[1]) + self.weights["d2t"]
         return few.new_full((len(few), VOCAB), -torch.inf).index_copy(1, ids, few)
 
     def _layer(self, prefix: str, rows: Tensor, text: Tensor) -> Tensor:

@@ -74,10 +74,10 @@ class LLM:
             or a draft source of your own.
         draft_dtype: ``"int8"`` quantises the weights of a draft head, which are then read faster; guesses may get
             slightly worse, the text stays the same. ``"auto"`` is ``dtype``, or int8 where ``weights`` are integers.
-        draft_layers: the target's layers that an EAGLE-3 or DFlash head reads, where its config is wrong or silent: k
-            for the stream that enters layer k. docs/DRAFTS.md says how they are found otherwise.
-        draft_check: ``"on"`` lets a draft head guess along a short text before the first request, and switches one off
-            that is broken; what was found is kept for the next start. ``"off"`` takes it as it is.
+        draft_layers: the target's layers that a head reads (EAGLE-3, P-EAGLE, DFlash, DSpark), where its config is
+            wrong or silent: k for the stream that enters layer k. docs/DRAFTS.md says how they are found otherwise.
+        draft_check: ``"on"`` lets a draft head or model guess along a short text before the first request, and switches
+            one off that is broken; what was found is kept for the next start. ``"off"`` takes it as it is.
         stages: how many stages, 4 at most by default; the layers are shared out evenly.
         partition: the stages' layer ranges instead, ``"0:4,4:8"``.
         workers: addresses of running workers, ``"host:port"``, in pipeline order; by default processes on this machine.

@@ -76,7 +76,7 @@ def test_json_is_one_object_and_nothing_else(run: Run, checkpoint_dir: Callable[
         (["t1", "--draft-layers", "2,x"], "--draft-layers '2,x' is no list of layers, as in 2,16,29"),
         (
             ["t1", "--draft-layers", "1,2,3"],
-            "draft_layers are for EAGLE-3 and DFlash heads, and the draft is none; leave them out",
+            "draft_layers are for EAGLE-3, P-EAGLE, DFlash and DSpark heads, and the draft is none; leave them out",
         ),
         (["t1", "--logit-bias", "hot"], "--logit-bias 'hot' is not ID:BIAS"),
         (["t1", "--min-p", "2"], "min_p is 2.0"),

@@ -1,4 +1,4 @@
-"""Draft heads are tried before the first request: good ones pass, broken ones are found, and no text changes."""
+"""Drafts are tried before the first request: good ones pass, broken ones are found, and no text changes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from clockwork import COLUMN, TAPPED, TURN, VOCAB, head_weights, turn, write_head, write_target
+import echo
+from clockwork import COLUMN, TAPPED, TURN, VOCAB, codes, head_weights, turn, write_head, write_target
 from engines import engine_of, run
 from flowspec.core import SamplingParams
 from flowspec.draft.acceptance import DEPTH, Acceptance, ReadText, measure
@@ -22,9 +23,10 @@ from flowspec.draft.eagle import EagleSource
 from flowspec.engine import draft_check
 from flowspec.engine.draft_check import check_draft
 from flowspec.engine.engine import Engine
-from flowspec.model.demo_pair import DEMO, demo_draft_directory
+from flowspec.model.demo_pair import DEMO, demo_directory, demo_draft_directory
 from flowspec.model.draft_head import DraftHead
 from flowspec.model.target_head import TargetHead
+from tiny_dflash import DFlashForm, write_dflash
 
 Plant = Callable[[dict[str, Tensor]], Any]
 
@@ -130,6 +132,85 @@ def test_a_broken_eagle3_head_is_switched_off(
     assert len(warnings()) == 1
 
 
+# --- heads that guess blocks ---
+
+BLOCK_HEADS = {"peagle": echo.peagle_weights, "dspark": echo.dspark_weights}
+
+
+@pytest.fixture(scope="module")
+def echoing(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return echo.write_target(tmp_path_factory.mktemp("echo") / "target")
+
+
+@pytest.mark.parametrize("kind", BLOCK_HEADS)
+def test_a_good_head_of_blocks_passes(
+    echoing: Path, tmp_path: Path, own_cache: Path, warnings: Callable[[], list[str]], kind: str
+) -> None:
+    head = echo.write_head(tmp_path / "head", kind, BLOCK_HEADS[kind]())
+    with engine_of(echoing, stages=3, in_process=True, draft=head, draft_check="on") as engine:
+        assert engine.model.source is not None and engine.model.source.name == kind and not warnings()
+    (kept,) = own_cache.iterdir()
+    found = draft_check._load(kept)
+    assert found is not None and found.acceptance.num_made[0] > 30
+    assert found.acceptance.num_right == found.acceptance.num_made, "it is built to be always right"
+
+
+def other_tokens(weights: dict[str, Tensor]) -> None:
+    weights["markov_head.markov_w1.weight"] = weights["markov_head.markov_w1.weight"].roll(5, dims=0)
+
+
+def untrained_markov_head(weights: dict[str, Tensor]) -> None:
+    shape = weights["markov_head.markov_w2.weight"].shape
+    weights["markov_head.markov_w2.weight"] = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+def only_later_rows(weights: dict[str, Tensor]) -> None:
+    """The first row of a block guesses another column than the token's."""
+    mask = weights["embed_tokens.weight"][echo.MASK]
+    weights["embed_tokens.weight"] = 9 * codes().roll(5, dims=0) @ COLUMN
+    weights["embed_tokens.weight"][echo.MASK] = mask
+
+
+@pytest.mark.parametrize(
+    ("kind", "plant", "changes", "layers", "cause"),
+    [
+        ("peagle", nothing, {"mask_token_id": 3}, None, "Its rows below the first are not what it was trained with"),
+        ("peagle", random_embedding, {}, None, "or its lm_head, its embedding"),
+        ("peagle", nothing, {}, [layer + 1 for layer in TAPPED], "--draft-layers"),
+        ("dspark", other_tokens, {}, None, "--draft-layers"),
+        ("dspark", untrained_markov_head, {}, None, "--draft-layers"),
+        ("dspark", nothing, {}, [layer - 1 for layer in TAPPED], "--draft-layers"),
+        ("dspark", only_later_rows, {}, None, "With sample_from_anchor false it guesses well: say so in its config"),
+    ],
+    ids=[
+        "mask",
+        "embedding",
+        "layers",
+        "Markov head of other tokens",
+        "Markov head untrained",
+        "layers of DSpark",
+        "first row",
+    ],
+)
+def test_a_broken_head_of_blocks_is_switched_off(
+    echoing: Path,
+    tmp_path: Path,
+    warnings: Callable[[], list[str]],
+    kind: str,
+    plant: Plant,
+    changes: dict[str, Any],
+    layers: list[int] | None,
+    cause: str,
+) -> None:
+    weights = BLOCK_HEADS[kind]()
+    plant(weights)
+    head = echo.write_head(tmp_path / "head", kind, weights, **changes)
+    with engine_of(echoing, stages=2, in_process=True, draft=head, draft_check="on", draft_layers=layers) as engine:
+        (told,) = warnings()
+        assert f"the draft head in {head} is switched off" in told and cause in told
+        assert engine.model.source is not None and engine.model.source.name == "ngram"
+
+
 # --- EAGLE-1 ---
 
 
@@ -209,6 +290,57 @@ def test_what_was_found_is_kept_and_a_changed_head_is_tried_anew(
         assert len(tried) == 3
 
 
+# --- language models ---
+
+
+def damage(directory: Path, change: Callable[[dict[str, Tensor]], Any]) -> Path:
+    """A copy of the demo model, whose weights are changed."""
+    shutil.copytree(demo_directory(), directory)
+    weights = load_file(directory / "model.safetensors")
+    change(weights)
+    save_file(weights, directory / "model.safetensors", {"format": "pt"})
+    return directory
+
+
+def mix_tokens_up(weights: dict[str, Tensor]) -> None:
+    """As of a model that was trained with another tokenizer."""
+    name = next(name for name in weights if name.endswith("embed_tokens.weight"))
+    weights[name] = weights[name][torch.randperm(len(weights[name]), generator=torch.Generator().manual_seed(0))]
+
+
+def lose_a_norm(weights: dict[str, Tensor]) -> None:
+    weights["model.norm.weight"] = torch.randn_like(weights["model.norm.weight"])
+
+
+@pytest.mark.parametrize("plant", [mix_tokens_up, lose_a_norm])
+def test_a_broken_language_model_is_switched_off(
+    tmp_path: Path, warnings: Callable[[], list[str]], plant: Plant
+) -> None:
+    draft = damage(tmp_path / "small", plant)
+    for _ in range(2):  # the second time it is looked up
+        with engine_of(DEMO, stages=2, in_process=True, draft=draft, draft_check="on") as engine:
+            assert engine.model.source is not None and engine.model.source.name == "ngram"
+    (told, again) = warnings()
+    assert told == again and "the draft model small is switched off, and n-grams draft instead" in told
+    assert "first guesses are right" in told and "Its weights are damaged" in told and "--draft-check off" in told
+
+
+def test_a_good_language_model_stays(tmp_path: Path, own_cache: Path, warnings: Callable[[], list[str]]) -> None:
+    """The model itself: every guess is right, and a prompt that it reads in several passes costs none of them."""
+    draft = damage(tmp_path / "small", nothing)
+    with engine_of(DEMO, stages=2, in_process=True, draft=draft, draft_check="on") as engine:
+        assert engine.model.source is not None and engine.model.source.name == "model" and not warnings()
+        (kept,) = own_cache.iterdir()
+        found = draft_check._load(kept)
+        assert found is not None and found.acceptance.num_made[0] > 40
+        assert found.acceptance.num_right == found.acceptance.num_made
+        prompt = [*range(20, 60)] * 3
+        job = engine.submit(prompt, SamplingParams(max_tokens=24, temperature=0.0))
+        run(engine, [job])
+        long = measure(engine.model.source, ReadText([*prompt, *job.output_ids], len(prompt), None))
+        assert long.num_made[0] > 20 and long.num_right == long.num_made
+
+
 # --- the verdict ---
 
 
@@ -231,6 +363,15 @@ def test_only_what_is_far_below_its_kind_is_broken(
 ) -> None:
     num_made = [47, *num_right[: DEPTH - 1]]
     assert Acceptance(num_made, list(num_right)).wrong_step("eagle3", hit_rates) == wrong_step
+
+
+def test_a_head_whose_blocks_are_short_can_be_tried(
+    checkpoint_dir: Callable[[str], Path], tmp_path: Path, warnings: Callable[[], list[str]]
+) -> None:
+    write_dflash(tmp_path / "head", DFlashForm(block_size=3))
+    with engine_of(checkpoint_dir("qwen3"), stages=1, in_process=True, draft=tmp_path / "head", draft_check="on"):
+        (told,) = warnings()
+        assert "first guesses are right" in told
 
 
 def test_too_few_guesses_say_nothing() -> None:

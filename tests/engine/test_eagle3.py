@@ -50,7 +50,7 @@ def test_a_head_in_the_models_directory_is_found_and_drafts(model: Path, expecte
 
 def test_layers_are_for_such_heads_alone(checkpoint_dir: Callable[[str], Path]) -> None:
     for draft in ("ngram", str(checkpoint_dir("qwen3") / "draft")):
-        with pytest.raises(UsageError, match="draft_layers are for EAGLE-3 and DFlash heads"):
+        with pytest.raises(UsageError, match="draft_layers are for EAGLE-3, P-EAGLE, DFlash and DSpark heads"):
             LLM(checkpoint_dir("qwen3"), draft=draft, draft_layers=LAYERS, in_process=True)
 
 

@@ -14,7 +14,7 @@ from flowspec.errors import ModelError
 from flowspec.model.dflash_format import DFlashFormat
 from flowspec.model.dflash_head import DFlashHead
 from flowspec.model.draft_files import DraftFiles
-from flowspec.model.eagle3_format import kind_of
+from flowspec.model.head_kind import kind_of
 from tiny_dflash import LAYERS, MASK, TAPPED, TARGET, VOCAB, DFlashForm, Reference, write_dflash
 
 FORMS = (
@@ -77,13 +77,13 @@ def test_a_head_that_does_not_say_reads_the_layers_that_its_authors_choose(tmp_p
 @pytest.mark.parametrize(
     ("config", "more", "problem"),
     [
-        ({}, {"markov_head__markov_w1__weight": torch.zeros(VOCAB, 4)}, "of the kind 'dspark'"),
         ({}, {"layers__0__attention_conv__base": torch.zeros(2)}, "of the kind 'dflash2'"),
-        ({}, {"mask_embedding": torch.zeros(TARGET)}, "of the kind 'peagle'"),
+        ({}, {"mask_embedding": torch.zeros(TARGET)}, "has unknown tensors mask_embedding"),
         ({"speculators_model_type": "dflash2"}, {}, "of the kind 'dflash2'"),
         ({}, {"gru__weight": torch.zeros(2)}, "has unknown tensors gru.weight"),
         ({}, {"layers__0__self_attn__q_proj__bias": torch.zeros(32)}, r"unknown tensors layers\.0\.self_attn"),
         ({"block_size": None}, {}, "block_size is missing"),
+        ({"block_size": 2}, {}, "so a block guesses one token"),
         ({"block_size": 1}, {}, "block_size is 1; it must be a whole number in 2..256"),
         ({"dflash_config": {"target_layer_ids": [0, 2, 4], "mask_token_id": VOCAB}}, {}, "mask_token_id is 96"),
         ({"causal": True}, {}, "rows of a block are causal"),

@@ -222,7 +222,7 @@ def test_the_users_layers_are_checked_too(tmp_path: Path, target: Path) -> None:
             load(target, tmp_path, layers)
     with pytest.raises(ModelError, match=r"reads 3 layers of the target, but 2 are named \(1, 2\)"):
         load(target, tmp_path, (1, 2))
-    with pytest.raises(UsageError, match="draft_layers are for EAGLE-3 and DFlash heads"):
+    with pytest.raises(UsageError, match="draft_layers are for EAGLE-3, P-EAGLE, DFlash and DSpark heads"):
         read_taps(target / "draft", Checkpoint.open(target), (1, 2, 3))
 
 
@@ -261,8 +261,8 @@ def change(directory: Path, **changes: Tensor | None) -> None:
         ({"d2t": -torch.arange(60) + 3}, "d2t leads to the same token twice"),
         ({"d2t": torch.zeros(60)}, r"d2t has numbers of type torch\.float32"),
         ({"d2t": torch.zeros(59, dtype=torch.long)}, r"d2t has shape \[59\], but \[60\]"),
-        ({"mask_hidden": torch.zeros(1, 96)}, "of the kind 'peagle', which is not supported"),
-        ({"markov_head__markov_w1__weight": torch.zeros(3)}, "of the kind 'dspark'"),
+        ({"mask_hidden": torch.zeros(1, 96)}, "mask_token_id is missing"),
+        ({"markov_head__markov_w1__weight": torch.zeros(3)}, "block_size is missing"),
         ({"hidden_norm__weight": torch.zeros(TARGET)}, r"has unknown tensors hidden_norm\.weight"),
         ({"input_norm__weight": torch.ones(5)}, r"input_norm\.weight has shape \[5\]"),
         ({"fc_norm__0__weight": torch.ones(TARGET)}, r"lacks fc_norm\.1\.weight"),
@@ -294,7 +294,7 @@ def test_tensors_that_are_wrong_are_named(
         (Eagle3Form(config={"layer_types": ["sliding_attention"]}), "attention slides"),
         (Eagle3Form("speculators", config={"norm_before_residual": None}), "does not say norm_before_residual"),
         (Eagle3Form("speculators", config={"transformer_layer_config": None}), "no transformer_layer_config"),
-        (Eagle3Form("speculators", config={"speculators_model_type": "dspark"}), "of the kind 'dspark'"),
+        (Eagle3Form("speculators", config={"speculators_model_type": "mtp"}), "of the kind 'mtp'"),
     ],
 )
 def test_configs_that_contradict_the_tensors_are_named(

@@ -13,8 +13,8 @@ from transformers import DynamicCache, LlamaConfig
 
 from flowspec.errors import ModelError
 from flowspec.model.draft_files import DraftFiles
-from flowspec.model.eagle3_format import kind_of
 from flowspec.model.eagle_head import EagleHead
+from flowspec.model.head_kind import kind_of
 
 VOCAB, HIDDEN = 50, 16
 

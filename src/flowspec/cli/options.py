@@ -74,14 +74,14 @@ DraftLayersOption = Annotated[
     typer.Option(
         "--draft-layers",
         metavar="A,B,C",
-        help="Layers whose input an EAGLE-3 or DFlash head reads, where its config is wrong.",
+        help="Layers whose input a head reads (EAGLE-3, P-EAGLE, DFlash, DSpark), where its config is wrong.",
         show_default="as its config says",
     ),
 ]
 DraftCheckOption = Annotated[
     OnOff,
     typer.Option(
-        help="Try a draft head before the first request, once, and switch it off where its guesses show it is broken."
+        help="Try a draft before the first request, once, and switch it off where its guesses show that it is broken."
     ),
 ]
 Stages = Annotated[

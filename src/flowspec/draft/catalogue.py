@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal, TypeAlias, get_args
-
-import torch
+from typing import Final, Literal, TypeAlias, get_args
 
 from flowspec.core import DraftDType, DType, LayerRange, Weights
 from flowspec.draft.base import DraftSource
-from flowspec.draft.dflash import DFlashSource
-from flowspec.draft.eagle import EagleSource
+from flowspec.draft.heads import load_eagle_draft, load_tapped_draft
 from flowspec.draft.language_model import ModelSource
 from flowspec.draft.memory import Memory
 from flowspec.draft.ngram import NgramSource
@@ -21,22 +18,26 @@ from flowspec.errors import UsageError
 from flowspec.model.backends import choose_weights, load_head, load_stage, open_checkpoint
 from flowspec.model.demo_pair import DEMO
 from flowspec.model.dflash_format import DFlashFormat
-from flowspec.model.dflash_head import DFlashHead
 from flowspec.model.draft_files import DraftFiles, holds_model
-from flowspec.model.draft_head import DraftHead
-from flowspec.model.eagle3_format import Eagle3Format, kind_of
-from flowspec.model.eagle3_head import Eagle3Head, NormedHead
-from flowspec.model.eagle_head import EagleHead
+from flowspec.model.dspark_format import DSparkFormat
+from flowspec.model.eagle3_format import Eagle3Format
 from flowspec.model.fetched import FETCHED, is_for_own_devices
 from flowspec.model.gguf_checkpoint import GGUF_SUFFIX
-from flowspec.model.head_tensors import HEAD, HeadTensors
-from flowspec.model.int8 import Int8TargetHead, can_quantize, quantize_head
+from flowspec.model.head_kind import Kind, kind_of
+from flowspec.model.head_tensors import HeadTensors
 from flowspec.model.loader import Checkpoint
-from flowspec.model.target_head import FewTokensHead, LogitsHead, TargetHead
+from flowspec.model.peagle_format import PEagleFormat
+from flowspec.model.target_head import LogitsHead
 
 # A head's directory, a language model, or the caller's own source.
 ChosenDraft: TypeAlias = Literal["none", "ngram"] | Path | Checkpoint | DraftSource
 
+_FORMS: Final[Mapping[Kind, type[Eagle3Format | DFlashFormat]]] = {
+    "eagle3": Eagle3Format,
+    "peagle": PEagleFormat,
+    "dflash": DFlashFormat,
+    "dspark": DSparkFormat,
+}
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
@@ -87,17 +88,18 @@ def _find_draft(checkpoint: Checkpoint, draft: str | Path | DraftSource, is_loca
 def read_taps(
     chosen: ChosenDraft, checkpoint: Checkpoint, draft_layers: Sequence[int] | None = None
 ) -> HeadTensors | None:
-    """The checkpoint of a head whose features the target's stages add up, EAGLE-3 or DFlash; ``None`` for another.
+    """The checkpoint of a head whose features the target's stages add up; ``None`` for another draft.
 
     ``draft_layers``: of the target, that it reads, where its config is wrong or silent. Raises ``UsageError``.
     """
     files = DraftFiles(chosen) if isinstance(chosen, Path) else None
-    kind = None if files is None else kind_of(files)
-    if files is not None and kind in ("eagle3", "dflash"):
-        sizes = checkpoint.num_layers, checkpoint.hidden_size, checkpoint.vocab_size
-        return (Eagle3Format if kind == "eagle3" else DFlashFormat).read(files, *sizes, draft_layers)
+    form = None if files is None else _FORMS.get(kind_of(files))
+    if files is not None and form is not None:
+        return form.read(files, checkpoint.num_layers, checkpoint.hidden_size, checkpoint.vocab_size, draft_layers)
     if draft_layers is not None:
-        raise UsageError("draft_layers are for EAGLE-3 and DFlash heads, and the draft is none; leave them out")
+        raise UsageError(
+            "draft_layers are for EAGLE-3, P-EAGLE, DFlash and DSpark heads, and the draft is none; leave them out"
+        )
     return None
 
 
@@ -130,35 +132,8 @@ def load_draft(
             stage = load_stage(chosen, LayerRange(0, chosen.num_layers), dtype, weights, device)
             own_head = load_head(chosen, dtype, weights, device)
             return ModelSource(stage, own_head, tokens, chosen.max_positions, is_coupled)
-        case Path() if isinstance(taps, DFlashFormat):
-            draft_head: DraftHead | DFlashHead = DFlashHead.load(
-                taps, checkpoint.load_embedding(dtype, device), dtype, device
-            )
-            token_ids, lm_head = taps.token_ids(checkpoint.vocab_size), _own_head(taps, dtype, device) or head
-        case Path() if isinstance(taps, Eagle3Format):
-            draft_head = Eagle3Head.load(taps, checkpoint.load_embedding(dtype, device), dtype, device)
-            token_ids, lm_head = taps.token_ids(checkpoint.vocab_size), _own_head(taps, dtype, device) or head
         case Path():
-            draft_head = eagle_head = EagleHead.load(chosen, checkpoint.load_embedding(dtype, device), dtype, device)
-            token_ids = eagle_head.token_ids
-            lm_head = head if token_ids is None else load_head(checkpoint, dtype, weights, device, token_ids)
+            how = checkpoint, head, dtype, device, is_coupled, draft_dtype, weights
+            return load_eagle_draft(chosen, *how) if taps is None else load_tapped_draft(taps, *how)
         case _:
             return chosen
-    if draft_dtype == "int8" or (weights != "float" and can_quantize(draft_head)):
-        quantize_head(draft_head)
-        if isinstance(lm_head, TargetHead):  # others are in integers themselves
-            lm_head = Int8TargetHead(lm_head.weight)
-    if token_ids is not None:
-        lm_head = FewTokensHead(lm_head, token_ids, checkpoint.vocab_size)
-    if isinstance(draft_head, DFlashHead):
-        assert taps is not None
-        return DFlashSource(draft_head, lm_head, taps.taps.layers, is_coupled)
-    if isinstance(draft_head, Eagle3Head):
-        assert taps is not None
-        return EagleSource(draft_head, NormedHead(draft_head, lm_head), is_coupled, "eagle3", taps.taps.layers)
-    return EagleSource(draft_head, lm_head, is_coupled)
-
-
-def _own_head(form: HeadTensors, dtype: DType, device: str) -> TargetHead | None:
-    """``None``: the target's serves."""
-    return TargetHead(form.tensor(HEAD).to(device, getattr(torch, dtype))) if HEAD in form.names else None

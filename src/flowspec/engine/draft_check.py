@@ -1,7 +1,7 @@
-"""Whether an engine's draft head is of use: tried before the first request, and switched off where it is not.
+"""Whether an engine's draft, a head or a model, is of use: tried before the first request, and switched off if not.
 
 The target writes a short text, which is an ordinary request; then the draft guesses along it (``draft.acceptance``).
-What was found is kept in the user's cache, by a digest of model, head and settings.
+What was found is kept in the user's cache, by a digest of model, draft and settings.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from flowspec.draft.repairs import find_repair
 from flowspec.engine.engine import Engine
 from flowspec.errors import FlowspecError
 from flowspec.model.fingerprint import files_fingerprint, fingerprint
+from flowspec.model.loader import Checkpoint
 from flowspec.model.user_cache import cache_directory, keep
 
 logger = logging.getLogger("flowspec.draft")
@@ -42,34 +43,36 @@ class _Found:
 
 
 def check_draft(
-    engine: Engine, directory: Path, draft_layers: Sequence[int] | None, draft_dtype: str, progress: Progress
+    engine: Engine, draft: Path | Checkpoint, draft_layers: Sequence[int] | None, draft_dtype: str, progress: Progress
 ) -> None:
-    """Measure the head that the engine drafts with, or look up what it was; one that is broken is switched off.
+    """Measure the draft of the engine, or look up what it was; one that is broken is switched off.
+
+    ``draft``: the directory of a head, or a language model.
 
     Raises ``WorkerError`` when a worker fails meanwhile.
     """
     source, spec = engine.model.source, engine.pipeline.spec
-    assert source is not None, "the draft is a head"
+    assert source is not None, "something is to be checked"
     settings = _VERSION, draft_layers, draft_dtype, spec.weights, spec.dtype
-    path = cache_directory("draft-checks") / f"{_digest(engine, directory, settings)}.json"
+    path = cache_directory("draft-checks") / f"{_digest(engine, draft, settings)}.json"
     found = _load(path)
     if found is None:
         progress("checking the draft", 0.0)
         start_s = time.perf_counter()
         found = _measure(engine, source)
-        logger.debug("checking the draft head took %.2f s", time.perf_counter() - start_s)
+        logger.debug("checking the draft took %.2f s", time.perf_counter() - start_s)
         if found is None:
-            logger.debug("the draft head could not be checked; it is used as it is")
+            logger.debug("the draft could not be checked; it is used as it is")
             return
         _store(path, found)
     acceptance = found.acceptance
-    logger.debug("the draft head is right in %s of %s guesses", acceptance.num_right, acceptance.num_made)
+    logger.debug("the draft is right in %s of %s guesses", acceptance.num_right, acceptance.num_made)
     step = _wrong_step(source, acceptance)
     if step is not None:
         logger.warning(
-            "the draft head in %s is switched off, and n-grams draft instead: along a text of the model %s. %s; use it "
+            "the draft %s is switched off, and n-grams draft instead: along a text of the model %s. %s; use it "
             "all the same with --draft-check off",
-            directory,
+            f"head in {draft}" if isinstance(draft, Path) else f"model {draft.title}",
             acceptance.told(step),
             found.repair or _cause(source.name, step),
         )
@@ -82,21 +85,29 @@ def _wrong_step(source: DraftSource, acceptance: Acceptance) -> int | None:
 
 def _cause(kind: str, step: int) -> str:
     """What most probably is wrong, as far as such figures tell it."""
+    if kind == "model":
+        return (
+            "Its weights are damaged, its tokens stand for other text than the model's, or it was trained on text of "
+            "quite another kind"
+        )
+    if step and kind not in ("eagle", "eagle3"):
+        return "Its rows below the first are not what it was trained with: look at mask_token_id in its config"
     if step:
         return "What it feeds back to itself is not what it was trained with: look at norm_output in its config"
-    if kind in ("eagle3", "dflash"):
+    if kind != "eagle":
         return (
-            "It reads other layers than it was trained with (--draft-layers says which), or its lm_head, its embedding "
-            "or a norm is missing or another model's"
+            "It reads other layers than it was trained with (--draft-layers says which), or its lm_head, its "
+            "embedding, a norm or another part of it is missing or another model's"
         )
     return "It was trained for another model, or its weights are damaged: fetch or train it again"
 
 
-def _digest(engine: Engine, directory: Path, settings: tuple[object, ...]) -> str:
+def _digest(engine: Engine, draft: Path | Checkpoint, settings: tuple[object, ...]) -> str:
     """Of all that the guesses hang on."""
     checkpoint = engine.model.checkpoint
     model = fingerprint(checkpoint, LayerRange(0, checkpoint.num_layers)) or checkpoint.full_name
-    told = [model, files_fingerprint(directory), *map(str, settings)]
+    own = files_fingerprint(draft.iterdir() if isinstance(draft, Path) else draft.files())
+    told = [model, own, *map(str, settings)]
     return hashlib.sha256("\n".join(told).encode()).hexdigest()[:32]
 
 
@@ -162,4 +173,4 @@ def _store(path: Path, found: _Found) -> None:
     try:
         keep(path, json.dumps({**asdict(found.acceptance), "repair": found.repair}).encode())
     except OSError as error:
-        logger.debug("what was found of the draft head cannot be kept: %s", error)
+        logger.debug("what was found of the draft cannot be kept: %s", error)

@@ -16,7 +16,7 @@ from flowspec.engine.engine import Engine
 from flowspec.engine.pipeline import PipelineSpec, choose_partition, open_pipeline
 from flowspec.model.backends import choose_weights, open_checkpoint
 from flowspec.model.demo_pair import DEMO, draft_for_workers
-from flowspec.model.loader import check_device
+from flowspec.model.loader import Checkpoint, check_device
 from flowspec.schedule.catalogue import AUTO, check_schedule
 
 Progress = Callable[[str, float], None]  # what is being done, and the share that is done
@@ -77,7 +77,7 @@ def open_engine(spec: EngineSpec) -> Engine:
         model = DriverModel.load(checkpoint, draft, *how)
         pipeline.await_ready(lambda done: spec.progress("loading", done))
         engine = Engine(pipeline, model, spec.schedule, spec.schedule_config, spec.config)
-        if spec.draft_check == "on" and isinstance(draft, Path):
+        if spec.draft_check == "on" and isinstance(draft, (Path, Checkpoint)):
             check_draft(engine, draft, spec.draft_layers, spec.draft_dtype, spec.progress)
         return engine
     except BaseException:

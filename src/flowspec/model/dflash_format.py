@@ -9,7 +9,7 @@ target's streams; ordinary ``layers.i.*`` with norms of queries and keys; ``norm
 | rows of a block, ``block_size`` | top, or in ``dflash_config`` | top |
 | ``mask_token_id`` | ``dflash_config`` | top |
 | layers of the target | ``target_layer_ids`` in ``dflash_config``: outputs | ``aux_hidden_state_layer_ids``: streams |
-| ``sample_from_anchor``: row 0 guesses, too | never | top |
+| ``sample_from_anchor``: row 0 guesses, too | not said: no | top |
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from typing import Any
 from flowspec.errors import ModelError, shortened
 from flowspec.model.draft_files import DraftFiles
 from flowspec.model.eagle3_layers import find_layer_ids
-from flowspec.model.head_tensors import CONTAINER, SUPPORTED, HeadTensors, read_layers
+from flowspec.model.head_kind import plain_name
+from flowspec.model.head_tensors import SUPPORTED, HeadTensors, read_layers
 
 MAX_BLOCK = 256  # rows; none published has more than 16
 
@@ -34,8 +35,8 @@ class DFlashFormat(HeadTensors):
 
     block_size: int  # rows of a block, the anchor's included
     mask_token_id: int
-    samples_anchor: bool  # the anchor's row guesses the token behind it; else the first mask's does
     embedding_scale: float
+    samples_anchor: bool  # the anchor's row guesses the token behind it; else the first mask's does
 
     @classmethod
     def read(
@@ -47,37 +48,62 @@ class DFlashFormat(HeadTensors):
         draft_layers: Sequence[int] | None = None,
     ) -> DFlashFormat:
         """As ``Eagle3Format.read``."""
-        names, config = read_layers(files, lambda name: name.removeprefix("model."), hidden_size, vocab_size)
-        said = files.config.get("num_target_layers")
-        if said is not None and said != num_layers:
-            raise ModelError(
-                f"the head in {files.directory} is for a target with {shortened(repr(said), 20)} layers, this one has "
-                f"{num_layers}; give a head that was trained for this target"
-            )
-        if _value(files, "causal") or _value(files, "is_causal"):
-            raise ModelError(
-                f"{files.config_path}: the rows of a block are causal, which is not supported; {SUPPORTED}"
-            )
-        layer_ids = find_layer_ids(files, num_layers, draft_layers, _own_choice(num_layers, config.num_hidden_layers))
-        found = cls(
-            files,
-            config,
-            names,
-            layer_ids,
-            hidden_size,
-            _whole(files, "block_size", 2, MAX_BLOCK),
-            _whole(files, "mask_token_id", 0, vocab_size - 1),
-            bool(files.config.get(CONTAINER)) and _value(files, "sample_from_anchor") is True,
-            _scale(files),
-        )
-        found.check_fc()
-        found.check_vocabulary(vocab_size)
+        parts = read_block_parts(files, num_layers, hidden_size, vocab_size, draft_layers)
+        found = cls(**parts, samples_anchor=block_value(files, "sample_from_anchor") is True)
+        found.check_block(vocab_size)
         return found
 
     @property
     def num_levels(self) -> int:
         """Tokens behind the anchor that one block guesses."""
         return self.block_size - (not self.samples_anchor)
+
+    def check_block(self, vocab_size: int) -> None:
+        """Raises ``ModelError`` unless ``fc``, the vocabulary and the block make sense."""
+        if self.num_levels < 2:
+            raise ModelError(
+                f"{self.files.config_path}: block_size is {self.block_size}, so a block guesses one token, which is "
+                f"not supported; {SUPPORTED}"
+            )
+        self.check_fc()
+        self.check_vocabulary(vocab_size)
+
+
+def read_block_parts(
+    files: DraftFiles,
+    num_layers: int,
+    hidden_size: int,
+    vocab_size: int,
+    draft_layers: Sequence[int] | None,
+) -> dict[str, Any]:
+    """All fields of a ``DFlashFormat`` but ``samples_anchor``. Raises ``ModelError``."""
+    names, config = read_layers(files, plain_name, hidden_size, vocab_size)
+    said = files.config.get("num_target_layers")
+    if said is not None and said != num_layers:
+        raise ModelError(
+            f"the head in {files.directory} is for a target with {shortened(repr(said), 20)} layers, this one has "
+            f"{num_layers}; give a head that was trained for this target"
+        )
+    if block_value(files, "causal") or block_value(files, "is_causal"):
+        raise ModelError(f"{files.config_path}: the rows of a block are causal, which is not supported; {SUPPORTED}")
+    own_choice = _own_choice(num_layers, config.num_hidden_layers)
+    return {
+        "files": files,
+        "config": config,
+        "names": names,
+        "layer_ids": find_layer_ids(files, num_layers, draft_layers, own_choice),
+        "target_size": hidden_size,
+        "block_size": _whole(files, "block_size", 2, MAX_BLOCK),
+        "mask_token_id": _whole(files, "mask_token_id", 0, vocab_size - 1),
+        "embedding_scale": _scale(files),
+    }
+
+
+def block_value(files: DraftFiles, name: str) -> Any:
+    """At the top of the config, or in ``dflash_config``; ``None``: in neither."""
+    nested = files.config.get("dflash_config")
+    own = files.config.get(name)
+    return nested.get(name) if own is None and isinstance(nested, dict) else own
 
 
 def _own_choice(num_layers: int, num_draft_layers: int) -> tuple[int, ...]:
@@ -88,14 +114,8 @@ def _own_choice(num_layers: int, num_draft_layers: int) -> tuple[int, ...]:
     return tuple(round(1 + place * step) + 1 for place in range(num_draft_layers))
 
 
-def _value(files: DraftFiles, name: str) -> Any:
-    nested = files.config.get("dflash_config")
-    own = files.config.get(name)
-    return nested.get(name) if own is None and isinstance(nested, dict) else own
-
-
 def _whole(files: DraftFiles, name: str, least: int, most: int) -> int:
-    value = _value(files, name)
+    value = block_value(files, name)
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
         told = "is missing" if value is None else f"is {shortened(repr(value), 40)}"
         raise ModelError(
@@ -106,7 +126,7 @@ def _whole(files: DraftFiles, name: str, least: int, most: int) -> int:
 
 
 def _scale(files: DraftFiles) -> float:
-    value = _value(files, "input_embedding_scale")
+    value = block_value(files, "input_embedding_scale")
     if value is None:
         return 1.0
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < float("inf"):

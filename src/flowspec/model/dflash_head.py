@@ -7,7 +7,7 @@ the text and each other, both ways. Knows nothing of trees and files' dialects; 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -19,37 +19,9 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RMSNorm, rot
 from flowspec.core import DType
 from flowspec.model.dflash_format import DFlashFormat
 from flowspec.model.head_tensors import EMBEDDING, FC, HEAD, IDS
+from flowspec.model.text_cache import TextCache
 
 _NOT_HERE = {FC, EMBEDDING, HEAD, IDS}  # tensors of a checkpoint that are no part of the module
-_ROWS = 256  # of the text that have room at first
-
-
-class TextCache:
-    """Keys and values of the text in each layer, [heads, capacity, d]; positions 0, 1, ... in order."""
-
-    def __init__(self, num_layers: int) -> None:
-        self.num_rows = 0
-        self._layers: list[Tensor | None] = [None] * num_layers
-
-    def write(self, layer: int, keys: Tensor, values: Tensor) -> None:
-        """Behind ``num_rows``, both [heads, n, d]; the caller moves that on when all layers have written."""
-        rows, end = torch.stack((keys, values)), self.num_rows + keys.shape[1]
-        own = self._layers[layer]
-        if own is None or end > own.shape[2]:
-            capacity = max(_ROWS, 2 * end)
-            grown = rows.new_empty(2, rows.shape[1], capacity, rows.shape[3])
-            if own is not None:
-                grown[:, :, : self.num_rows] = own[:, :, : self.num_rows]
-            own = self._layers[layer] = grown
-        own[:, :, self.num_rows : end] = rows
-
-    def with_rows(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Those of the text, and these behind them, which are not kept; all [heads, n, d]."""
-        own = self._layers[layer]
-        if own is None:
-            return keys, values  # a text of one token has nothing before it
-        text = own[:, :, : self.num_rows]
-        return torch.cat((text[0], keys), dim=1), torch.cat((text[1], values), dim=1)
 
 
 class BlockAttention(nn.Module):
@@ -101,6 +73,7 @@ class DFlashHead(nn.Module):
     """A loaded head."""
 
     embedding: Tensor  # [V, D]
+    min_text = 0  # tokens before an anchor without which nothing can be guessed
 
     def __init__(self, form: DFlashFormat, embedding: Tensor) -> None:
         """``embedding`` [V, D] is shared."""
@@ -118,8 +91,11 @@ class DFlashHead(nn.Module):
         return TextCache(len(self.layers))
 
     @torch.inference_mode()
-    def read(self, sums: Tensor, cache: TextCache) -> None:
-        """The next verified tokens of the text: what the stages have added up for them, [n, D]."""
+    def read(self, sums: Tensor, cache: TextCache, next_ids: Sequence[int] = ()) -> None:
+        """The next verified tokens of the text: what the stages have added up for them, [n, D].
+
+        ``next_ids``: the tokens behind each, which nothing hangs on here.
+        """
         rows = self.hidden_norm(sums.to(self.embedding.device, self.embedding.dtype))
         turn = self._turn(rows, cache.num_rows, len(rows))
         for index, layer in enumerate(self._layers()):

@@ -21,7 +21,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,43 +30,12 @@ from flowspec.core import TapShape
 from flowspec.errors import ModelError, shortened
 from flowspec.model.draft_files import DraftFiles
 from flowspec.model.eagle3_layers import find_layer_ids
-from flowspec.model.head_tensors import CONTAINER, FC, FIRST, IDS, SUPPORTED, HeadTensors, read_layers
+from flowspec.model.head_kind import plain_name
+from flowspec.model.head_tensors import CONTAINER, HeadTensors, read_layers
 
 FC_BIAS, INPUT_NORM = "fc.bias", "input_norm.weight"
+MASK_HIDDEN = "mask_hidden"  # of P-EAGLE
 _FC_NORM = re.compile(r"fc_norm\.(\d+)\.weight")
-Kind = Literal["eagle", "eagle3", "dflash"]
-
-
-def kind_of(files: DraftFiles) -> Kind:
-    """By the container, or by the tensors. Raises ``ModelError`` for a draft of another kind."""
-    container = files.config.get(CONTAINER)
-    names = {_plain(name) for name in files.shapes}
-    other = container if container not in ("eagle3", "dflash") else None
-    is_marked = "hidden_norm.weight" in names or "dflash_config" in files.config
-    is_block = container == "dflash" or (is_marked and f"{FIRST}hidden_norm.weight" not in names)
-    if "mask_hidden" in names or "mask_embedding" in names:
-        other = "peagle"
-    elif any(name.startswith(("markov_head.", "confidence_head.")) for name in names):
-        other = "dspark"
-    elif is_block and any(re.search(r"_conv\.|selector|codebook", name) for name in names):
-        other = "dflash2"
-    if other is not None:
-        raise ModelError(
-            f"{files.directory} holds a draft of the kind {shortened(str(other), 40)!r}, which is not supported; "
-            f"{SUPPORTED}"
-        )
-    if is_block:
-        return "dflash"
-    fc = files.shapes.get(FC, ())
-    is_wide = len(fc) == 2 and fc[1] >= 3 * fc[0] > 0  # EAGLE-1's reads one feature and one embedding
-    marks = {IDS, "t2d", f"{FIRST}hidden_norm.weight"}
-    return "eagle3" if container == "eagle3" or is_wide or names & marks else "eagle"
-
-
-def _plain(name: str) -> str:
-    """A tensor's name in any dialect -> the one used here."""
-    name = name.removeprefix("model.")
-    return FIRST + name.removeprefix("midlayer.") if name.startswith("midlayer.") else name
 
 
 @dataclass(frozen=True)
@@ -92,21 +61,8 @@ class Eagle3Format(HeadTensors):
 
         Raises ``ModelError`` for a checkpoint that lacks something, contradicts itself, or is of another target.
         """
-        names, config = read_layers(files, _plain, hidden_size, vocab_size)
-        layer_ids = find_layer_ids(files, num_layers, draft_layers)
-        norms = sorted(int(match[1]) for match in map(_FC_NORM.fullmatch, names) if match)
-        found = cls(
-            files,
-            config,
-            names,
-            layer_ids,
-            hidden_size,
-            _residual_switch(files),
-            _switch(files, "norm_output", False),
-            _switch(files, "fc_norm", bool(norms)),
-        )
-        found._check_fc(norms)
-        found.check_vocabulary(vocab_size)
+        found = cls(**read_eagle3_parts(files, num_layers, hidden_size, vocab_size, draft_layers))
+        found.check(vocab_size)
         return found
 
     @property
@@ -129,8 +85,10 @@ class Eagle3Format(HeadTensors):
         norm = self.tensor(f"fc_norm.{place}.weight") if self.has_fc_norm else self.tensor(INPUT_NORM)[start:end]
         return (super().block(layer, torch.float32) * norm.float()).to(dtype).contiguous()
 
-    def _check_fc(self, norms: Sequence[int]) -> None:
+    def check(self, vocab_size: int) -> None:
+        """Raises ``ModelError`` where tensors, switches and the target do not fit each other."""
         self.check_fc()
+        norms = [name for name in self.names if _FC_NORM.fullmatch(name)]
         size, num = self.config.hidden_size, len(self.layer_ids)
         if FC_BIAS in self.names:
             self.require(FC_BIAS, (size,))
@@ -144,6 +102,7 @@ class Eagle3Format(HeadTensors):
             raise self._contradicts("fc_norm", "fc_norm.0.weight", bool(norms))
         for place in range(num) if self.has_fc_norm else ():
             self.require(f"fc_norm.{place}.weight", (self.target_size,))
+        self.check_vocabulary(vocab_size)
 
     def _contradicts(self, switch: str, name: str, is_there: bool) -> ModelError:
         told = "has" if is_there else "lacks"
@@ -151,6 +110,23 @@ class Eagle3Format(HeadTensors):
             f"{self.files.path} {told} {name}, and {switch} in config.json says otherwise; fetch both again from one "
             "place"
         )
+
+
+def read_eagle3_parts(
+    files: DraftFiles, num_layers: int, hidden_size: int, vocab_size: int, draft_layers: Sequence[int] | None
+) -> dict[str, Any]:
+    """All fields of an ``Eagle3Format``. Arguments and errors as of its ``read``."""
+    names, config = read_layers(files, plain_name, hidden_size, vocab_size)
+    return {
+        "files": files,
+        "config": config,
+        "names": names,
+        "layer_ids": find_layer_ids(files, num_layers, draft_layers),
+        "target_size": hidden_size,
+        "norm_before_residual": _residual_switch(files),
+        "norm_output": _switch(files, "norm_output", False),
+        "has_fc_norm": _switch(files, "fc_norm", any(_FC_NORM.fullmatch(name) for name in names)),
+    }
 
 
 def _switch(files: DraftFiles, name: str, default: bool) -> bool:

@@ -16,11 +16,12 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
 from flowspec.core import DType
 from flowspec.model.draft_head import DraftHead
-from flowspec.model.eagle3_format import FC_BIAS, INPUT_NORM, Eagle3Format
+from flowspec.model.eagle3_format import FC_BIAS, INPUT_NORM, MASK_HIDDEN, Eagle3Format
 from flowspec.model.head_tensors import EMBEDDING, FC, HEAD, IDS
 from flowspec.model.target_head import LogitsHead
 
-_NOT_HERE = {FC, FC_BIAS, INPUT_NORM, EMBEDDING, HEAD, IDS}  # tensors of a checkpoint that are no part of the module
+# Tensors of a checkpoint that are no part of the module.
+_NOT_HERE = {FC, FC_BIAS, INPUT_NORM, EMBEDDING, HEAD, IDS, MASK_HIDDEN}
 
 
 class FirstLayer(nn.Module):

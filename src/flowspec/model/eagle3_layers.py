@@ -46,7 +46,7 @@ def find_layer_ids(
     """In the order of ``fc``'s blocks, each the stream that enters a layer.
 
     ``draft_layers``, else the first of these that there is, as vLLM looks them up: the config's
-    ``eagle_aux_hidden_state_layer_ids``, or ``aux_hidden_state_layer_ids`` of speculators' DFlash heads, as they are;
+    ``eagle_aux_hidden_state_layer_ids``, or ``aux_hidden_state_layer_ids`` of speculators' block heads, as they are;
     ``target_layer_ids`` in ``dflash_config``,
     ``dspark_target_layer_ids``, ``target_layer_ids``, which name outputs (layer k's enters k + 1); ``layer_ids`` in
     ``dflash_config`` or ``eagle_config``, as they are; ``eagle_aux_hidden_state_layer_ids`` in ``eagle_config``, which

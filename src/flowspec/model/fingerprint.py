@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +37,10 @@ def fingerprint(checkpoint: Checkpoint, layers: LayerRange) -> str:
     return digest.hexdigest()[:32]
 
 
-def files_fingerprint(directory: Path) -> str:
-    """Of the files in a folder, as those of a draft head. Raises ``ModelError``."""
+def files_fingerprint(paths: Iterable[Path]) -> str:
+    """Of files, as those of a draft. Raises ``ModelError``."""
     digest = hashlib.sha256()
-    for path in sorted(path for path in directory.iterdir() if path.is_file()):
+    for path in sorted(path for path in paths if path.is_file()):
         num_bytes = path.stat().st_size
         digest.update(f"{path.name} {num_bytes}".encode())
         for sample in _samples(path, 0, num_bytes, _NUM_FILE_SAMPLES):

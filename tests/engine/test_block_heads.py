@@ -1,4 +1,4 @@
-"""A DFlash head beside a real engine: found, loaded, served by processes, and of no influence on the text."""
+"""Heads that guess blocks beside a real engine: found, loaded, served by processes, and of no influence on the text."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import pytest
 from flowspec import LLM, SamplingParams
 from flowspec.errors import ModelError
 from tiny_dflash import DFlashForm, write_dflash
+from tiny_dspark import DSparkForm, write_dspark
+from tiny_peagle import PEagleForm, write_peagle
 
 PROMPT = (1, 4, 2, 1, 4, 2, 3, 9, 9)
 PARAMS = SamplingParams(24, 0.8, seed=5)
@@ -38,6 +40,51 @@ def test_a_head_drafts_and_changes_nothing(
         completion = llm.generate(PROMPT, PARAMS)
     assert completion.token_ids == expected
     assert completion.stats.draft == "dflash" and completion.stats.drafted > 0
+
+
+@pytest.mark.parametrize(
+    ("form", "settings"),
+    [
+        (DSparkForm(), {"stages": 2}),
+        (DSparkForm("deepspec"), {"stages": 3, "in_process": True, "draft_dtype": "int8"}),
+        (DSparkForm("specforge", variant="rnn"), {"stages": 2, "in_process": True, "schedule": "lockstep"}),
+        (DSparkForm(num_draft=60, variant="gated"), {"stages": 1, "in_process": True, "schedule": "serial"}),
+    ],
+)
+def test_a_dspark_head_drafts_and_changes_nothing(
+    checkpoint_dir: Callable[[str], Path],
+    tmp_path: Path,
+    expected: list[int],
+    form: DSparkForm,
+    settings: dict[str, Any],
+) -> None:
+    write_dspark(tmp_path, form)
+    with LLM(checkpoint_dir("qwen3"), draft=tmp_path, draft_check="off", **{"schedule": "flow", **settings}) as llm:
+        completion = llm.generate(PROMPT, PARAMS)
+    assert completion.token_ids == expected
+    assert completion.stats.draft == "dspark" and completion.stats.drafted > 0
+
+
+@pytest.mark.parametrize(
+    ("form", "settings"),
+    [
+        (PEagleForm(), {"stages": 2}),
+        (PEagleForm("amazon", num_draft=60), {"stages": 3, "in_process": True, "draft_dtype": "int8"}),
+        (PEagleForm("specforge", norm_before_fc=True), {"stages": 2, "in_process": True, "schedule": "serial"}),
+    ],
+)
+def test_a_peagle_head_drafts_and_changes_nothing(
+    checkpoint_dir: Callable[[str], Path],
+    tmp_path: Path,
+    expected: list[int],
+    form: PEagleForm,
+    settings: dict[str, Any],
+) -> None:
+    write_peagle(tmp_path, form)
+    with LLM(checkpoint_dir("qwen3"), draft=tmp_path, draft_check="off", **{"schedule": "flow", **settings}) as llm:
+        completion = llm.generate(PROMPT, PARAMS)
+    assert completion.token_ids == expected
+    assert completion.stats.draft == "peagle" and completion.stats.drafted > 0
 
 
 def test_a_head_of_speculators_with_few_tokens_drafts(
