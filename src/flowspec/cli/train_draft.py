@@ -1,8 +1,9 @@
-"""The command ``train-draft``: an EAGLE head for a model of the user's own."""
+"""The command ``train-draft``: a draft head for a model of the user's own."""
 
 from __future__ import annotations
 
 import logging
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +11,11 @@ import typer
 
 from flowspec.cli.options import Threads, Verbose
 from flowspec.cli.terminal import errors_in_one_line
+
+
+class Kind(str, Enum):
+    eagle = "eagle"
+    block = "block"
 
 
 def train_draft(
@@ -25,6 +31,11 @@ def train_draft(
             show_default=False,
         ),
     ] = None,
+    kind: Annotated[
+        Kind, typer.Option(help="block: a DSpark head, which guesses several tokens in one pass.")
+    ] = Kind.eagle,
+    block_size: Annotated[int, typer.Option(help="Tokens that a block head guesses in a pass.")] = 8,
+    layers: Annotated[int, typer.Option(help="Of a block head.")] = 2,
     tokens: Annotated[int, typer.Option(help="Training tokens.")] = 15_000_000,
     generated_share: Annotated[
         float | None,
@@ -58,11 +69,12 @@ def train_draft(
     ] = False,
     verbose: Verbose = False,
 ) -> None:
-    """Train an EAGLE draft head for a target model."""
+    """Train a draft head for a target model."""
     with errors_in_one_line(verbose):
         logging.getLogger("flowspec").setLevel(logging.INFO)
         import torch
 
+        from flowspec.train.block import BlockShape
         from flowspec.train.draft import recipe_for
         from flowspec.train.draft import train_draft as train
         from flowspec.train.hints import HintRecipe
@@ -71,4 +83,6 @@ def train_draft(
             torch.set_num_threads(threads)
         recipe = recipe_for(target, tokens, generated_share, generated_tokens, batch_tokens)
         hint_recipe = HintRecipe() if hints else None
-        train(target, out, data or [], recipe, work_dir or out / "training", hints=hint_recipe, compiled=compiled)
+        block = BlockShape(block_size, layers) if kind == Kind.block else None
+        where = work_dir or out / "training"
+        train(target, out, data or [], recipe, where, block=block, hints=hint_recipe, compiled=compiled)

@@ -46,6 +46,7 @@ class DSparkSource(DFlashSource):
     ) -> None:
         """``token_ids``: as ``HeadTensors.token_ids``."""
         super().__init__(head, lm_head, feature_layers, is_coupled, "dspark")
+        self.hit_rates: tuple[float, ...] = ()  # how often guesses were right when it was trained, by level, if known
         self.markov = head
         self._places: Tensor | None = None  # of the target's tokens among those that the head knows, [V]
         self.num_candidates = FEW

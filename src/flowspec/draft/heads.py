@@ -69,7 +69,9 @@ def load_tapped_draft(
         case DSparkFormat():
             dspark = DSparkHead.load(taps, embedding, dtype, device)
             assert isinstance(dspark, DSparkHead)
-            return DSparkSource(dspark, finished(dspark), token_ids, layers, is_coupled)
+            source = DSparkSource(dspark, finished(dspark), token_ids, layers, is_coupled)
+            source.hit_rates = tuple(taps.files.config.get("hit_rates") or ())
+            return source
         case DFlashFormat():
             dflash = DFlashHead.load(taps, embedding, dtype, device)
             return DFlashSource(dflash, finished(dflash), layers, is_coupled)

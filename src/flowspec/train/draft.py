@@ -14,9 +14,10 @@ from torch import Tensor
 
 from flowspec.errors import ModelError, UsageError
 from flowspec.model.backends import open_checkpoint
+from flowspec.train.block import BlockRecipe, BlockShape, level_rates, train_block_head
 from flowspec.train.corpus import Tokens, encode_documents, read_documents
 from flowspec.train.eagle import DraftRecipe, Target, generate_windows, train_head
-from flowspec.train.evaluate import measure_steadiness
+from flowspec.train.evaluate import measure_steadiness, new_text
 from flowspec.train.hints import HintRecipe, train_hints
 from flowspec.train.own_text import Conversations
 
@@ -66,6 +67,7 @@ def train_draft(
     recipe: DraftRecipe,
     work_dir: Path,
     *,
+    block: BlockShape | None = None,
     hints: HintRecipe | None = None,
     compiled: bool = False,
 ) -> None:
@@ -73,9 +75,12 @@ def train_draft(
 
     A target with a chat template converses with itself for the share of the text that it writes, and may do without
     ``data``. With ``hints``, hint heads too. Goes on from ``work_dir`` where an interrupted run with the same arguments
-    left off, and with the hints alone where the head is finished. ``compiled``: faster, and needs a C++ compiler.
+    left off, and with the hints alone where the head is finished. ``block``: a block head of this shape, instead of an
+    EAGLE head. ``compiled``: faster, and needs a C++ compiler.
     Raises ``ModelError`` for a target and ``UsageError`` for data that cannot be used.
     """
+    if block is not None and hints is not None:
+        raise UsageError("hint heads go with EAGLE heads; train a block head without hints")
     checkpoint = open_checkpoint(target)
     tokenizer: Any = checkpoint.load_tokenizer()
     if not isinstance(tokenizer.eos_token_id, int):
@@ -89,6 +94,10 @@ def train_draft(
     opened = Target.open(target, compiled=compiled)
     if opened.device.type == "cuda":
         recipe = replace(recipe, generation_batch=_GPU_ROWS)
+    if block is not None:
+        trainee = train_block_head(opened, tokens, BlockRecipe(recipe, block), work_dir, out, plan=plan)
+        trainee.save(out, level_rates(trainee, opened, *new_text(opened, tokens, recipe, plan)))
+        return
     head = train_head(opened, tokens, recipe, work_dir, out, plan=plan, compiled=compiled)
     head.note_hit_rates(measure_steadiness(opened, head, tokens, recipe, plan))
     head.token_ids = draft_vocabulary(generate_windows(opened, tokens, recipe, work_dir / "generated", plan), opened)

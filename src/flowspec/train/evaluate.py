@@ -247,9 +247,20 @@ def first_guesses(
 def measure_steadiness(
     target: Target, head: EagleHead, tokens: Tokens, recipe: DraftRecipe, plan: Conversations | None = None
 ) -> list[float]:
-    """Hit rates on new text of the target's own, sampled, for the head's config: on its answers where there is a plan.
+    """Hit rates on ``new_text``, for the head's config."""
+    token_ids, counted = new_text(target, tokens, recipe, plan)
+    features = target.features(token_ids)
+    levels = first_guesses(head.float(), target.logits, token_ids, features, _STEADINESS_LEVELS)
+    return [_share((guesses == token_ids[:, 2:])[counted[:, 2:]]) for guesses in levels]
 
-    Without one, on what it goes on with after given ``tokens`` [T].
+
+@torch.inference_mode()
+def new_text(
+    target: Target, tokens: Tokens, recipe: DraftRecipe, plan: Conversations | None = None
+) -> tuple[Tensor, Tensor]:
+    """Text of the target's own that no training has seen, sampled, [B, T], and which of its tokens count.
+
+    These are its answers where there is a ``plan``; without one, what it goes on with after given ``tokens`` [T].
     """
     num_rows, length = _NUM_STEADINESS_ROWS, recipe.prompt_len
     length += min(_STEADINESS_LEN, recipe.context_len - recipe.prompt_len)
@@ -265,11 +276,7 @@ def measure_steadiness(
         beginnings = plan.beginnings(num_rows, tokens, seed)
         token_ids = converse(target.model, plan, beginnings, length, temperatures, generator)
         counted = plan.answers(token_ids)
-    token_ids = token_ids.to(target.device)
-    features = target.features(token_ids)
-    levels = first_guesses(head.float(), target.logits, token_ids, features, _STEADINESS_LEVELS)
-    counted = counted[:, 2:].to(target.device)
-    return [_share((guesses == token_ids[:, 2:])[counted]) for guesses in levels]
+    return token_ids.to(target.device), counted.to(target.device)
 
 
 def _draft_ranks(
