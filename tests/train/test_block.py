@@ -121,16 +121,16 @@ def test_anchors_leave_room_for_their_blocks() -> None:
 
 def test_layers_to_read_are_spread_over_the_target() -> None:
     assert BlockShape().tapped(30) == [2, 14, 27] and BlockShape(num_taps=1).tapped(6) == [2]
-    assert BlockShape(num_taps=5).tapped(36) == [2, 10, 18, 25, 33]
+    assert BlockShape(num_taps=5).tapped(36) == [2, 10, 18, 25, 33] and BlockShape().tapped(7) == [2, 3, 4]
+    assert BlockShape().tapped(6) == [1, 3, 5] and BlockShape().tapped(3) == [1, 2] and BlockShape().tapped(2) == [1]
+    with pytest.raises(UsageError, match="a single layer"):
+        BlockShape().tapped(1)
 
 
 def test_wrong_shapes_are_refused(target: Target, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="block_size is 1; it must be at least 2"):
         BlockShape(block_size=1)
     stream = random_stream()
-    many = replace(RECIPE, shape=replace(SHAPE, num_taps=7))
-    with pytest.raises(UsageError, match="too few to read 7 of them"):
-        train_block_head(target, stream, many, tmp_path, tmp_path)
     long = replace(RECIPE, shape=replace(SHAPE, block_size=20))
     with pytest.raises(UsageError, match="blocks of 20 do not fit into windows of 32"):
         train_block_head(target, stream, long, tmp_path, tmp_path)

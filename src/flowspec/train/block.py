@@ -48,7 +48,7 @@ class BlockShape:
 
     block_size: int = 8  # rows, each of which guesses a token
     num_layers: int = 2
-    num_taps: int = 3  # layers of the target that it reads
+    num_taps: int = 3  # layers of the target that it reads, or all of a smaller one
     rank: int = 64  # of the Markov head
 
     def __post_init__(self) -> None:
@@ -57,8 +57,15 @@ class BlockShape:
                 raise UsageError(f"{name} is {getattr(self, name)}; it must be at least {least}")
 
     def tapped(self, num_target_layers: int) -> list[int]:
-        """k for the stream that enters layer k: spread from near the first layer to near the last."""
-        first, last = min(2, num_target_layers - 1), max(1, num_target_layers - 3)
+        """k for the stream that enters layer k: spread from near the first layer to near the last.
+
+        Raises ``UsageError`` for a target of one layer, before and behind which is nothing to read.
+        """
+        if num_target_layers < 2:
+            raise UsageError("the target has a single layer, and a block head reads what goes from layer to layer")
+        first, last = 2, num_target_layers - 3
+        if last - first < self.num_taps - 1:
+            first, last = 1, num_target_layers - 1
         step = (last - first) / max(1, self.num_taps - 1)
         return sorted({round(first + place * step) for place in range(self.num_taps)})
 
@@ -150,7 +157,7 @@ class BlockTrainee(nn.Module):
         self.mask_token_id = config.vocab_size - 1  # the id that tokenizers use least
         size = config.hidden_size
         self.register_buffer("embedding", embedding, persistent=False)
-        self.fc = nn.Linear(shape.num_taps * size, size, bias=False)
+        self.fc = nn.Linear(len(tapped) * size, size, bias=False)
         self.hidden_norm = Qwen3RMSNorm(size, eps=config.rms_norm_eps)
         self.layers = nn.ModuleList(Layer(config) for _ in range(shape.num_layers))
         self.norm = Qwen3RMSNorm(size, eps=config.rms_norm_eps)
@@ -237,10 +244,6 @@ def train_block_head(
     """To the end of the recipe; one that was interrupted ends in the same weights, as in ``train_head``."""
     windows, shape = recipe.windows, recipe.shape
     tapped = shape.tapped(target.config.num_hidden_layers)
-    if len(tapped) < shape.num_taps:
-        raise UsageError(
-            f"the target has {target.config.num_hidden_layers} layers, too few to read {shape.num_taps} of them"
-        )
     if windows.context_len < 2 * shape.block_size:
         raise UsageError(f"blocks of {shape.block_size} do not fit into windows of {windows.context_len} tokens")
     generated = generate_windows(target, tokens, windows, work_dir / "generated", plan)
