@@ -130,8 +130,8 @@ def open_transformers(checkpoint: Checkpoint, threads: int, num_tokens: int) -> 
     """In float32, with the tensors that flowspec reads from the file."""
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(checkpoint.config)
-    names = checkpoint.tensor_names() & model.state_dict().keys()
-    tensors = dict(checkpoint.tensors(sorted(names - {LM_HEAD}), "float32", "cpu"))
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name != LM_HEAD}
+    tensors = dict(checkpoint.module_tensors(shapes, "float32", "cpu"))
     tensors[LM_HEAD] = checkpoint.load_lm_head("float32", "cpu")
     model.load_state_dict(tensors, assign=True)
     model.model.rotary_emb = rotary_of(model.model, checkpoint.config)

@@ -330,6 +330,10 @@ def test_a_hub_name_fetches_only_what_is_used(saved: Path, monkeypatch: pytest.M
     checkpoint.load_embedding("float32", "cpu")
     shard = checkpoint.shard_of(EMBEDDING)
     assert fake.fetched == ["config.json", "model.safetensors", "model.safetensors.index.json", shard]
+    in_shard = [name for name in checkpoint.tensor_names() if checkpoint.shard_of(name) == shard]
+    assert len([*checkpoint.tensors(in_shard, "float32", "cpu")]) > 1
+    assert all(checkpoint.stored(name) for name in in_shard)
+    assert fake.fetched.count(shard) == 1, "a hub is asked once, however many tensors a file has"
     assert checkpoint.eos_token_ids == frozenset()
 
 

@@ -15,6 +15,8 @@ LANES = 64  # outputs of one block
 PART = 8  # inputs whose products are added to a sum before it is stored
 HALF = PART // 2  # inputs of a part that lie in the low halves of bytes, with 4 bits
 _ZERO, _ONE = np.float32(0), np.float32(1)
+# Of 32 bits, since numba's own whole numbers have 64, which takes twice as long.
+_LOW, _BITS = np.int32(15), np.int32(4)
 
 
 @compiled
@@ -150,7 +152,7 @@ def _add_4(rows, row, codes, expert, block, group, of_group):
         for lane in range(LANES):
             total = of_group[lane]
             for u in range(HALF):
-                pair = codes[expert, block, group, part, u, lane]
-                total += rows[row, group, part, u] * np.float32(pair & 15)
-                total += rows[row, group, part, u + HALF] * np.float32(pair >> 4)
+                pair = np.int32(codes[expert, block, group, part, u, lane])
+                total += rows[row, group, part, u] * np.float32(np.int32(pair & _LOW))
+                total += rows[row, group, part, u + HALF] * np.float32(np.int32(pair >> _BITS))
             of_group[lane] = total
