@@ -9,6 +9,7 @@ target's streams; ordinary ``layers.i.*`` with norms of queries and keys; ``norm
 | rows of a block, ``block_size`` | top, or in ``dflash_config`` | top |
 | ``mask_token_id`` | ``dflash_config`` | top |
 | layers of the target | ``target_layer_ids`` in ``dflash_config``: outputs | ``aux_hidden_state_layer_ids``: streams |
+| layers whose attention slides see | the window before each row | the window before the anchor |
 | ``sample_from_anchor``: row 0 guesses, too | not said: no | top |
 """
 
@@ -19,10 +20,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from flowspec.errors import ModelError, shortened
+from flowspec.model.block_sight import Sight, read_sights
 from flowspec.model.draft_files import DraftFiles
 from flowspec.model.eagle3_layers import find_layer_ids
 from flowspec.model.head_kind import plain_name
-from flowspec.model.head_tensors import SUPPORTED, HeadTensors, read_layers
+from flowspec.model.head_tensors import CONTAINER, SUPPORTED, HeadTensors, read_layers
 
 MAX_BLOCK = 256  # rows; none published has more than 16
 
@@ -36,6 +38,7 @@ class DFlashFormat(HeadTensors):
     block_size: int  # rows of a block, the anchor's included
     mask_token_id: int
     embedding_scale: float
+    sights: tuple[Sight, ...]  # by layer
     samples_anchor: bool  # the anchor's row guesses the token behind it; else the first mask's does
 
     @classmethod
@@ -77,15 +80,15 @@ def read_block_parts(
     draft_layers: Sequence[int] | None,
 ) -> dict[str, Any]:
     """All fields of a ``DFlashFormat`` but ``samples_anchor``. Raises ``ModelError``."""
-    names, config = read_layers(files, plain_name, hidden_size, vocab_size)
+    names, config = read_layers(files, plain_name, hidden_size, vocab_size, may_slide=True)
     said = files.config.get("num_target_layers")
     if said is not None and said != num_layers:
         raise ModelError(
             f"the head in {files.directory} is for a target with {shortened(repr(said), 20)} layers, this one has "
             f"{num_layers}; give a head that was trained for this target"
         )
-    if block_value(files, "causal") or block_value(files, "is_causal"):
-        raise ModelError(f"{files.config_path}: the rows of a block are causal, which is not supported; {SUPPORTED}")
+    causal = block_value(files, "is_causal")
+    causal = block_value(files, "causal") if causal is None else causal
     own_choice = _own_choice(num_layers, config.num_hidden_layers)
     return {
         "files": files,
@@ -96,6 +99,7 @@ def read_block_parts(
         "block_size": _whole(files, "block_size", 2, MAX_BLOCK),
         "mask_token_id": _whole(files, "mask_token_id", 0, vocab_size - 1),
         "embedding_scale": _scale(files),
+        "sights": read_sights(files, config, causal, bool(files.config.get(CONTAINER))),
     }
 
 
