@@ -166,8 +166,10 @@ class Reference:
 
     def _layer(self, layer: int, rows: Tensor, text: Tensor) -> Tensor:
         prefix = f"layers.{layer}."
+        attention, mlp = f"{prefix}attention", f"{prefix}mlp"
         own = {name.removeprefix(prefix): tensor for name, tensor in self.weights.items() if name.startswith(prefix)}
-        inputs = rms(rows, own["input_layernorm.weight"])
+        normed = rms(rows, own["input_layernorm.weight"])
+        inputs = self.mixed(attention, 0, normed, normed)
         both, start, end = torch.cat([text, inputs]), len(text), len(text) + len(rows)
         query = (inputs @ own["self_attn.q_proj.weight"].T).view(len(rows), HEADS, HEAD_DIM)
         key, value = (
@@ -178,7 +180,13 @@ class Reference:
         key, value = (part.repeat_interleave(HEADS // KV_HEADS, dim=1) for part in (key, value))
         scores = torch.einsum("ihd,jhd->hij", query, key) / HEAD_DIM**0.5
         scores = scores.masked_fill(~self._sees(layer, start), -torch.inf).softmax(-1)
-        rows = rows + torch.einsum("hij,jhd->ihd", scores, value).flatten(1) @ own["self_attn.o_proj.weight"].T
+        part = torch.einsum("hij,jhd->ihd", scores, value).flatten(1) @ own["self_attn.o_proj.weight"].T
+        rows = rows + self.mixed(attention, 1, part, normed)
         normed = rms(rows, own["post_attention_layernorm.weight"])
-        gate, up = normed @ own["mlp.gate_proj.weight"].T, normed @ own["mlp.up_proj.weight"].T
-        return rows + (F.silu(gate) * up) @ own["mlp.down_proj.weight"].T
+        inputs = self.mixed(mlp, 0, normed, normed)
+        gate, up = inputs @ own["mlp.gate_proj.weight"].T, inputs @ own["mlp.up_proj.weight"].T
+        return rows + self.mixed(mlp, 1, (F.silu(gate) * up) @ own["mlp.down_proj.weight"].T, normed)
+
+    def mixed(self, part: str, side: int, rows: Tensor, inputs: Tensor) -> Tensor:
+        """What DFlash2 makes of rows before a part of a layer (``side`` 0) and behind it; DFlash does nothing."""
+        return rows

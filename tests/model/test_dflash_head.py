@@ -83,9 +83,10 @@ def test_a_head_that_does_not_say_reads_the_layers_that_its_authors_choose(tmp_p
 @pytest.mark.parametrize(
     ("config", "more", "problem"),
     [
-        ({}, {"layers__0__attention_conv__base": torch.zeros(2)}, "of the kind 'dflash2'"),
         ({}, {"mask_embedding": torch.zeros(TARGET)}, "has unknown tensors mask_embedding"),
-        ({"speculators_model_type": "dflash2"}, {}, "of the kind 'dflash2'"),
+        ({"speculators_model_type": "mtp"}, {}, "of the kind 'mtp'"),
+        ({}, {"mtp__fc__weight": torch.zeros(2)}, "of the kind 'mtp'"),
+        ({}, {"model__layers__6__eh_proj__weight": torch.zeros(2)}, "of the kind 'mtp'"),
         ({}, {"gru__weight": torch.zeros(2)}, "has unknown tensors gru.weight"),
         ({}, {"layers__0__self_attn__q_proj__bias": torch.zeros(32)}, r"unknown tensors layers\.0\.self_attn"),
         ({"block_size": None}, {}, "block_size is missing"),

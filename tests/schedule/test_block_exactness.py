@@ -24,7 +24,7 @@ from tapped import NUM_TOKENS, SMALL, Plain, check_that_a_kept_prompt_is_taken_o
 from tiny_dflash import DFlashForm, Reference, make_weights
 from tiny_peagle import PEagleForm
 
-BLOCKS = ("peagle", "dflash", "dspark")
+BLOCKS = ("peagle", "dflash", "dflash2", "dspark")
 PEAGLE = PEagleForm(num_levels=4)
 FORM = DFlashForm(block_size=5)  # of the checkpoints: blocks that end within a tree
 

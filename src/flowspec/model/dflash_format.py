@@ -71,6 +71,15 @@ class DFlashFormat(HeadTensors):
         self.check_fc()
         self.check_vocabulary(vocab_size)
 
+    def check_said(self, name: str, found: Any) -> None:
+        """Raises ``ModelError`` where the config says something else than what the tensors show."""
+        said = block_value(self.files, name)
+        if said is not None and said != found:
+            raise ModelError(
+                f"{self.files.config_path}: {name} is {shortened(repr(said), 40)}, but by the tensors in "
+                f"{self.files.path.name} it is {found!r}; fetch both again from one place"
+            )
+
 
 def read_block_parts(
     files: DraftFiles,
@@ -96,9 +105,9 @@ def read_block_parts(
         "names": names,
         "layer_ids": find_layer_ids(files, num_layers, draft_layers, own_choice),
         "target_size": hidden_size,
-        "block_size": _whole(files, "block_size", 2, MAX_BLOCK),
-        "mask_token_id": _whole(files, "mask_token_id", 0, vocab_size - 1),
-        "embedding_scale": _scale(files),
+        "block_size": whole_number(files, "block_size", 2, MAX_BLOCK),
+        "mask_token_id": whole_number(files, "mask_token_id", 0, vocab_size - 1),
+        "embedding_scale": positive_number(files, "input_embedding_scale") or 1.0,
         "sights": read_sights(files, config, causal, bool(files.config.get(CONTAINER))),
     }
 
@@ -118,7 +127,7 @@ def _own_choice(num_layers: int, num_draft_layers: int) -> tuple[int, ...]:
     return tuple(round(1 + place * step) + 1 for place in range(num_draft_layers))
 
 
-def _whole(files: DraftFiles, name: str, least: int, most: int) -> int:
+def whole_number(files: DraftFiles, name: str, least: int, most: int) -> int:
     value = block_value(files, name)
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
         told = "is missing" if value is None else f"is {shortened(repr(value), 40)}"
@@ -129,12 +138,11 @@ def _whole(files: DraftFiles, name: str, least: int, most: int) -> int:
     return value
 
 
-def _scale(files: DraftFiles) -> float:
-    value = block_value(files, "input_embedding_scale")
+def positive_number(files: DraftFiles, name: str) -> float | None:
+    """``None`` where the config does not say it. Raises ``ModelError``."""
+    value = block_value(files, name)
     if value is None:
-        return 1.0
+        return None
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < float("inf"):
-        raise ModelError(
-            f"{files.config_path}: input_embedding_scale is {shortened(repr(value), 40)}; it must be a positive number"
-        )
+        raise ModelError(f"{files.config_path}: {name} is {shortened(repr(value), 40)}; it must be a positive number")
     return float(value)

@@ -24,7 +24,7 @@ FC = "fc.weight"
 EMBEDDING, HEAD, IDS = "embed_tokens.weight", "lm_head.weight", "d2t"
 FIRST = "layers.0."
 CONTAINER = "speculators_model_type"
-SUPPORTED = "give an EAGLE-1, EAGLE-2, EAGLE-3, P-EAGLE, DFlash or DSpark head, or 'ngram'"
+SUPPORTED = "give an EAGLE-1, EAGLE-2, EAGLE-3, P-EAGLE, DFlash, DFlash2 or DSpark head, or 'ngram'"
 _IGNORED = re.compile(r"t2d|.*rotary_emb\.inv_freq|verifier_(norm|lm_head)\.weight")
 _LAYER = re.compile(r"layers\.(\d+)\.")
 
