@@ -61,10 +61,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def checkpoint_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """The directory of a family's tiny checkpoint, made on first use.
 
-    A random EAGLE head lies in ``draft``, an EAGLE-3 head in ``eagle3``, P-EAGLE, DFlash and DSpark
-    heads in ``peagle``, ``dflash`` and ``dspark``.
+    A random EAGLE head lies in ``draft``, an EAGLE-3 head in ``eagle3``, and one of each other kind in
+    a folder of its name.
     """
     from tiny_dflash import DFlashForm, write_dflash
+    from tiny_dflash2 import DFlash2Form, write_dflash2
     from tiny_dspark import DSparkForm, write_dspark
     from tiny_eagle3 import Eagle3Form, write_eagle3
     from tiny_models import make_checkpoint, make_draft_head
@@ -79,6 +80,7 @@ def checkpoint_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], 
             write_eagle3(made[family] / "eagle3", Eagle3Form("specforge"))
             write_peagle(made[family] / "peagle", PEagleForm(num_levels=4))
             write_dflash(made[family] / "dflash", DFlashForm(block_size=5))
+            write_dflash2(made[family] / "dflash2", DFlash2Form(block_size=5))
             write_dspark(made[family] / "dspark", DSparkForm(block_size=5))
         return made[family]
 

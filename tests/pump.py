@@ -35,7 +35,7 @@ from flowspec.schedule.catalogue import make_schedule
 from flowspec.wire.transport import DRIVER, InprocNetwork
 from flowspec.worker.actor import Worker
 
-HEADS = ("eagle3", "peagle", "dflash", "dspark")  # that read several layers
+HEADS = ("eagle3", "peagle", "dflash", "dflash2", "dspark")  # that read several layers
 Choose = Callable[[int], int]  # the number of possible next events -> which one happens
 
 

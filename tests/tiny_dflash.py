@@ -31,6 +31,8 @@ class DFlashForm:
     num_draft: int | None = None  # tokens of a reduced vocabulary, with its own lm_head
     samples_anchor: bool = False
     own_embedding: bool = False
+    window: int | None = None  # of the last layer
+    is_causal: bool = True  # of a layer with a window
     config: dict[str, Any] = field(default_factory=dict)  # changes of it
 
     @property
@@ -97,8 +99,12 @@ def make_config(form: DFlashForm) -> dict[str, Any]:
         "hidden_act": "silu",
     }
     outputs = [layer - 1 for layer in form.tapped]
+    if form.window is not None:
+        types = ["full_attention"] * (form.num_layers - 1) + ["sliding_attention"]
+        sizes |= {"layer_types": types, "sliding_window": form.window, "use_sliding_window": True}
     if form.dialect == "speculators":
         return {
+            "sliding_window_non_causal": not form.is_causal,
             "architectures": ["DFlashSpeculator"],
             "speculators_model_type": "dflash",
             "transformer_layer_config": sizes,
@@ -110,6 +116,7 @@ def make_config(form: DFlashForm) -> dict[str, Any]:
         }
     inner: dict[str, Any] = {"target_layer_ids": outputs, "mask_token_id": MASK}
     own = {"architectures": ["DFlashDraftModel"], **sizes, "num_target_layers": LAYERS}
+    own |= {} if form.is_causal else {"is_causal": False}
     if form.dialect == "z-lab":
         return {**own, "block_size": form.block_size, "dflash_config": inner}
     return {**own, "dflash_config": {**inner, "block_size": form.block_size}}
@@ -137,7 +144,7 @@ class Reference:
         text = rms(F.linear(torch.cat(streams, dim=-1), weights["fc.weight"]), weights["hidden_norm.weight"])
         rows = self.embedding[torch.tensor([token_id] + [MASK] * (self.form.block_size - 1))]
         for layer in range(self.form.num_layers):
-            rows = self._layer(f"layers.{layer}.", rows, text)
+            rows = self._layer(layer, rows, text)
         return rms(rows, weights["norm.weight"])[-self.form.num_levels :]
 
     def spread(self, few: Tensor) -> Tensor:
@@ -147,9 +154,22 @@ class Reference:
         ids = torch.arange(few.shape[1]) + self.weights["d2t"]
         return few.new_full((len(few), VOCAB), -torch.inf).index_copy(1, ids, few)
 
-    def _layer(self, prefix: str, rows: Tensor, text: Tensor) -> Tensor:
+    def _sees(self, layer: int, num_text: int) -> Tensor:
+        """Bool [block, text and block]."""
+        form = self.form
+        rows, keys = torch.arange(form.block_size)[:, None] + num_text, torch.arange(num_text + form.block_size)
+        sees = torch.ones(form.block_size, len(keys), dtype=torch.bool)
+        if form.window is None or layer < form.num_layers - 1:
+            return sees
+        first = num_text - form.window if form.dialect == "speculators" else rows - form.window + 1
+        return sees & (keys >= first) & ((keys <= rows) | (not form.is_causal))
+
+    def _layer(self, layer: int, rows: Tensor, text: Tensor) -> Tensor:
+        prefix = f"layers.{layer}."
+        attention, mlp = f"{prefix}attention", f"{prefix}mlp"
         own = {name.removeprefix(prefix): tensor for name, tensor in self.weights.items() if name.startswith(prefix)}
-        inputs = rms(rows, own["input_layernorm.weight"])
+        normed = rms(rows, own["input_layernorm.weight"])
+        inputs = self.mixed(attention, 0, normed, normed)
         both, start, end = torch.cat([text, inputs]), len(text), len(text) + len(rows)
         query = (inputs @ own["self_attn.q_proj.weight"].T).view(len(rows), HEADS, HEAD_DIM)
         key, value = (
@@ -158,8 +178,15 @@ class Reference:
         query = turned(rms(query, own["self_attn.q_norm.weight"]), torch.arange(start, end))
         key = turned(rms(key, own["self_attn.k_norm.weight"]), torch.arange(end))
         key, value = (part.repeat_interleave(HEADS // KV_HEADS, dim=1) for part in (key, value))
-        scores = (torch.einsum("ihd,jhd->hij", query, key) / HEAD_DIM**0.5).softmax(-1)
-        rows = rows + torch.einsum("hij,jhd->ihd", scores, value).flatten(1) @ own["self_attn.o_proj.weight"].T
+        scores = torch.einsum("ihd,jhd->hij", query, key) / HEAD_DIM**0.5
+        scores = scores.masked_fill(~self._sees(layer, start), -torch.inf).softmax(-1)
+        part = torch.einsum("hij,jhd->ihd", scores, value).flatten(1) @ own["self_attn.o_proj.weight"].T
+        rows = rows + self.mixed(attention, 1, part, normed)
         normed = rms(rows, own["post_attention_layernorm.weight"])
-        gate, up = normed @ own["mlp.gate_proj.weight"].T, normed @ own["mlp.up_proj.weight"].T
-        return rows + (F.silu(gate) * up) @ own["mlp.down_proj.weight"].T
+        inputs = self.mixed(mlp, 0, normed, normed)
+        gate, up = inputs @ own["mlp.gate_proj.weight"].T, inputs @ own["mlp.up_proj.weight"].T
+        return rows + self.mixed(mlp, 1, (F.silu(gate) * up) @ own["mlp.down_proj.weight"].T, normed)
+
+    def mixed(self, part: str, side: int, rows: Tensor, inputs: Tensor) -> Tensor:
+        """What DFlash2 makes of rows before a part of a layer (``side`` 0) and behind it; DFlash does nothing."""
+        return rows

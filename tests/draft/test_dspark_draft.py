@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+import tiny_dflash2
 from flowspec.core import SamplingParams
 from flowspec.draft.base import Accepted
 from flowspec.draft.catalogue import load_draft, read_taps
@@ -17,6 +18,7 @@ from flowspec.model.loader import Checkpoint
 from flowspec.model.target_head import TargetHead
 from flowspec.sampling import Sampler
 from flowspec.tree import DraftTree
+from tiny_dflash2 import DFlash2Form, write_dflash2
 from tiny_dspark import DSparkForm, Reference, write_dspark
 from tiny_eagle3 import TARGET
 from tiny_models import make_checkpoint
@@ -26,6 +28,7 @@ FORMS = {
     "plain": DSparkForm(block_size=4),
     "few tokens": DSparkForm(block_size=4, num_draft=50, confidence="row"),
     "recurrent": DSparkForm(block_size=4, variant="rnn"),
+    "DFlash2": DFlash2Form(block_size=5),
     "nothing but rows": DSparkForm("deepspec", block_size=4, rank=0, confidence="none"),
 }
 
@@ -33,8 +36,9 @@ FORMS = {
 class Case:
     """A head that has read a prompt's random streams, and the reference beside it."""
 
-    def __init__(self, checkpoint: Checkpoint, directory: Path, form: DSparkForm, params: SamplingParams) -> None:
-        weights = write_dspark(directory, form)
+    def __init__(self, checkpoint: Checkpoint, directory: Path, form: Any, params: SamplingParams) -> None:
+        is_selector = isinstance(form, DFlash2Form)
+        weights = write_dflash2(directory, form) if is_selector else write_dspark(directory, form)
         taps = read_taps(directory, checkpoint)
         assert taps is not None
         lm_head, embedding = checkpoint.load_lm_head("float32", "cpu"), checkpoint.load_embedding("float32", "cpu")
@@ -52,7 +56,8 @@ class Case:
         generator = torch.Generator().manual_seed(2)
         self.streams = [torch.randn(40, TARGET, generator=generator) for _ in form.tapped]
         self._blocks = [taps.block(layer, torch.float32) for layer in taps.layer_ids]
-        self.reference = Reference(form, weights, embedding, lm_head)
+        kind: Any = tiny_dflash2.Reference if is_selector else Reference
+        self.reference = kind(form, weights, embedding, lm_head)
         self.sampler = Sampler(params)
         self.draft: DSparkDraft = source.open(PROMPT, self.sampler, TOP_K)
         self.draft.read_prompt(range(len(PROMPT) - 1), self.features(0, len(PROMPT) - 1))
@@ -84,7 +89,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 def test_children_hang_on_the_token_above_them(
-    checkpoint: Checkpoint, tmp_path: Path, form: DSparkForm, temperature: float
+    checkpoint: Checkpoint, tmp_path: Path, form: DSparkForm | DFlash2Form, temperature: float
 ) -> None:
     """At temperature 1 they are those that are drawn with the noise of their position, if the draft is right."""
     case = Case(checkpoint, tmp_path, form, SamplingParams(temperature=temperature, seed=4))

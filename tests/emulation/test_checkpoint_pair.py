@@ -24,7 +24,7 @@ from tiny_models import make_text_checkpoint
 PROMPT = "t1 t5 t9 t2 t5"
 CLUSTERS = Path(__file__).parents[2] / "clusters"
 NANO = ClusterDescription.load(CLUSTERS / "7b-nano-150m.toml")
-HEADS = ("draft", "eagle3", "dflash", "dspark", "peagle")
+HEADS = ("draft", "eagle3", "dflash", "dspark", "dflash2", "peagle")
 CHAT = "{% for message in messages %}<s>{{ message.content }}{% endfor %}</s>"
 
 

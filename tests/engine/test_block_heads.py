@@ -11,6 +11,7 @@ import pytest
 from flowspec import LLM, SamplingParams
 from flowspec.errors import ModelError
 from tiny_dflash import DFlashForm, write_dflash
+from tiny_dflash2 import DFlash2Form, write_dflash2
 from tiny_dspark import DSparkForm, write_dspark
 from tiny_peagle import PEagleForm, write_peagle
 
@@ -85,6 +86,17 @@ def test_a_peagle_head_drafts_and_changes_nothing(
         completion = llm.generate(PROMPT, PARAMS)
     assert completion.token_ids == expected
     assert completion.stats.draft == "peagle" and completion.stats.drafted > 0
+
+
+def test_a_dflash2_head_drafts_and_changes_nothing(
+    checkpoint_dir: Callable[[str], Path], tmp_path: Path, expected: list[int]
+) -> None:
+    write_dflash2(tmp_path, DFlash2Form(window=4, group=16))
+    how: dict[str, Any] = {"stages": 2, "schedule": "flow", "draft_check": "off", "draft_dtype": "int8"}
+    with LLM(checkpoint_dir("qwen3"), draft=tmp_path, in_process=True, **how) as llm:
+        completion = llm.generate(PROMPT, PARAMS)
+    assert completion.token_ids == expected
+    assert completion.stats.draft == "dflash2" and completion.stats.drafted > 0
 
 
 def test_a_head_of_speculators_with_few_tokens_drafts(

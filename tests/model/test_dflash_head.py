@@ -22,6 +22,10 @@ FORMS = (
     DFlashForm("z-lab-nested", block_size=5, num_layers=1, tapped=(3,)),
     DFlashForm("speculators", num_draft=40),
     DFlashForm("speculators", num_layers=3, tapped=(4, 1), samples_anchor=True, own_embedding=True),
+    DFlashForm(window=6),
+    DFlashForm(window=12, is_causal=False),
+    DFlashForm("speculators", window=6),
+    DFlashForm("speculators", window=9, is_causal=False),
 )
 SIZES = (LAYERS, TARGET, VOCAB)
 
@@ -32,7 +36,9 @@ def read(directory: Path, draft_layers: tuple[int, ...] | None = None) -> DFlash
     return DFlashFormat.read(files, *SIZES, draft_layers)
 
 
-@pytest.mark.parametrize("form", FORMS, ids=lambda form: f"{form.dialect}-{form.num_levels}")
+@pytest.mark.parametrize(
+    "form", FORMS, ids=lambda form: f"{form.dialect}-{form.num_levels}-{form.window}-{form.is_causal}"
+)
 @pytest.mark.parametrize("cuts", [(), (1,), (4, 9)])
 def test_a_block_guesses_as_the_paper_says_however_the_text_came(
     tmp_path: Path, form: DFlashForm, cuts: tuple[int, ...]
@@ -77,19 +83,20 @@ def test_a_head_that_does_not_say_reads_the_layers_that_its_authors_choose(tmp_p
 @pytest.mark.parametrize(
     ("config", "more", "problem"),
     [
-        ({}, {"layers__0__attention_conv__base": torch.zeros(2)}, "of the kind 'dflash2'"),
         ({}, {"mask_embedding": torch.zeros(TARGET)}, "has unknown tensors mask_embedding"),
-        ({"speculators_model_type": "dflash2"}, {}, "of the kind 'dflash2'"),
+        ({"speculators_model_type": "mtp"}, {}, "of the kind 'mtp'"),
+        ({}, {"mtp__fc__weight": torch.zeros(2)}, "of the kind 'mtp'"),
+        ({}, {"model__layers__6__eh_proj__weight": torch.zeros(2)}, "of the kind 'mtp'"),
         ({}, {"gru__weight": torch.zeros(2)}, "has unknown tensors gru.weight"),
         ({}, {"layers__0__self_attn__q_proj__bias": torch.zeros(32)}, r"unknown tensors layers\.0\.self_attn"),
         ({"block_size": None}, {}, "block_size is missing"),
         ({"block_size": 2}, {}, "so a block guesses one token"),
         ({"block_size": 1}, {}, "block_size is 1; it must be a whole number in 2..256"),
         ({"dflash_config": {"target_layer_ids": [0, 2, 4], "mask_token_id": VOCAB}}, {}, "mask_token_id is 96"),
-        ({"causal": True}, {}, "rows of a block are causal"),
+        ({"causal": "yes"}, {}, "causal is 'yes'; it must be true or false"),
         ({"eagle_aux_hidden_state_layer_ids": [1, 2]}, {}, "reads 3 layers of the target, but 2"),
         ({"num_target_layers": 36}, {}, "is for a target with 36 layers, this one has 6"),
-        ({"layer_types": ["full_attention", "sliding_attention"]}, {}, "attention slides"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, {}, "attention slides, but sliding_window and"),
         ({"hidden_size": 64}, {}, r"fc.weight has shape \[32, 96\]"),
         ({"vocab_size": 97}, {}, "a vocabulary of 97, the target of 96"),
         ({"input_embedding_scale": "x"}, {}, "input_embedding_scale is 'x'"),

@@ -32,6 +32,7 @@ FLOORS: Final = {
     "eagle3": (0.3, 0.2),
     "peagle": (0.3, 0.2),
     "dflash": (0.3, 0.2),
+    "dflash2": (0.3, 0.25),
     "dspark": (0.3, 0.25),
     "model": (0.2, 0.15),
 }

@@ -17,6 +17,7 @@ from flowspec.draft.token_map import TokenMap
 from flowspec.errors import UsageError
 from flowspec.model.backends import choose_weights, load_head, load_stage, open_checkpoint
 from flowspec.model.demo_pair import DEMO
+from flowspec.model.dflash2_format import DFlash2Format
 from flowspec.model.dflash_format import DFlashFormat
 from flowspec.model.draft_files import DraftFiles, holds_model
 from flowspec.model.dspark_format import DSparkFormat
@@ -36,6 +37,7 @@ _FORMS: Final[Mapping[Kind, type[Eagle3Format | DFlashFormat]]] = {
     "eagle3": Eagle3Format,
     "peagle": PEagleFormat,
     "dflash": DFlashFormat,
+    "dflash2": DFlash2Format,
     "dspark": DSparkFormat,
 }
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")

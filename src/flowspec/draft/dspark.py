@@ -1,4 +1,4 @@
-"""Drafts with a DSpark head (arXiv 2607.05147): one pass at a root, and a tree whose guesses hang on the tokens above.
+"""Drafts with a DSpark (arXiv 2607.05147) or DFlash2 head: one pass at a root, and guesses by the tokens above them.
 
 The children of a node are those of its level and its token, so each pair of both has guesses of its own, which are made
 when a node is first expanded that needs them: a product with some rows of the Markov head's last matrix, and no pass.
@@ -22,6 +22,7 @@ from torch import Tensor
 from flowspec.draft.base import Accepted
 from flowspec.draft.dflash import DFlashDraft, DFlashSource
 from flowspec.draft.eagle import GREEDY
+from flowspec.model.dflash2_head import DFlash2Head
 from flowspec.model.dspark_head import DSparkHead
 from flowspec.model.target_head import LogitsHead
 from flowspec.sampling import Sampler
@@ -38,29 +39,28 @@ class DSparkSource(DFlashSource):
 
     def __init__(
         self,
-        head: DSparkHead,
+        head: DSparkHead | DFlash2Head,
         lm_head: LogitsHead,
         token_ids: Tensor | None,
         feature_layers: tuple[int, ...],
         is_coupled: bool = True,
+        name: str = "dspark",
+        num_candidates: int = FEW,
     ) -> None:
-        """``token_ids``: as ``HeadTensors.token_ids``."""
-        super().__init__(head, lm_head, feature_layers, is_coupled, "dspark")
+        """``token_ids``: as ``HeadTensors.token_ids``. ``num_candidates``: of a level, which are corrected."""
+        super().__init__(head, lm_head, feature_layers, is_coupled, name)
         self.hit_rates: tuple[float, ...] = ()  # how often guesses were right when it was trained, by level, if known
         self.markov = head
         self._places: Tensor | None = None  # of the target's tokens among those that the head knows, [V]
-        self.num_candidates = FEW
+        self.num_candidates = num_candidates
         if token_ids is not None:
             self._places = torch.zeros(int(token_ids.max()) + 1, dtype=torch.long)
             self._places[token_ids] = torch.arange(len(token_ids))
-            self.num_candidates = min(FEW, len(token_ids))
+            self.num_candidates = min(num_candidates, len(token_ids))
 
     def matrix_of(self, token_ids: Tensor) -> Tensor | None:
         """Rows of the Markov head's last matrix, of tokens [C] that the head knows: [C, r]; ``None``: it has none."""
-        if self.markov.markov_head is None:
-            return None
-        weight = self.markov.markov_head.markov_w2.weight
-        return weight[(token_ids if self._places is None else self._places[token_ids.cpu()]).to(weight.device)]
+        return self.markov.weights_of(token_ids if self._places is None else self._places[token_ids.cpu()])
 
     def open(self, prompt_ids: Sequence[int], sampler: Sampler, top_k: int) -> DSparkDraft:
         return DSparkDraft(self, prompt_ids, sampler if self.is_coupled else GREEDY, top_k)
@@ -70,7 +70,7 @@ class DSparkDraft(DFlashDraft):
     """One request: as ``DFlashDraft``, and of the newest block its rows, and the guesses that were asked for."""
 
     def __init__(self, source: DSparkSource, prompt_ids: Sequence[int], sampler: Sampler, top_k: int) -> None:
-        super().__init__(source, prompt_ids, sampler, top_k)
+        super().__init__(source, prompt_ids, sampler, min(top_k, source.num_candidates))
         self._markov, self._matrix_of, self._num_candidates = source.markov, source.matrix_of, source.num_candidates
         self._rows, self._logits = torch.zeros(0), torch.zeros(0)  # [levels, D]; [levels, V], without the Markov head
         self._above: list[int] = []  # tokens from the newest block's anchor to the root

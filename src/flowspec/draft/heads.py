@@ -13,6 +13,8 @@ from flowspec.draft.dflash import DFlashSource
 from flowspec.draft.dspark import DSparkSource
 from flowspec.draft.eagle import EagleSource
 from flowspec.model.backends import load_head
+from flowspec.model.dflash2_format import DFlash2Format
+from flowspec.model.dflash2_head import DFlash2Head, ScaledHead
 from flowspec.model.dflash_format import DFlashFormat
 from flowspec.model.dflash_head import DFlashHead
 from flowspec.model.dspark_format import DSparkFormat
@@ -72,6 +74,11 @@ def load_tapped_draft(
             source = DSparkSource(dspark, finished(dspark), token_ids, layers, is_coupled)
             source.hit_rates = tuple(taps.files.config.get("hit_rates") or ())
             return source
+        case DFlash2Format():
+            dflash2 = DFlash2Head.load(taps, embedding, dtype, device)
+            assert isinstance(dflash2, DFlash2Head)
+            scaled = ScaledHead(finished(dflash2), taps.output_multiplier, taps.softcap)
+            return DSparkSource(dflash2, scaled, None, layers, is_coupled, "dflash2", taps.num_candidates)
         case DFlashFormat():
             dflash = DFlashHead.load(taps, embedding, dtype, device)
             return DFlashSource(dflash, finished(dflash), layers, is_coupled)

@@ -9,6 +9,7 @@ target's streams; ordinary ``layers.i.*`` with norms of queries and keys; ``norm
 | rows of a block, ``block_size`` | top, or in ``dflash_config`` | top |
 | ``mask_token_id`` | ``dflash_config`` | top |
 | layers of the target | ``target_layer_ids`` in ``dflash_config``: outputs | ``aux_hidden_state_layer_ids``: streams |
+| layers whose attention slides see | the window before each row | the window before the anchor |
 | ``sample_from_anchor``: row 0 guesses, too | not said: no | top |
 """
 
@@ -19,10 +20,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from flowspec.errors import ModelError, shortened
+from flowspec.model.block_sight import Sight, read_sights
 from flowspec.model.draft_files import DraftFiles
 from flowspec.model.eagle3_layers import find_layer_ids
 from flowspec.model.head_kind import plain_name
-from flowspec.model.head_tensors import SUPPORTED, HeadTensors, read_layers
+from flowspec.model.head_tensors import CONTAINER, SUPPORTED, HeadTensors, read_layers
 
 MAX_BLOCK = 256  # rows; none published has more than 16
 
@@ -36,6 +38,7 @@ class DFlashFormat(HeadTensors):
     block_size: int  # rows of a block, the anchor's included
     mask_token_id: int
     embedding_scale: float
+    sights: tuple[Sight, ...]  # by layer
     samples_anchor: bool  # the anchor's row guesses the token behind it; else the first mask's does
 
     @classmethod
@@ -68,6 +71,15 @@ class DFlashFormat(HeadTensors):
         self.check_fc()
         self.check_vocabulary(vocab_size)
 
+    def check_said(self, name: str, found: Any) -> None:
+        """Raises ``ModelError`` where the config says something else than what the tensors show."""
+        said = block_value(self.files, name)
+        if said is not None and said != found:
+            raise ModelError(
+                f"{self.files.config_path}: {name} is {shortened(repr(said), 40)}, but by the tensors in "
+                f"{self.files.path.name} it is {found!r}; fetch both again from one place"
+            )
+
 
 def read_block_parts(
     files: DraftFiles,
@@ -77,15 +89,15 @@ def read_block_parts(
     draft_layers: Sequence[int] | None,
 ) -> dict[str, Any]:
     """All fields of a ``DFlashFormat`` but ``samples_anchor``. Raises ``ModelError``."""
-    names, config = read_layers(files, plain_name, hidden_size, vocab_size)
+    names, config = read_layers(files, plain_name, hidden_size, vocab_size, may_slide=True)
     said = files.config.get("num_target_layers")
     if said is not None and said != num_layers:
         raise ModelError(
             f"the head in {files.directory} is for a target with {shortened(repr(said), 20)} layers, this one has "
             f"{num_layers}; give a head that was trained for this target"
         )
-    if block_value(files, "causal") or block_value(files, "is_causal"):
-        raise ModelError(f"{files.config_path}: the rows of a block are causal, which is not supported; {SUPPORTED}")
+    causal = block_value(files, "is_causal")
+    causal = block_value(files, "causal") if causal is None else causal
     own_choice = _own_choice(num_layers, config.num_hidden_layers)
     return {
         "files": files,
@@ -93,9 +105,10 @@ def read_block_parts(
         "names": names,
         "layer_ids": find_layer_ids(files, num_layers, draft_layers, own_choice),
         "target_size": hidden_size,
-        "block_size": _whole(files, "block_size", 2, MAX_BLOCK),
-        "mask_token_id": _whole(files, "mask_token_id", 0, vocab_size - 1),
-        "embedding_scale": _scale(files),
+        "block_size": whole_number(files, "block_size", 2, MAX_BLOCK),
+        "mask_token_id": whole_number(files, "mask_token_id", 0, vocab_size - 1),
+        "embedding_scale": positive_number(files, "input_embedding_scale") or 1.0,
+        "sights": read_sights(files, config, causal, bool(files.config.get(CONTAINER))),
     }
 
 
@@ -114,7 +127,7 @@ def _own_choice(num_layers: int, num_draft_layers: int) -> tuple[int, ...]:
     return tuple(round(1 + place * step) + 1 for place in range(num_draft_layers))
 
 
-def _whole(files: DraftFiles, name: str, least: int, most: int) -> int:
+def whole_number(files: DraftFiles, name: str, least: int, most: int) -> int:
     value = block_value(files, name)
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
         told = "is missing" if value is None else f"is {shortened(repr(value), 40)}"
@@ -125,12 +138,11 @@ def _whole(files: DraftFiles, name: str, least: int, most: int) -> int:
     return value
 
 
-def _scale(files: DraftFiles) -> float:
-    value = block_value(files, "input_embedding_scale")
+def positive_number(files: DraftFiles, name: str) -> float | None:
+    """``None`` where the config does not say it. Raises ``ModelError``."""
+    value = block_value(files, name)
     if value is None:
-        return 1.0
+        return None
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < float("inf"):
-        raise ModelError(
-            f"{files.config_path}: input_embedding_scale is {shortened(repr(value), 40)}; it must be a positive number"
-        )
+        raise ModelError(f"{files.config_path}: {name} is {shortened(repr(value), 40)}; it must be a positive number")
     return float(value)

@@ -2,7 +2,8 @@
 
 Every layer's keys and values of the text come straight from what the target's layers made of it; they are computed
 once for each verified token, and nothing else is kept. The block's own rows, the anchor's token and masks, see all of
-the text and each other, both ways. Knows nothing of trees and files' dialects; ``fc`` is the stages' (``model.taps``).
+the text and each other, both ways, unless a layer's ``Sight`` says otherwise. Knows nothing of trees and files'
+dialects; ``fc`` is the stages' (``model.taps``).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RMSNorm, rotate_half
 
 from flowspec.core import DType
+from flowspec.model.block_sight import Sight
 from flowspec.model.dflash_format import DFlashFormat
 from flowspec.model.head_tensors import EMBEDDING, FC, HEAD, IDS
 from flowspec.model.text_cache import TextCache
@@ -25,9 +27,10 @@ _NOT_HERE = {FC, EMBEDDING, HEAD, IDS}  # tensors of a checkpoint that are no pa
 
 
 class BlockAttention(nn.Module):
-    def __init__(self, config: LlamaConfig | Qwen3Config, layer_index: int) -> None:
+    def __init__(self, config: LlamaConfig | Qwen3Config, layer_index: int, sight: Sight) -> None:
         super().__init__()
         self.layer_index = layer_index
+        self.sight = sight
         assert config.head_dim is not None and config.num_key_value_heads is not None, "the format fills them in"
         self.head_dim: int = config.head_dim
         size, num, num_kv = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
@@ -47,9 +50,11 @@ class BlockAttention(nn.Module):
     def forward(self, rows: Tensor, text: TextCache, turn: tuple[Tensor, Tensor]) -> Tensor:
         """[B, D] -> [B, D]."""
         queries = _turned(self.q_norm(self._heads(self.q_proj(rows))), turn)
-        both = text.with_rows(self.layer_index, *self.keys_and_values(rows, turn))
+        start = self.sight.start(text.num_rows)
+        both = text.with_rows(self.layer_index, *self.keys_and_values(rows, turn), start)
         keys, values = (part.repeat_interleave(self.groups, dim=0) for part in both)
-        mixed = F.scaled_dot_product_attention(queries[None], keys[None], values[None])[0]
+        mask = self.sight.mask(text.num_rows, len(rows), rows.device)
+        mixed = F.scaled_dot_product_attention(queries[None], keys[None], values[None], mask)[0]
         return self.o_proj(mixed.transpose(0, 1).flatten(1))
 
     def _heads(self, rows: Tensor) -> Tensor:
@@ -57,9 +62,9 @@ class BlockAttention(nn.Module):
 
 
 class BlockLayer(nn.Module):
-    def __init__(self, config: LlamaConfig | Qwen3Config, layer_index: int) -> None:
+    def __init__(self, config: LlamaConfig | Qwen3Config, layer_index: int, sight: Sight) -> None:
         super().__init__()
-        self.self_attn = BlockAttention(config, layer_index)
+        self.self_attn = BlockAttention(config, layer_index, sight)
         self.mlp = Qwen3MLP(config)
         self.input_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -83,7 +88,7 @@ class DFlashHead(nn.Module):
         self.num_levels, self.embedding_scale = form.num_levels, form.embedding_scale
         self.register_buffer("embedding", embedding.detach(), persistent=False)
         self.hidden_norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.layers = nn.ModuleList(BlockLayer(config, index) for index in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(BlockLayer(config, *pair) for pair in enumerate(form.sights))
         self.norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(config)  # type: ignore[arg-type]
 

@@ -19,9 +19,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-from flowspec.errors import ModelError, shortened
+from flowspec.errors import ModelError
 from flowspec.model.dflash_format import DFlashFormat, block_value, read_block_parts
 from flowspec.model.draft_files import DraftFiles
 from flowspec.model.head_tensors import HEAD, SUPPORTED
@@ -74,27 +74,19 @@ class DSparkFormat(DFlashFormat):
         if self.rank or _W2 in self.names:
             self.require(_W1, (vocab_size, self.rank))
             self.require(_W2, (self.num_known, self.rank))
-        self._check("markov_rank", self.rank)
+        self.check_said("markov_rank", self.rank)
         if self.variant == "rnn" and not self.samples_anchor:
             raise ModelError(
                 f"{self.files.path} has a recurrent Markov head and rows that guess from the second one on: programs "
                 f"differ in where it begins, and it is not supported; {SUPPORTED}"
             )
         if self.rank:
-            self._check("markov_head_type", self.variant)
-        self._check("enable_confidence_head", self.has_confidence)
+            self.check_said("markov_head_type", self.variant)
+        self.check_said("enable_confidence_head", self.has_confidence)
         if self.has_confidence:
             if self.confidence_reads_token and not self.rank:
                 raise self.lacks([_W1])
-            self._check("confidence_head_with_markov", self.confidence_reads_token)
-
-    def _check(self, name: str, found: Any) -> None:
-        said = block_value(self.files, name)
-        if said is not None and said != found:
-            raise ModelError(
-                f"{self.files.config_path}: {name} is {shortened(repr(said), 40)}, but by the tensors in "
-                f"{self.files.path.name} it is {found!r}; fetch both again from one place"
-            )
+            self.check_said("confidence_head_with_markov", self.confidence_reads_token)
 
 
 def _variant(shapes: dict[str, tuple[int, ...]]) -> Variant:

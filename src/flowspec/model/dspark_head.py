@@ -98,6 +98,13 @@ class DSparkHead(DFlashHead):
         """[num, r]: before the anchor."""
         return self.embedding.new_zeros(num, 0 if self.markov_head is None else self.markov_head.rank)
 
+    def weights_of(self, token_ids: Tensor) -> Tensor | None:
+        """Rows of ``markov_w2``, of tokens [C] by the draft's count: [C, r]; ``None``: there is no Markov head."""
+        if self.markov_head is None:
+            return None
+        weight = self.markov_head.markov_w2.weight
+        return weight[token_ids.to(weight.device)]
+
     @torch.inference_mode()
     def behind(self, rows: Tensor, token_ids: Tensor, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What stands behind tokens [n] whose levels have the block's ``rows`` [n, D].

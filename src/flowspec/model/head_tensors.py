@@ -24,7 +24,7 @@ FC = "fc.weight"
 EMBEDDING, HEAD, IDS = "embed_tokens.weight", "lm_head.weight", "d2t"
 FIRST = "layers.0."
 CONTAINER = "speculators_model_type"
-SUPPORTED = "give an EAGLE-1, EAGLE-2, EAGLE-3, P-EAGLE, DFlash or DSpark head, or 'ngram'"
+SUPPORTED = "give an EAGLE-1, EAGLE-2, EAGLE-3, P-EAGLE, DFlash, DFlash2 or DSpark head, or 'ngram'"
 _IGNORED = re.compile(r"t2d|.*rotary_emb\.inv_freq|verifier_(norm|lm_head)\.weight")
 _LAYER = re.compile(r"layers\.(\d+)\.")
 
@@ -144,14 +144,15 @@ class HeadTensors:
 
 
 def read_layers(
-    files: DraftFiles, plain: Callable[[str], str], hidden_size: int, vocab_size: int
+    files: DraftFiles, plain: Callable[[str], str], hidden_size: int, vocab_size: int, may_slide: bool = False
 ) -> tuple[dict[str, str], LlamaConfig | Qwen3Config]:
     """The names used here -> the file's, and the config of the head's layers. Sizes are the target's.
 
-    ``plain``: a name of the file -> the one used here. Raises ``ModelError`` for what does not fit the target.
+    ``plain``: a name of the file -> the one used here. ``may_slide``: attention over a window is known. Raises
+    ``ModelError`` for what does not fit the target.
     """
     names = _names_of(files, plain)
-    config = _layers_config(files, {name: files.shapes[own] for name, own in names.items()})
+    config = _layers_config(files, {name: files.shapes[own] for name, own in names.items()}, may_slide)
     check_fits(files.directory, config, vocab_size)
     _check_target_size(files, hidden_size)
     return names, config
@@ -169,7 +170,9 @@ def _names_of(files: DraftFiles, plain: Callable[[str], str]) -> dict[str, str]:
     return names
 
 
-def _layers_config(files: DraftFiles, shapes: Mapping[str, tuple[int, ...]]) -> LlamaConfig | Qwen3Config:
+def _layers_config(
+    files: DraftFiles, shapes: Mapping[str, tuple[int, ...]], may_slide: bool
+) -> LlamaConfig | Qwen3Config:
     """Of the head's layers: as many as there are tensors of. Raises ``ModelError``."""
     found = sorted({int(match[1]) for match in map(_LAYER.match, shapes) if match})
     if found != list(range(len(found))) or not found:
@@ -183,7 +186,7 @@ def _layers_config(files: DraftFiles, shapes: Mapping[str, tuple[int, ...]]) -> 
     values = {**values, "num_hidden_layers": len(found)}
     if isinstance(types, list):
         values["layer_types"] = types[: len(found)]
-        if "sliding_attention" in types[: len(found)]:
+        if "sliding_attention" in types[: len(found)] and not may_slide:
             raise ModelError(f"{files.config_path}: the head's attention slides, which is not supported; {SUPPORTED}")
     config: LlamaConfig | Qwen3Config
     if f"{FIRST}self_attn.q_norm.weight" in shapes:

@@ -34,10 +34,10 @@ class TextCache:
         own[:, :, self.num_rows : end] = rows
         return own[0, :, :end], own[1, :, :end]
 
-    def with_rows(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Those of the text, and these behind them, which are not kept; all [heads, n, d]."""
+    def with_rows(self, layer: int, keys: Tensor, values: Tensor, start: int = 0) -> tuple[Tensor, Tensor]:
+        """Those of the text from ``start`` on, and these behind them, which are not kept; all [heads, n, d]."""
         own = self._layers[layer]
         if own is None:
             return keys, values  # a text of one token has nothing before it
-        text = own[:, :, : self.num_rows]
+        text = own[:, :, start : self.num_rows]
         return cat((text[0], keys), dim=1), cat((text[1], values), dim=1)
