@@ -81,6 +81,12 @@ class DSparkDraft(DFlashDraft):
         super().commit(accepted, tree)
         self._above += [*accepted.token_ids[1:], int(tree.token_ids[0])]
 
+    def end(self) -> DSparkDraft:
+        """What may be taken over is the text's; a block is large."""
+        self._rows, self._logits, self._candidates = torch.zeros(0), torch.zeros(0), {}
+        self._guesses, self._states = {}, {}
+        return self
+
     def _draft_block(self, token_id: int) -> None:
         self._rows = self._source.head.guess(token_id, self._cache)
         self._logits = self._source.lm_head.logits(self._rows)
