@@ -29,6 +29,7 @@ from flowspec.sampling import Sampler
 from flowspec.tree import DraftTree, Floats, Ints
 
 FEW = 1024  # tokens of a level that the Markov head speaks of
+_BEYOND = 1000.0  # less than any of these; no infinity: what ties with all of a vocabulary is slow to be drawn from
 
 # What a node's guesses hang on: its level in the block and its token, or all tokens from the anchor to it.
 Key: TypeAlias = tuple[int, ...]
@@ -82,6 +83,12 @@ class DSparkDraft(DFlashDraft):
         super().commit(accepted, tree)
         self._above += [*accepted.token_ids[1:], int(tree.token_ids[0])]
 
+    def end(self) -> DSparkDraft:
+        """What may be taken over is the text's; a block is large."""
+        self._rows, self._logits, self._candidates = torch.zeros(0), torch.zeros(0), {}
+        self._guesses, self._states = {}, {}
+        return self
+
     def _draft_block(self, token_id: int) -> None:
         self._rows = self._source.head.guess(token_id, self._cache)
         self._logits = self._source.lm_head.logits(self._rows)
@@ -112,7 +119,7 @@ class DSparkDraft(DFlashDraft):
         self._guesses.update(zip(keys, zip(token_ids, logprobs, strict=True), strict=True))
 
     def _corrected(self, level: int, latent: Tensor) -> Tensor:
-        """A level's logits [V] with what ``markov_w2`` makes of ``latent`` [r]; minus infinity but for candidates."""
+        """A level's logits [V] with what ``markov_w2`` makes of ``latent`` [r]; those of other tokens are far below."""
         logits = self._logits[level]
         if level not in self._candidates:
             few = logits.topk(min(self._num_candidates, len(logits))).indices
@@ -122,7 +129,7 @@ class DSparkDraft(DFlashDraft):
             self._candidates[level] = few, matrix
         few, matrix = self._candidates[level]
         added = (matrix @ latent.to(matrix.dtype)).to(logits)
-        return torch.full_like(logits, -torch.inf).index_copy(0, few, logits[few] + added)
+        return (logits - _BEYOND).index_copy(0, few, logits[few] + added)
 
     def _run(self, keys: Sequence[Key], levels: Ints) -> tuple[Tensor, Floats]:
         """What the Markov head's last matrix takes [n, r], and the logarithms of the rates [n]."""

@@ -64,8 +64,8 @@ class PEagleCache:
 
     def cut(self, num_rows: int, next_id: int) -> None:
         """Keep the first tokens alone; another one, ``next_id``, stands behind them now."""
-        del self.next_ids[num_rows - 1 :]
-        self.next_ids.append(next_id)
+        assert num_rows > 0, "a text that is taken over has a token"
+        self.next_ids[num_rows - 1 :] = [next_id]
         self.num_run = min(self.num_run, num_rows - 1)
 
     def update(
