@@ -44,6 +44,7 @@ RUN_SMALL_BY = {  # the scripts whose figures it has, the simulated ones apart
     "chaos.py": "bench/test_benchmarks_chaos.py",
     "simulated_chaos.py": "bench/test_benchmarks_chaos.py",
     "demo_speed.py": "test_demo.py",
+    "exactness.py": "bench/test_benchmarks_gguf.py",
     "encryption.py": "bench/test_benchmarks_encryption.py",
     "fuzz.py": "bench/test_benchmarks_fuzz.py",
     "recovery.py": "bench/test_benchmarks_chaos.py",
