@@ -48,12 +48,14 @@ QUESTIONS = (
     "Correct this sentence and say what was wrong: 'Me and him goes to school yesterday.'",
     "Write a Python function that counts how often each word occurs in a text.",
 )
-FLOWSPEC: tuple[tuple[Weights, int, tuple[str, ...]], ...] = (  # weights, stages, schedules
-    ("int8", 1, ("ar", "flow", "auto")),
-    ("int8", 2, ("flow", "auto")),
-    ("int4", 1, ("ar",)),
-    ("float", 1, ("ar",)),
+FLOWSPEC: tuple[tuple[Weights, int, tuple[str, ...], bool], ...] = (  # weights, stages, schedules, remembers texts
+    ("int8", 1, ("ar", "flow", "auto"), False),
+    ("int8", 1, ("auto",), True),
+    ("int8", 2, ("flow", "auto"), False),
+    ("int4", 1, ("ar",), False),
+    ("float", 1, ("ar",), False),
 )
+WARM_UP = "Say hello."  # none of the questions: who remembers texts would know the answer
 SPECULATION = ("NGRAM_SIMPLE", "NGRAM_MOD")  # llama.cpp's own, with its default settings
 PEER = Path(__file__).with_name("llama_peer.py")
 TIMEOUT_S = 600  # of one answer of the peer, the loading of the model included
@@ -81,10 +83,10 @@ class Row:
 
 def open_flowspec(stack: ExitStack, model: str, num_tokens: int) -> Iterator[Row]:
     params = SamplingParams(max_tokens=num_tokens, ignore_eos=True)
-    for weights, stages, schedules in FLOWSPEC:
-        llm = stack.enter_context(
-            LLM(model, stages=stages, weights=weights, config=EngineConfig(keeps_caches=False, memory_tokens=0))
-        )
+    for weights, stages, schedules, remembers in FLOWSPEC:
+        memory = {} if remembers else {"memory_tokens": 0}
+        config = EngineConfig(keeps_caches=False, **memory)
+        llm = stack.enter_context(LLM(model, stages=stages, weights=weights, config=config))
         threads = torch.get_num_threads()  # what its driver shares the cores by
 
         def run(prompt_ids: Sequence[int], schedule: str, llm: LLM = llm, threads: int = threads) -> Answer:
@@ -94,6 +96,7 @@ def open_flowspec(stack: ExitStack, model: str, num_tokens: int) -> Iterator[Row
 
         for schedule in schedules:
             name = f"flowspec {schedule}, {weights}, {stages} {'stage' if stages == 1 else 'stages'}"
+            name += ", with memory" if remembers else ""
             yield Row(name, lambda ids, run=run, schedule=schedule: run(ids, schedule), same_as=weights)
 
 
@@ -219,10 +222,12 @@ def num_leading(left: Sequence[int], right: Sequence[int]) -> int:
     return next((i for i, (a, b) in pairs if a != b), min(len(left), len(right)))
 
 
-def run_in_turn(rows: Sequence[Row], prompts: Sequence[Sequence[int]], repeat: int) -> dict[str, list[list[Answer]]]:
+def run_in_turn(
+    rows: Sequence[Row], prompts: Sequence[Sequence[int]], repeat: int, warm_up: Sequence[int]
+) -> dict[str, list[list[Answer]]]:
     """Answers by row, then prompt, then repetition. One prompt goes through all rows before the next one."""
     for row in rows:
-        row.run(prompts[0])  # warm-up
+        row.run(warm_up)
     answers: dict[str, list[list[Answer]]] = {row.name: [[] for _ in prompts] for row in rows}
     for _ in range(repeat):
         for index, prompt_ids in enumerate(prompts):
@@ -244,6 +249,8 @@ def figures_of(own: list[list[Answer]], base: list[list[Answer]] | None) -> dict
     """``base``: of llama.cpp, where it was run; ratios are taken prompt by prompt and turn by turn."""
     figures: dict[str, Any] = {
         "tokens_per_s": statistics.median(answer.tokens_per_s for runs in own for answer in runs),
+        # Who remembers texts knows each answer from the second turn on.
+        "first_turn_tokens_per_s": statistics.median(runs[0].tokens_per_s for runs in own),
         "best_of_repeats": statistics.median(max(answer.tokens_per_s for answer in runs) for runs in own),
     }
     if own[0][0].mean_accepted is not None:
@@ -251,6 +258,8 @@ def figures_of(own: list[list[Answer]], base: list[list[Answer]] | None) -> dict
     if base is not None:
         pairs = [pair for runs in zip(own, base, strict=True) for pair in zip(*runs, strict=True)]
         figures["ratio_to_llama_cpp"] = statistics.median(a.tokens_per_s / b.tokens_per_s for a, b in pairs)
+        firsts = zip(own, base, strict=True)
+        figures["first_turn_ratio"] = statistics.median(a[0].tokens_per_s / b[0].tokens_per_s for a, b in firsts)
         leading = [num_leading(a.token_ids, b.token_ids) for a, b in pairs]
         figures["leading_tokens_as_llama_cpp"] = statistics.median(leading)
     return figures
@@ -287,6 +296,7 @@ def main() -> None:
     with ExitStack() as stack:
         with LLM(arguments.model, stages=1, in_process=True, weights="int8") as llm:
             prompts = [encode(llm, text) for text in read_questions(arguments.prompts, arguments.num_prompts)]
+            warm_up = encode(llm, WARM_UP)
         base: str | None = None
         rows: list[Row] = []
         if arguments.peer:
@@ -296,7 +306,7 @@ def main() -> None:
             base = rows[0].name
         rows += open_flowspec(stack, arguments.model, num_tokens)
         rows.append(open_transformers(checkpoint, arguments.threads, num_tokens))
-        answers = run_in_turn(rows, prompts, arguments.repeat)
+        answers = run_in_turn(rows, prompts, arguments.repeat, warm_up)
     check_same_tokens(rows, answers)
     figures = {
         "model": checkpoint.title,
