@@ -9,7 +9,7 @@ from typing import Any
 from flowspec.cluster.connections import LoadProgress, Trip
 from flowspec.cluster.tap_blocks import Blocks
 from flowspec.core import DType, Partition, TapShape, Weights
-from flowspec.model.backends import load_stage, make_taps
+from flowspec.model.backends import load_stage, stage_taps
 from flowspec.model.hint_head import load_hinter
 from flowspec.model.loader import Checkpoint
 from flowspec.wire.actor import Send
@@ -40,8 +40,7 @@ class InprocConnections:
             stage = load_stage(checkpoint, layers, dtype, weights, device)
             own = None
             if taps is not None and blocks is not None:
-                matrices = {layer: blocks(layer) for layer in taps.of_stage(layers, stage.is_last)}
-                own = make_taps(taps, layers, matrices, dtype, weights, device)
+                own = stage_taps(taps, layers, stage.is_last, blocks, dtype, weights, device)
             limits = Limits.of(checkpoint)
             self.workers.append(
                 Worker(stage, index, time.perf_counter, hinter=hinter, layers=str(layers), limits=limits, taps=own)

@@ -9,7 +9,7 @@ from typing import Final, Literal, TypeAlias, get_args
 
 from flowspec.core import DraftDType, DType, LayerRange, Weights
 from flowspec.draft.base import DraftSource
-from flowspec.draft.heads import load_eagle_draft, load_tapped_draft
+from flowspec.draft.heads import HeadLoader
 from flowspec.draft.language_model import ModelSource
 from flowspec.draft.memory import Memory
 from flowspec.draft.ngram import NgramSource
@@ -135,7 +135,7 @@ def load_draft(
             own_head = load_head(chosen, dtype, weights, device)
             return ModelSource(stage, own_head, tokens, chosen.max_positions, is_coupled)
         case Path():
-            how = checkpoint, head, dtype, device, is_coupled, draft_dtype, weights
-            return load_eagle_draft(chosen, *how) if taps is None else load_tapped_draft(taps, *how)
+            loader = HeadLoader(checkpoint, head, dtype, device, is_coupled, draft_dtype, weights)
+            return loader.load_eagle(chosen) if taps is None else loader.load_tapped(taps)
         case _:
             return chosen

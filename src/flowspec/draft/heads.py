@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -30,77 +31,67 @@ from flowspec.model.peagle_head import PEagleHead
 from flowspec.model.target_head import FewTokensHead, LogitsHead, TargetHead
 
 
-def load_eagle_draft(
-    directory: Path,
-    checkpoint: Checkpoint,
-    head: LogitsHead,
-    dtype: DType,
-    device: str,
-    is_coupled: bool,
-    draft_dtype: DraftDType,
-    weights: Weights,
-) -> DraftSource:
-    """EAGLE-1 or EAGLE-2. Arguments as of ``catalogue.load_draft``. Raises ``ModelError``, ``UsageError``."""
-    draft_head = EagleHead.load(directory, checkpoint.load_embedding(dtype, device), dtype, device)
-    token_ids = draft_head.token_ids
-    if token_ids is not None:
-        head = load_head(checkpoint, dtype, weights, device, token_ids)
-    head = _quantised(draft_head, head, draft_dtype, weights)
-    return EagleSource(draft_head, _spread(head, token_ids, checkpoint), is_coupled)
+@dataclass(frozen=True)
+class HeadLoader:
+    """For one target. Fields as of ``catalogue.load_draft``; methods raise ``ModelError`` and ``UsageError``."""
 
+    checkpoint: Checkpoint
+    head: LogitsHead
+    dtype: DType
+    device: str
+    is_coupled: bool
+    draft_dtype: DraftDType
+    weights: Weights
 
-def load_tapped_draft(
-    taps: HeadTensors,
-    checkpoint: Checkpoint,
-    head: LogitsHead,
-    dtype: DType,
-    device: str,
-    is_coupled: bool,
-    draft_dtype: DraftDType,
-    weights: Weights,
-) -> DraftSource:
-    """A head that reads several layers. Arguments and errors as of ``load_eagle_draft``."""
-    embedding, layers = checkpoint.load_embedding(dtype, device), taps.taps.layers
-    token_ids = taps.token_ids(checkpoint.vocab_size)
-    own = TargetHead(taps.tensor(HEAD).to(device, getattr(torch, dtype))) if HEAD in taps.names else head
+    def load_eagle(self, directory: Path) -> DraftSource:
+        """EAGLE-1 or EAGLE-2."""
+        embedding = self.checkpoint.load_embedding(self.dtype, self.device)
+        draft_head = EagleHead.load(directory, embedding, self.dtype, self.device)
+        head, token_ids = self.head, draft_head.token_ids
+        if token_ids is not None:
+            head = load_head(self.checkpoint, self.dtype, self.weights, self.device, token_ids)
+        return EagleSource(draft_head, self._finished(draft_head, head, token_ids), self.is_coupled)
 
-    def finished(draft_head: nn.Module) -> LogitsHead:
-        return _spread(_quantised(draft_head, own, draft_dtype, weights), token_ids, checkpoint)
+    def load_tapped(self, taps: HeadTensors) -> DraftSource:
+        """A head that reads several layers."""
+        embedding, layers = self.checkpoint.load_embedding(self.dtype, self.device), taps.taps.layers
+        token_ids = taps.token_ids(self.checkpoint.vocab_size)
+        own = self.head
+        if HEAD in taps.names:
+            own = TargetHead(taps.tensor(HEAD).to(self.device, getattr(torch, self.dtype)))
+        where = embedding, self.dtype, self.device
+        match taps:
+            case DSparkFormat():
+                dspark = DSparkHead.load(taps, *where)
+                assert isinstance(dspark, DSparkHead)
+                lm_head = self._finished(dspark, own, token_ids)
+                source = DSparkSource(dspark, lm_head, token_ids, layers, self.is_coupled)
+                source.hit_rates = tuple(taps.files.config.get("hit_rates") or ())
+                return source
+            case DFlash2Format():
+                dflash2 = DFlash2Head.load(taps, *where)
+                assert isinstance(dflash2, DFlash2Head)
+                lm_head = self._finished(dflash2, own, token_ids)
+                scaled = ScaledHead(lm_head, taps.output_multiplier, taps.softcap)
+                return DSparkSource(dflash2, scaled, None, layers, self.is_coupled, "dflash2", taps.num_candidates)
+            case DFlashFormat():
+                dflash = DFlashHead.load(taps, *where)
+                return DFlashSource(dflash, self._finished(dflash, own, token_ids), layers, self.is_coupled)
+            case PEagleFormat():
+                peagle = PEagleHead.load(taps, *where)
+                lm_head = self._finished(peagle, own, token_ids)
+                return DFlashSource(peagle, lm_head, layers, self.is_coupled, "peagle")
+            case Eagle3Format():
+                eagle3 = Eagle3Head.load(taps, *where)
+                lm_head = NormedHead(eagle3, self._finished(eagle3, own, token_ids))
+                return EagleSource(eagle3, lm_head, self.is_coupled, "eagle3", layers)
+            case _:
+                raise AssertionError(f"{taps.kind} heads are none that read several layers")
 
-    match taps:
-        case DSparkFormat():
-            dspark = DSparkHead.load(taps, embedding, dtype, device)
-            assert isinstance(dspark, DSparkHead)
-            source = DSparkSource(dspark, finished(dspark), token_ids, layers, is_coupled)
-            source.hit_rates = tuple(taps.files.config.get("hit_rates") or ())
-            return source
-        case DFlash2Format():
-            dflash2 = DFlash2Head.load(taps, embedding, dtype, device)
-            assert isinstance(dflash2, DFlash2Head)
-            scaled = ScaledHead(finished(dflash2), taps.output_multiplier, taps.softcap)
-            return DSparkSource(dflash2, scaled, None, layers, is_coupled, "dflash2", taps.num_candidates)
-        case DFlashFormat():
-            dflash = DFlashHead.load(taps, embedding, dtype, device)
-            return DFlashSource(dflash, finished(dflash), layers, is_coupled)
-        case PEagleFormat():
-            peagle = PEagleHead.load(taps, embedding, dtype, device)
-            return DFlashSource(peagle, finished(peagle), layers, is_coupled, "peagle")
-        case Eagle3Format():
-            eagle3 = Eagle3Head.load(taps, embedding, dtype, device)
-            return EagleSource(eagle3, NormedHead(eagle3, finished(eagle3)), is_coupled, "eagle3", layers)
-        case _:
-            raise AssertionError(f"{taps.kind} heads are none that read several layers")
-
-
-def _quantised(draft_head: nn.Module, lm_head: LogitsHead, draft_dtype: DraftDType, weights: Weights) -> LogitsHead:
-    """The lm_head, in integers where the draft head is made so."""
-    if draft_dtype != "int8" and (weights == "float" or not can_quantize(draft_head)):
-        return lm_head
-    quantize_head(draft_head)
-    # Others are in integers themselves.
-    return Int8TargetHead(lm_head.weight) if isinstance(lm_head, TargetHead) else lm_head
-
-
-def _spread(head: LogitsHead, token_ids: Tensor | None, checkpoint: Checkpoint) -> LogitsHead:
-    """Over all of the target's tokens, where a head knows some alone."""
-    return head if token_ids is None else FewTokensHead(head, token_ids, checkpoint.vocab_size)
+    def _finished(self, draft_head: nn.Module, lm_head: LogitsHead, token_ids: Tensor | None) -> LogitsHead:
+        """The lm_head: in integers where the draft head is made so, and over all of the target's tokens."""
+        if self.draft_dtype == "int8" or (self.weights != "float" and can_quantize(draft_head)):
+            quantize_head(draft_head)
+            if isinstance(lm_head, TargetHead):  # others are in integers themselves
+                lm_head = Int8TargetHead(lm_head.weight)
+        return lm_head if token_ids is None else FewTokensHead(lm_head, token_ids, self.checkpoint.vocab_size)

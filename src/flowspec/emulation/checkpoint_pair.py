@@ -12,7 +12,7 @@ from flowspec.chat_template import ChatTemplate
 from flowspec.core import DraftDType, Partition, TapShape, Weights
 from flowspec.draft.catalogue import choose_draft, load_draft, read_taps
 from flowspec.errors import UsageError
-from flowspec.model.backends import choose_weights, load_head, load_stage, make_taps, open_checkpoint
+from flowspec.model.backends import choose_weights, load_head, load_stage, open_checkpoint, stage_taps
 from flowspec.model.hint_head import load_hinter
 from flowspec.model.loader import Checkpoint
 from flowspec.model.stage import Stage
@@ -74,9 +74,7 @@ class CheckpointPair:
         if self.taps is None:
             return None
         layers = self.partition(num_stages).stages[index - 1]
-        own = self.taps.of_stage(layers, index == num_stages)
-        blocks = {layer: self.tap_block(layer) for layer in own}
-        return make_taps(self.taps, layers, blocks, "float32", self.weights, "cpu")
+        return stage_taps(self.taps, layers, index == num_stages, self.tap_block, "float32", self.weights, "cpu")
 
     def partition(self, num_stages: int) -> Partition:
         """Raises ``UsageError`` for more stages than layers."""

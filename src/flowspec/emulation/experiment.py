@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 from flowspec.config import ScheduleConfig
 from flowspec.core import MAX_SEED, SamplingParams
@@ -13,7 +13,7 @@ from flowspec.emulation.costs import DriverCosts
 from flowspec.emulation.description import ClusterDescription
 from flowspec.emulation.pairs import ModelPair
 from flowspec.emulation.start_up import AS_USUAL, StartUp, measure
-from flowspec.emulation.virtual_time import Clock
+from flowspec.emulation.virtual_time import Clock, StageCost
 from flowspec.errors import UsageError
 from flowspec.request.request import Common
 from flowspec.request.work import Work
@@ -96,20 +96,17 @@ class Experiment:
         """For one request; ``pace``: of all that run at once."""
         return make_schedule(name, self.config, num_stages, pace=pace, levels=Levels.of(source))
 
-    def forward_cost(self, schedule: str, worker: int, num_taps: int) -> Callable[[int, int, float, bool], float]:
-        """What a forward costs that worker, as of ``EmulatedStage``. ``num_taps``: of its layers that a draft reads."""
+    def forward_cost(self, schedule: str, worker: int) -> StageCost:
+        """What a forward costs that worker."""
         cluster, slowdown = self.cluster, self.faults.slowdown
-
-        def stage_s(rows: int, context: int, has_taps: bool) -> float:
-            return cluster.stage_s(worker - 1, rows, context, num_taps if has_taps else 0)
-
+        stage_s = partial(cluster.stage_s, worker - 1)
         match schedule:
             case "tp-megatron" | "tp-galaxy":
-                return lambda rows, context, now, has_taps: cluster.tensor_parallel_s(schedule, rows, context)
+                return lambda rows, context, now, taps: cluster.tensor_parallel_s(schedule, rows, context)
             case _ if slowdown is not None and slowdown.worker == worker:
-                return lambda rows, context, now, has_taps: stage_s(rows, context, has_taps) * slowdown.factor(now)
+                return lambda rows, context, now, taps: stage_s(rows, context, taps) * slowdown.factor(now)
             case _:
-                return lambda rows, context, now, has_taps: stage_s(rows, context, has_taps)
+                return lambda rows, context, now, taps: stage_s(rows, context, taps)
 
 
 def make_driver(experiment: Experiment, pair: ModelPair, costs: DriverCosts, clock: Clock) -> Driver:

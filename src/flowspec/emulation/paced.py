@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from functools import partial
 from random import Random
 from typing import Any
 
@@ -105,11 +106,10 @@ def paced_worker(
     out = cluster.links[index]
     link = VirtualLink(out, (out.latency_ms + emulation.hop_ms) / 1000, Random(index))
     num_taps = 0 if taps is None else taps.num_blocks
-
-    def cost_s(num_rows: int, context_len: int, now: float, has_taps: bool) -> float:
-        return cluster.stage_s(index - 1, num_rows, context_len, num_taps if has_taps else 0)
-
-    emulated = EmulatedStage(stage, index, clock, cost_s)
+    stage_s = partial(cluster.stage_s, index - 1)
+    emulated = EmulatedStage(
+        stage, index, clock, lambda rows, context, now, taps: stage_s(rows, context, taps), num_taps
+    )
     if hinter is not None:
         hinter.guess(torch.zeros(16, stage.hidden_size), NUM_GUESSES)  # warms it up
         hinter = EmulatedHinter(hinter, index, clock, cluster.devices[index - 1].hint_s(cluster.model))
@@ -120,7 +120,7 @@ def paced_worker(
         clock,
         patience_s,
         hinter,
-        forward_s=lambda rows: cluster.stage_s(index - 1, rows, 0),
+        forward_s=lambda rows: stage_s(rows, 0),
         taps=taps,
     )
     worker.sizes = sizes

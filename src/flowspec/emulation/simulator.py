@@ -92,8 +92,8 @@ class _Simulation:
         for index, stage in enumerate(pair.make_stages(num_stages), start=1):
             clock = Clock()
             taps = pair.make_taps(index, num_stages)
-            forward_s = experiment.forward_cost(schedule, index, 0 if taps is None else taps.num_blocks)
-            emulated = EmulatedStage(stage, index, clock, forward_s)
+            forward_s = experiment.forward_cost(schedule, index)
+            emulated = EmulatedStage(stage, index, clock, forward_s, 0 if taps is None else taps.num_blocks)
             hinter = pair.make_hinter(index, num_stages) if wants_hints else None
             if hinter is not None:
                 hinter = EmulatedHinter(hinter, index, clock, cluster.devices[index - 1].hint_s(cluster.model))
@@ -103,7 +103,7 @@ class _Simulation:
                 clock,
                 patience_s,
                 hinter,
-                forward_s=lambda rows, cost=forward_s: cost(rows, 0, 0.0, False),
+                forward_s=lambda rows, cost=forward_s: cost(rows, 0, 0.0, 0),
                 taps=taps,
             )
             self._workers.append(worker)

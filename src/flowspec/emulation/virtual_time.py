@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field, replace
 from random import Random
+from typing import TypeAlias
 
 from torch import Tensor
 
@@ -92,20 +93,20 @@ class Place:
         self._may_work = True
 
 
+# (rows, rows in the cache, time, layers that are read for a draft) -> seconds of a forward.
+StageCost: TypeAlias = Callable[[int, int, float, int], float]
+
+
 class EmulatedStage:
     """A stage that takes as long as emulated devices would."""
 
-    def __init__(
-        self, stage: Stage, index: int, clock: Clock, cost_s: Callable[[int, int, float, bool], float]
-    ) -> None:
-        """``index``: the worker's, from 1.
-
-        ``cost_s``: (rows, rows in the cache, time, whether a draft's features are wanted) -> seconds of a forward.
-        """
+    def __init__(self, stage: Stage, index: int, clock: Clock, cost_s: StageCost, num_taps: int = 0) -> None:
+        """``index``: the worker's, from 1. ``num_taps``: layers that are read for a draft, where somebody wants it."""
         self._stage = stage
         self._index = index
         self._clock = clock
         self._cost_s = cost_s
+        self._num_taps = num_taps
         self.is_first, self.is_last = stage.is_first, stage.is_last
         self.hidden_size, self.dtype = stage.hidden_size, stage.dtype
         self.weights_bytes, self.slot_bytes = stage.weights_bytes, stage.slot_bytes
@@ -119,7 +120,8 @@ class EmulatedStage:
         num_rows = sum(len(part.slots) for part in parts)
         if num_rows:
             context_len = sum(part.cache.slots.high_water for part in parts)
-            seconds = self._cost_s(num_rows, context_len, self._clock.now, watch is not None)
+            num_taps = 0 if watch is None else self._num_taps
+            seconds = self._cost_s(num_rows, context_len, self._clock.now, num_taps)
             self._clock.spend(seconds / (PAUSES + 1), self._index, "forward", num_rows)
             for _ in range(PAUSES):
                 try:

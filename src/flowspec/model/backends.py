@@ -127,6 +127,20 @@ def make_taps(
     return Taps(shape, linears, getattr(torch, dtype), is_begun=shape.layers[0] < layers.start)
 
 
+def stage_taps(
+    shape: TapShape,
+    layers: LayerRange,
+    is_last: bool,
+    block_of: Callable[[int], Tensor],
+    dtype: DType,
+    weights: Weights,
+    device: str,
+) -> Taps:
+    """As ``make_taps``, of the blocks that a stage has use for; ``block_of``: the matrix [D, H] of a layer."""
+    blocks = {layer: block_of(layer) for layer in shape.of_stage(layers, is_last)}
+    return make_taps(shape, layers, blocks, dtype, weights, device)
+
+
 def load_head(
     source: TensorSource, dtype: DType, weights: Weights, device: str, token_ids: Tensor | None = None
 ) -> LogitsHead:

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from flowspec.errors import ModelError
-from flowspec.model.dflash_format import DFlashFormat, block_value, positive_number, read_block_parts, whole_number
+from flowspec.model.dflash_format import DFlashFormat, block_value, positive_number, whole_number
 from flowspec.model.draft_files import DraftFiles
+from flowspec.model.head_tensors import TargetSizes
 
 _KERNEL, _PROJECTION = "layers.0.attention_conv.base_kernel", "layers.0.attention_conv.kernel_projection.weight"
 _SOFTCAP = "final_logit_softcapping"  # 0: none
@@ -35,43 +37,35 @@ class DFlash2Format(DFlashFormat):
     softcap: float | None
 
     @classmethod
-    def read(
-        cls,
-        files: DraftFiles,
-        num_layers: int,
-        hidden_size: int,
-        vocab_size: int,
-        draft_layers: Sequence[int] | None = None,
-    ) -> DFlash2Format:
-        """As ``Eagle3Format.read``."""
-        parts = read_block_parts(files, num_layers, hidden_size, vocab_size, draft_layers)
-        shapes = {name: files.shapes[own] for name, own in parts["names"].items()}
-        width, kernel, projection = parts["config"].hidden_size, shapes.get(_KERNEL, ()), shapes.get(_PROJECTION, ())
+    def _fields(cls, files: DraftFiles, target: TargetSizes, draft_layers: Sequence[int] | None) -> dict[str, Any]:
+        fields = super()._fields(files, target, draft_layers)
+        shapes = {name: files.shapes[own] for name, own in fields["names"].items()}
+        width, kernel, projection = fields["config"].hidden_size, shapes.get(_KERNEL, ()), shapes.get(_PROJECTION, ())
         num_taps = kernel[1] if len(kernel) == 3 else 0
         num_groups = projection[0] // (2 * num_taps) if projection and num_taps else 0
-        found = cls(
-            **parts,
-            samples_anchor=block_value(files, "sample_from_anchor") is True,
-            num_taps=num_taps,
-            group_size=width // num_groups if num_groups else 0,
-            rank=(*shapes.get(_SUCCESSORS, ()), 0, 0)[1],
-            num_candidates=whole_number(files, "selector_top_k", 2, vocab_size),
-            output_multiplier=positive_number(files, "output_multiplier") or 1.0,
-            softcap=positive_number(files, _SOFTCAP) if block_value(files, _SOFTCAP) else None,
-        )
-        found.check_block(vocab_size)
+        return fields | {
+            "num_taps": num_taps,
+            "group_size": width // num_groups if num_groups else 0,
+            "rank": (*shapes.get(_SUCCESSORS, ()), 0, 0)[1],
+            "num_candidates": whole_number(files, "selector_top_k", 2, target.vocab_size),
+            "output_multiplier": positive_number(files, "output_multiplier") or 1.0,
+            "softcap": positive_number(files, _SOFTCAP) if block_value(files, _SOFTCAP) else None,
+        }
+
+    def check(self, vocab_size: int) -> None:
+        super().check(vocab_size)
         for name in (_KERNEL, _PROJECTION, _SUCCESSORS):
-            if name not in found.names:
-                raise found.lacks([name])
-        if found.token_ids(vocab_size) is not None or found.group_size < 1 or width % found.group_size:
+            if name not in self.names:
+                raise self.lacks([name])
+        size = self.group_size
+        if self.token_ids(vocab_size) is not None or size < 1 or self.config.hidden_size % size:
             raise ModelError(
-                f"{files.path}: its convolutions or its vocabulary are no DFlash2 head's (groups that share out a row, "
-                "all of the target's tokens); fetch the head again"
+                f"{self.files.path}: its convolutions or its vocabulary are no DFlash2 head's (groups that share out a "
+                "row, all of the target's tokens); fetch the head again"
             )
         for name, value in (
-            ("conv_kernel_size", num_taps),
-            ("conv_group_size", found.group_size),
-            ("selector_rank", found.rank),
+            ("conv_kernel_size", self.num_taps),
+            ("conv_group_size", size),
+            ("selector_rank", self.rank),
         ):
-            found.check_said(name, value)
-        return found
+            self.check_said(name, value)

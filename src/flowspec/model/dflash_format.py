@@ -24,7 +24,7 @@ from flowspec.model.block_sight import Sight, read_sights
 from flowspec.model.draft_files import DraftFiles
 from flowspec.model.eagle3_layers import find_layer_ids
 from flowspec.model.head_kind import plain_name
-from flowspec.model.head_tensors import CONTAINER, SUPPORTED, HeadTensors, read_layers
+from flowspec.model.head_tensors import CONTAINER, SUPPORTED, HeadTensors, TargetSizes, read_layers
 
 MAX_BLOCK = 256  # rows; none published has more than 16
 
@@ -42,34 +42,42 @@ class DFlashFormat(HeadTensors):
     samples_anchor: bool  # the anchor's row guesses the token behind it; else the first mask's does
 
     @classmethod
-    def read(
-        cls,
-        files: DraftFiles,
-        num_layers: int,
-        hidden_size: int,
-        vocab_size: int,
-        draft_layers: Sequence[int] | None = None,
-    ) -> DFlashFormat:
-        """As ``Eagle3Format.read``."""
-        parts = read_block_parts(files, num_layers, hidden_size, vocab_size, draft_layers)
-        found = cls(**parts, samples_anchor=block_value(files, "sample_from_anchor") is True)
-        found.check_block(vocab_size)
-        return found
+    def _fields(cls, files: DraftFiles, target: TargetSizes, draft_layers: Sequence[int] | None) -> dict[str, Any]:
+        names, config = read_layers(files, plain_name, target.hidden_size, target.vocab_size, may_slide=True)
+        said = files.config.get("num_target_layers")
+        if said is not None and said != target.num_layers:
+            raise ModelError(
+                f"the head in {files.directory} is for a target with {shortened(repr(said), 20)} layers, this one has "
+                f"{target.num_layers}; give a head that was trained for this target"
+            )
+        causal = block_value(files, "is_causal")
+        causal = block_value(files, "causal") if causal is None else causal
+        own_choice = _own_choice(target.num_layers, config.num_hidden_layers)
+        return {
+            "files": files,
+            "config": config,
+            "names": names,
+            "layer_ids": find_layer_ids(files, target.num_layers, draft_layers, own_choice),
+            "target_size": target.hidden_size,
+            "block_size": whole_number(files, "block_size", 2, MAX_BLOCK),
+            "mask_token_id": whole_number(files, "mask_token_id", 0, target.vocab_size - 1),
+            "embedding_scale": positive_number(files, "input_embedding_scale") or 1.0,
+            "sights": read_sights(files, config, causal, bool(files.config.get(CONTAINER))),
+            "samples_anchor": block_value(files, "sample_from_anchor") is True,
+        }
 
     @property
     def num_levels(self) -> int:
         """Tokens behind the anchor that one block guesses."""
         return self.block_size - (not self.samples_anchor)
 
-    def check_block(self, vocab_size: int) -> None:
-        """Raises ``ModelError`` unless ``fc``, the vocabulary and the block make sense."""
+    def check(self, vocab_size: int) -> None:
         if self.num_levels < 2:
             raise ModelError(
                 f"{self.files.config_path}: block_size is {self.block_size}, so a block guesses one token, which is "
                 f"not supported; {SUPPORTED}"
             )
-        self.check_fc()
-        self.check_vocabulary(vocab_size)
+        super().check(vocab_size)
 
     def check_said(self, name: str, found: Any) -> None:
         """Raises ``ModelError`` where the config says something else than what the tensors show."""
@@ -79,37 +87,6 @@ class DFlashFormat(HeadTensors):
                 f"{self.files.config_path}: {name} is {shortened(repr(said), 40)}, but by the tensors in "
                 f"{self.files.path.name} it is {found!r}; fetch both again from one place"
             )
-
-
-def read_block_parts(
-    files: DraftFiles,
-    num_layers: int,
-    hidden_size: int,
-    vocab_size: int,
-    draft_layers: Sequence[int] | None,
-) -> dict[str, Any]:
-    """All fields of a ``DFlashFormat`` but ``samples_anchor``. Raises ``ModelError``."""
-    names, config = read_layers(files, plain_name, hidden_size, vocab_size, may_slide=True)
-    said = files.config.get("num_target_layers")
-    if said is not None and said != num_layers:
-        raise ModelError(
-            f"the head in {files.directory} is for a target with {shortened(repr(said), 20)} layers, this one has "
-            f"{num_layers}; give a head that was trained for this target"
-        )
-    causal = block_value(files, "is_causal")
-    causal = block_value(files, "causal") if causal is None else causal
-    own_choice = _own_choice(num_layers, config.num_hidden_layers)
-    return {
-        "files": files,
-        "config": config,
-        "names": names,
-        "layer_ids": find_layer_ids(files, num_layers, draft_layers, own_choice),
-        "target_size": hidden_size,
-        "block_size": whole_number(files, "block_size", 2, MAX_BLOCK),
-        "mask_token_id": whole_number(files, "mask_token_id", 0, vocab_size - 1),
-        "embedding_scale": positive_number(files, "input_embedding_scale") or 1.0,
-        "sights": read_sights(files, config, causal, bool(files.config.get(CONTAINER))),
-    }
 
 
 def block_value(files: DraftFiles, name: str) -> Any:

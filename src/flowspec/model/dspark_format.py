@@ -19,12 +19,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from flowspec.errors import ModelError
-from flowspec.model.dflash_format import DFlashFormat, block_value, read_block_parts
+from flowspec.model.dflash_format import DFlashFormat, block_value
 from flowspec.model.draft_files import DraftFiles
-from flowspec.model.head_tensors import HEAD, SUPPORTED
+from flowspec.model.head_tensors import HEAD, SUPPORTED, TargetSizes
 
 _W1, _W2 = "markov_head.markov_w1.weight", "markov_head.markov_w2.weight"
 _CONFIDENCE = "confidence_head.proj.weight"
@@ -44,33 +44,20 @@ class DSparkFormat(DFlashFormat):
     confidence_reads_token: bool
 
     @classmethod
-    def read(
-        cls,
-        files: DraftFiles,
-        num_layers: int,
-        hidden_size: int,
-        vocab_size: int,
-        draft_layers: Sequence[int] | None = None,
-    ) -> DSparkFormat:
-        """As ``Eagle3Format.read``."""
-        parts = read_block_parts(files, num_layers, hidden_size, vocab_size, draft_layers)
-        shapes = {name: files.shapes[own] for name, own in parts["names"].items()}
-        confidence_width = _columns(shapes.get(_CONFIDENCE))
-        found = cls(
-            **parts,
-            samples_anchor=block_value(files, "sample_from_anchor") is not False,
-            rank=_columns(shapes.get(_W1)),
-            variant=_variant(shapes),
-            num_known=(shapes.get(HEAD) or (vocab_size,))[0],
-            has_confidence=_CONFIDENCE in shapes,
-            confidence_reads_token=confidence_width > parts["config"].hidden_size,
-        )
-        found.check_block(vocab_size)
-        found._check_heads(vocab_size)
-        return found
+    def _fields(cls, files: DraftFiles, target: TargetSizes, draft_layers: Sequence[int] | None) -> dict[str, Any]:
+        fields = super()._fields(files, target, draft_layers)
+        shapes = {name: files.shapes[own] for name, own in fields["names"].items()}
+        return fields | {
+            "samples_anchor": block_value(files, "sample_from_anchor") is not False,
+            "rank": _columns(shapes.get(_W1)),
+            "variant": _variant(shapes),
+            "num_known": (shapes.get(HEAD) or (target.vocab_size,))[0],
+            "has_confidence": _CONFIDENCE in shapes,
+            "confidence_reads_token": _columns(shapes.get(_CONFIDENCE)) > fields["config"].hidden_size,
+        }
 
-    def _check_heads(self, vocab_size: int) -> None:
-        """Raises ``ModelError`` where tensors and config do not say the same."""
+    def check(self, vocab_size: int) -> None:
+        super().check(vocab_size)
         if self.rank or _W2 in self.names:
             self.require(_W1, (vocab_size, self.rank))
             self.require(_W2, (self.num_known, self.rank))

@@ -31,7 +31,7 @@ from flowspec.errors import ModelError, shortened
 from flowspec.model.draft_files import DraftFiles
 from flowspec.model.eagle3_layers import find_layer_ids
 from flowspec.model.head_kind import plain_name
-from flowspec.model.head_tensors import CONTAINER, HeadTensors, read_layers
+from flowspec.model.head_tensors import CONTAINER, HeadTensors, TargetSizes, read_layers
 
 FC_BIAS, INPUT_NORM = "fc.bias", "input_norm.weight"
 MASK_HIDDEN = "mask_hidden"  # of P-EAGLE
@@ -49,21 +49,18 @@ class Eagle3Format(HeadTensors):
     has_fc_norm: bool
 
     @classmethod
-    def read(
-        cls,
-        files: DraftFiles,
-        num_layers: int,
-        hidden_size: int,
-        vocab_size: int,
-        draft_layers: Sequence[int] | None = None,
-    ) -> Eagle3Format:
-        """Sizes are the target's; ``draft_layers`` overrule what the config says of layers.
-
-        Raises ``ModelError`` for a checkpoint that lacks something, contradicts itself, or is of another target.
-        """
-        found = cls(**read_eagle3_parts(files, num_layers, hidden_size, vocab_size, draft_layers))
-        found.check(vocab_size)
-        return found
+    def _fields(cls, files: DraftFiles, target: TargetSizes, draft_layers: Sequence[int] | None) -> dict[str, Any]:
+        names, config = read_layers(files, plain_name, target.hidden_size, target.vocab_size)
+        return {
+            "files": files,
+            "config": config,
+            "names": names,
+            "layer_ids": find_layer_ids(files, target.num_layers, draft_layers),
+            "target_size": target.hidden_size,
+            "norm_before_residual": _residual_switch(files),
+            "norm_output": _switch(files, "norm_output", False),
+            "has_fc_norm": _switch(files, "fc_norm", any(_FC_NORM.fullmatch(name) for name in names)),
+        }
 
     @property
     def has_input_norm(self) -> bool:
@@ -110,23 +107,6 @@ class Eagle3Format(HeadTensors):
             f"{self.files.path} {told} {name}, and {switch} in config.json says otherwise; fetch both again from one "
             "place"
         )
-
-
-def read_eagle3_parts(
-    files: DraftFiles, num_layers: int, hidden_size: int, vocab_size: int, draft_layers: Sequence[int] | None
-) -> dict[str, Any]:
-    """All fields of an ``Eagle3Format``. Arguments and errors as of its ``read``."""
-    names, config = read_layers(files, plain_name, hidden_size, vocab_size)
-    return {
-        "files": files,
-        "config": config,
-        "names": names,
-        "layer_ids": find_layer_ids(files, num_layers, draft_layers),
-        "target_size": hidden_size,
-        "norm_before_residual": _residual_switch(files),
-        "norm_output": _switch(files, "norm_output", False),
-        "has_fc_norm": _switch(files, "fc_norm", any(_FC_NORM.fullmatch(name) for name in names)),
-    }
 
 
 def _switch(files: DraftFiles, name: str, default: bool) -> bool:

@@ -8,9 +8,10 @@ reduced vocabulary with ``d2t`` [N], where draft token i is the target's token `
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -29,8 +30,19 @@ _IGNORED = re.compile(r"t2d|.*rotary_emb\.inv_freq|verifier_(norm|lm_head)\.weig
 _LAYER = re.compile(r"layers\.(\d+)\.")
 
 
+AnyForm = TypeVar("AnyForm", bound="HeadTensors")
+
+
+class TargetSizes(NamedTuple):
+    """Of the model that a head is for."""
+
+    num_layers: int
+    hidden_size: int
+    vocab_size: int
+
+
 @dataclass(frozen=True)
-class HeadTensors:
+class HeadTensors(ABC):
     """A checkpoint that has been looked through, and fits its target: names and shapes, but no tensor is read yet."""
 
     kind: ClassVar[str]  # for people
@@ -40,6 +52,33 @@ class HeadTensors:
     names: Mapping[str, str]  # the names used here -> the file's
     layer_ids: tuple[int, ...]  # of the target, in the order of fc's blocks; as in ``TapShape.layers``
     target_size: int  # H
+
+    @classmethod
+    def read(
+        cls: type[AnyForm],
+        files: DraftFiles,
+        num_layers: int,
+        hidden_size: int,
+        vocab_size: int,
+        draft_layers: Sequence[int] | None = None,
+    ) -> AnyForm:
+        """Sizes are the target's; ``draft_layers`` overrule what the config says of layers.
+
+        Raises ``ModelError`` for a checkpoint that lacks something, contradicts itself, or is of another target.
+        """
+        found = cls(**cls._fields(files, TargetSizes(num_layers, hidden_size, vocab_size), draft_layers))
+        found.check(vocab_size)
+        return found
+
+    @classmethod
+    @abstractmethod
+    def _fields(cls, files: DraftFiles, target: TargetSizes, draft_layers: Sequence[int] | None) -> dict[str, Any]:
+        """Of the class, by name. Arguments and errors as of ``read``."""
+
+    def check(self, vocab_size: int) -> None:
+        """Raises ``ModelError`` where tensors, config and the target do not fit each other."""
+        self.check_fc()
+        self.check_vocabulary(vocab_size)
 
     @property
     def taps(self) -> TapShape:

@@ -24,7 +24,7 @@ from flowspec.model.config_file import check_config
 from flowspec.model.demo_pair import DEMO, demo_directory, demo_draft_directory
 from flowspec.model.families import EMBEDDING, LM_HEAD, PREFIX, SHORT_ROPE, family_of, layer_prefix, rope_tables
 from flowspec.model.hub import fetch
-from flowspec.model.packed import Bits, PackedWeight
+from flowspec.model.packed import Bits, PackedWeight, pack
 from flowspec.model.quantised import Codes, layout_of
 from flowspec.model.source import TensorSource
 from flowspec.model.tensor_files import StoredTensor, open_tensors, read_tensor, stored_tensors
@@ -218,6 +218,13 @@ class Checkpoint(TensorSource):
     def own_packed(self, name: str, bits: Bits) -> PackedWeight | None:
         codes = self._codes(name)
         return None if codes is None else codes.packed(bits)
+
+    def packed(self, name: str, bits: Bits) -> PackedWeight:
+        """What is quantised is read once, whether kernels of so many bits hold it or not."""
+        codes = self._codes(name)
+        if codes is None:
+            return super().packed(name, bits)
+        return codes.packed(bits) or pack(codes.floats(), bits, f"{self.name}: {name}")
 
     def _codes(self, name: str) -> Codes | None:
         """Of a tensor that is quantised."""

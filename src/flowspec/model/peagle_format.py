@@ -16,7 +16,8 @@ from torch import Tensor
 
 from flowspec.errors import ModelError, shortened
 from flowspec.model.draft_files import DraftFiles
-from flowspec.model.eagle3_format import MASK_HIDDEN, Eagle3Format, read_eagle3_parts
+from flowspec.model.eagle3_format import MASK_HIDDEN, Eagle3Format
+from flowspec.model.head_tensors import TargetSizes
 from flowspec.model.taps import Taps, TapSum, TorchLinear
 
 _TOKEN_NAMES = ("mask_token_id", "pard_token", "ptd_token_id")
@@ -33,23 +34,16 @@ class PEagleFormat(Eagle3Format):
     num_levels: int  # that one pass guesses
 
     @classmethod
-    def read(
-        cls,
-        files: DraftFiles,
-        num_layers: int,
-        hidden_size: int,
-        vocab_size: int,
-        draft_layers: Sequence[int] | None = None,
-    ) -> PEagleFormat:
-        """As ``Eagle3Format.read``."""
-        parts = read_eagle3_parts(files, num_layers, hidden_size, vocab_size, draft_layers)
-        found = cls(**parts, mask_token_id=_mask_token_id(files, vocab_size), num_levels=_num_levels(files))
-        found.check(vocab_size)
-        num = len(found.layer_ids) * hidden_size
-        shape = found.shape(MASK_HIDDEN)
-        if shape not in ((num,), (1, num)):
-            found.require(MASK_HIDDEN, (1, 1, num))
-        return found
+    def _fields(cls, files: DraftFiles, target: TargetSizes, draft_layers: Sequence[int] | None) -> dict[str, Any]:
+        fields = super()._fields(files, target, draft_layers)
+        mask_token_id = _mask_token_id(files, target.vocab_size)
+        return fields | {"mask_token_id": mask_token_id, "num_levels": _num_levels(files)}
+
+    def check(self, vocab_size: int) -> None:
+        super().check(vocab_size)
+        num = len(self.layer_ids) * self.target_size
+        if self.shape(MASK_HIDDEN) not in ((num,), (1, num)):
+            self.require(MASK_HIDDEN, (1, 1, num))
 
     def mask_sum(self) -> Tensor:
         """What the stages would add up for a row of masks, float32 [1, width]."""

@@ -9,7 +9,6 @@ the draft's token (as the losses of arXiv 2602.23881), less for later rows. The 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,9 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Qwen3Config
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RMSNorm, apply_rotary_pos_emb
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm, apply_rotary_pos_emb
 
 from flowspec.errors import UsageError
+from flowspec.model.block_sight import Sight
+from flowspec.model.dflash_head import BlockLayer
 from flowspec.model.draft_files import CONFIG, SAFETENSORS
 from flowspec.model.tensor_files import save_tensors
 from flowspec.train.corpus import Tokens
@@ -82,49 +83,30 @@ class BlockRecipe:
     confidence_weight: float = 0.1
 
 
-class Layer(nn.Module):
-    """A decoder layer whose rows see the text's and those of their own block."""
+class Layer(BlockLayer):
+    """A decoder layer whose rows, of many blocks of several texts, see their own block's and the text before it."""
 
-    def __init__(self, config: Qwen3Config) -> None:
-        super().__init__()
-        self.self_attn = Attention(config)
-        self.mlp = Qwen3MLP(config)
-        self.input_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-
-    def forward(self, rows: Tensor, text: Tensor, turns: Sequence[Tensor], mask: Tensor) -> Tensor:
-        rows = rows + self.self_attn(self.input_layernorm(rows), text, turns, mask)
-        return rows + self.mlp(self.post_attention_layernorm(rows))
-
-
-class Attention(nn.Module):
-    def __init__(self, config: Qwen3Config) -> None:
-        super().__init__()
-        assert config.head_dim is not None and config.num_key_value_heads is not None, "they are given"
-        self.head_dim: int = config.head_dim
-        size, num, num_kv = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
-        self.q_proj = nn.Linear(size, num * self.head_dim, bias=False)
-        self.k_proj = nn.Linear(size, num_kv * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(size, num_kv * self.head_dim, bias=False)
-        self.o_proj = nn.Linear(num * self.head_dim, size, bias=False)
-        self.q_norm = Qwen3RMSNorm(self.head_dim, eps=config.rms_norm_eps)
-        self.k_norm = Qwen3RMSNorm(self.head_dim, eps=config.rms_norm_eps)
-
-    def forward(self, rows: Tensor, text: Tensor, turns: Sequence[Tensor], mask: Tensor) -> Tensor:
+    def forward(self, rows: Tensor, text: Tensor, turns: Sequence[Tensor], mask: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """``rows`` [B, N, D], ``text`` [B, T, D]; ``mask`` [B, 1, N, T + N].
 
         ``turns``: cosines and sines [B, T + N, d].
         """
+        rows = rows + self._attend(self.input_layernorm(rows), text, turns, mask)
+        return rows + self.mlp(self.post_attention_layernorm(rows))
+
+    def _attend(self, rows: Tensor, text: Tensor, turns: Sequence[Tensor], mask: Tensor) -> Tensor:
+        own = self.self_attn
+
+        def heads(rows: Tensor) -> Tensor:
+            return rows.unflatten(-1, (-1, own.head_dim)).transpose(1, 2)
+
         both, (cos, sin), num = torch.cat((text, rows), dim=1), turns, rows.shape[1]
-        queries, keys = self.q_norm(self._heads(self.q_proj(rows))), self.k_norm(self._heads(self.k_proj(both)))
+        queries, keys = own.q_norm(heads(own.q_proj(rows))), own.k_norm(heads(own.k_proj(both)))
         queries, _ = apply_rotary_pos_emb(queries, queries, cos[:, -num:], sin[:, -num:])
         keys, _ = apply_rotary_pos_emb(keys, keys, cos, sin)
-        values = self._heads(self.v_proj(both))
+        values = heads(own.v_proj(both))
         mixed = F.scaled_dot_product_attention(queries, keys.to(queries.dtype), values, mask, enable_gqa=True)
-        return self.o_proj(mixed.transpose(1, 2).flatten(2))
-
-    def _heads(self, rows: Tensor) -> Tensor:
-        return rows.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        return own.o_proj(mixed.transpose(1, 2).flatten(2))
 
 
 class MarkovHead(nn.Module):
@@ -159,7 +141,7 @@ class BlockTrainee(nn.Module):
         self.register_buffer("embedding", embedding, persistent=False)
         self.fc = nn.Linear(len(tapped) * size, size, bias=False)
         self.hidden_norm = Qwen3RMSNorm(size, eps=config.rms_norm_eps)
-        self.layers = nn.ModuleList(Layer(config) for _ in range(shape.num_layers))
+        self.layers = nn.ModuleList(Layer(config, index, Sight()) for index in range(shape.num_layers))
         self.norm = Qwen3RMSNorm(size, eps=config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(config)  # type: ignore[arg-type]
         self.markov_head = MarkovHead(config.vocab_size, shape.rank)
@@ -175,7 +157,7 @@ class BlockTrainee(nn.Module):
         ids = torch.full((*anchors.shape, size), self.mask_token_id, device=anchors.device)
         ids[..., 0] = token_ids.gather(1, anchors)
         rows = F.embedding(ids.flatten(1), self.embedding)
-        of_rows = (anchors[..., None] + torch.arange(size, device=anchors.device)).flatten(1)
+        of_rows = self.places_of(anchors)
         of_text = torch.arange(num_text, device=anchors.device).expand(len(anchors), -1)
         turns = self.rotary_emb(rows, torch.cat((of_text, of_rows), dim=1))
         first = anchors.repeat_interleave(size, dim=1)
@@ -192,6 +174,7 @@ class BlockTrainee(nn.Module):
         return token_ids.gather(1, self.places_of(anchors)).view(*anchors.shape, -1)
 
     def places_of(self, anchors: Tensor) -> Tensor:
+        """Positions of the rows of blocks at ``anchors`` [B, A], [B, A S]."""
         return (anchors[..., None] + torch.arange(self.shape.block_size, device=anchors.device)).flatten(1)
 
     def save(self, directory: Path, hit_rates: Sequence[float] = ()) -> None:
@@ -222,7 +205,7 @@ class BlockTrainee(nn.Module):
 
 def block_config(target: Any, shape: BlockShape) -> Qwen3Config:
     """Layers of the target's sizes, with norms of queries and keys."""
-    sizes = json.loads(head_config(target).to_json_string(use_diff=False))
+    sizes = head_config(target).to_dict()
     names = (
         "vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim",
         "hidden_act", "rms_norm_eps", "rope_parameters", "max_position_embeddings",
