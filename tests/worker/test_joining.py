@@ -66,7 +66,11 @@ def hears(context: zmq.Context[Any], address: str, directory: Path, own: KeyPair
             secure_connection(socket, own, server_key)
         socket.connect(f"tcp://{address}")
         configure = Configure(PROTOCOL_VERSION, 1, str(directory), 0, 6, "float32", None, 0.5)
-        socket.send_multipart([bytes(frame) for frame in Codec().encode(configure)])
+        socket.sndtimeo = 1500  # a stranger who was turned away before has nobody to send to
+        try:
+            socket.send_multipart([bytes(frame) for frame in Codec().encode(configure)])
+        except zmq.Again:
+            return False
         return bool(socket.poll(1500))
 
 
