@@ -165,6 +165,7 @@ class Feed(Observer):
         page = object()
         number: int | None = None  # of the next span to tell
         self._show(page, request, self._requests())
+        self._read(time.perf_counter(), self._requests())  # from here on the first event knows how busy all were
         try:
             await asyncio.sleep(FIRST_EVENT_S)
             while not self._service.is_stopping:
