@@ -80,12 +80,12 @@ def choose_weights(checkpoint: Checkpoint, weights: Weights, device: str) -> Wei
 
 
 def _has_kernels() -> bool:
-    return all(importlib.util.find_spec(name) is not None for name in ("openvino", "numba"))
+    return importlib.util.find_spec("numba") is not None
 
 
 def _check_kernels(weights: Weights) -> None:
     if weights in _BITS and not _has_kernels():
-        raise UsageError(f"{weights} weights need OpenVINO and numba, which are not installed; install flowspec[cpu]")
+        raise UsageError(f"{weights} weights need numba, which is not installed; install flowspec[cpu]")
 
 
 def load_stage(
@@ -104,9 +104,9 @@ def load_stage(
     if weights not in _BITS:
         return TorchStage.load(source, layers, dtype, device, progress)
     _check_kernels(weights)
-    from flowspec.model.openvino_stage import OpenVinoStage  # here: it is optional
+    from flowspec.model.integer_stage import IntegerStage  # here: it is optional
 
-    return OpenVinoStage.load(source, layers, dtype, _BITS[weights], progress)
+    return IntegerStage.load(source, layers, dtype, _BITS[weights], progress)
 
 
 def make_taps(
@@ -121,9 +121,9 @@ def make_taps(
         linears = {layer: TorchLinear(block, device) for layer, block in blocks.items()}
     else:
         _check_kernels(weights)
-        from flowspec.model.openvino_stage import OpenVinoLinear  # here: it is optional
+        from flowspec.model.integer_stage import IntegerLinear  # here: it is optional
 
-        linears = {layer: OpenVinoLinear(pack(block, 8)) for layer, block in blocks.items()}
+        linears = {layer: IntegerLinear(pack(block, 8)) for layer, block in blocks.items()}
     return Taps(shape, linears, getattr(torch, dtype), is_begun=shape.layers[0] < layers.start)
 
 
@@ -149,6 +149,6 @@ def load_head(
         matrix = source.load_lm_head(dtype, device)
         return TargetHead(matrix if token_ids is None else matrix[token_ids.to(matrix.device)])
     _check_kernels(weights)
-    from flowspec.model.openvino_stage import OpenVinoHead  # here: it is optional
+    from flowspec.model.integer_stage import IntegerHead  # here: it is optional
 
-    return OpenVinoHead(source, _BITS[weights], token_ids)
+    return IntegerHead(source, _BITS[weights], token_ids)

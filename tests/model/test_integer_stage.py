@@ -19,7 +19,7 @@ from flowspec.errors import ModelError, UsageError
 from flowspec.llm import LLM
 from flowspec.model.backends import choose_weights, open_checkpoint
 from flowspec.model.loader import Checkpoint
-from flowspec.model.openvino_stage import OpenVinoHead, OpenVinoStage
+from flowspec.model.integer_stage import IntegerHead, IntegerStage
 from flowspec.model.packed import GROUP, PackedWeight, pack
 from flowspec.model.stage import Part, forward
 from flowspec.model.torch_stage import TorchStage
@@ -72,7 +72,7 @@ def test_rounded_weights_move_by_half_a_scale(bits: Any) -> None:
 def test_a_stage_is_as_close_as_activations_of_8_bits_are(directory: Path) -> None:
     layers = LayerRange(1, 2)
     wanted = TorchStage.load(Rounded.open(directory), layers, "float32", "cpu")
-    stage = OpenVinoStage.load(Checkpoint.open(directory), layers, "float32", 8)
+    stage = IntegerStage.load(Checkpoint.open(directory), layers, "float32", 8)
     assert (stage.slot_bytes, stage.is_first, stage.is_last) == (wanted.slot_bytes, False, False)
     torch.manual_seed(0)
     rows = torch.randn(20, stage.hidden_size)
@@ -88,7 +88,7 @@ def test_a_stage_is_as_close_as_activations_of_8_bits_are(directory: Path) -> No
 def test_rows_do_not_change_each_others_bits(checkpoint_dir: Callable[[str], Path], family: str, bits: Any) -> None:
     """A tree in random segments, with commits, dead rows and slots that are used again, against plain decoding."""
     checkpoint = Checkpoint.open(checkpoint_dir(family))
-    stage = OpenVinoStage.load(checkpoint, LayerRange(0, 6), "float32", bits)
+    stage = IntegerStage.load(checkpoint, LayerRange(0, 6), "float32", bits)
     draw = random.Random(1)
     prompt = draw.choices(range(VOCAB_SIZE), k=20)
     cache = stage.open_cache(1000)
@@ -132,8 +132,8 @@ def test_rows_do_not_change_each_others_bits(checkpoint_dir: Callable[[str], Pat
 @pytest.mark.parametrize("family", ["qwen3", "granite"])
 def test_any_number_of_rows_has_the_same_bits(checkpoint_dir: Callable[[str], Path], family: str) -> None:
     checkpoint = Checkpoint.open(checkpoint_dir(family))
-    stage = OpenVinoStage.load(checkpoint, LayerRange(2, 6), "float32", 8)
-    head = OpenVinoHead(checkpoint, 8)
+    stage = IntegerStage.load(checkpoint, LayerRange(2, 6), "float32", 8)
+    head = IntegerHead(checkpoint, 8)
     torch.manual_seed(0)
     rows = torch.randn(70, stage.hidden_size)
     cache = stage.open_cache()
@@ -157,7 +157,7 @@ def test_the_lm_head_has_8_bits_unless_its_own_have_4(checkpoint_dir: Callable[[
 
 
 def test_requests_in_one_forward_have_the_bits_that_they_have_alone(checkpoint_dir: Callable[[str], Path]) -> None:
-    stage = OpenVinoStage.load(Checkpoint.open(checkpoint_dir("mistral")), LayerRange(0, 3), "float32", 8)
+    stage = IntegerStage.load(Checkpoint.open(checkpoint_dir("mistral")), LayerRange(0, 3), "float32", 8)
     texts = [[1, 2, 3, 4, 5], list(range(30)), [9]]
     parts = []
     for text in texts:
@@ -169,7 +169,7 @@ def test_requests_in_one_forward_have_the_bits_that_they_have_alone(checkpoint_d
 
 
 def test_a_forward_may_be_given_up_between_layers(checkpoint_dir: Callable[[str], Path]) -> None:
-    stage = OpenVinoStage.load(Checkpoint.open(checkpoint_dir("llama")), LayerRange(0, 4), "float32", 8)
+    stage = IntegerStage.load(Checkpoint.open(checkpoint_dir("llama")), LayerRange(0, 4), "float32", 8)
     wanted = run_alone(stage, [5, 6])
     cache = stage.open_cache()
     given_up = stage.steps([Part(torch.tensor([5]), cache.slots.append_prefix([0]), cache)])
@@ -184,7 +184,7 @@ def test_halves_on_the_way_are_the_same_for_every_partition(checkpoint_dir: Call
     for partition in ("0:6", "0:1,1:4,4:6"):
         rows = torch.tensor([3, 1, 4, 1, 5])
         for layers in Partition.parse(partition).stages:
-            stage = OpenVinoStage.load(checkpoint, layers, "bfloat16", 8)
+            stage = IntegerStage.load(checkpoint, layers, "bfloat16", 8)
             assert stage.dtype == torch.bfloat16 and stage.slot_bytes == 4 * 2 * 2 * 8 * len(layers)
             cache = stage.open_cache()
             rows = forward(stage, rows, cache.slots.append_prefix(range(5)), cache)
@@ -218,20 +218,13 @@ def test_every_schedule_gives_the_tokens_of_plain_decoding(
 def test_what_the_kernels_cannot_take_is_an_error(tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(make_checkpoint(tmp_path, "llama", hidden_size=40, head_dim=10))
     with pytest.raises(ModelError, match="has 40 inputs, which 4-bit kernels cannot take in groups of 32; use int8"):
-        OpenVinoStage.load(checkpoint, LayerRange(0, 2), "float32", 4)
-    stage = OpenVinoStage.load(checkpoint, LayerRange(0, 2), "float32", 8)
+        IntegerStage.load(checkpoint, LayerRange(0, 2), "float32", 4)
+    stage = IntegerStage.load(checkpoint, LayerRange(0, 2), "float32", 8)
     rows = torch.tensor([1, 2, 3, 4, 5, 6, 7])
     cache = stage.open_cache()
     assert torch.equal(
         forward(stage, rows, cache.slots.append_prefix(range(7)), cache), run_alone(stage, rows.tolist())
     )
-
-
-def test_nobody_is_told_what_runs_here() -> None:
-    """OpenVINO sent word of every graph to its maker, and forked a process for it."""
-    from openvino.tools.ovc import convert_impl, telemetry_stub, utils
-
-    assert convert_impl.tm is utils.tm is telemetry_stub
 
 
 def test_what_this_machine_lacks_is_an_error(
@@ -243,7 +236,7 @@ def test_what_this_machine_lacks_is_an_error(
     with pytest.raises(UsageError, match="int8 weights are for processors, and the device is cuda:0"):
         choose_weights(checkpoint, "int8", "cuda:0")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UsageError, match=r"int8 weights need OpenVINO and numba, .*; install flowspec\[cpu\]"):
+    with pytest.raises(UsageError, match=r"int8 weights need numba, which is not installed; install flowspec\[cpu\]"):
         choose_weights(checkpoint, "int8", "cpu")
 
 

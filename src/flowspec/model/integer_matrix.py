@@ -1,0 +1,157 @@
+"""Matrices on the integer kernel, and the rows that they are multiplied with. Threads share out blocks of outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from flowspec.model import integer_kernel
+from flowspec.model.integer_kernel import LANES
+from flowspec.model.packed import GROUP, Bits, PackedWeight
+
+Floats = NDArray[np.float32]
+
+# A product that takes less than this is not worth a second thread: to wake one takes some 40 us.
+_WORTH_SHARING = 150e-6
+_BYTES_PER_S, _PRODUCTS_PER_S = 20e9, 150e9  # of one core, roughly
+
+
+class Lanes(NamedTuple):
+    """A matrix as the kernel reads it, or several of one shape, each with an index in front."""
+
+    codes: NDArray[np.uint8]  # [blocks, groups, bytes]: above zero; with 4 bits two in a byte
+    scales: NDArray[np.uint16]  # [blocks, groups, LANES]: the bits of float16
+    zeros: NDArray[np.uint8]  # [blocks, groups, LANES]; with 8 bits none
+    biases: Floats  # [blocks, LANES]
+
+    @classmethod
+    def empty(cls, num_blocks: int, num_groups: int, bits: Bits, *front: int) -> Lanes:
+        """Of zeros. ``front``: how many."""
+        lanes = (*front, num_blocks, num_groups, LANES)
+        return cls(
+            _zeros((*front, num_blocks, num_groups, LANES * GROUP * bits // 8), np.uint8),
+            _zeros(lanes, np.uint16),
+            _zeros(lanes if bits == 4 else (*front, 0, 0, 0), np.uint8),
+            _zeros((*front, num_blocks, LANES), np.float32),
+        )
+
+    @property
+    def nbytes(self) -> int:
+        return sum(array.nbytes for array in self)
+
+    def of(self, index: int) -> Lanes:
+        """One of several."""
+        return Lanes(*(array[index] for array in self))
+
+    def fill(self, weight: PackedWeight, first: int = 0, bias: Floats | None = None) -> None:
+        """Write a weight's rows into the blocks from ``first`` on, and their biases."""
+        num_outputs, num_scales, size = weight.codes.shape
+        num_blocks, groups = blocks_of(num_outputs), groups_of(size)
+        blocks = slice(first, first + num_blocks)
+        integer_kernel.lay_out(weight.codes, groups, self.codes[blocks])
+        self.scales[blocks] = _by_lanes(weight.scales.view(np.uint16), groups)
+        if weight.zero_points is not None:
+            self.zeros[blocks] = _by_lanes(weight.zero_points, groups)
+        if bias is not None:
+            self.biases[blocks].reshape(-1)[:num_outputs] = bias
+
+
+class IntegerRows(NamedTuple):
+    """Rows as the kernel reads them."""
+
+    codes: NDArray[np.int8]  # [n, groups, GROUP]
+    scales: Floats  # [n, groups]
+    sums: NDArray[np.int32]  # [n, groups]
+
+    @classmethod
+    def of(cls, rows: Floats, num_groups: int, size: int) -> IntegerRows:
+        """Rounded ones [n, K]. ``size``: inputs that share a scale of the weights."""
+        shape = len(rows), num_groups
+        rounded = cls(np.empty((*shape, GROUP), np.int8), np.empty(shape, np.float32), np.empty(shape, np.int32))
+        integer_kernel.quantise(rows, size, *rounded)
+        return rounded
+
+    def picked(self, indices: NDArray[np.int64]) -> IntegerRows:
+        """Some of them."""
+        return IntegerRows(*(array[indices] for array in self))
+
+
+class IntegerMatrix:
+    """The weights of one linear layer, or of several that read the same rows."""
+
+    def __init__(self, parts: Sequence[PackedWeight], biases: Sequence[Floats | None] = ()) -> None:
+        """``parts`` [N, K] each, of as many bits: the outputs of each begin at its one of ``starts``."""
+        first = parts[0]
+        self.num_inputs = first.shape[1]
+        heights = [blocks_of(part.shape[0]) for part in parts]
+        blocks = [sum(heights[:index]) for index in range(len(parts))]
+        self.starts = [block * LANES for block in blocks]
+        self._size = first.codes.shape[2]
+        self._lanes = Lanes.empty(sum(heights), first.codes.shape[1] * groups_of(self._size), first.bits)
+        for part, block, bias in zip(parts, blocks, biases or [None] * len(parts), strict=True):
+            self._lanes.fill(part, block, bias)
+
+    @property
+    def nbytes(self) -> int:
+        return self._lanes.nbytes
+
+    def __call__(self, rows: Floats, threads: int) -> Floats:
+        """[n, K] -> [n, N], each part's outputs filled up to a block."""
+        rounded = IntegerRows.of(rows, self._lanes.codes.shape[1], self._size)
+        products = np.empty((len(rows), len(self._lanes.codes) * LANES), np.float32)
+        team = team_for(len(rows), self._lanes.codes.size, self.nbytes, threads)
+
+        def work(part: int) -> None:
+            integer_kernel.multiply(*rounded, 0, len(rows), self._lanes, part, team, products)
+
+        in_parts(team, work)
+        return products
+
+
+def team_for(num_rows: int, num_codes: int, num_bytes: int, threads: int) -> int:
+    """How many of the threads are worth it for a product."""
+    cost_s = num_bytes / _BYTES_PER_S + num_rows * num_codes / _PRODUCTS_PER_S
+    return min(threads, max(1, int(cost_s / _WORTH_SHARING)))
+
+
+def in_parts(count: int, work: Callable[[int], Any]) -> None:
+    """Do the parts 0, 1, ... of some work, each in a thread of its own."""
+    if count == 1:
+        work(0)
+        return
+    others = [_pool(count).submit(work, part) for part in range(1, count)]
+    work(0)
+    for other in others:
+        other.result()
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads - 1, thread_name_prefix="kernel")
+
+
+def blocks_of(num_outputs: int) -> int:
+    return -(-num_outputs // LANES)
+
+
+def groups_of(size: int) -> int:
+    """That as many inputs with one scale are cut into."""
+    return -(-size // GROUP)
+
+
+def _by_lanes(values: NDArray[Any], groups: int) -> NDArray[Any]:
+    """[N, scales, 1] -> [blocks, scales * groups, LANES], filled up with zeros."""
+    values = np.pad(values[..., 0], [(0, -len(values) % LANES), (0, 0)]).repeat(groups, axis=1)
+    return values.reshape(-1, LANES, values.shape[1]).transpose(0, 2, 1)
+
+
+def _zeros(shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
+    """Whose place in memory suits the kernel, as numpy's own need not."""
+    num_bytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    return torch.zeros(num_bytes, dtype=torch.uint8).numpy().view(dtype).reshape(shape)
