@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from flowspec.model.slot_kernel import compiled
+from flowspec.model.compiled import compiled
+from flowspec.model.tile_code import fused
 
 LANES = 64  # outputs of one block
 PART = 8  # inputs whose products are added to a sum before it is stored
@@ -58,7 +59,7 @@ def _multiply(rows, row, weights, block, sums):
         for lane in range(LANES):
             total = sums[block, lane]
             for u in range(PART):
-                total += rows[row, part, u] * weights[block, part, u, lane]
+                total = fused(rows[row, part, u], weights[block, part, u, lane], total)
             sums[block, lane] = total
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from flowspec.model import expert_kernel, integer_kernel
+from flowspec.model import expert_kernel, integer_kernel, row_kernel
 from flowspec.model.expert_kernel import PART
 from flowspec.model.integer_kernel import LANES
 from flowspec.model.integer_matrix import Floats, IntegerRows, Lanes, blocks_of, groups_of, in_parts, team_for
@@ -55,8 +55,7 @@ class IntegerExperts:
         experts, starts = np.unique(chosen.ravel()[order], return_index=True)
         needed = np.append(starts, len(order)), experts
         given = self._gate_up(rows, order // self._num_kept, *needed, threads)
-        gated = np.empty((len(order), self._inner_size), np.float32)
-        integer_kernel.gate(given, self._up, self._is_gelu, gated)
+        gated = row_kernel.gated(given, self._inner_size, self._up, self._is_gelu)
         given = self._down(gated, np.arange(len(order)), *needed, threads)
         products = np.zeros((num_rows, given.shape[1]), np.float32)
         expert_kernel.share_out(given, order, shares, products)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from flowspec.model import integer_kernel
+from flowspec.model import layer_kernel, row_kernel
 from flowspec.model.integer_experts import IntegerExperts
 from flowspec.model.integer_matrix import Floats
 from flowspec.model.layer_tensors import LayerTensors
@@ -38,8 +38,6 @@ class IntegerLayer:
         self._is_turned = bool(getattr(attention, "use_rope", True))  # of SmolLM3, some layers are not
         self._eps = np.float32(source.config.rms_norm_eps)
         self._multiplier = np.float32(getattr(layer, "residual_multiplier", 1))
-        self._norm = tensors.norm("input_layernorm")
-        self._query_norm, self._key_norm = (tensors.norm(f"self_attn.{name}_norm") for name in "qk")
         if tensors.has("self_attn.qkv_proj"):
             num_heads, num_kv_heads = source.config.num_attention_heads, source.config.num_key_value_heads
             heights = [count * attention.head_dim for count in (num_heads, num_kv_heads, num_kv_heads)]
@@ -47,38 +45,52 @@ class IntegerLayer:
         else:
             self._heads = tensors.matrix(*(f"self_attn.{name}_proj" for name in "qkv"))
         self._output = tensors.matrix("self_attn.o_proj")
-        # Behind attention, before the rest, behind the rest: two of these are in few models.
-        has_all = tensors.has("pre_feedforward_layernorm")
-        self._attended_norm = tensors.norm("post_attention_layernorm") if has_all else _NO_NORM
-        self._rest_norm = tensors.norm("pre_feedforward_layernorm" if has_all else "post_attention_layernorm")
-        self._last_norm = tensors.norm("post_feedforward_layernorm")
+        self._head_norms = tensors.norm("self_attn.q_norm"), tensors.norm("self_attn.k_norm"), _NO_NORM
+        has_four = tensors.has("pre_feedforward_layernorm")
+        self._norms = Norms(
+            tensors.norm("input_layernorm"),
+            tensors.norm("post_attention_layernorm") if has_four else _NO_NORM,
+            tensors.norm("pre_feedforward_layernorm" if has_four else "post_attention_layernorm"),
+            tensors.norm("post_feedforward_layernorm") if has_four else _NO_NORM,
+        )
         has_experts = hasattr(layer.mlp, "experts")
-        self._rest = IntegerExperts(tensors, "mlp", layer.mlp) if has_experts else IntegerGate(tensors)
+        self._inner = IntegerExperts(tensors, "mlp", layer.mlp) if has_experts else IntegerGate(tensors)
         tensors.check_nothing_left()
-        self.nbytes = self._heads.nbytes + self._output.nbytes + self._rest.nbytes
+        self.nbytes = self._heads.nbytes + self._output.nbytes + self._inner.nbytes
 
     def heads(self, hidden: Floats, rotation: tuple[Floats, Floats], heads: Heads, threads: int) -> None:
-        """Rows [n, H], and the cosines and sines of their positions [n, r]; ``heads`` are written."""
-        products = self._heads(normed(hidden, self._norm, self._eps), threads)
-        turned = rotation[0].shape[1] if self._is_turned else 0
-        norms = self._query_norm, self._key_norm, _NO_NORM
-        for first, norm, width, found in zip(self._heads.starts, norms, (turned, turned, 0), heads, strict=True):
-            cos, sin = (angles[:, :width] for angles in rotation)
-            integer_kernel.turn(products, first, norm, self._eps, cos, sin, found)
+        """Rows [n, H], and the cosines and sines of their positions [n, r]; ``heads`` are written.
+
+        ``threads`` may share out a product; a single one needs no more than one call.
+        """
+        width = rotation[0].shape[1] if self._is_turned else 0
+        norm, starts = self._norms.before, self._heads.starts
+        if threads == 1:
+            weights = self._heads.lanes, self._heads.size, starts, norm, self._head_norms
+            layer_kernel.write_heads(hidden, *weights, self._eps, *rotation, width, heads)
+            return
+        products = self._heads(row_kernel.normalised(hidden, norm, self._eps), threads)
+        row_kernel.turn(products, starts, self._head_norms, self._eps, *rotation, width, heads)
 
     def rest(self, hidden: Floats, attended: Floats, threads: int) -> None:
         """Rows [n, H], which are written, and what they have attended to [n, heads * d]."""
-        products = self._output(attended, threads)
-        integer_kernel.add(products, self._attended_norm, self._eps, self._multiplier, hidden)
-        products = self._rest(normed(hidden, self._rest_norm, self._eps), threads)
-        integer_kernel.add(products, self._last_norm, self._eps, self._multiplier, hidden)
+        norms, eps, multiplier = self._norms, self._eps, self._multiplier
+        if threads == 1 and isinstance(self._inner, IntegerGate):
+            output = self._output.lanes, self._output.size
+            layer_kernel.add_rest(hidden, attended, *output, *self._inner.weights, norms, eps, multiplier)
+            return
+        row_kernel.add(self._output(attended, threads), norms.attended, eps, multiplier, hidden)
+        given = self._inner(row_kernel.normalised(hidden, norms.inner, eps), threads)
+        row_kernel.add(given, norms.given, eps, multiplier, hidden)
 
 
-def normed(rows: Floats, weight: Floats, eps: np.float32) -> Floats:
-    """[n, H], by an RMS norm."""
-    found = np.empty(rows.shape, np.float32)
-    integer_kernel.normalise(rows, weight, eps, found)
-    return found
+class Norms(NamedTuple):
+    """By what a layer's norms multiply, each [H] or empty: of most models only the first and the third one."""
+
+    before: Floats
+    attended: Floats
+    inner: Floats
+    given: Floats
 
 
 class IntegerGate:
@@ -94,8 +106,14 @@ class IntegerGate:
         self._down = tensors.matrix("mlp.down_proj")
         self.nbytes = self._gate_up.nbytes + self._down.nbytes
 
+    @property
+    def weights(self) -> tuple[Any, ...]:
+        """As ``layer_kernel.add_rest`` takes them."""
+        gate_up, down = self._gate_up, self._down
+        return gate_up.lanes, gate_up.size, gate_up.starts[1], self._is_gelu, down.lanes, down.size, down.num_inputs
+
     def __call__(self, rows: Floats, threads: int) -> Floats:
         """[n, H] -> [n, H], with what fills up its last block."""
-        gated = np.empty((len(rows), self._down.num_inputs), np.float32)
-        integer_kernel.gate(self._gate_up(rows, threads), self._gate_up.starts[1], self._is_gelu, gated)
-        return self._down(gated, threads)
+        given = self._gate_up(rows, threads)
+        inner = row_kernel.gated(given, self._down.num_inputs, self._gate_up.starts[1], self._is_gelu)
+        return self._down(inner, threads)

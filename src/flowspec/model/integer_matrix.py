@@ -91,24 +91,26 @@ class IntegerMatrix:
         self.num_inputs = first.shape[1]
         heights = [blocks_of(part.shape[0]) for part in parts]
         blocks = [sum(heights[:index]) for index in range(len(parts))]
-        self.starts = [block * LANES for block in blocks]
-        self._size = first.codes.shape[2]
-        self._lanes = Lanes.empty(sum(heights), first.codes.shape[1] * groups_of(self._size), first.bits)
+        self.starts = tuple(block * LANES for block in blocks)
+        self.size = first.codes.shape[2]
+        self.lanes = Lanes.empty(sum(heights), first.codes.shape[1] * groups_of(self.size), first.bits)
         for part, block, bias in zip(parts, blocks, biases or [None] * len(parts), strict=True):
-            self._lanes.fill(part, block, bias)
+            self.lanes.fill(part, block, bias)
 
     @property
     def nbytes(self) -> int:
-        return self._lanes.nbytes
+        return self.lanes.nbytes
 
     def __call__(self, rows: Floats, threads: int) -> Floats:
         """[n, K] -> [n, N], each part's outputs filled up to a block."""
-        rounded = IntegerRows.of(rows, self._lanes.codes.shape[1], self._size)
-        products = np.empty((len(rows), len(self._lanes.codes) * LANES), np.float32)
-        team = team_for(len(rows), self._lanes.codes.size, self.nbytes, threads)
+        team = team_for(len(rows), self.lanes.codes.size, self.nbytes, threads)
+        if team == 1:
+            return integer_kernel.product(rows, self.size, self.lanes)
+        rounded = IntegerRows.of(rows, self.lanes.codes.shape[1], self.size)
+        products = np.empty((len(rows), len(self.lanes.codes) * LANES), np.float32)
 
         def work(part: int) -> None:
-            integer_kernel.multiply(*rounded, 0, len(rows), self._lanes, part, team, products)
+            integer_kernel.multiply(*rounded, 0, len(rows), self.lanes, part, team, products)
 
         in_parts(team, work)
         return products

@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from flowspec.core import DType, LayerRange
+from flowspec.model import row_kernel
 from flowspec.model.attention import ATTENTION
 from flowspec.model.families import PREFIX, embedding_scale, layer_prefix, norm_scale
 from flowspec.model.forward_rows import LayersStage, masks_of, rotations_of
-from flowspec.model.integer_layer import Heads, IntegerLayer, normed
+from flowspec.model.integer_layer import Heads, IntegerLayer
 from flowspec.model.integer_matrix import Floats, IntegerMatrix, in_parts
 from flowspec.model.packed import Bits, PackedWeight
 from flowspec.model.slot_cache import Paths, SlotCache
@@ -121,7 +122,7 @@ class IntegerStage(LayersStage):
         if watch is not None and self.is_last:
             watch(self.layers.end, torch.from_numpy(hidden))
         if self._norm is not None:
-            hidden = normed(hidden, self._norm, self._eps)
+            hidden = row_kernel.normalised(hidden, self._norm, self._eps)
         yield torch.from_numpy(hidden).to(self.dtype)
 
     def _between(self, rows: _Rows, before: int | None, after: int) -> None:

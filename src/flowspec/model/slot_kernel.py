@@ -10,30 +10,19 @@ not see that the products of neighbours can be added in one instruction, which i
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
-import numba
 import numpy as np
+
+from flowspec.model.compiled import compiled
+from flowspec.model.tile_code import LANES, fused
 
 BLOCK = 64  # slots of one block of keys; also how much of its path a row mixes before the next row's turn
 UNROLL = 8  # products that are added to a sum before it is stored
-LANES = 16  # partial sums of a total
 
 _LOG2_E = 1.4426950408889634
 _LN_2 = np.float32(0.6931471805599453)
 _ONE, _HALF = np.float32(1), np.float32(0.5)
 _LOWEST = np.float32(-126)  # the exponent of the smallest normal number, which is nothing beside a 1
 _BIAS, _MANTISSA_BITS = np.int32(127), np.int32(23)
-
-
-def compiled(function: Callable[..., Any]) -> Any:
-    """Without Python's lock; products may be fused with the sums they go to. Kept on disk where a folder can be."""
-    options: dict[str, Any] = {"nogil": True, "fastmath": {"contract"}, "error_model": "numpy"}
-    try:
-        return numba.njit(cache=True, **options)(function)
-    except RuntimeError:  # neither beside this file nor in the user's cache
-        return numba.njit(**options)(function)
 
 
 @compiled
@@ -110,7 +99,7 @@ def _score(lines, line, keys, kv_head, block, scores):
         for slot in range(BLOCK):
             score = scores[line, block, slot]
             for u in range(UNROLL):
-                score += lines[line, part, u] * keys[kv_head, block, part, u, slot]
+                score = fused(lines[line, part, u], keys[kv_head, block, part, u, slot], score)
             scores[line, block, slot] = score
 
 
@@ -129,13 +118,13 @@ def _weigh(scores_by_slot, line, path, begin, count, weights, powers, exponents)
         power = max(weights[line, j] - highest, _LOWEST)
         whole = np.floor(power + _HALF)
         rest = (power - whole) * _LN_2
-        series = rest * np.float32(1 / 5040) + np.float32(1 / 720)
-        series = series * rest + np.float32(1 / 120)
-        series = series * rest + np.float32(1 / 24)
-        series = series * rest + np.float32(1 / 6)
-        series = series * rest + _HALF
-        series = series * rest + _ONE
-        weights[line, j] = series * rest + _ONE
+        series = fused(rest, np.float32(1 / 5040), np.float32(1 / 720))
+        series = fused(series, rest, np.float32(1 / 120))
+        series = fused(series, rest, np.float32(1 / 24))
+        series = fused(series, rest, np.float32(1 / 6))
+        series = fused(series, rest, _HALF)
+        series = fused(series, rest, _ONE)
+        weights[line, j] = fused(series, rest, _ONE)
         exponents[j] = (np.int32(whole) + _BIAS) << _MANTISSA_BITS
     for j in range(count):
         weights[line, j] *= powers[j]
@@ -191,5 +180,5 @@ def _add_products(weights, line, block, num_parts, copied, mixed):
         for d in range(mixed.shape[1]):
             total = mixed[line, d]
             for u in range(UNROLL):
-                total += weights[line, block, part, u] * copied[part, u, d]
+                total = fused(weights[line, block, part, u], copied[part, u, d], total)
             mixed[line, d] = total

@@ -1,0 +1,279 @@
+"""What kernels do with vectors of the processor, in the language of numba's compiler, which is LLVM's.
+
+No loop makes that compiler use the instruction that multiplies four small numbers at once and adds them up, so the
+inner products of ``integer_kernel`` are written here. Each processor's instructions give the same numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.extending import intrinsic
+
+from flowspec.model.packed import GROUP
+
+LANES = 16  # outputs of one block
+QUAD = 4  # inputs that one instruction multiplies
+QUADS = GROUP // QUAD  # of one group
+ROWS = 4  # for which a group's weights are read once
+MIDDLE = 128  # what is added to codes of 8 bits, so that none is negative
+
+_HIGHEST = 127  # of rows' codes
+
+_I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
+_F32 = ir.FloatType()
+_WHOLE, _FLOATS = ir.VectorType(_I32, LANES), ir.VectorType(_F32, LANES)
+
+
+@intrinsic
+def as_float(typing: Any, bits: Any) -> Any:
+    """The float that has these bits."""
+    return types.float32(types.int32), lambda context, code, signature, given: code.bitcast(given[0], _F32)
+
+
+@intrinsic
+def round_group(typing: Any, values: Any, codes: Any, scales: Any, sums: Any, first: Any, group: Any) -> Any:
+    """A group of values, from ``first`` on, to whole numbers of at most 127."""
+    return types.void(values, codes, scales, sums, types.intp, types.intp), _write_round
+
+
+def _write_round(context: Any, code: Any, signature: Any, given: Sequence[Any]) -> Any:
+    """numba's interface of code generators."""
+    arrays = [context.make_array(kind)(context, code, value) for kind, value in zip(signature.args[:4], given[:4])]
+    values, codes, scales, sums = (code.bitcast(array.data, _I8.as_pointer()) for array in arrays)
+    first, group = given[4:]
+    parts = [_load(code, values, code.add(first, _whole(begin)), _FLOATS, 4) for begin in range(0, GROUP, LANES)]
+    # Floats without their signs are ordered as whole numbers are, and what is no number comes last.
+    sizes = [code.and_(code.bitcast(part, _WHOLE), _all(0x7FFFFFFF)) for part in parts]
+    highest = code.bitcast(_reduced(code, "umax", sizes), _F32)
+    factor = code.fdiv(_F32(_HIGHEST), highest)
+    factor = code.select(code.fcmp_unordered("==", highest, _F32(0)), _F32(0), factor)
+    rounded = [_call(code, f"rint.v{LANES}f32", [code.fmul(part, _spread(code, factor))]) for part in parts]
+    numbers = [code.fptosi(part, _WHOLE) for part in rounded]
+    for index, part in enumerate(numbers):
+        small = code.trunc(part, ir.VectorType(_I8, LANES))
+        place = code.add(code.mul(group, _whole(GROUP)), _whole(index * LANES))
+        code.store(small, code.bitcast(code.gep(codes, [place]), small.type.as_pointer()), align=1)
+    for array, value in ((scales, code.fdiv(highest, _F32(_HIGHEST))), (sums, _reduced(code, "add", numbers))):
+        place = code.gep(array, [code.mul(group, _whole(4))])
+        code.store(value, code.bitcast(place, value.type.as_pointer()))
+    return context.get_dummy_value()
+
+
+@intrinsic
+def fused(typing: Any, factor: Any, other: Any, total: Any) -> Any:
+    """factor * other + total, float32, rounded once."""
+
+    def write(context: Any, code: Any, signature: Any, given: Sequence[Any]) -> Any:
+        return _call(code, "fma.f32", given)
+
+    return types.float32(*[types.float32] * 3), write
+
+
+def _tile(num_rows: int) -> Any:
+    """The products of ``num_rows`` rows, from ``row`` on, with one block: a function for compiled ones.
+
+    Meanwhile a part of the block ``ahead`` comes from memory.
+    """
+
+    @intrinsic
+    def tile(typing, rows, scales, sums, codes, of_codes, zeros, biases, products, row, block, ahead):  # noqa: ANN001, ANN202
+        arrays = rows, scales, sums, codes, of_codes, zeros, biases, products
+        return types.void(*arrays, *[types.intp] * 3), partial(_write_tile, num_rows)
+
+    return tile
+
+
+def _write_tile(num_rows: int, context: Any, code: Any, signature: Any, given: Sequence[Any]) -> Any:
+    """numba's interface of code generators."""
+    arrays = [context.make_array(kind)(context, code, value) for kind, value in zip(signature.args[:8], given[:8])]
+    features = context.codegen().magic_tuple()[2].split(",")
+    has_zeros = code.icmp_signed(">", cgutils.unpack_tuple(code, arrays[5].shape)[0], _whole(0))
+    with code.if_else(has_zeros) as (then, otherwise):
+        with then:
+            _TileCode(code, features, num_rows, 4).write(arrays, *given[8:])
+        with otherwise:
+            _TileCode(code, features, num_rows, 8).write(arrays, *given[8:])
+    return context.get_dummy_value()
+
+
+class _TileCode:
+    """Writes what ``_tile`` is, for weights of so many bits."""
+
+    def __init__(self, code: Any, features: Sequence[str], num_rows: int, bits: int) -> None:
+        """``features``: of the processor, as LLVM names them."""
+        self._code = code
+        self._features = features
+        self._num_rows = num_rows
+        self._bits = bits
+        self._vectors = QUADS * bits // 8  # of codes, in a group
+        self._dot = _dot_of(features)
+
+    def write(self, arrays: Sequence[Any], row: Any, block: Any, ahead: Any) -> None:
+        code = self._code
+        data = [code.bitcast(array.data, _I8.as_pointer()) for array in arrays]
+        rows, scales, sums, codes, of_codes, zeros, biases, products = data
+        groups, width = (cgutils.unpack_tuple(code, arrays[index].shape)[1] for index in (0, 7))
+        bias = _load(code, biases, block, _FLOATS)
+        totals = [cgutils.alloca_once(code, _FLOATS) for _ in range(self._num_rows)]
+        for total in totals:
+            code.store(bias, total)
+        first_ahead = code.mul(ahead, groups)
+        half = code.and_(code.udiv(code.add(row, _whole(ROWS - 1)), _whole(ROWS)), _whole(1))
+        with cgutils.for_range(code, groups) as loop:
+            place = code.add(code.mul(block, groups), loop.index)
+            if self._num_rows == ROWS:
+                self._fetch(codes, code.add(first_ahead, loop.index), half)
+            weights = self._weights(codes, place)
+            of_weights = _halves(code, of_codes, place, "+f16c" in self._features or "+neon" in self._features)
+            zero = self._zeros(zeros, place)
+            for offset, total in enumerate(totals):
+                group = code.add(code.mul(code.add(row, _whole(offset)), groups), loop.index)
+                found = code.mul(zero, _spread(code, _load(code, sums, group, _I32)))
+                for quad, weight in enumerate(weights):
+                    inputs = _load(code, rows, code.add(code.mul(group, _whole(QUADS)), _whole(quad)), _I32)
+                    found = self._dot(code, found, weight, _spread(code, inputs))
+                scale = code.fmul(of_weights, _spread(code, _load(code, scales, group, _F32)))
+                floats = code.sitofp(found, _FLOATS)
+                code.store(_call(code, f"fma.v{LANES}f32", [floats, scale, code.load(total)]), total)
+        for offset, total in enumerate(totals):
+            first = code.add(code.mul(code.add(row, _whole(offset)), width), code.mul(block, _whole(LANES)))
+            pointer = code.bitcast(code.gep(products, [code.mul(first, _whole(4))]), _FLOATS.as_pointer())
+            code.store(code.load(total), pointer, align=4)
+
+    def _fetch(self, codes: Any, place: Any, half: Any) -> None:
+        """One half of a group's codes; the other one while the next rows are multiplied."""
+        code, count = self._code, self._vectors // 2
+        kind = ir.FunctionType(ir.VoidType(), [codes.type, _I32, _I32, _I32])
+        function = cgutils.get_or_insert_function(code.module, kind, "llvm.prefetch.p0")
+        first = code.add(code.mul(place, _whole(self._vectors)), code.mul(half, _whole(count)))
+        for index in range(count):
+            where = code.gep(codes, [code.mul(code.add(first, _whole(index)), _whole(4 * LANES))])
+            code.call(function, [where, _I32(0), _I32(2), _I32(1)])
+
+    def _weights(self, codes: Any, place: Any) -> list[Any]:
+        """Four codes for each output and quad of a group."""
+        code, first = self._code, self._code.mul(place, _whole(self._vectors))
+        loaded = [_load(code, codes, code.add(first, _whole(index)), _WHOLE) for index in range(self._vectors)]
+        if self._bits == 8:
+            return loaded
+        low = [code.and_(pairs, _all(0x0F0F0F0F)) for pairs in loaded]
+        return low + [code.and_(code.lshr(pairs, _all(4)), _all(0x0F0F0F0F)) for pairs in loaded]
+
+    def _zeros(self, zeros: Any, place: Any) -> Any:
+        """What a group's codes mean zero by, negative."""
+        if self._bits == 8:
+            return _all(-MIDDLE)
+        return self._code.neg(self._code.zext(_load(self._code, zeros, place, ir.VectorType(_I8, LANES)), _WHOLE))
+
+
+def _dot_of(features: Sequence[str]) -> Any:
+    """How to add to [LANES] whole numbers the products of four unsigned codes for each with four signed inputs.
+
+    ``features``: of the processor, as LLVM names them.
+    """
+    if "+avx512vnni" in features:
+        return lambda code, found, codes, inputs: _call(code, "x86.avx512.vpdpbusd.512", [found, codes, inputs])
+    if "+avxvnni" in features:
+        return lambda code, found, codes, inputs: _in_halves(
+            code, lambda *parts: _call(code, "x86.avx512.vpdpbusd.256", parts), found, codes, inputs
+        )
+    return _dot_by_pairs if "+avx2" in features else _dot_by_one
+
+
+def _dot_by_pairs(code: Any, found: Any, codes: Any, inputs: Any) -> Any:
+    """With AVX2: products of 16 bits, added in pairs. What adds up products of 8 bits there would cut them off."""
+    pairs, eight = ir.VectorType(_I16, 2 * LANES), ir.Constant(ir.VectorType(_I16, 2 * LANES), [8] * (2 * LANES))
+    codes, inputs = code.bitcast(codes, pairs), code.bitcast(inputs, pairs)
+    even = code.and_(codes, ir.Constant(pairs, [255] * (2 * LANES))), code.ashr(code.shl(inputs, eight), eight)
+    odd = code.lshr(codes, eight), code.ashr(inputs, eight)
+    for part in (even, odd):
+        products = _in_halves(code, lambda *halves: _call(code, "x86.avx2.pmadd.wd", halves, _I32), *part)
+        found = code.add(found, products)
+    return found
+
+
+def _dot_by_one(code: Any, found: Any, codes: Any, inputs: Any) -> Any:
+    """On any processor."""
+    for index in range(QUAD):
+        weights = code.and_(code.lshr(codes, _all(8 * index)), _all(255))
+        numbers = code.ashr(code.shl(inputs, _all(24 - 8 * index)), _all(24))
+        found = code.add(found, code.mul(weights, numbers))
+    return found
+
+
+def _in_halves(code: Any, work: Any, *vectors: Any) -> Any:
+    """Of vectors that are twice as long as the processor's."""
+    halves = [
+        work(*(code.shuffle_vector(each, each, _indices(half, each.type.count // 2)) for each in vectors))
+        for half in range(2)
+    ]
+    return code.shuffle_vector(*halves, _indices(0, 2 * halves[0].type.count))
+
+
+def _indices(half: int, count: int) -> Any:
+    return ir.Constant(ir.VectorType(_I32, count), list(range(half * count, (half + 1) * count)))
+
+
+def _call(code: Any, name: str, given: Sequence[Any], element: Any = None) -> Any:
+    """An instruction of the processor, or of LLVM; the result is as the first argument, or of as many ``element`` bits."""
+    kinds = [each.type for each in given]
+    result = kinds[0] if element is None else ir.VectorType(element, kinds[0].count // 2)
+    function = cgutils.get_or_insert_function(code.module, ir.FunctionType(result, kinds), f"llvm.{name}")
+    return code.call(function, given)
+
+
+def _reduced(code: Any, name: str, parts: Sequence[Any]) -> Any:
+    """One number of two vectors' lanes."""
+    one, other = parts
+    kind = ir.VectorType(_I32, LANES)
+    if name == "add":
+        both = code.add(one, other)
+    else:
+        both = code.select(code.icmp_unsigned(">", one, other), one, other)
+    function = cgutils.get_or_insert_function(code.module, ir.FunctionType(_I32, [kind]), f"llvm.vector.reduce.{name}.v{LANES}i32")
+    return code.call(function, [both])
+
+
+def _halves(code: Any, bits: Any, place: Any, is_native: bool) -> Any:
+    """float16 [LANES] as float32, finite ones. ``is_native``: the processor has an instruction for it."""
+    if is_native:
+        return code.fpext(_load(code, bits, place, ir.VectorType(ir.HalfType(), LANES)), _FLOATS)
+    wide = code.zext(_load(code, bits, place, ir.VectorType(_I16, LANES)), _WHOLE)
+    size = code.bitcast(code.shl(code.and_(wide, _all(0x7FFF)), _all(13)), _FLOATS)
+    size = code.fmul(size, ir.Constant(_FLOATS, [2.0**112] * LANES))
+    sign = code.shl(code.and_(wide, _all(0x8000)), _all(16))
+    return code.bitcast(code.or_(code.bitcast(size, _WHOLE), sign), _FLOATS)
+
+
+def _load(code: Any, data: Any, place: Any, kind: Any, stride: int = 0) -> Any:
+    """The ``place``-th one of its kind, or what begins as many times ``stride`` bytes behind."""
+    width = kind.count * _bytes(kind.element) if isinstance(kind, ir.VectorType) else _bytes(kind)
+    pointer = code.bitcast(code.gep(data, [code.mul(place, _whole(stride or width))]), kind.as_pointer())
+    return code.load(pointer, align=stride or width)
+
+
+def _bytes(kind: Any) -> int:
+    return {_F32: 4, ir.HalfType(): 2}.get(kind) or kind.width // 8
+
+
+def _spread(code: Any, value: Any) -> Any:
+    """To all lanes."""
+    kind = ir.VectorType(value.type, LANES)
+    one = code.insert_element(ir.Constant(kind, ir.Undefined), value, _I32(0))
+    return code.shuffle_vector(one, ir.Constant(kind, ir.Undefined), ir.Constant(_WHOLE, [0] * LANES))
+
+
+def _whole(value: int) -> Any:
+    return _I64(value)
+
+
+def _all(value: int) -> Any:
+    return ir.Constant(_WHOLE, [value] * LANES)
+
+
+four_rows, two_rows, one_row = _tile(ROWS), _tile(2), _tile(1)
