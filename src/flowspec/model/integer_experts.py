@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from flowspec.model import expert_kernel, integer_kernel, row_kernel
 from flowspec.model.expert_kernel import PART
 from flowspec.model.integer_kernel import LANES
-from flowspec.model.integer_matrix import Floats, IntegerRows, Lanes, blocks_of, groups_of, in_parts, team_for
+from flowspec.model.integer_matrix import Floats, IntegerRows, Lanes, blocks_of, groups_of, in_parts, share_of, team_for
 from flowspec.model.layer_tensors import LayerTensors
 from flowspec.model.packed import GROUP, Bits, PackedWeight
 from flowspec.model.source import TensorSource
@@ -95,7 +95,8 @@ class _Matrices:
         team = team_for(len(picked), self._lanes.codes.size // num_experts, num_bytes, threads)
 
         def work(part: int) -> None:
-            integer_kernel.multiply_by_expert(*pairs, starts, experts, self._lanes, part, team, products)
+            blocks = share_of(part, team, num_blocks)
+            integer_kernel.multiply_by_expert(*pairs, starts, experts, self._lanes, *blocks, products)
 
         in_parts(team, work)
         return products

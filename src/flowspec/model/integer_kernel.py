@@ -20,17 +20,17 @@ _ZERO = np.float32(0)
 
 
 @compiled
-def multiply(rows, scales, sums, begin, end, matrix, first, step, products):
-    """The products of the rows ``[begin, end)`` with the blocks ``first``, ``first + step``, ... of a matrix.
+def multiply(rows, scales, sums, begin, end, matrix, first, last, products):
+    """The products of the rows ``[begin, end)`` with the blocks ``[first, last)`` of a matrix.
 
     ``rows`` [n, groups, GROUP], ``scales`` and ``sums`` [n, groups]: as ``quantise`` makes them. ``matrix``: codes,
     scales, zero points and biases of ``IntegerMatrix``. ``products`` [n, blocks * LANES] is written.
     """
     codes, of_codes, zeros, biases = matrix
     count = end - begin
-    for block in range(first, len(codes), step):
+    for block in range(first, last):
         # While many rows are multiplied with a block, the next one comes from memory.
-        ahead = block + step if count > ROWS else block
+        ahead = block + 1 if count > ROWS else block
         row = begin
         while row < end:
             if count >= ROWS:
@@ -46,13 +46,13 @@ def multiply(rows, scales, sums, begin, end, matrix, first, step, products):
 
 
 @compiled
-def multiply_by_expert(rows, scales, sums, starts, experts, matrices, first, step, products):
+def multiply_by_expert(rows, scales, sums, starts, experts, matrices, first, last, products):
     """As ``multiply``, of the rows ``[starts[j], starts[j + 1])`` with the ``experts[j]``-th of some matrices."""
     codes, of_codes, zeros, biases = matrices
     for j in range(len(experts)):
         expert = experts[j]
         matrix = codes[expert], of_codes[expert], zeros[expert], biases[expert]
-        multiply(rows, scales, sums, starts[j], starts[j + 1], matrix, first, step, products)
+        multiply(rows, scales, sums, starts[j], starts[j + 1], matrix, first, last, products)
 
 
 @compiled
@@ -84,7 +84,7 @@ def product(rows, size, matrix):
     scales, sums = np.empty((num_rows, num_groups), np.float32), np.empty((num_rows, num_groups), np.int32)
     quantise(rows, size, codes, scales, sums)
     products = np.empty((num_rows, len(matrix[0]) * LANES), np.float32)
-    multiply(codes, scales, sums, 0, num_rows, matrix, 0, 1, products)
+    multiply(codes, scales, sums, 0, num_rows, matrix, 0, len(matrix[0]), products)
     return products
 
 

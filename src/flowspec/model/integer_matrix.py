@@ -110,7 +110,8 @@ class IntegerMatrix:
         products = np.empty((len(rows), len(self.lanes.codes) * LANES), np.float32)
 
         def work(part: int) -> None:
-            integer_kernel.multiply(*rounded, 0, len(rows), self.lanes, part, team, products)
+            blocks = share_of(part, team, len(self.lanes.codes))
+            integer_kernel.multiply(*rounded, 0, len(rows), self.lanes, *blocks, products)
 
         in_parts(team, work)
         return products
@@ -120,6 +121,11 @@ def team_for(num_rows: int, num_codes: int, num_bytes: int, threads: int) -> int
     """How many of the threads are worth it for a product."""
     cost_s = num_bytes / _BYTES_PER_S + num_rows * num_codes / _PRODUCTS_PER_S
     return min(threads, max(1, int(cost_s / _WORTH_SHARING)))
+
+
+def share_of(part: int, count: int, length: int) -> tuple[int, int]:
+    """Begin and end of one of ``count`` parts."""
+    return part * length // count, (part + 1) * length // count
 
 
 def in_parts(count: int, work: Callable[[int], Any]) -> None:

@@ -21,7 +21,7 @@ from flowspec.model.attention import ATTENTION
 from flowspec.model.families import PREFIX, embedding_scale, layer_prefix, norm_scale
 from flowspec.model.forward_rows import LayersStage, masks_of, rotations_of
 from flowspec.model.integer_layer import Heads, IntegerLayer
-from flowspec.model.integer_matrix import Floats, IntegerMatrix, in_parts
+from flowspec.model.integer_matrix import Floats, IntegerMatrix, in_parts, share_of
 from flowspec.model.packed import Bits, PackedWeight
 from flowspec.model.slot_cache import Paths, SlotCache
 from flowspec.model.source import TensorSource
@@ -127,18 +127,18 @@ class IntegerStage(LayersStage):
 
     def _between(self, rows: _Rows, before: int | None, after: int) -> None:
         """What is left of a layer behind its attention, and what the next one has before its own."""
-        nearby = self._layers[before or 0]
-        team = min(self._threads, len(rows.hidden) // _ROWS_EACH) if nearby.nbytes < _NEAR_BYTES else 1
-        threads = self._threads if team <= 1 else 1
+        is_near = self._layers[0].nbytes < _NEAR_BYTES
+        team = max(1, min(self._threads, len(rows.hidden) // _ROWS_EACH)) if is_near else 1
+        threads = 1 if is_near else self._threads
 
         def work(part: int) -> None:
-            own = rows.part(part, max(team, 1))
+            own = rows.part(part, team)
             if before is not None:
                 self._layers[before].rest(own.hidden, own.attended, threads)
             if after < len(self._layers):
                 self._layers[after].heads(own.hidden, own.rotations[self.attention.types[after]], own.heads, threads)
 
-        in_parts(max(team, 1), work)
+        in_parts(team, work)
 
     def _embed(self, token_ids: Tensor) -> Tensor:
         assert self._embedding is not None, "the first stage has it"
@@ -176,8 +176,7 @@ class _Rows(NamedTuple):
 
     def part(self, index: int, count: int) -> _Rows:
         """One of so many, none of which sees another's rows."""
-        num_rows = len(self.hidden)
-        rows = slice(index * num_rows // count, (index + 1) * num_rows // count)
+        rows = slice(*share_of(index, count, len(self.hidden)))
         rotations = {kind: (cos[rows], sin[rows]) for kind, (cos, sin) in self.rotations.items()}
         return _Rows(self.hidden[rows], rotations, Heads(*(each[rows] for each in self.heads)), self.attended[rows])
 

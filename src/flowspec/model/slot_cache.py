@@ -8,8 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flowspec.model import slot_kernel
-from flowspec.model.slot_kernel import BLOCK, UNROLL
+from flowspec.model.slot_kernel import BLOCK
 from flowspec.model.slots import SlotTable
+from flowspec.model.tile_code import LANES
 
 Floats = NDArray[np.float32]
 
@@ -44,9 +45,9 @@ class SlotCache:
 
     def __init__(self, num_layers: int, num_kv_heads: int, head_dim: int, root_id: int | None = None) -> None:
         self.slots = SlotTable(root_id)
-        parts = -(-head_dim // UNROLL)
-        self._keys: list[Floats] = [np.zeros((num_kv_heads, 0, parts, UNROLL, BLOCK), np.float32)] * num_layers
-        self._values: list[Floats] = [np.zeros((num_kv_heads, 0, head_dim), np.float32)] * num_layers
+        width = -(-head_dim // LANES) * LANES
+        self._keys: list[Floats] = [np.zeros((num_kv_heads, 0, head_dim, BLOCK), np.float32)] * num_layers
+        self._values: list[Floats] = [np.zeros((num_kv_heads, 0, width), np.float32)] * num_layers
 
     @property
     def num_bytes(self) -> int:
@@ -68,7 +69,9 @@ class SlotCache:
         """
         self._grow(layer)
         keys, values = self._keys[layer], self._values[layer]
-        slot_kernel.attend(*heads, slots, *paths, keys, values, scaling, attended)
+        query, key, value = heads
+        slot_kernel.write(key, value, slots, keys, values)
+        slot_kernel.attend(query, *paths, keys, values, scaling, attended)
 
     def _grow(self, layer: int) -> None:
         num_blocks = -(-self.slots.capacity // BLOCK)

@@ -3,9 +3,8 @@
 What a row sees is its path: the slots of the tokens before it and its own, by position. All sums over a path are made
 in its order, so a row's bits depend on its tokens alone, and neither on the slots these have nor on the rows beside it.
 
-Keys are kept transposed in blocks of slots, whose scores are computed side by side; a value is one line. Loops are
-written for the compiler: an index is a loop's own variable and never a sum of two, nor is an array sliced; else it does
-not see that the products of neighbours can be added in one instruction, which is four times as fast.
+Keys are kept transposed in blocks of slots, whose scores are computed side by side; a value is one line. Lines that
+read the same keys and values are multiplied with these together.
 """
 
 from __future__ import annotations
@@ -13,10 +12,21 @@ from __future__ import annotations
 import numpy as np
 
 from flowspec.model.compiled import compiled
-from flowspec.model.tile_code import LANES, fused
+from flowspec.model.tile_code import (
+    LANES,
+    as_float,
+    four_by_four,
+    four_by_one,
+    fused,
+    highest_of,
+    one_by_four,
+    one_by_one,
+    sum_of,
+    two_by_four,
+    two_by_one,
+)
 
 BLOCK = 64  # slots of one block of keys; also how much of its path a row mixes before the next row's turn
-UNROLL = 8  # products that are added to a sum before it is stored
 
 _LOG2_E = 1.4426950408889634
 _LN_2 = np.float32(0.6931471805599453)
@@ -26,94 +36,119 @@ _BIAS, _MANTISSA_BITS = np.int32(127), np.int32(23)
 
 
 @compiled
-def attend(query, key, value, slots, starts, path, num_shared, keys, values, scaling, attended):
-    """Write the rows of one request into their slots; then let each attend to its path.
-
-    ``query`` [n, heads, d], ``key`` and ``value`` [n, kv_heads, d], float32. ``slots`` [n]: theirs. Row i sees the
-    slots ``path[starts[i]:starts[i + 1]]``, of which the first ``num_shared`` are the same for all rows. ``keys``
-    [kv_heads, blocks, d / UNROLL, UNROLL, BLOCK], d filled up with zeros; ``values`` [kv_heads, blocks * BLOCK, d].
-    ``attended`` [n, heads * d] is written.
-    """
-    num_rows, num_heads, head_dim = query.shape
-    num_kv_heads = len(keys)
-    group = num_heads // num_kv_heads
-    num_lines = num_rows * group  # for each row, one of each head that reads the same keys
-    longest = np.diff(starts).max()
-    scores = np.empty((num_lines, path.max() // BLOCK + 1, BLOCK), np.float32)
-    scores_by_slot = scores.reshape(num_lines, scores.shape[1] * BLOCK)
-    weights = np.empty((num_lines, _parts(longest, BLOCK), BLOCK // UNROLL, UNROLL), np.float32)
-    weights_by_place = weights.reshape(num_lines, weights.shape[1] * BLOCK)
-    lines = np.zeros((num_lines, keys.shape[2], UNROLL), np.float32)
-    lines_by_dim = lines.reshape(num_lines, keys.shape[2] * UNROLL)
-    mixed = np.empty((num_lines, head_dim), np.float32)
-    powers = np.empty(longest, np.float32)
-    partial = np.empty(LANES, np.float32)
-    _write(key, value, slots, keys, values)
-    for kv_head in range(num_kv_heads):
-        _read(query, kv_head, group, np.float32(scaling * _LOG2_E), lines_by_dim)
-        for block in range(scores.shape[1]):
-            for line in range(num_lines):
-                _score(lines, line, keys, kv_head, block, scores)
-        for line in range(num_lines):
-            begin, count = starts[line // group], starts[line // group + 1] - starts[line // group]
-            _weigh(scores_by_slot, line, path, begin, count, weights_by_place, powers, powers.view(np.int32))
-        _mix(weights, starts, path, num_shared, values, kv_head, group, mixed)
-        for i in range(num_rows):
-            for h in range(group):
-                total = _total(weights_by_place, i * group + h, starts[i + 1] - starts[i], partial)
-                for d in range(head_dim):
-                    attended[i, (kv_head * group + h) * head_dim + d] = mixed[i * group + h, d] / total
-
-
-@compiled
-def _parts(count, size):
-    return (count + size - 1) // size
-
-
-@compiled
-def _write(key, value, slots, keys, values):
+def write(key, value, slots, keys, values):
+    """Put rows into their slots: ``key`` and ``value`` [n, kv_heads, d]; ``keys`` and ``values`` as of ``attend``."""
     num_rows, num_kv_heads, head_dim = key.shape
     for i in range(num_rows):
         block, lane = slots[i] // BLOCK, slots[i] % BLOCK
         for kv_head in range(num_kv_heads):
             for d in range(head_dim):
-                keys[kv_head, block, d // UNROLL, d % UNROLL, lane] = key[i, kv_head, d]
+                keys[kv_head, block, d, lane] = key[i, kv_head, d]
                 values[kv_head, slots[i], d] = value[i, kv_head, d]
 
 
 @compiled
-def _read(query, kv_head, group, factor, lines_by_dim):
+def attend(query, starts, path, num_shared, keys, values, scaling, attended):
+    """Let the rows of one request attend to their paths.
+
+    ``query`` [n, heads, d], float32. Row i sees the slots ``path[starts[i]:starts[i + 1]]``, of which the first
+    ``num_shared`` are the same for all rows. ``keys`` [kv_heads, blocks, d, BLOCK]; ``values`` [kv_heads,
+    blocks * BLOCK, d], d filled up to whole lanes. ``attended`` [n, heads * d] is written.
+    """
+    num_rows, num_heads, head_dim = query.shape
+    num_kv_heads, num_blocks = keys.shape[:2]
+    group = num_heads // num_kv_heads
+    num_lines = num_rows * group  # for each row, one of each head that reads the same keys
+    longest, highest = 0, 0
+    for i in range(num_rows):
+        longest = max(longest, starts[i + 1] - starts[i])
+    for j in range(starts[0], starts[num_rows]):
+        highest = max(highest, path[j])
+    num_seen = (highest // BLOCK + 1) * BLOCK
+    scores = np.empty((num_lines, num_seen), np.float32)
+    weights = np.empty((num_lines, (longest + LANES - 1) // LANES * LANES), np.float32)
+    lines = np.empty((num_lines, head_dim), np.float32)
+    mixed = np.empty((num_lines, values.shape[2]), np.float32)
+    for kv_head in range(num_kv_heads):
+        _read(query, kv_head, group, np.float32(scaling * _LOG2_E), lines)
+        scores[:] = 0
+        for block in range(num_seen // BLOCK):
+            at = (kv_head * num_blocks + block) * head_dim * BLOCK
+            _accumulate(lines, 0, num_lines, 0, keys, at, BLOCK, scores, block * BLOCK, BLOCK, head_dim)
+        for line in range(num_lines):
+            begin, count = starts[line // group], starts[line // group + 1] - starts[line // group]
+            _weigh(scores, line, path, begin, count, weights)
+        _mix(weights, starts, path, num_shared, values, kv_head, group, mixed)
+        for i in range(num_rows):
+            for h in range(group):
+                line, count = i * group + h, (starts[i + 1] - starts[i] + LANES - 1) // LANES * LANES
+                total = sum_of(weights, line * weights.shape[1], count)
+                for d in range(head_dim):
+                    attended[i, (kv_head * group + h) * head_dim + d] = mixed[line, d] / total
+
+
+@compiled
+def _read(query, kv_head, group, factor, lines):
     num_rows, _, head_dim = query.shape
     for i in range(num_rows):
         for h in range(group):
             for d in range(head_dim):
-                lines_by_dim[i * group + h, d] = query[i, kv_head * group + h, d] * factor
+                lines[i * group + h, d] = query[i, kv_head * group + h, d] * factor
 
 
 @compiled
-def _score(lines, line, keys, kv_head, block, scores):
-    """The products of a line with all keys of a block."""
-    for slot in range(BLOCK):
-        scores[line, block, slot] = 0
-    for part in range(lines.shape[1]):
-        for slot in range(BLOCK):
-            score = scores[line, block, slot]
-            for u in range(UNROLL):
-                score = fused(lines[line, part, u], keys[kv_head, block, part, u, slot], score)
-            scores[line, block, slot] = score
+def _accumulate(factors, first, last, column, rows, at, apart, sums, at_sums, width, count):
+    """sums[line, :] += factors[line, column + k] * rows[k, :], k by k: for the lines ``[first, last)`` and the columns
+    of the sums from ``at_sums`` on, ``width`` of them, which are whole lanes. ``rows`` [count, width] begin at ``at`` in
+    their memory, and lie ``apart``.
+    """
+    of_factors, of_sums = factors.shape[1], sums.shape[1]
+    line = first
+    while line < last:
+        own, sum_at, lane = line * of_factors + column, line * of_sums + at_sums, 0
+        step = 4 if last - line >= 4 else 2 if last - line >= 2 else 1
+        while lane < width:
+            given, found = at + lane, sum_at + lane
+            if width - lane >= 4 * LANES:
+                if step == 4:
+                    four_by_four(factors, own, of_factors, rows, given, apart, sums, found, of_sums, count)
+                elif step == 2:
+                    two_by_four(factors, own, of_factors, rows, given, apart, sums, found, of_sums, count)
+                else:
+                    one_by_four(factors, own, of_factors, rows, given, apart, sums, found, of_sums, count)
+                lane += 4 * LANES
+            else:
+                if step == 4:
+                    four_by_one(factors, own, of_factors, rows, given, apart, sums, found, of_sums, count)
+                elif step == 2:
+                    two_by_one(factors, own, of_factors, rows, given, apart, sums, found, of_sums, count)
+                else:
+                    one_by_one(factors, own, of_factors, rows, given, apart, sums, found, of_sums, count)
+                lane += LANES
+        line += step
 
 
 @compiled
-def _weigh(scores_by_slot, line, path, begin, count, weights, powers, exponents):
-    """The powers of 2 of a line's scores along its path, beside that of the highest; ``exponents``: powers' bits.
+def _is_straight(path, begin, count):
+    """Whether these slots lie side by side."""
+    num_off = 0
+    for j in range(count):
+        num_off += path[begin + j] != path[begin] + j
+    return num_off == 0
+
+
+@compiled
+def _weigh(scores, line, path, begin, count, weights):
+    """The powers of 2 of a line's scores along its path, beside that of the highest, and zeros behind them.
 
     2 ** x is 2 ** (its nearest whole number) by the bits of a float, times that of the rest by its Taylor series.
     """
     for j in range(count):
-        weights[line, j] = scores_by_slot[line, path[begin + j]]
-    highest = weights[line, 0]
-    for j in range(count):
-        highest = max(highest, weights[line, j])
+        weights[line, j] = scores[line, path[begin + j]]
+    full = (count + LANES - 1) // LANES * LANES
+    for j in range(count, full):
+        weights[line, j] = weights[line, 0]
+    highest = highest_of(weights, line * weights.shape[1], full)
     for j in range(count):
         power = max(weights[line, j] - highest, _LOWEST)
         whole = np.floor(power + _HALF)
@@ -124,61 +159,38 @@ def _weigh(scores_by_slot, line, path, begin, count, weights, powers, exponents)
         series = fused(series, rest, np.float32(1 / 6))
         series = fused(series, rest, _HALF)
         series = fused(series, rest, _ONE)
-        weights[line, j] = fused(series, rest, _ONE)
-        exponents[j] = (np.int32(whole) + _BIAS) << _MANTISSA_BITS
-    for j in range(count):
-        weights[line, j] *= powers[j]
-    for j in range(count, _parts(count, UNROLL) * UNROLL):
+        series = fused(series, rest, _ONE)
+        weights[line, j] = series * as_float(np.int32((np.int32(whole) + _BIAS) << _MANTISSA_BITS))
+    for j in range(count, full):
         weights[line, j] = 0
-
-
-@compiled
-def _total(weights, line, count, partial):
-    partial[:] = 0
-    full = count // LANES * LANES
-    for j in range(0, full, LANES):
-        for lane in range(LANES):
-            partial[lane] += weights[line, j + lane]
-    for j in range(full, count):
-        partial[j - full] += weights[line, j]
-    total = np.float32(0)
-    for lane in range(LANES):
-        total += partial[lane]
-    return total
 
 
 @compiled
 def _mix(weights, starts, path, num_shared, values, kv_head, group, mixed):
     """The weighted sums of the values along the paths: a block of each path, then the next of each."""
     mixed[:] = 0
-    copied = np.empty((BLOCK // UNROLL, UNROLL, mixed.shape[1]), np.float32)
-    for block in range(weights.shape[1]):
+    width = values.shape[2]
+    copied = np.empty((BLOCK, width), np.float32)
+    num_rows = len(starts) - 1
+    for block in range((weights.shape[1] + BLOCK - 1) // BLOCK):
         is_shared = (block + 1) * BLOCK <= num_shared
-        for i in range(len(starts) - 1):
+        for i in range(1 if is_shared else num_rows):
             begin = starts[i] + block * BLOCK
             count = min(starts[i + 1] - begin, BLOCK)
-            if count > 0 and not (is_shared and i):
+            if count <= 0:
+                continue
+            first, last = (0, num_rows * group) if is_shared else (i * group, (i + 1) * group)
+            if _is_straight(path, begin, count):
+                at = (kv_head * values.shape[1] + path[begin]) * width
+                _accumulate(weights, first, last, block * BLOCK, values, at, width, mixed, 0, width, count)
+            else:
                 _copy(values, kv_head, path, begin, count, copied)
-            for line in range(i * group, (i + 1) * group):
-                _add_products(weights, line, block, _parts(count, UNROLL), copied, mixed)
+                _accumulate(weights, first, last, block * BLOCK, copied, 0, width, mixed, 0, width, count)
 
 
 @compiled
 def _copy(values, kv_head, path, begin, count, copied):
-    """The values of ``count`` slots from ``begin`` on, and zeros behind them."""
     for j in range(count):
         slot = path[begin + j]
-        for d in range(copied.shape[2]):
-            copied[j // UNROLL, j % UNROLL, d] = values[kv_head, slot, d]
-    for j in range(count, _parts(count, UNROLL) * UNROLL):
-        copied[j // UNROLL, j % UNROLL, :] = 0
-
-
-@compiled
-def _add_products(weights, line, block, num_parts, copied, mixed):
-    for part in range(num_parts):
-        for d in range(mixed.shape[1]):
-            total = mixed[line, d]
-            for u in range(UNROLL):
-                total = fused(weights[line, block, part, u], copied[part, u, d], total)
-            mixed[line, d] = total
+        for d in range(copied.shape[1]):
+            copied[j, d] = values[kv_head, slot, d]

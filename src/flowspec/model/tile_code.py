@@ -74,6 +74,82 @@ def fused(typing: Any, factor: Any, other: Any, total: Any) -> Any:
     return types.float32(*[types.float32] * 3), write
 
 
+def _fold(name: str) -> Any:
+    """The ``name`` of so many lanes of float32, from ``at`` on in their memory: lane by lane, then these in order."""
+
+    @intrinsic
+    def fold(typing: Any, values: Any, at: Any, count: Any) -> Any:
+        return types.float32(values, types.intp, types.intp), partial(_write_fold, name)
+
+    return fold
+
+
+def _write_fold(name: str, context: Any, code: Any, signature: Any, given: Sequence[Any]) -> Any:
+    """numba's interface of code generators."""
+    values = code.bitcast(context.make_array(signature.args[0])(context, code, given[0]).data, _I8.as_pointer())
+    at, count = given[1:]
+    total = cgutils.alloca_once(code, _FLOATS)
+    code.store(_load(code, values, at, _FLOATS, 4), total)
+    with cgutils.for_range_slice(code, _whole(LANES), count, _whole(LANES), _I64) as (index, _):
+        lanes, before = _load(code, values, code.add(at, index), _FLOATS, 4), code.load(total)
+        if name == "sum":
+            code.store(code.fadd(before, lanes), total)
+        else:
+            code.store(code.select(code.fcmp_ordered(">", lanes, before), lanes, before), total)
+    if name == "sum":
+        kind = ir.FunctionType(_F32, [_F32, _FLOATS])
+        function = cgutils.get_or_insert_function(code.module, kind, f"llvm.vector.reduce.fadd.v{LANES}f32")
+        return code.call(function, [_F32(0), code.load(total)])
+    kind = ir.FunctionType(_F32, [_FLOATS])
+    function = cgutils.get_or_insert_function(code.module, kind, f"llvm.vector.reduce.fmax.v{LANES}f32")
+    return code.call(function, [code.load(total)])
+
+
+def _accumulate(num_lines: int, num_vectors: int) -> Any:
+    """sums[line, lane] += sum over k of factors[line, k] * rows[k, lane], k by k, for so many lines and lanes.
+
+    All arrays are float32; each is followed by where it begins in its memory, and how far its lines lie apart.
+    """
+
+    @intrinsic
+    def accumulate(typing, factors, at, apart, rows, rows_at, rows_apart, sums, sums_at, sums_apart, count):  # noqa: ANN001, ANN202
+        places = types.intp, types.intp
+        signature = types.void(factors, *places, rows, *places, sums, *places, types.intp)
+        return signature, partial(_write_accumulate, num_lines, num_vectors)
+
+    return accumulate
+
+
+def _write_accumulate(
+    num_lines: int, num_vectors: int, context: Any, code: Any, signature: Any, given: Sequence[Any]
+) -> Any:
+    """numba's interface of code generators."""
+    arrays = [context.make_array(signature.args[index])(context, code, given[index]) for index in (0, 3, 6)]
+    factors, rows, sums = (code.bitcast(array.data, _I8.as_pointer()) for array in arrays)
+    (at, apart), (rows_at, rows_apart), (sums_at, sums_apart) = given[1:3], given[4:6], given[7:9]
+    firsts = [code.add(sums_at, code.mul(sums_apart, _whole(line))) for line in range(num_lines)]
+    places = [[code.add(first, _whole(LANES * vector)) for vector in range(num_vectors)] for first in firsts]
+    totals = [[cgutils.alloca_once(code, _FLOATS) for _ in line] for line in places]
+    for line, of_line in zip(places, totals, strict=True):
+        for place, total in zip(line, of_line, strict=True):
+            code.store(_load(code, sums, place, _FLOATS, 4), total)
+    with cgutils.for_range(code, given[9]) as loop:
+        first = code.add(rows_at, code.mul(rows_apart, loop.index))
+        vectors = [
+            _load(code, rows, code.add(first, _whole(LANES * vector)), _FLOATS, 4) for vector in range(num_vectors)
+        ]
+        for line, of_line in enumerate(totals):
+            place = code.add(code.add(at, code.mul(apart, _whole(line))), loop.index)
+            factor = _spread(code, _load(code, factors, place, _F32))
+            for vector, total in zip(vectors, of_line, strict=True):
+                code.store(_call(code, f"fma.v{LANES}f32", [factor, vector, code.load(total)]), total)
+    for line, of_line in zip(places, totals, strict=True):
+        for place, total in zip(line, of_line, strict=True):
+            pointer = code.bitcast(code.gep(sums, [code.mul(place, _whole(4))]), _FLOATS.as_pointer())
+            code.store(code.load(total), pointer, align=4)
+    return context.get_dummy_value()
+
+
 def _tile(num_rows: int) -> Any:
     """The products of ``num_rows`` rows, from ``row`` on, with one block: a function for compiled ones.
 
@@ -277,3 +353,6 @@ def _all(value: int) -> Any:
 
 
 four_rows, two_rows, one_row = _tile(ROWS), _tile(2), _tile(1)
+four_by_four, two_by_four, one_by_four = _accumulate(4, 4), _accumulate(2, 4), _accumulate(1, 4)
+four_by_one, two_by_one, one_by_one = _accumulate(4, 1), _accumulate(2, 1), _accumulate(1, 1)
+sum_of, highest_of = _fold("sum"), _fold("highest")
