@@ -100,8 +100,8 @@ def on_openvino(bits: Any) -> Callable[[NDArray[np.float32], int], Product]:
 
     def make(weight: NDArray[np.float32], threads: int) -> Product:
         import torch
-
         from flowspec.model.openvino_graph import Buffer, linear
+
         from flowspec.model.packed import pack
 
         graph = linear(pack(torch.from_numpy(weight), bits), threads)

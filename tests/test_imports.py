@@ -35,8 +35,8 @@ CONFINED = {
     "matplotlib": {"bench.plots"},
     "transformers": {"model", "train", "engine"},
     "huggingface_hub": {"model"},
-    "openvino": {"model.openvino_graph"},
-    "numba": {"model.slot_kernel"},
+    "numba": {"model.compiled", "model.tile_code"},
+    "llvmlite": {"model.tile_code"},
     "gguf": {"model"},
 }
 

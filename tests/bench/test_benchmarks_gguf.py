@@ -16,7 +16,7 @@ from flowspec.model.eagle_head import EagleHead
 from flowspec.train.eagle import head_config
 from tiny_gguf import write_text_gguf
 
-pytest.importorskip("openvino")
+pytest.importorskip("numba")
 
 
 @pytest.fixture(scope="module")

@@ -65,7 +65,7 @@ def test_features_are_on_the_links_and_in_the_forwards(pair_of: Callable[[str], 
 
 
 def test_integer_weights_and_n_grams_run_too(tmp_path: Path) -> None:
-    pytest.importorskip("openvino")
+    pytest.importorskip("numba")
     write_text_gguf(tmp_path / "model.gguf", Kind.Q8_0, num_hidden_layers=3)
     pair = CheckpointPair(str(tmp_path / "model.gguf"), "ngram")
     assert pair.weights == "int8"

@@ -18,8 +18,8 @@ from flowspec.core import LayerRange, Partition, SamplingParams
 from flowspec.errors import ModelError, UsageError
 from flowspec.llm import LLM
 from flowspec.model.backends import choose_weights, open_checkpoint
-from flowspec.model.loader import Checkpoint
 from flowspec.model.integer_stage import IntegerHead, IntegerStage
+from flowspec.model.loader import Checkpoint
 from flowspec.model.packed import GROUP, PackedWeight, pack
 from flowspec.model.stage import Part, forward
 from flowspec.model.torch_stage import TorchStage

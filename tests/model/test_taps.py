@@ -103,7 +103,7 @@ def test_segments_change_the_sum_by_rounding_alone(checkpoint_dir: Callable[[str
     torch.testing.assert_close(parts, whole, atol=1e-4, rtol=1e-4)
 
 
-needs_kernels = pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="OpenVINO is not installed")
+needs_kernels = pytest.mark.skipif(importlib.util.find_spec("numba") is None, reason="numba is not installed")
 
 
 @needs_kernels

@@ -22,7 +22,7 @@ def compiled(function: Callable[..., Any]) -> Any:
     """
     options: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
     try:
-        kernel = numba.njit(cache=True, **options)(function)
+        kernel: Any = numba.njit(cache=True, **options)(function)
         kernel._cache._cache_file._source_stamp = _stamp()
     except (RuntimeError, AttributeError):  # neither beside this file nor in the user's cache; or in another way there
         return numba.njit(**options)(function)

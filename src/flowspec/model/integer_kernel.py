@@ -1,4 +1,4 @@
-"""Products of rows with packed weights, compiled by numba: whole numbers within a group of inputs, floats between groups.
+"""Products of rows with packed weights, compiled by numba: whole numbers within a group of inputs, floats between.
 
 Rows are rounded to 8 bits, each group of inputs of each row with a scale of its own. The products of a group add up in
 whole numbers, whose order does not matter, and groups follow one another: so a row's bits are its own, whatever rows

@@ -47,11 +47,11 @@ class Lanes(NamedTuple):
 
     def of(self, index: int) -> Lanes:
         """One of several."""
-        return Lanes(*(array[index] for array in self))
+        return Lanes(self.codes[index], self.scales[index], self.zeros[index], self.biases[index])
 
     def fill(self, weight: PackedWeight, first: int = 0, bias: Floats | None = None) -> None:
         """Write a weight's rows into the blocks from ``first`` on, and their biases."""
-        num_outputs, num_scales, size = weight.codes.shape
+        num_outputs, _, size = weight.codes.shape
         num_blocks, groups = blocks_of(num_outputs), groups_of(size)
         blocks = slice(first, first + num_blocks)
         integer_kernel.lay_out(weight.codes, groups, self.codes[blocks])
@@ -79,7 +79,7 @@ class IntegerRows(NamedTuple):
 
     def picked(self, indices: NDArray[np.int64]) -> IntegerRows:
         """Some of them."""
-        return IntegerRows(*(array[indices] for array in self))
+        return IntegerRows(self.codes[indices], self.scales[indices], self.sums[indices])
 
 
 class IntegerMatrix:

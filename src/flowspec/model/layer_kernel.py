@@ -1,4 +1,4 @@
-"""A layer of a model but for its attention and its experts, compiled by numba: one call for all that rows run through."""
+"""All of a layer but attention and experts, compiled by numba: as few calls as there can be."""
 
 from __future__ import annotations
 

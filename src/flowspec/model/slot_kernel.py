@@ -98,9 +98,9 @@ def _read(query, kv_head, group, factor, lines):
 
 @compiled
 def _accumulate(factors, first, last, column, rows, at, apart, sums, at_sums, width, count):
-    """sums[line, :] += factors[line, column + k] * rows[k, :], k by k: for the lines ``[first, last)`` and the columns
-    of the sums from ``at_sums`` on, ``width`` of them, which are whole lanes. ``rows`` [count, width] begin at ``at`` in
-    their memory, and lie ``apart``.
+    """sums[line, at_sums:] += factors[line, column + k] * rows[k], k by k, for the lines ``[first, last)``.
+
+    ``rows`` [count, width] begin at ``at`` in their memory, and lie ``apart``; their width is one of whole lanes.
     """
     of_factors, of_sums = factors.shape[1], sums.shape[1]
     line = first

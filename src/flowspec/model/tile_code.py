@@ -6,13 +6,13 @@ inner products of ``integer_kernel`` are written here. Each processor's instruct
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
 from llvmlite import ir
+from numba import extending
 from numba.core import cgutils, types
-from numba.extending import intrinsic
 
 from flowspec.model.packed import GROUP
 
@@ -27,6 +27,8 @@ _HIGHEST = 127  # of rows' codes
 _I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 _F32 = ir.FloatType()
 _WHOLE, _FLOATS = ir.VectorType(_I32, LANES), ir.VectorType(_F32, LANES)
+
+intrinsic: Any = extending.intrinsic  # what it makes takes neither the first argument nor gives what is returned here
 
 
 @intrinsic
@@ -43,8 +45,7 @@ def round_group(typing: Any, values: Any, codes: Any, scales: Any, sums: Any, fi
 
 def _write_round(context: Any, code: Any, signature: Any, given: Sequence[Any]) -> Any:
     """numba's interface of code generators."""
-    arrays = [context.make_array(kind)(context, code, value) for kind, value in zip(signature.args[:4], given[:4])]
-    values, codes, scales, sums = (code.bitcast(array.data, _I8.as_pointer()) for array in arrays)
+    values, codes, scales, sums = _data(_arrays(context, code, signature, given, range(4)), code)
     first, group = given[4:]
     parts = [_load(code, values, code.add(first, _whole(begin)), _FLOATS, 4) for begin in range(0, GROUP, LANES)]
     # Floats without their signs are ordered as whole numbers are, and what is no number comes last.
@@ -86,7 +87,7 @@ def _fold(name: str) -> Any:
 
 def _write_fold(name: str, context: Any, code: Any, signature: Any, given: Sequence[Any]) -> Any:
     """numba's interface of code generators."""
-    values = code.bitcast(context.make_array(signature.args[0])(context, code, given[0]).data, _I8.as_pointer())
+    (values,) = _data(_arrays(context, code, signature, given, (0,)), code)
     at, count = given[1:]
     total = cgutils.alloca_once(code, _FLOATS)
     code.store(_load(code, values, at, _FLOATS, 4), total)
@@ -112,7 +113,7 @@ def _accumulate(num_lines: int, num_vectors: int) -> Any:
     """
 
     @intrinsic
-    def accumulate(typing, factors, at, apart, rows, rows_at, rows_apart, sums, sums_at, sums_apart, count):  # noqa: ANN001, ANN202
+    def accumulate(typing, factors, at, apart, rows, rows_at, rows_apart, sums, sums_at, sums_apart, count):
         places = types.intp, types.intp
         signature = types.void(factors, *places, rows, *places, sums, *places, types.intp)
         return signature, partial(_write_accumulate, num_lines, num_vectors)
@@ -124,8 +125,7 @@ def _write_accumulate(
     num_lines: int, num_vectors: int, context: Any, code: Any, signature: Any, given: Sequence[Any]
 ) -> Any:
     """numba's interface of code generators."""
-    arrays = [context.make_array(signature.args[index])(context, code, given[index]) for index in (0, 3, 6)]
-    factors, rows, sums = (code.bitcast(array.data, _I8.as_pointer()) for array in arrays)
+    factors, rows, sums = _data(_arrays(context, code, signature, given, (0, 3, 6)), code)
     (at, apart), (rows_at, rows_apart), (sums_at, sums_apart) = given[1:3], given[4:6], given[7:9]
     firsts = [code.add(sums_at, code.mul(sums_apart, _whole(line))) for line in range(num_lines)]
     places = [[code.add(first, _whole(LANES * vector)) for vector in range(num_vectors)] for first in firsts]
@@ -157,7 +157,7 @@ def _tile(num_rows: int) -> Any:
     """
 
     @intrinsic
-    def tile(typing, rows, scales, sums, codes, of_codes, zeros, biases, products, row, block, ahead):  # noqa: ANN001, ANN202
+    def tile(typing, rows, scales, sums, codes, of_codes, zeros, biases, products, row, block, ahead):
         arrays = rows, scales, sums, codes, of_codes, zeros, biases, products
         return types.void(*arrays, *[types.intp] * 3), partial(_write_tile, num_rows)
 
@@ -166,7 +166,7 @@ def _tile(num_rows: int) -> Any:
 
 def _write_tile(num_rows: int, context: Any, code: Any, signature: Any, given: Sequence[Any]) -> Any:
     """numba's interface of code generators."""
-    arrays = [context.make_array(kind)(context, code, value) for kind, value in zip(signature.args[:8], given[:8])]
+    arrays = _arrays(context, code, signature, given, range(8))
     features = context.codegen().magic_tuple()[2].split(",")
     has_zeros = code.icmp_signed(">", cgutils.unpack_tuple(code, arrays[5].shape)[0], _whole(0))
     with code.if_else(has_zeros) as (then, otherwise):
@@ -191,8 +191,7 @@ class _TileCode:
 
     def write(self, arrays: Sequence[Any], row: Any, block: Any, ahead: Any) -> None:
         code = self._code
-        data = [code.bitcast(array.data, _I8.as_pointer()) for array in arrays]
-        rows, scales, sums, codes, of_codes, zeros, biases, products = data
+        rows, scales, sums, codes, of_codes, zeros, biases, products = _data(arrays, code)
         groups, width = (cgutils.unpack_tuple(code, arrays[index].shape)[1] for index in (0, 7))
         bias = _load(code, biases, block, _FLOATS)
         totals = [cgutils.alloca_once(code, _FLOATS) for _ in range(self._num_rows)]
@@ -296,7 +295,7 @@ def _indices(half: int, count: int) -> Any:
 
 
 def _call(code: Any, name: str, given: Sequence[Any], element: Any = None) -> Any:
-    """An instruction of the processor, or of LLVM; the result is as the first argument, or of as many ``element`` bits."""
+    """An instruction of the processor, or of LLVM; what it gives is as the first argument, or has ``element``s."""
     kinds = [each.type for each in given]
     result = kinds[0] if element is None else ir.VectorType(element, kinds[0].count // 2)
     function = cgutils.get_or_insert_function(code.module, ir.FunctionType(result, kinds), f"llvm.{name}")
@@ -307,11 +306,10 @@ def _reduced(code: Any, name: str, parts: Sequence[Any]) -> Any:
     """One number of two vectors' lanes."""
     one, other = parts
     kind = ir.VectorType(_I32, LANES)
-    if name == "add":
-        both = code.add(one, other)
-    else:
-        both = code.select(code.icmp_unsigned(">", one, other), one, other)
-    function = cgutils.get_or_insert_function(code.module, ir.FunctionType(_I32, [kind]), f"llvm.vector.reduce.{name}.v{LANES}i32")
+    both = code.add(one, other) if name == "add" else code.select(code.icmp_unsigned(">", one, other), one, other)
+    function = cgutils.get_or_insert_function(
+        code.module, ir.FunctionType(_I32, [kind]), f"llvm.vector.reduce.{name}.v{LANES}i32"
+    )
     return code.call(function, [both])
 
 
@@ -324,6 +322,15 @@ def _halves(code: Any, bits: Any, place: Any, is_native: bool) -> Any:
     size = code.fmul(size, ir.Constant(_FLOATS, [2.0**112] * LANES))
     sign = code.shl(code.and_(wide, _all(0x8000)), _all(16))
     return code.bitcast(code.or_(code.bitcast(size, _WHOLE), sign), _FLOATS)
+
+
+def _arrays(context: Any, code: Any, signature: Any, given: Sequence[Any], places: Iterable[int]) -> list[Any]:
+    """The arguments that are arrays."""
+    return [context.make_array(signature.args[place])(context, code, given[place]) for place in places]
+
+
+def _data(arrays: Iterable[Any], code: Any) -> list[Any]:
+    return [code.bitcast(array.data, _I8.as_pointer()) for array in arrays]
 
 
 def _load(code: Any, data: Any, place: Any, kind: Any, stride: int = 0) -> Any:
