@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from flowspec.model import expert_kernel, integer_kernel, row_kernel
+from flowspec.model import expert_kernel, row_kernel, shared_kernel
 from flowspec.model.expert_kernel import PART
 from flowspec.model.integer_kernel import LANES
-from flowspec.model.integer_matrix import Floats, IntegerRows, Lanes, blocks_of, groups_of, in_parts, share_of, team_for
+from flowspec.model.integer_matrix import Floats, IntegerRows, Lanes, blocks_of, groups_of
 from flowspec.model.layer_tensors import LayerTensors
 from flowspec.model.packed import GROUP, Bits, PackedWeight
 from flowspec.model.source import TensorSource
+from flowspec.model.team import Mailbox
 
 
 class IntegerExperts:
@@ -44,7 +45,7 @@ class IntegerExperts:
     def nbytes(self) -> int:
         return self._router.nbytes + self._gate_up.nbytes + self._down.nbytes
 
-    def __call__(self, rows: Floats, threads: int) -> Floats:
+    def __call__(self, rows: Floats, mailbox: Mailbox) -> Floats:
         """[n, H] -> [n, H], with what fills up its last block."""
         num_rows = len(rows)
         chosen = np.empty((num_rows, self._num_kept), np.int64)
@@ -54,9 +55,9 @@ class IntegerExperts:
         order = np.argsort(chosen, axis=None, kind="stable")  # pairs of a row and an expert, by expert
         experts, starts = np.unique(chosen.ravel()[order], return_index=True)
         needed = np.append(starts, len(order)), experts
-        given = self._gate_up(rows, order // self._num_kept, *needed, threads)
+        given = self._gate_up(rows, order // self._num_kept, *needed, mailbox)
         gated = row_kernel.gated(given, self._inner_size, self._up, self._is_gelu)
-        given = self._down(gated, np.arange(len(order)), *needed, threads)
+        given = self._down(gated, np.arange(len(order)), *needed, mailbox)
         products = np.zeros((num_rows, given.shape[1]), np.float32)
         expert_kernel.share_out(given, order, shares, products)
         return products
@@ -83,22 +84,13 @@ class _Matrices:
     def nbytes(self) -> int:
         return self._lanes.nbytes
 
-    def __call__(self, rows: Floats, picked: NDArray[np.int64], starts: Any, experts: Any, threads: int) -> Floats:
+    def __call__(self, rows: Floats, picked: NDArray[np.int64], starts: Any, experts: Any, mailbox: Mailbox) -> Floats:
         """The ``picked`` [pairs] of some rows [n, K] -> [pairs, N].
 
         Those from ``starts[j]`` to ``starts[j + 1]`` run through the matrix ``experts[j]``.
         """
-        num_experts, num_blocks, num_groups, _ = self._lanes.codes.shape
-        pairs = IntegerRows.of(rows, num_groups, self._size).picked(picked)
-        products = np.empty((len(picked), num_blocks * LANES), np.float32)
-        num_bytes = len(experts) * self._lanes.nbytes // num_experts
-        team = team_for(len(picked), self._lanes.codes.size // num_experts, num_bytes, threads)
-
-        def work(part: int) -> None:
-            blocks = share_of(part, team, num_blocks)
-            integer_kernel.multiply_by_expert(*pairs, starts, experts, self._lanes, *blocks, products)
-
-        in_parts(team, work)
+        pairs = IntegerRows.of(rows, self._lanes.codes.shape[2], self._size).picked(picked)
+        products: Floats = shared_kernel.product_by_expert(mailbox, pairs, starts, experts, self._lanes)
         return products
 
 

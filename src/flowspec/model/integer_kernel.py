@@ -77,18 +77,6 @@ def quantise(rows, size, codes, scales, sums):
 
 
 @compiled
-def product(rows, size, matrix):
-    """Rows [n, K] times a matrix -> [n, blocks * LANES]. ``size``: as of ``quantise``."""
-    num_rows, num_groups = len(rows), matrix[0].shape[1]
-    codes = np.empty((num_rows, num_groups, GROUP), np.int8)
-    scales, sums = np.empty((num_rows, num_groups), np.float32), np.empty((num_rows, num_groups), np.int32)
-    quantise(rows, size, codes, scales, sums)
-    products = np.empty((num_rows, len(matrix[0]) * LANES), np.float32)
-    multiply(codes, scales, sums, 0, num_rows, matrix, 0, len(matrix[0]), products)
-    return products
-
-
-@compiled
 def lay_out(codes, groups, laid_out):
     """Codes [N, scales, size], int8 or of 4 bits, as ``multiply`` reads them: [blocks, all groups, bytes of a group].
 

@@ -12,6 +12,7 @@ from flowspec.model.integer_matrix import Floats
 from flowspec.model.layer_tensors import LayerTensors
 from flowspec.model.packed import Bits
 from flowspec.model.source import TensorSource
+from flowspec.model.team import Mailbox
 
 _NO_NORM = np.empty(0, np.float32)
 
@@ -58,29 +59,21 @@ class IntegerLayer:
         tensors.check_nothing_left()
         self.nbytes = self._heads.nbytes + self._output.nbytes + self._inner.nbytes
 
-    def heads(self, hidden: Floats, rotation: tuple[Floats, Floats], heads: Heads, threads: int) -> None:
-        """Rows [n, H], and the cosines and sines of their positions [n, r]; ``heads`` are written.
-
-        ``threads`` may share out a product; a single one needs no more than one call.
-        """
+    def heads(self, hidden: Floats, rotation: tuple[Floats, Floats], heads: Heads, mailbox: Mailbox) -> None:
+        """Rows [n, H], and the cosines and sines of their positions [n, r]; ``heads`` are written."""
         width = rotation[0].shape[1] if self._is_turned else 0
-        norm, starts = self._norms.before, self._heads.starts
-        if threads == 1:
-            weights = self._heads.lanes, self._heads.size, starts, norm, self._head_norms
-            layer_kernel.write_heads(hidden, *weights, self._eps, *rotation, width, heads)
-            return
-        products = self._heads(row_kernel.normalised(hidden, norm, self._eps), threads)
-        row_kernel.turn(products, starts, self._head_norms, self._eps, *rotation, width, heads)
+        weights = self._heads.lanes, self._heads.size, self._heads.starts, self._norms.before, self._head_norms
+        layer_kernel.write_heads(mailbox, hidden, *weights, self._eps, *rotation, width, heads)
 
-    def rest(self, hidden: Floats, attended: Floats, threads: int) -> None:
+    def rest(self, hidden: Floats, attended: Floats, mailbox: Mailbox) -> None:
         """Rows [n, H], which are written, and what they have attended to [n, heads * d]."""
         norms, eps, multiplier = self._norms, self._eps, self._multiplier
-        if threads == 1 and isinstance(self._inner, IntegerGate):
-            output = self._output.lanes, self._output.size
-            layer_kernel.add_rest(hidden, attended, *output, *self._inner.weights, norms, eps, multiplier)
+        output = self._output.lanes, self._output.size
+        if isinstance(self._inner, IntegerGate):
+            layer_kernel.add_rest(mailbox, hidden, attended, *output, *self._inner.weights, norms, eps, multiplier)
             return
-        row_kernel.add(self._output(attended, threads), norms.attended, eps, multiplier, hidden)
-        given = self._inner(row_kernel.normalised(hidden, norms.inner, eps), threads)
+        layer_kernel.add_attended(mailbox, hidden, attended, *output, norms, eps, multiplier)
+        given = self._inner(row_kernel.normalised(hidden, norms.inner, eps), mailbox)
         row_kernel.add(given, norms.given, eps, multiplier, hidden)
 
 
@@ -111,9 +104,3 @@ class IntegerGate:
         """As ``layer_kernel.add_rest`` takes them."""
         gate_up, down = self._gate_up, self._down
         return gate_up.lanes, gate_up.size, gate_up.starts[1], self._is_gelu, down.lanes, down.size, down.num_inputs
-
-    def __call__(self, rows: Floats, threads: int) -> Floats:
-        """[n, H] -> [n, H], with what fills up its last block."""
-        given = self._gate_up(rows, threads)
-        inner = row_kernel.gated(given, self._down.num_inputs, self._gate_up.starts[1], self._is_gelu)
-        return self._down(inner, threads)

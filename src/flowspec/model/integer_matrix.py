@@ -1,25 +1,20 @@
-"""Matrices on the integer kernel, and the rows that they are multiplied with. Threads share out blocks of outputs."""
+"""Matrices on the integer kernel, and the rows that they are multiplied with."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from flowspec.model import integer_kernel
+from flowspec.model import integer_kernel, layer_kernel
 from flowspec.model.integer_kernel import LANES
 from flowspec.model.packed import GROUP, Bits, PackedWeight
+from flowspec.model.team import Mailbox
 
 Floats = NDArray[np.float32]
-
-# A product that takes less than this is not worth a second thread: to wake one takes some 40 us.
-_WORTH_SHARING = 150e-6
-_BYTES_PER_S, _PRODUCTS_PER_S = 20e9, 150e9  # of one core, roughly
 
 
 class Lanes(NamedTuple):
@@ -101,47 +96,10 @@ class IntegerMatrix:
     def nbytes(self) -> int:
         return self.lanes.nbytes
 
-    def __call__(self, rows: Floats, threads: int) -> Floats:
+    def __call__(self, rows: Floats, mailbox: Mailbox) -> Floats:
         """[n, K] -> [n, N], each part's outputs filled up to a block."""
-        team = team_for(len(rows), self.lanes.codes.size, self.nbytes, threads)
-        if team == 1:
-            return integer_kernel.product(rows, self.size, self.lanes)
-        rounded = IntegerRows.of(rows, self.lanes.codes.shape[1], self.size)
-        products = np.empty((len(rows), len(self.lanes.codes) * LANES), np.float32)
-
-        def work(part: int) -> None:
-            blocks = share_of(part, team, len(self.lanes.codes))
-            integer_kernel.multiply(*rounded, 0, len(rows), self.lanes, *blocks, products)
-
-        in_parts(team, work)
+        products: Floats = layer_kernel.product_of(mailbox, rows, self.size, self.lanes)
         return products
-
-
-def team_for(num_rows: int, num_codes: int, num_bytes: int, threads: int) -> int:
-    """How many of the threads are worth it for a product."""
-    cost_s = num_bytes / _BYTES_PER_S + num_rows * num_codes / _PRODUCTS_PER_S
-    return min(threads, max(1, int(cost_s / _WORTH_SHARING)))
-
-
-def share_of(part: int, count: int, length: int) -> tuple[int, int]:
-    """Begin and end of one of ``count`` parts."""
-    return part * length // count, (part + 1) * length // count
-
-
-def in_parts(count: int, work: Callable[[int], Any]) -> None:
-    """Do the parts 0, 1, ... of some work, each in a thread of its own."""
-    if count == 1:
-        work(0)
-        return
-    others = [_pool(count).submit(work, part) for part in range(1, count)]
-    work(0)
-    for other in others:
-        other.result()
-
-
-@cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads - 1, thread_name_prefix="kernel")
 
 
 def blocks_of(num_outputs: int) -> int:

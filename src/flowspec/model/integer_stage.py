@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from flowspec.core import DType, LayerRange
@@ -21,19 +20,17 @@ from flowspec.model.attention import ATTENTION
 from flowspec.model.families import PREFIX, embedding_scale, layer_prefix, norm_scale
 from flowspec.model.forward_rows import LayersStage, masks_of, rotations_of
 from flowspec.model.integer_layer import Heads, IntegerLayer
-from flowspec.model.integer_matrix import Floats, IntegerMatrix, in_parts, share_of
+from flowspec.model.integer_matrix import Floats, IntegerMatrix
 from flowspec.model.packed import Bits, PackedWeight
-from flowspec.model.slot_cache import Paths, SlotCache
+from flowspec.model.shared_kernel import write_and_attend
+from flowspec.model.slot_cache import Paths, RequestRows, SlotCache
 from flowspec.model.source import TensorSource
 from flowspec.model.stage import Part, Watch, forward
 from flowspec.model.stage_weights import bare_model, check_nothing_ignored, checked_config, rotary_of
+from flowspec.model.team import team_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
-
-# Threads share out the rows of a layer that processors' caches hold, if each gets as many; else the layer's matrices.
-_NEAR_BYTES = 16_000_000
-_ROWS_EACH = 8
 
 
 class IntegerStage(LayersStage):
@@ -59,7 +56,7 @@ class IntegerStage(LayersStage):
         self._norm = norm
         self._eps = np.float32(config.rms_norm_eps)
         self._rotary = rotary
-        self._threads = torch.get_num_threads()
+        self._team = team_of(torch.get_num_threads())
 
     @classmethod
     def load(
@@ -110,14 +107,15 @@ class IntegerStage(LayersStage):
         inputs = torch.cat([part.inputs for part in parts])
         hidden = (inputs.to(torch.float32, copy=True) if self._embedding is None else self._embed(inputs)).numpy()
         rows = _Rows(hidden, self._rotations(parts), self._heads(len(hidden)), self._attended(len(hidden)))
+        tables = np.stack([request.described(self.attention.types) for request in requests], axis=1)
         self._between(rows, None, 0)
-        for index, layer_type in enumerate(self.attention.types):
+        for index in range(len(self._layers)):
             if index:
                 yield None
             if watch is not None:
                 watch(self.layers.start + index, torch.from_numpy(hidden))
-            for request in requests:
-                request.attend(index, layer_type, rows, self._layers[index].scaling)
+            scaling = self._layers[index].scaling
+            write_and_attend(self._team.mailbox, tables[index], *rows.heads, scaling, rows.attended)
             self._between(rows, index, index + 1)
         if watch is not None and self.is_last:
             watch(self.layers.end, torch.from_numpy(hidden))
@@ -127,18 +125,11 @@ class IntegerStage(LayersStage):
 
     def _between(self, rows: _Rows, before: int | None, after: int) -> None:
         """What is left of a layer behind its attention, and what the next one has before its own."""
-        is_near = self._layers[0].nbytes < _NEAR_BYTES
-        team = max(1, min(self._threads, len(rows.hidden) // _ROWS_EACH)) if is_near else 1
-        threads = 1 if is_near else self._threads
-
-        def work(part: int) -> None:
-            own = rows.part(part, team)
-            if before is not None:
-                self._layers[before].rest(own.hidden, own.attended, threads)
-            if after < len(self._layers):
-                self._layers[after].heads(own.hidden, own.rotations[self.attention.types[after]], own.heads, threads)
-
-        in_parts(team, work)
+        if before is not None:
+            self._layers[before].rest(rows.hidden, rows.attended, self._team.mailbox)
+        if after < len(self._layers):
+            rotation = rows.rotations[self.attention.types[after]]
+            self._layers[after].heads(rows.hidden, rotation, rows.heads, self._team.mailbox)
 
     def _embed(self, token_ids: Tensor) -> Tensor:
         assert self._embedding is not None, "the first stage has it"
@@ -148,7 +139,7 @@ class IntegerStage(LayersStage):
         positions = np.concatenate([part.cache.slots.positions[part.slots] for part in parts])
         like = torch.empty(0)
         found = rotations_of(self._rotary, like, torch.from_numpy(positions)[None], self.attention.types)
-        return {kind: (cos[0].numpy(), sin[0].numpy()) for kind, (cos, sin) in found.items()}
+        return {kind: (cos[0].contiguous().numpy(), sin[0].contiguous().numpy()) for kind, (cos, sin) in found.items()}
 
     def _heads(self, num_rows: int) -> Heads:
         shape = self.attention
@@ -174,35 +165,15 @@ class _Rows(NamedTuple):
     heads: Heads
     attended: Floats  # [n, heads * d]
 
-    def part(self, index: int, count: int) -> _Rows:
-        """One of so many, none of which sees another's rows."""
-        rows = slice(*share_of(index, count, len(self.hidden)))
-        rotations = {kind: (cos[rows], sin[rows]) for kind, (cos, sin) in self.rotations.items()}
-        return _Rows(self.hidden[rows], rotations, Heads(*(each[rows] for each in self.heads)), self.attended[rows])
 
-
-class _RequestRows(NamedTuple):
-    """The rows of one request in a forward."""
-
-    rows: slice
-    slots: NDArray[np.int64]
-    paths: dict[str, Paths]  # by type of layer
-    cache: SlotCache
-
-    def attend(self, layer: int, layer_type: str, forward: _Rows, scaling: float) -> None:
-        query, key, value = (heads[self.rows] for heads in forward.heads)
-        attended = forward.attended[self.rows]
-        self.cache.attend(layer, (query, key, value), self.slots, self.paths[layer_type], scaling, attended)
-
-
-def _rows_of(parts: Sequence[Part], window: int | None) -> list[_RequestRows]:
-    requests: list[_RequestRows] = []
-    end = 0
+def _rows_of(parts: Sequence[Part], window: int | None) -> list[RequestRows]:
+    requests: list[RequestRows] = []
+    num_rows = 0
     for part in parts:
-        begin, end = end, end + len(part.slots)
         positions = part.cache.slots.positions
         paths = {name: Paths.of(mask, positions) for name, mask in masks_of(part, window).items()}
-        requests.append(_RequestRows(slice(begin, end), part.slots, paths, part.cache))
+        requests.append(RequestRows(num_rows, part.slots, paths, part.cache))
+        num_rows += len(part.slots)
     return requests
 
 
@@ -213,12 +184,12 @@ class IntegerLinear:
         """``weight`` [N, K]."""
         self._matrix = IntegerMatrix([weight])
         self._num_outputs = weight.shape[0]
-        self._threads = torch.get_num_threads()
+        self._team = team_of(torch.get_num_threads())
 
     @torch.inference_mode()
     def __call__(self, rows: Tensor) -> Tensor:
         """[n, K] -> float32 [n, N]."""
-        products = self._matrix(rows.to("cpu", torch.float32).contiguous().numpy(), self._threads)
+        products = self._matrix(rows.to("cpu", torch.float32).contiguous().numpy(), self._team.mailbox)
         return torch.from_numpy(products)[:, : self._num_outputs]
 
 

@@ -3,23 +3,37 @@
 from __future__ import annotations
 
 from flowspec.model.compiled import compiled
-from flowspec.model.integer_kernel import product
-from flowspec.model.row_kernel import add, gated, normalised, turn
+from flowspec.model.shared_kernel import add_rows, product, rounded, rounded_gates, turn_rows
 
 
 @compiled
-def write_heads(hidden, matrix, size, starts, norm, head_norms, eps, cos, sin, width, heads):
+def write_heads(box, hidden, matrix, size, starts, norm, head_norms, eps, cos, sin, width, heads):
     """Rows [n, H] before a layer -> what attention reads, as ``turn`` writes it. ``size``: as of ``quantise``."""
-    turn(product(normalised(hidden, norm, eps), size, matrix), starts, head_norms, eps, cos, sin, width, heads)
+    products = product(box, rounded(box, hidden, norm, eps, size, matrix[0].shape[1]), matrix)
+    turn_rows(box, products, starts, head_norms, eps, cos, sin, width, heads)
+
+
+@compiled
+def add_attended(box, hidden, attended, output, size, norms, eps, multiplier):
+    """To rows [n, H] before a layer what they attended to [n, heads * d], times the ``output`` matrix."""
+    products = product(box, rounded(box, attended, norms[1][:0], eps, size, output[0].shape[1]), output)
+    add_rows(box, products, norms[1], eps, multiplier, hidden)
 
 
 @compiled
 def add_rest(
-    hidden, attended, output, output_size, gate_up, gate_up_size, up, is_gelu, down, down_size, num_inner, norms, eps,
-    multiplier,
+    box, hidden, attended, output, output_size, gate_up, gate_up_size, up, is_gelu, down, down_size, num_inner, norms,
+    eps, multiplier,
 ):  # fmt: skip
     """Rows [n, H] before a layer, which are written, and what they attended to [n, heads * d]."""
-    add(product(attended, output_size, output), norms[1], eps, multiplier, hidden)
-    given = product(normalised(hidden, norms[2], eps), gate_up_size, gate_up)
-    given = product(gated(given, num_inner, up, is_gelu), down_size, down)
-    add(given, norms[3], eps, multiplier, hidden)
+    add_attended(box, hidden, attended, output, output_size, norms, eps, multiplier)
+    given = product(box, rounded(box, hidden, norms[2], eps, gate_up_size, gate_up[0].shape[1]), gate_up)
+    inner = rounded_gates(box, given, num_inner, up, is_gelu, down_size, down[0].shape[1])
+    add_rows(box, product(box, inner, down), norms[3], eps, multiplier, hidden)
+
+
+@compiled
+def product_of(box, rows, size, matrix):
+    """Rows [n, K] times a matrix -> [n, blocks * LANES]. ``size``: as of ``quantise``."""
+    no_norm, eps = matrix[3].ravel()[:0], matrix[3].dtype.type(0)
+    return product(box, rounded(box, rows, no_norm, eps, size, matrix[0].shape[1]), matrix)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from flowspec.model import slot_kernel
-from flowspec.model.slot_kernel import BLOCK
+from flowspec.model.slot_kernel import BLOCK, KEYS, NUM_FIELDS
 from flowspec.model.slots import SlotTable
 from flowspec.model.tile_code import LANES
 
@@ -39,7 +39,7 @@ class Paths(NamedTuple):
 class SlotCache:
     """Keys and values of one request in the layers of one stage, in float32, in the form that the kernel reads.
 
-    The table decides which slot a row has. Arrays are made at a layer's first row and grown with the table; dead slots
+    The table decides which slot a row has. Arrays are made at the first row and grown with the table; dead slots
     are reused and never given back.
     """
 
@@ -48,35 +48,51 @@ class SlotCache:
         width = -(-head_dim // LANES) * LANES
         self._keys: list[Floats] = [np.zeros((num_kv_heads, 0, head_dim, BLOCK), np.float32)] * num_layers
         self._values: list[Floats] = [np.zeros((num_kv_heads, 0, width), np.float32)] * num_layers
+        self._places = np.array([[0, 0, 0, num_kv_heads]] * num_layers, np.int64)
 
     @property
     def num_bytes(self) -> int:
         return sum(array.nbytes for array in (*self._keys, *self._values))
 
-    def attend(
-        self,
-        layer: int,
-        heads: tuple[Floats, Floats, Floats],
-        slots: NDArray[np.int64],
-        paths: Paths,
-        scaling: float,
-        attended: Floats,
-    ) -> None:
-        """Write the rows of a segment into their slots of a layer, and what they see there into ``attended``.
+    def places(self) -> NDArray[np.int64]:
+        """For each layer the addresses of its keys and values, and their blocks and heads, with room for all slots.
 
-        ``layer``: counted within the stage. ``heads``: queries [n, heads, d], keys and values [n, kv_heads, d].
-        ``attended`` [n, heads * d].
+        They hold until slots are placed.
         """
-        self._grow(layer)
-        keys, values = self._keys[layer], self._values[layer]
-        query, key, value = heads
-        slot_kernel.write(key, value, slots, keys, values)
-        slot_kernel.attend(query, *paths, keys, values, scaling, attended)
-
-    def _grow(self, layer: int) -> None:
         num_blocks = -(-self.slots.capacity // BLOCK)
-        self._keys[layer] = _with_length(self._keys[layer], num_blocks)
-        self._values[layer] = _with_length(self._values[layer], num_blocks * BLOCK)
+        if self._places[0, 2] != num_blocks:
+            for layer, places in enumerate(self._places):
+                self._keys[layer] = _with_length(self._keys[layer], num_blocks)
+                self._values[layer] = _with_length(self._values[layer], num_blocks * BLOCK)
+                places[:3] = self._keys[layer].ctypes.data, self._values[layer].ctypes.data, num_blocks
+        return self._places
+
+
+class RequestRows:
+    """The rows of one request in a forward."""
+
+    def __init__(self, first: int, slots: NDArray[np.int64], paths: dict[str, Paths], cache: SlotCache) -> None:
+        """``first``: of its rows, in the forward; ``paths``: by type of layer."""
+        self._first = first
+        self._slots = np.ascontiguousarray(slots)
+        self._paths = paths
+        self._cache = cache
+
+    def described(self, types: Sequence[str]) -> NDArray[np.int64]:
+        """As ``slot_kernel`` takes it, for layers of some types: [layers, fields].
+
+        It holds as long as this, and until slots are placed.
+        """
+        table = np.empty((len(types), NUM_FIELDS), np.int64)
+        for name, paths in self._paths.items():
+            starts, slots = paths.starts.ctypes.data, paths.slots.ctypes.data
+            num_seen = (int(paths.slots.max()) // BLOCK + 1) * BLOCK
+            where = self._first, self._first + len(self._slots), self._slots.ctypes.data
+            table[[each == name for each in types], :KEYS] = (
+                *where, starts, slots, len(paths.slots), paths.num_shared, num_seen,
+            )  # fmt: skip
+        table[:, KEYS:] = self._cache.places()
+        return table
 
 
 def _with_length(array: Any, length: int) -> Any:

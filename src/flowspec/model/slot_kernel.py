@@ -9,9 +9,11 @@ read the same keys and values are multiplied with these together.
 
 from __future__ import annotations
 
+import numba
 import numpy as np
 
 from flowspec.model.compiled import compiled
+from flowspec.model.team_code import pointer
 from flowspec.model.tile_code import (
     LANES,
     as_float,
@@ -28,57 +30,84 @@ from flowspec.model.tile_code import (
 
 BLOCK = 64  # slots of one block of keys; also how much of its path a row mixes before the next row's turn
 
-_LOG2_E = 1.4426950408889634
+LOG2_E = 1.4426950408889634
 _LN_2 = np.float32(0.6931471805599453)
 _ONE, _HALF = np.float32(1), np.float32(0.5)
 _LOWEST = np.float32(-126)  # the exponent of the smallest normal number, which is nothing beside a 1
 _BIAS, _MANTISSA_BITS = np.int32(127), np.int32(23)
 
 
+# What the attention of one request in one layer is described by: a row of whole numbers, some of which are addresses.
+FIRST, END = 0, 1  # its rows, of those of a forward
+SLOTS = 2  # of its rows, int64 [n]
+STARTS, PATH, PATH_LEN = 3, 4, 5  # row i sees the slots path[starts[i]:starts[i + 1]], int64 and int32
+NUM_SHARED = 6  # so many of the first ones are the same for all rows
+NUM_SEEN = 7  # slots among which these are, in whole blocks
+KEYS, VALUES = 8, 9  # float32 [kv_heads, blocks, d, BLOCK] and [kv_heads, blocks * BLOCK, d filled up to whole lanes]
+NUM_BLOCKS, NUM_KV_HEADS = 10, 11
+NUM_FIELDS = 12
+
+
 @compiled
-def write(key, value, slots, keys, values):
-    """Put rows into their slots: ``key`` and ``value`` [n, kv_heads, d]; ``keys`` and ``values`` as of ``attend``."""
-    num_rows, num_kv_heads, head_dim = key.shape
-    for i in range(num_rows):
+def _cache(request, head_dim):
+    """Keys and values."""
+    num_kv_heads, num_blocks = request[NUM_KV_HEADS], request[NUM_BLOCKS]
+    keys = numba.carray(pointer(request[KEYS]), (num_kv_heads, num_blocks, head_dim, BLOCK), np.float32)
+    width = (head_dim + LANES - 1) // LANES * LANES
+    return keys, numba.carray(pointer(request[VALUES]), (num_kv_heads, num_blocks * BLOCK, width), np.float32)
+
+
+@compiled
+def write(request, begin, end, key, value):
+    """Put the rows ``[begin, end)`` of a request into their slots.
+
+    ``key`` and ``value`` [rows of the forward, kv_heads, d], float32.
+    """
+    first, num_kv_heads, head_dim = request[FIRST], key.shape[1], key.shape[2]
+    keys, values = _cache(request, head_dim)
+    slots = numba.carray(pointer(request[SLOTS]), (request[END] - first,), np.int64)
+    for i in range(begin, end):
         block, lane = slots[i] // BLOCK, slots[i] % BLOCK
         for kv_head in range(num_kv_heads):
             for d in range(head_dim):
-                keys[kv_head, block, d, lane] = key[i, kv_head, d]
-                values[kv_head, slots[i], d] = value[i, kv_head, d]
+                keys[kv_head, block, d, lane] = key[first + i, kv_head, d]
+                values[kv_head, slots[i], d] = value[first + i, kv_head, d]
 
 
 @compiled
-def attend(query, starts, path, num_shared, keys, values, scaling, attended):
-    """Let the rows of one request attend to their paths.
+def attend(request, begin, end, kv_begin, kv_end, all_queries, factor, all_attended):
+    """Let the rows ``[begin, end)`` of a request attend to their paths, in the heads of some keys.
 
-    ``query`` [n, heads, d], float32. Row i sees the slots ``path[starts[i]:starts[i + 1]]``, of which the first
-    ``num_shared`` are the same for all rows. ``keys`` [kv_heads, blocks, d, BLOCK]; ``values`` [kv_heads,
-    blocks * BLOCK, d], d filled up to whole lanes. ``attended`` [n, heads * d] is written.
+    ``all_queries`` [rows of the forward, heads, d], float32, whose scores are to be multiplied by ``factor`` to be
+    powers of 2; ``all_attended`` [rows of the forward, heads * d] is written.
     """
+    first = request[FIRST]
+    query, attended = all_queries[first + begin : first + end], all_attended[first + begin : first + end]
     num_rows, num_heads, head_dim = query.shape
+    keys, values = _cache(request, head_dim)
+    path = numba.carray(pointer(request[PATH]), (request[PATH_LEN],), np.int32)
+    starts = numba.carray(pointer(request[STARTS]), (request[END] - first + 1,), np.int64)[begin : end + 1]
     num_kv_heads, num_blocks = keys.shape[:2]
     group = num_heads // num_kv_heads
     num_lines = num_rows * group  # for each row, one of each head that reads the same keys
-    longest, highest = 0, 0
+    longest = 0
     for i in range(num_rows):
         longest = max(longest, starts[i + 1] - starts[i])
-    for j in range(starts[0], starts[num_rows]):
-        highest = max(highest, path[j])
-    num_seen = (highest // BLOCK + 1) * BLOCK
+    num_seen = request[NUM_SEEN]
     scores = np.empty((num_lines, num_seen), np.float32)
     weights = np.empty((num_lines, (longest + LANES - 1) // LANES * LANES), np.float32)
     lines = np.empty((num_lines, head_dim), np.float32)
     mixed = np.empty((num_lines, values.shape[2]), np.float32)
-    for kv_head in range(num_kv_heads):
-        _read(query, kv_head, group, np.float32(scaling * _LOG2_E), lines)
+    for kv_head in range(kv_begin, kv_end):
+        _read(query, kv_head, group, factor, lines)
         scores[:] = 0
         for block in range(num_seen // BLOCK):
             at = (kv_head * num_blocks + block) * head_dim * BLOCK
             _accumulate(lines, 0, num_lines, 0, keys, at, BLOCK, scores, block * BLOCK, BLOCK, head_dim)
         for line in range(num_lines):
-            begin, count = starts[line // group], starts[line // group + 1] - starts[line // group]
-            _weigh(scores, line, path, begin, count, weights)
-        _mix(weights, starts, path, num_shared, values, kv_head, group, mixed)
+            begin_of, count = starts[line // group], starts[line // group + 1] - starts[line // group]
+            _weigh(scores, line, path, begin_of, count, weights)
+        _mix(weights, starts, path, request[NUM_SHARED], values, kv_head, group, mixed)
         for i in range(num_rows):
             for h in range(group):
                 line, count = i * group + h, (starts[i + 1] - starts[i] + LANES - 1) // LANES * LANES

@@ -38,6 +38,12 @@ def as_float(typing: Any, bits: Any) -> Any:
 
 
 @intrinsic
+def as_bits(typing: Any, value: Any) -> Any:
+    """The bits of a float."""
+    return types.int32(types.float32), lambda context, code, signature, given: code.bitcast(given[0], _I32)
+
+
+@intrinsic
 def round_group(typing: Any, values: Any, codes: Any, scales: Any, sums: Any, first: Any, group: Any) -> Any:
     """A group of values, from ``first`` on, to whole numbers of at most 127."""
     return types.void(values, codes, scales, sums, types.intp, types.intp), _write_round

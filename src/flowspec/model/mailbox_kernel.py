@@ -1,0 +1,158 @@
+"""The words by which a team's threads share out one phase of work at a time, compiled by numba.
+
+A phase is a kind of work, what it works on, and some units, each of which one thread claims and does. Whoever needs the
+work done takes the mailbox, describes the phase, and does units too: it waits for units that others have claimed, and
+never for a thread to come. Without a team the mailbox is empty.
+"""
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+
+from flowspec.model.compiled import compiled
+from flowspec.model.team_code import give_way, load, pause, pointer, store, swap
+from flowspec.model.tile_code import as_bits, as_float
+
+# What changes often lies in a line of the processor's cache of its own.
+TICKET = 0  # units of the phase, above those that are claimed
+DONE = 8  # units
+CALLED = 16  # helpers that are there, or on their way
+OWNER = 24  # whether somebody has a phase
+LEAVE = 32  # whether helpers are to go for good
+WANTED = 33  # whether there was work for helpers that were away
+HELPERS = 34  # how many there are
+UNIT_NS = 35  # what a unit takes at least, roughly
+KIND = 36
+FAILED = 37  # whether a unit found no memory
+_NUMBERS = 40
+_ARRAYS = 56
+_WORDS_EACH = 5  # an address, and up to four lengths
+NUM_WORDS = _ARRAYS + 16 * _WORDS_EACH
+
+_TICKET_BITS, _CLAIMED = 32, (1 << 32) - 1
+_UNITS_EACH = 8  # at most, for each thread: some may be late
+_SPINS = 4000  # looks before the core is left to others
+
+
+@compiled
+def open_phase(box, cost_ns, most):
+    """How many units, of ``most``, work is to be cut into that takes one thread so long.
+
+    More than one: the mailbox is the caller's, until ``close_phase``.
+    """
+    if not len(box):
+        return 1
+    num_threads = box[HELPERS] + 1
+    count = min(np.int64(cost_ns) // box[UNIT_NS], _UNITS_EACH * num_threads, most)
+    if count > num_threads:
+        count -= count % num_threads
+    if count < 2:
+        return 1
+    called = load(box, CALLED)
+    if called < box[HELPERS]:
+        store(box, WANTED, 1)
+    return count if called and swap(box, OWNER, 0, 1) else 1
+
+
+@compiled
+def begin_phase(box, kind, count):
+    """Let units be claimed of a phase that is described."""
+    box[KIND] = kind
+    store(box, FAILED, 0)
+    store(box, DONE, 0)
+    store(box, TICKET, count << _TICKET_BITS)
+
+
+@compiled
+def has_units(box):
+    """Whether any is left to be claimed."""
+    ticket = load(box, TICKET)
+    return ticket & _CLAIMED < ticket >> _TICKET_BITS
+
+
+@compiled
+def claim(box):
+    """The number of a unit that is this thread's, and how many there are; -1: all are claimed."""
+    while True:
+        ticket = load(box, TICKET)
+        unit, count = ticket & _CLAIMED, ticket >> _TICKET_BITS
+        if unit >= count:
+            return -1, count
+        if swap(box, TICKET, ticket, ticket + 1):
+            return unit, count
+
+
+@compiled
+def close_phase(box, count):
+    """Wait until its units are done; whether all of them could be."""
+    looks = 0
+    while load(box, DONE) < count:
+        looks += 1
+        look_away(looks)
+    is_whole = load(box, FAILED) == 0
+    store(box, OWNER, 0)
+    return is_whole
+
+
+@compiled
+def look_away(looks):
+    """Between two looks at a word, so many of which were in vain."""
+    if looks < _SPINS:
+        pause()
+    else:
+        give_way()
+
+
+@compiled
+def put_number(box, place, number):
+    box[_NUMBERS + place] = number
+
+
+@compiled
+def number(box, place):
+    return box[_NUMBERS + place]
+
+
+@compiled
+def put_float(box, place, value):
+    box[_NUMBERS + place] = as_bits(value)
+
+
+@compiled
+def float_of(box, place):
+    return as_float(np.int32(box[_NUMBERS + place]))
+
+
+@compiled
+def put(box, place, array):
+    """Say where an array without gaps is; its owner keeps it until the phase ends."""
+    first = _ARRAYS + place * _WORDS_EACH
+    box[first] = array.ctypes.data
+    for axis in range(array.ndim):
+        box[first + 1 + axis] = array.shape[axis]
+
+
+@compiled
+def array_1(box, place, dtype):
+    first = _ARRAYS + place * _WORDS_EACH
+    return numba.carray(pointer(box[first]), (box[first + 1],), dtype)
+
+
+@compiled
+def array_2(box, place, dtype):
+    first = _ARRAYS + place * _WORDS_EACH
+    return numba.carray(pointer(box[first]), (box[first + 1], box[first + 2]), dtype)
+
+
+@compiled
+def array_3(box, place, dtype):
+    first = _ARRAYS + place * _WORDS_EACH
+    return numba.carray(pointer(box[first]), (box[first + 1], box[first + 2], box[first + 3]), dtype)
+
+
+@compiled
+def array_4(box, place, dtype):
+    first = _ARRAYS + place * _WORDS_EACH
+    shape = box[first + 1], box[first + 2], box[first + 3], box[first + 4]
+    return numba.carray(pointer(box[first]), shape, dtype)

@@ -1,0 +1,235 @@
+"""The phases of a stage's work, compiled by numba: each is cut into units for a team, or done by who comes if small.
+
+``box`` is the team's mailbox. What a row gets does not depend on whether, and how, a phase is cut.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from flowspec.model.compiled import compiled
+from flowspec.model.integer_kernel import multiply, multiply_by_expert, quantise
+from flowspec.model.mailbox_kernel import open_phase, put, put_float, put_number
+from flowspec.model.packed import GROUP
+from flowspec.model.row_kernel import add, gated, turn
+from flowspec.model.slot_kernel import END, FIRST, LOG2_E, NUM_KV_HEADS, NUM_SEEN, attend, write
+from flowspec.model.team_kernel import (
+    ADD,
+    ATTEND,
+    GATE,
+    MULTIPLY,
+    MULTIPLY_BY_EXPERT,
+    ROUND,
+    TURN,
+    WRITE,
+    round_rows,
+    share,
+    share_of,
+)
+from flowspec.model.tile_code import LANES
+
+# What one core does in a nanosecond, roughly.
+_BYTES, _PRODUCTS, _SCORED = 20.0, 150.0, 30.0
+_ROUNDED, _GATED, _ADDED, _TURNED, _WRITTEN = 1.5, 1.0, 5.0, 1.8, 1.6
+_ROWS = 4  # of a request, that attend at least to their paths together
+
+
+@compiled
+def rounded(box, rows, norm, eps, size, num_groups):
+    """Rows [n, K] as ``multiply`` reads them: codes, scales, sums. ``norm``, ``size``: as of ``round_rows``."""
+    codes, scales, sums = _empty(len(rows), num_groups)
+    count = open_phase(box, rows.size / _ROUNDED, len(rows))
+    if count == 1:
+        round_rows(rows, norm, eps, size, codes, scales, sums)
+        return codes, scales, sums
+    put(box, 0, rows)
+    put(box, 1, norm)
+    put(box, 2, codes)
+    put(box, 3, scales)
+    put(box, 4, sums)
+    put_float(box, 0, eps)
+    put_number(box, 1, size)
+    share(box, ROUND, count)
+    return codes, scales, sums
+
+
+@compiled
+def rounded_gates(box, products, inner_size, up, is_gelu, size, num_groups):
+    """``gated`` rows, as ``rounded``."""
+    codes, scales, sums = _empty(len(products), num_groups)
+    count = open_phase(box, len(products) * inner_size / _GATED, len(products))
+    if count == 1:
+        quantise(gated(products, inner_size, up, is_gelu), size, codes, scales, sums)
+        return codes, scales, sums
+    put(box, 0, products)
+    put(box, 1, codes)
+    put(box, 2, scales)
+    put(box, 3, sums)
+    put_number(box, 0, inner_size)
+    put_number(box, 1, up)
+    put_number(box, 2, 1 if is_gelu else 0)
+    put_number(box, 3, size)
+    share(box, GATE, count)
+    return codes, scales, sums
+
+
+@compiled
+def _empty(num_rows, num_groups):
+    codes = np.empty((num_rows, num_groups, GROUP), np.int8)
+    return codes, np.empty((num_rows, num_groups), np.float32), np.empty((num_rows, num_groups), np.int32)
+
+
+@compiled
+def product(box, rows, matrix):
+    """Rounded rows times a matrix -> [n, blocks * LANES]."""
+    codes, scales, sums = rows
+    of_matrix = matrix[0]
+    num_rows, num_blocks = len(codes), len(of_matrix)
+    products = np.empty((num_rows, num_blocks * LANES), np.float32)
+    cost_ns = of_matrix.size / _BYTES + num_rows * num_blocks * LANES * codes.shape[1] * GROUP / _PRODUCTS
+    count = open_phase(box, cost_ns, num_blocks)
+    if count == 1:
+        multiply(codes, scales, sums, 0, num_rows, matrix, 0, num_blocks, products)
+        return products
+    _put_product(box, rows, matrix, products)
+    share(box, MULTIPLY, count)
+    return products
+
+
+@compiled
+def product_by_expert(box, rows, starts, experts, matrices):
+    """As ``product``, by the experts' ones: as ``multiply_by_expert``."""
+    codes, scales, sums = rows
+    of_matrices = matrices[0]
+    num_rows, num_blocks = len(codes), of_matrices.shape[1]
+    products = np.empty((num_rows, num_blocks * LANES), np.float32)
+    num_bytes = len(experts) * (of_matrices.size // len(of_matrices))
+    cost_ns = num_bytes / _BYTES + num_rows * num_blocks * LANES * codes.shape[1] * GROUP / _PRODUCTS
+    count = open_phase(box, cost_ns, num_blocks)
+    if count == 1:
+        multiply_by_expert(codes, scales, sums, starts, experts, matrices, 0, num_blocks, products)
+        return products
+    _put_product(box, rows, matrices, products)
+    put(box, 8, starts)
+    put(box, 9, experts)
+    share(box, MULTIPLY_BY_EXPERT, count)
+    return products
+
+
+@compiled
+def _put_product(box, rows, matrix, products):
+    put(box, 0, rows[0])
+    put(box, 1, rows[1])
+    put(box, 2, rows[2])
+    put(box, 3, matrix[0])
+    put(box, 4, matrix[1])
+    put(box, 5, matrix[2])
+    put(box, 6, matrix[3])
+    put(box, 7, products)
+
+
+@compiled
+def add_rows(box, products, weight, eps, multiplier, hidden):
+    """As ``row_kernel.add``."""
+    count = open_phase(box, hidden.size / _ADDED, len(hidden))
+    if count == 1:
+        add(products, weight, eps, multiplier, hidden)
+        return
+    put(box, 0, products)
+    put(box, 1, weight)
+    put(box, 2, hidden)
+    put_float(box, 0, eps)
+    put_float(box, 1, multiplier)
+    share(box, ADD, count)
+
+
+@compiled
+def turn_rows(box, products, starts, norms, eps, cos, sin, width, heads):
+    """As ``row_kernel.turn``."""
+    count = open_phase(box, products.size / _TURNED, len(products))
+    if count == 1:
+        turn(products, starts, norms, eps, cos, sin, width, heads)
+        return
+    put(box, 0, products)
+    for place in range(3):
+        put(box, 1 + place, norms[place])
+        put(box, 6 + place, heads[place])
+        put_number(box, place, starts[place])
+    put(box, 4, cos)
+    put(box, 5, sin)
+    put_float(box, 3, eps)
+    put_number(box, 4, width)
+    share(box, TURN, count)
+
+
+@compiled
+def write_and_attend(box, table, query, key, value, scaling, attended):
+    """Write the rows of a forward into their slots, and what they see there.
+
+    ``table`` [requests, fields]: as ``slot_kernel`` describes a request; the rest: as of its functions.
+    """
+    _write(box, table, key, value)
+    factor = np.float32(scaling * LOG2_E)
+    cost_ns = 0.0
+    for r in range(len(table)):
+        cost_ns += _cost(table[r], query)
+    count = open_phase(box, cost_ns, len(query) * query.shape[1])
+    if count == 1:
+        for r in range(len(table)):
+            attend(table[r], 0, table[r, END] - table[r, FIRST], 0, table[r, NUM_KV_HEADS], query, factor, attended)
+        return
+    plan = np.empty((3 * (count + len(table)), 5), np.int64)
+    num_units = 0
+    for r in range(len(table)):
+        num_units = _cut(table[r], r, max(1, round(count * _cost(table[r], query) / cost_ns)), plan, num_units)
+    put(box, 0, table)
+    put(box, 1, plan)
+    put(box, 2, query)
+    put(box, 3, attended)
+    put_float(box, 0, factor)
+    share(box, ATTEND, num_units)
+
+
+@compiled
+def _write(box, table, key, value):
+    count = open_phase(box, 2 * key.size / _WRITTEN, len(key))
+    if count == 1:
+        for r in range(len(table)):
+            write(table[r], 0, table[r, END] - table[r, FIRST], key, value)
+        return
+    plan = np.empty((count + len(table), 5), np.int64)
+    num_units = 0
+    for r in range(len(table)):
+        num_rows = table[r, END] - table[r, FIRST]
+        parts = max(1, count * num_rows // len(key))
+        for part in range(parts):
+            plan[num_units, 0] = r
+            plan[num_units, 1], plan[num_units, 2] = share_of(part, parts, num_rows)
+            num_units += 1
+    put(box, 0, table)
+    put(box, 1, plan)
+    put(box, 2, key)
+    put(box, 3, value)
+    share(box, WRITE, num_units)
+
+
+@compiled
+def _cost(request, query):
+    """Nanoseconds."""
+    num_rows = request[END] - request[FIRST]
+    return 2.0 * num_rows * query.shape[1] * query.shape[2] * request[NUM_SEEN] / _SCORED
+
+
+@compiled
+def _cut(request, r, count, plan, num_units):
+    """Add about ``count`` units of a request to a plan, by the heads of keys and by rows: how many it has then."""
+    num_rows, num_heads = request[END] - request[FIRST], request[NUM_KV_HEADS]
+    by_head = num_heads if 2 * count > num_heads else count
+    by_row = min((count + by_head - 1) // by_head, (num_rows + _ROWS - 1) // _ROWS)
+    for head in range(by_head):
+        for row in range(by_row):
+            plan[num_units, 0] = r
+            plan[num_units, 1], plan[num_units, 2] = share_of(row, by_row, num_rows)
+            plan[num_units, 3], plan[num_units, 4] = share_of(head, by_head, num_heads)
+            num_units += 1
+    return num_units
