@@ -12,10 +12,15 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from flowspec.model.slot_cache import Paths, SlotCache
+from flowspec.model.families import FULL
+from flowspec.model.shared_kernel import write_and_attend
+from flowspec.model.slot_cache import Paths, RequestRows, SlotCache
 from flowspec.model.slot_kernel import BLOCK, compiled
+from flowspec.model.team import Team
 
 Floats = NDArray[np.float32]
+
+NOBODY = Team(1)  # helps
 
 
 class Rows:
@@ -33,7 +38,8 @@ class Rows:
     def attend(self, rows: list[int], slots: NDArray[np.int64], paths: Paths) -> Floats:
         heads = self.query[rows], self.key[rows], self.value[rows]
         attended = np.full((len(rows), self.query[0].size), np.nan, np.float32)
-        self.cache.attend(0, heads, slots, paths, self.scaling, attended)
+        request = RequestRows(0, slots, {FULL: paths}, self.cache)
+        write_and_attend(NOBODY.mailbox, request.described([FULL]), *heads, self.scaling, attended)
         return attended
 
     def wanted(self, row: int, seen: list[int]) -> NDArray[np.float64]:

@@ -25,14 +25,20 @@ HELPERS = 34  # how many there are
 UNIT_NS = 35  # what a unit takes at least, roughly
 KIND = 36
 FAILED = 37  # whether a unit found no memory
-_NUMBERS = 40
-_ARRAYS = 56
+SPINS = 38  # looks in vain before the core is left to others
+COST_NS = 39  # of a unit, roughly
+ALONE = 40  # phases that are not shared, since a helper came too late
+PENALTY = 41  # how many that are next time
+_NUMBERS = 48
+_ARRAYS = 64
 _WORDS_EACH = 5  # an address, and up to four lengths
 NUM_WORDS = _ARRAYS + 16 * _WORDS_EACH
 
+SPIN_NS = 100_000  # what ``SPINS`` looks take
 _TICKET_BITS, _CLAIMED = 32, (1 << 32) - 1
 _UNITS_EACH = 8  # at most, for each thread: some may be late
-_SPINS = 4000  # looks before the core is left to others
+_LATE = 10  # units' times; whoever had to wait for a helper as long had it without its core
+_PENALTIES = 256, 32768  # phases
 
 
 @compiled
@@ -49,10 +55,23 @@ def open_phase(box, cost_ns, most):
         count -= count % num_threads
     if count < 2:
         return 1
+    if load(box, ALONE) > 0:
+        store(box, ALONE, load(box, ALONE) - 1)
+        return 1
     called = load(box, CALLED)
     if called < box[HELPERS]:
         store(box, WANTED, 1)
-    return count if called and swap(box, OWNER, 0, 1) else 1
+    if not called or not swap(box, OWNER, 0, 1):
+        return 1
+    box[COST_NS] = np.int64(cost_ns) // count
+    return count
+
+
+@compiled
+def spin(looks):
+    """Wait for so many looks."""
+    for look in range(looks):
+        look_away(look, looks)
 
 
 @compiled
@@ -86,19 +105,24 @@ def claim(box):
 @compiled
 def close_phase(box, count):
     """Wait until its units are done; whether all of them could be."""
-    looks = 0
+    looks, patience = 0, max(box[SPINS], box[SPINS] * _LATE * box[COST_NS] // SPIN_NS)
     while load(box, DONE) < count:
         looks += 1
-        look_away(looks)
+        look_away(looks, patience)
+    if looks >= patience:
+        box[PENALTY] = min(max(2 * box[PENALTY], _PENALTIES[0]), _PENALTIES[1])
+        store(box, ALONE, box[PENALTY])
+    else:
+        box[PENALTY] -= box[PENALTY] >> 8
     is_whole = load(box, FAILED) == 0
     store(box, OWNER, 0)
     return is_whole
 
 
 @compiled
-def look_away(looks):
-    """Between two looks at a word, so many of which were in vain."""
-    if looks < _SPINS:
+def look_away(looks, patience):
+    """Between two looks at a word, so many of which were in vain; after some the core is left to others."""
+    if looks < patience:
         pause()
     else:
         give_way()

@@ -10,12 +10,13 @@ from __future__ import annotations
 import atexit
 from functools import cache
 from threading import Semaphore, Thread
+from time import perf_counter
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from flowspec.model.mailbox_kernel import CALLED, HELPERS, LEAVE, NUM_WORDS, UNIT_NS, WANTED
+from flowspec.model.mailbox_kernel import CALLED, HELPERS, LEAVE, NUM_WORDS, SPIN_NS, SPINS, UNIT_NS, WANTED, spin
 from flowspec.model.team_kernel import call_helpers, serve
 
 # What is worth to be handed over; that takes well below a microsecond.
@@ -34,6 +35,7 @@ class Team:
         self._helpers: list[Thread] = []
         if num_threads > 1:
             self._box[HELPERS], self._box[UNIT_NS], self._box[CALLED] = num_threads - 1, unit_ns, 1
+            self._box[SPINS] = _looks_in(SPIN_NS)
             serve(self._box)  # so that it is compiled
             call: Any = self._help
             self._helpers = [Thread(target=call, name=f"kernel-{i}", daemon=True) for i in range(num_threads - 1)]
@@ -67,6 +69,17 @@ class Team:
         box = self._box
         while self._called.acquire() and not box[LEAVE]:
             serve(box)
+
+
+def _looks_in(duration_ns: int) -> int:
+    """How often a thread looks at a word in that time."""
+    num_looks, times = 1000, []
+    spin(num_looks)
+    for _ in range(5):
+        begin = perf_counter()
+        spin(num_looks)
+        times.append(perf_counter() - begin)
+    return max(1000, int(num_looks * duration_ns * 1e-9 / min(times)))
 
 
 @cache

@@ -16,6 +16,7 @@ from flowspec.model.mailbox_kernel import (
     HELPERS,
     KIND,
     LEAVE,
+    SPINS,
     WANTED,
     array_1,
     array_2,
@@ -36,7 +37,7 @@ from flowspec.model.team_code import add, load, store, swap
 
 MULTIPLY, MULTIPLY_BY_EXPERT, ROUND, GATE, ADD, TURN, WRITE, ATTEND = range(8)
 
-_LOOKS = 6000  # of a helper in vain, before it leaves: about a millisecond
+_YIELDS = 2000  # of a helper, before it leaves: about a millisecond
 
 
 @compiled
@@ -184,11 +185,11 @@ def call_helpers(box):
 @compiled
 def serve(box):
     """Help, until there has been nothing to do for a while."""
-    looks = 0
-    while looks < _LOOKS and not load(box, LEAVE):
+    looks, patience = 0, box[SPINS]
+    while looks < patience + _YIELDS and not load(box, LEAVE):
         if has_units(box):
             _work(box)
             looks = 0
         looks += 1
-        look_away(looks)
+        look_away(looks, patience)
     add(box, CALLED, -1)
