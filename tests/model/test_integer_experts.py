@@ -13,12 +13,12 @@ from torch import Tensor
 
 from flowspec.core import DType
 from flowspec.errors import ModelError
-from flowspec.model import integer_matrix
 from flowspec.model.integer_experts import IntegerExperts
 from flowspec.model.layer_tensors import LayerTensors
 from flowspec.model.loader import Checkpoint
 from flowspec.model.packed import Bits, pack
 from flowspec.model.stage_weights import EXPERTS, bare_model
+from flowspec.model.team import Team
 from tiny_models import make_checkpoint
 
 LAYER = 1
@@ -56,8 +56,8 @@ def packed_mixture(directory: Path, bits: Bits) -> IntegerExperts:
     return IntegerExperts(LayerTensors(checkpoint, f"model.layers.{LAYER}.", layer, bits), "mlp", layer.mlp)
 
 
-def products(experts: IntegerExperts, rows: Any, threads: int = 1) -> Any:
-    return experts(rows, threads)[:, : rows.shape[1]]
+def products(experts: IntegerExperts, rows: Any) -> Any:
+    return experts(rows, Team(1).mailbox)[:, : rows.shape[1]]
 
 
 def random_rows(count: int, width: int) -> Any:
@@ -86,16 +86,12 @@ def test_rows_get_what_their_experts_give(family: str, bits: Bits, sizes: dict[s
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-def test_rows_have_their_bits_whatever_is_beside_them(
-    checkpoint_dir: Callable[[str], Path], bits: Bits, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rows_have_their_bits_whatever_is_beside_them(checkpoint_dir: Callable[[str], Path], bits: Bits) -> None:
     experts = packed_mixture(checkpoint_dir("mixtral"), bits)
     rows = random_rows(40, 32)
     whole = products(experts, rows)
     for part in (slice(0, 1), slice(7, 9), slice(20, 37)):
         assert np.array_equal(products(experts, rows[part]), whole[part])
-    monkeypatch.setattr(integer_matrix, "_WORTH_SHARING", 1e-12)
-    assert np.array_equal(products(experts, rows, threads=3), whole)
 
 
 def test_a_gate_that_is_not_known_is_one_line(tmp_path: Path) -> None:

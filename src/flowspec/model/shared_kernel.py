@@ -182,12 +182,8 @@ def write_and_attend(box, table, query, key, value, scaling, attended):
     num_units = 0
     for r in range(len(table)):
         num_units = _cut(table[r], r, max(1, round(count * _cost(table[r], query) / cost_ns)), plan, num_units)
-    put(box, 0, table)
-    put(box, 1, plan)
-    put(box, 2, query)
-    put(box, 3, attended)
     put_float(box, 0, factor)
-    share(box, ATTEND, num_units)
+    _share_plan(box, ATTEND, num_units, table, plan, query, attended)
 
 
 @compiled
@@ -206,11 +202,17 @@ def _write(box, table, key, value):
             plan[num_units, 0] = r
             plan[num_units, 1], plan[num_units, 2] = share_of(part, parts, num_rows)
             num_units += 1
+    _share_plan(box, WRITE, num_units, table, plan, key, value)
+
+
+@compiled
+def _share_plan(box, kind, num_units, table, plan, given, found):
+    """A function of its own: an array lives until a call that it is passed to returns, and else until its last use."""
     put(box, 0, table)
     put(box, 1, plan)
-    put(box, 2, key)
-    put(box, 3, value)
-    share(box, WRITE, num_units)
+    put(box, 2, given)
+    put(box, 3, found)
+    share(box, kind, num_units)
 
 
 @compiled
