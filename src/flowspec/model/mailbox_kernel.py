@@ -7,11 +7,10 @@ never for a thread to come. Without a team the mailbox is empty.
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 
 from flowspec.model.compiled import compiled
-from flowspec.model.team_code import give_way, load, pause, pointer, store, swap
+from flowspec.model.team_code import carray, give_way, load, pause, pointer, store, swap
 from flowspec.model.tile_code import as_bits, as_float
 
 # What changes often lies in a line of the processor's cache of its own.
@@ -160,23 +159,23 @@ def put(box, place, array):
 @compiled
 def array_1(box, place, dtype):
     first = _ARRAYS + place * _WORDS_EACH
-    return numba.carray(pointer(box[first]), (box[first + 1],), dtype)
+    return carray(pointer(box[first]), (box[first + 1],), dtype)
 
 
 @compiled
 def array_2(box, place, dtype):
     first = _ARRAYS + place * _WORDS_EACH
-    return numba.carray(pointer(box[first]), (box[first + 1], box[first + 2]), dtype)
+    return carray(pointer(box[first]), (box[first + 1], box[first + 2]), dtype)
 
 
 @compiled
 def array_3(box, place, dtype):
     first = _ARRAYS + place * _WORDS_EACH
-    return numba.carray(pointer(box[first]), (box[first + 1], box[first + 2], box[first + 3]), dtype)
+    return carray(pointer(box[first]), (box[first + 1], box[first + 2], box[first + 3]), dtype)
 
 
 @compiled
 def array_4(box, place, dtype):
     first = _ARRAYS + place * _WORDS_EACH
     shape = box[first + 1], box[first + 2], box[first + 3], box[first + 4]
-    return numba.carray(pointer(box[first]), shape, dtype)
+    return carray(pointer(box[first]), shape, dtype)

@@ -9,11 +9,10 @@ read the same keys and values are multiplied with these together.
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 
 from flowspec.model.compiled import compiled
-from flowspec.model.team_code import pointer
+from flowspec.model.team_code import carray, pointer
 from flowspec.model.tile_code import (
     LANES,
     as_float,
@@ -52,9 +51,9 @@ NUM_FIELDS = 12
 def _cache(request, head_dim):
     """Keys and values."""
     num_kv_heads, num_blocks = request[NUM_KV_HEADS], request[NUM_BLOCKS]
-    keys = numba.carray(pointer(request[KEYS]), (num_kv_heads, num_blocks, head_dim, BLOCK), np.float32)
+    keys = carray(pointer(request[KEYS]), (num_kv_heads, num_blocks, head_dim, BLOCK), np.float32)
     width = (head_dim + LANES - 1) // LANES * LANES
-    return keys, numba.carray(pointer(request[VALUES]), (num_kv_heads, num_blocks * BLOCK, width), np.float32)
+    return keys, carray(pointer(request[VALUES]), (num_kv_heads, num_blocks * BLOCK, width), np.float32)
 
 
 @compiled
@@ -65,7 +64,7 @@ def write(request, begin, end, key, value):
     """
     first, num_kv_heads, head_dim = request[FIRST], key.shape[1], key.shape[2]
     keys, values = _cache(request, head_dim)
-    slots = numba.carray(pointer(request[SLOTS]), (request[END] - first,), np.int64)
+    slots = carray(pointer(request[SLOTS]), (request[END] - first,), np.int64)
     for i in range(begin, end):
         block, lane = slots[i] // BLOCK, slots[i] % BLOCK
         for kv_head in range(num_kv_heads):
@@ -85,8 +84,8 @@ def attend(request, begin, end, kv_begin, kv_end, all_queries, factor, all_atten
     query, attended = all_queries[first + begin : first + end], all_attended[first + begin : first + end]
     num_rows, num_heads, head_dim = query.shape
     keys, values = _cache(request, head_dim)
-    path = numba.carray(pointer(request[PATH]), (request[PATH_LEN],), np.int32)
-    starts = numba.carray(pointer(request[STARTS]), (request[END] - first + 1,), np.int64)[begin : end + 1]
+    path = carray(pointer(request[PATH]), (request[PATH_LEN],), np.int32)
+    starts = carray(pointer(request[STARTS]), (request[END] - first + 1,), np.int64)[begin : end + 1]
     num_kv_heads, num_blocks = keys.shape[:2]
     group = num_heads // num_kv_heads
     num_lines = num_rows * group  # for each row, one of each head that reads the same keys

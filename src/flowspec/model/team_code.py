@@ -10,12 +10,15 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+import numba
 from llvmlite import ir
 from numba.core import cgutils, types
 
 from flowspec.model.tile_code import intrinsic
 
 _I32, _I64 = ir.IntType(32), ir.IntType(64)
+carray: Any = numba.carray  # an array of a pointer and a shape
+
 _HAS_YIELD = hasattr(os, "sched_yield")
 
 
@@ -90,7 +93,7 @@ def give_way(typing: Any) -> Any:
 
 @intrinsic
 def pointer(typing: Any, address: Any) -> Any:
-    """What ``numba.carray`` makes an array of."""
+    """What ``carray`` makes an array of."""
 
     def write(context: Any, code: Any, signature: Any, given: Sequence[Any]) -> Any:
         return code.inttoptr(given[0], context.get_value_type(types.voidptr))
