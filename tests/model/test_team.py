@@ -16,7 +16,7 @@ from flowspec.core import LayerRange
 from flowspec.model import integer_stage
 from flowspec.model.integer_stage import IntegerHead, IntegerStage
 from flowspec.model.loader import Checkpoint
-from flowspec.model.mailbox_kernel import ALONE, CALLED, DONE, OWNER
+from flowspec.model.mailbox_kernel import ALONE, DONE, OWNER
 from flowspec.model.shared_kernel import write_and_attend
 from flowspec.model.slot_kernel import NUM_FIELDS, NUM_KV_HEADS, NUM_SEEN
 from flowspec.model.stage import Part, forward
@@ -101,17 +101,19 @@ def test_requests_of_one_forward_have_the_bits_that_they_have_alone(
     assert together is not None and torch.equal(together, torch.cat([run(stage, [1] * count) for count in counts]))
 
 
-def test_helpers_come_when_there_is_work_and_leave_behind_it(checkpoint_dir: Callable[[str], Path], team: Team) -> None:
+def test_helpers_come_when_there_is_work_and_leave_also_what_is_given_up(
+    checkpoint_dir: Callable[[str], Path], team: Team
+) -> None:
     checkpoint = Checkpoint.open(checkpoint_dir("llama"))
     stage = with_team(team, lambda: IntegerStage.load(checkpoint, LayerRange(0, 4), "float32", 8))
     wait_until(lambda: team.num_called == 0)
     cache = stage.open_cache()
     given_up = stage.steps([Part(torch.tensor([5]), cache.slots.append_prefix([0]), cache)])
     assert [next(given_up), next(given_up)] == [None, None]
-    assert team.num_called >= 0
     given_up.close()
     wait_until(lambda: team.num_called == 0)
-    assert torch.equal(run(stage, [2, 3]), run(stage, [5]))
+    wait_until(lambda: torch.equal(run(stage, [2, 3]), run(stage, [5])) and team.num_called > 0)
+    wait_until(lambda: team.num_called == 0)
 
 
 def test_whoever_finds_the_mailbox_taken_works_alone(checkpoint_dir: Callable[[str], Path], team: Team) -> None:
@@ -134,7 +136,6 @@ def test_no_memory_is_an_error_of_the_caller(team: Team) -> None:
     starts, slots = np.zeros(3, np.int64), np.zeros(2, np.int64)
     table[0, 2:4] = slots.ctypes.data, starts.ctypes.data
     query, key = np.ones((2, 2, 16), np.float32), np.ones((2, 2, 0), np.float32)
-    team.mailbox[CALLED] += 0
     for _ in range(3):
         with pytest.raises(MemoryError):
             write_and_attend(team.mailbox, table, query, key, key, 1.0, np.ones((2, 32), np.float32))

@@ -10,14 +10,14 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-import numba
 from llvmlite import ir
 from numba.core import cgutils, types
+from numba.np import numpy_support
 
 from flowspec.model.tile_code import intrinsic
 
 _I32, _I64 = ir.IntType(32), ir.IntType(64)
-carray: Any = numba.carray  # an array of a pointer and a shape
+carray: Any = numpy_support.carray  # an array of a pointer and a shape
 
 _HAS_YIELD = hasattr(os, "sched_yield")
 
