@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numba
+from numba.core import ccallback, types
 
 _SOURCES = ("*_kernel.py", "*_code.py", "compiled.py")
 
@@ -27,6 +28,23 @@ def compiled(function: Callable[..., Any]) -> Any:
     except (RuntimeError, AttributeError):  # neither beside this file nor in the user's cache; or in another way there
         return numba.njit(**options)(function)
     return kernel
+
+
+@cache
+def callback(kernel: Any) -> Any:
+    """A kernel of an int64, which gives nothing, as other languages call it: its ``address``.
+
+    Who calls it by that is compiled without it.
+    """
+    signature = types.void(types.int64)
+    found: Any = ccallback.CFunc(kernel.py_func, (signature.args, signature.return_type), {}, {"error_model": "numpy"})
+    try:
+        found.enable_caching()
+        found._cache._cache_file._source_stamp = _stamp()
+    except (RuntimeError, AttributeError):  # as above
+        pass
+    found.compile()
+    return found
 
 
 @cache

@@ -28,6 +28,7 @@ SPINS = 38  # looks in vain before the core is left to others
 COST_NS = 39  # of a unit, roughly
 ALONE = 40  # phases that are not shared, since a helper came too late
 PENALTY = 41  # how many that are next time
+WORK = 42  # the address of what does units as long as there are any
 _NUMBERS = 48
 _ARRAYS = 64
 _WORDS_EACH = 5  # an address, and up to four lengths

@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from flowspec.model.mailbox_kernel import CALLED, HELPERS, LEAVE, NUM_WORDS, SPIN_NS, SPINS, UNIT_NS, WANTED, spin
-from flowspec.model.team_kernel import call_helpers, serve
+from flowspec.model.compiled import callback
+from flowspec.model.mailbox_kernel import CALLED, HELPERS, LEAVE, NUM_WORDS, SPIN_NS, SPINS, UNIT_NS, WANTED, WORK, spin
+from flowspec.model.team_kernel import call_helpers, serve, work
 
 # What is worth to be handed over; that takes well below a microsecond.
 _UNIT_NS = 10_000
@@ -35,6 +36,7 @@ class Team:
         self._helpers: list[Thread] = []
         if num_threads > 1:
             self._box[HELPERS], self._box[UNIT_NS], self._box[CALLED] = num_threads - 1, unit_ns, 1
+            self._box[WORK] = callback(work).address
             self._box[SPINS] = _looks_in(SPIN_NS)
             serve(self._box)  # so that it is compiled
             call: Any = self._help

@@ -101,6 +101,18 @@ def pointer(typing: Any, address: Any) -> Any:
     return types.voidptr(types.int64), write
 
 
+@intrinsic
+def call(typing: Any, function: Any, value: Any) -> Any:
+    """The function of an int64 that is at this address."""
+
+    def write(context: Any, code: Any, signature: Any, given: Sequence[Any]) -> Any:
+        kind = ir.FunctionType(ir.VoidType(), [_I64]).as_pointer()
+        code.call(code.inttoptr(given[0], kind), [given[1]])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), write
+
+
 def _word(context: Any, code: Any, signature: Any, given: Sequence[Any]) -> Any:
     words = context.make_array(signature.args[0])(context, code, given[0])
     return code.gep(code.bitcast(words.data, _I64.as_pointer()), [given[1]])

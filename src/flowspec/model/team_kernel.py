@@ -16,8 +16,10 @@ from flowspec.model.mailbox_kernel import (
     HELPERS,
     KIND,
     LEAVE,
+    NUM_WORDS,
     SPINS,
     WANTED,
+    WORK,
     array_1,
     array_2,
     array_3,
@@ -33,7 +35,7 @@ from flowspec.model.mailbox_kernel import (
 from flowspec.model.row_kernel import add as add_products
 from flowspec.model.row_kernel import gated, normalised, turn
 from flowspec.model.slot_kernel import attend, write
-from flowspec.model.team_code import add, load, store, swap
+from flowspec.model.team_code import add, call, carray, load, pointer, store, swap
 
 MULTIPLY, MULTIPLY_BY_EXPERT, ROUND, GATE, ADD, TURN, WRITE, ATTEND = range(8)
 
@@ -150,8 +152,9 @@ def _perform(box, unit, count):
 
 
 @compiled
-def _work(box):
-    """Do units as long as there are any."""
+def work(address):
+    """Do units as long as there are any, of the mailbox at an address."""
+    box = carray(pointer(address), (NUM_WORDS,), np.int64)
     while True:
         unit, count = claim(box)
         if unit < 0:
@@ -167,7 +170,7 @@ def _work(box):
 def share(box, kind, count):
     """Have a phase done whose units are described; for whom ``open_phase`` has given the mailbox to."""
     begin_phase(box, kind, count)
-    _work(box)
+    call(box[WORK], box.ctypes.data)
     if not close_phase(box, count):
         raise MemoryError("a stage's rows do not fit into memory; send fewer at once")
 
@@ -188,7 +191,7 @@ def serve(box):
     looks, patience = 0, box[SPINS]
     while looks < patience + _YIELDS and not load(box, LEAVE):
         if has_units(box):
-            _work(box)
+            call(box[WORK], box.ctypes.data)
             looks = 0
         looks += 1
         look_away(looks, patience)
