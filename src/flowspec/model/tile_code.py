@@ -6,9 +6,9 @@ inner products of ``integer_kernel`` are written here. Each processor's instruct
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from llvmlite import ir
 from numba import extending
@@ -211,7 +211,7 @@ class _TileCode:
                 found = code.mul(zero, _spread(code, _load(code, sums, group, _I32)))
                 for quad, weight in enumerate(weights):
                     inputs = _load(code, rows, code.add(code.mul(group, _whole(QUADS)), _whole(quad)), _I32)
-                    found = self._dot(code, found, weight, _spread(code, inputs))
+                    found = self._dot.write(code, found, weight, _spread(code, inputs))
                 scale = code.fmul(of_weights, _spread(code, _load(code, scales, group, _F32)))
                 floats = code.sitofp(found, _FLOATS)
                 code.store(_call(code, f"fma.v{LANES}f32", [floats, scale, code.load(total)]), total)
@@ -235,56 +235,80 @@ class _TileCode:
         code, first = self._code, self._code.mul(place, _whole(self._vectors))
         loaded = [_load(code, codes, code.add(first, _whole(index)), _WHOLE) for index in range(self._vectors)]
         if self._bits == 8:
-            return loaded
+            return [code.xor(four, _all(0x80808080)) for four in loaded] if self._dot.is_signed else loaded
         low = [code.and_(pairs, _all(0x0F0F0F0F)) for pairs in loaded]
         return low + [code.and_(code.lshr(pairs, _all(4)), _all(0x0F0F0F0F)) for pairs in loaded]
 
     def _zeros(self, zeros: Any, place: Any) -> Any:
         """What a group's codes mean zero by, negative."""
         if self._bits == 8:
-            return _all(-MIDDLE)
+            return _all(0 if self._dot.is_signed else -MIDDLE)
         return self._code.neg(self._code.zext(_load(self._code, zeros, place, ir.VectorType(_I8, LANES)), _WHOLE))
 
 
-def _dot_of(features: Sequence[str]) -> Any:
-    """How to add to [LANES] whole numbers the products of four unsigned codes for each with four signed inputs.
+class _Dot(NamedTuple):
+    """How to add to [LANES] whole numbers the products of four codes for each with four inputs, of 8 bits."""
 
-    ``features``: of the processor, as LLVM names them.
-    """
+    write: Callable[[Any, Any, Any, Any], Any]  # code, numbers, codes, inputs -> numbers
+    is_signed: bool = False  # codes are; else they are above zero
+
+
+def _dot_of(features: Sequence[str]) -> _Dot:
+    """``features``: of the processor, as LLVM names them."""
     if "+avx512vnni" in features:
-        return lambda code, found, codes, inputs: _call(code, "x86.avx512.vpdpbusd.512", [found, codes, inputs])
+        return _Dot(_dot_by("x86.avx512.vpdpbusd.512", 1))
     if "+avxvnni" in features:
-        return lambda code, found, codes, inputs: _in_halves(
-            code, lambda *parts: _call(code, "x86.avx512.vpdpbusd.256", parts), found, codes, inputs
-        )
-    return _dot_by_pairs if "+avx2" in features else _dot_by_one
+        return _Dot(_dot_by("x86.avx512.vpdpbusd.256", 2))
+    if "+dotprod" in features:
+        return _Dot(_dot_by("aarch64.neon.sdot.v4i32.v16i8", 4, ir.VectorType(_I8, LANES)), is_signed=True)
+    return _Dot(_dot_by_pairs if "+avx2" in features else _dot_by_one)
 
 
-def _dot_by_pairs(code: Any, found: Any, codes: Any, inputs: Any) -> Any:
+def _dot_by(name: str, count: int, kind: Any = None) -> Callable[[Any, Any, Any, Any], Any]:
+    """With an instruction for it, of which ``count`` are needed; ``kind``: of its codes and inputs."""
+
+    def write(code: Any, numbers: Any, codes: Any, inputs: Any) -> Any:
+        def one(*parts: Any) -> Any:
+            quads = parts[1:] if kind is None else [code.bitcast(part, kind) for part in parts[1:]]
+            return _call(code, name, [parts[0], *quads])
+
+        return _in_parts(code, count, one, numbers, codes, inputs)
+
+    return write
+
+
+def _dot_by_pairs(code: Any, numbers: Any, codes: Any, inputs: Any) -> Any:
     """With AVX2: products of 16 bits, added in pairs. What adds up products of 8 bits there would cut them off."""
     pairs, eight = ir.VectorType(_I16, 2 * LANES), ir.Constant(ir.VectorType(_I16, 2 * LANES), [8] * (2 * LANES))
     codes, inputs = code.bitcast(codes, pairs), code.bitcast(inputs, pairs)
     even = code.and_(codes, ir.Constant(pairs, [255] * (2 * LANES))), code.ashr(code.shl(inputs, eight), eight)
     odd = code.lshr(codes, eight), code.ashr(inputs, eight)
     for part in (even, odd):
-        products = _in_halves(code, lambda *halves: _call(code, "x86.avx2.pmadd.wd", halves, _I32), *part)
-        found = code.add(found, products)
-    return found
+        products = _in_parts(code, 2, lambda *halves: _call(code, "x86.avx2.pmadd.wd", halves, _I32), *part)
+        numbers = code.add(numbers, products)
+    return numbers
 
 
-def _dot_by_one(code: Any, found: Any, codes: Any, inputs: Any) -> Any:
+def _dot_by_one(code: Any, numbers: Any, codes: Any, inputs: Any) -> Any:
     """On any processor."""
     for index in range(QUAD):
         weights = code.and_(code.lshr(codes, _all(8 * index)), _all(255))
-        numbers = code.ashr(code.shl(inputs, _all(24 - 8 * index)), _all(24))
-        found = code.add(found, code.mul(weights, numbers))
-    return found
+        factors = code.ashr(code.shl(inputs, _all(24 - 8 * index)), _all(24))
+        numbers = code.add(numbers, code.mul(weights, factors))
+    return numbers
 
 
-def _in_halves(code: Any, work: Any, *vectors: Any) -> Any:
-    """Of vectors that are twice as long as the processor's."""
+def _in_parts(code: Any, count: int, work: Callable[..., Any], *vectors: Any) -> Any:
+    """Of vectors that are ``count`` times as long as the processor's, a power of 2."""
+    if count == 1:
+        return work(*vectors)
     halves = [
-        work(*(code.shuffle_vector(each, each, _indices(half, each.type.count // 2)) for each in vectors))
+        _in_parts(
+            code,
+            count // 2,
+            work,
+            *(code.shuffle_vector(each, each, _indices(half, each.type.count // 2)) for each in vectors),
+        )
         for half in range(2)
     ]
     return code.shuffle_vector(*halves, _indices(0, 2 * halves[0].type.count))
