@@ -101,7 +101,8 @@ def test_rows_and_threads_do_not_change_bits(bits: Any, monkeypatch: pytest.Monk
 
 def test_other_processors_make_the_same_bits() -> None:
     """Of instructions that this processor has, too; the rest is as LLVM makes it."""
-    features = cpu_target.target_context.codegen().magic_tuple()[2].split(",")
+    target: Any = cpu_target.target_context
+    features = target.codegen().magic_tuple()[2].split(",")
     without_512 = ",".join(name.replace("+", "-") if "avx512" in name else name for name in features)
     others: list[tuple[dict[str, str], list[str]]] = [({}, ["+sse2"])]
     if "+avx2" in features:
