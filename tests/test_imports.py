@@ -35,8 +35,8 @@ CONFINED = {
     "matplotlib": {"bench.plots"},
     "transformers": {"model", "train", "engine"},
     "huggingface_hub": {"model"},
-    "numba": {"model.compiled", "model.tile_code"},
-    "llvmlite": {"model.tile_code"},
+    "numba": {"model.compiled", "model.tile_code", "model.vector_code"},
+    "llvmlite": {"model.tile_code", "model.vector_code"},
     "gguf": {"model"},
 }
 

@@ -46,6 +46,9 @@ def digest() -> str:
     for bits in (8, 4):
         matrix = IntegerMatrix([weight_of(70, 96, bits)])
         found.update(matrix(random_rows(7, 96), 1).tobytes())
+    found.update(
+        IntegerMatrix([weight_of(70, 96, 4).with_offsets(), weight_of(1, 96, 4)])(random_rows(7, 96), 1).tobytes()
+    )
     found.update(row_kernel.gated(random_rows(3, 80), 40, 40, True).tobytes())
     return found.hexdigest()
 
@@ -85,6 +88,28 @@ def test_a_scale_may_be_for_other_numbers_of_inputs(size: int) -> None:
     wanted = rows @ weight.unpacked().numpy().T
     found = IntegerMatrix([weight])(rows, 1)[:, :20]
     assert np.linalg.norm(found - wanted) < 0.02 * np.linalg.norm(wanted)
+
+
+def test_codes_may_have_offsets_instead_of_zero_points() -> None:
+    plain = weight_of(20, 64, 4)
+    draw = np.random.default_rng(5)
+    offsets = draw.standard_normal(plain.scales.shape).astype(np.float16)
+    own = PackedWeight(plain.codes, plain.scales, offsets=offsets)
+    matrix = IntegerMatrix([own, plain])
+    assert own.bits == 4 and matrix.nbytes > IntegerMatrix([plain, plain]).nbytes
+    rows = random_rows(9, 64)
+    understood = meant(IntegerRows.of(rows, 2, GROUP), 64, GROUP).astype(np.float64)
+    found = matrix(rows, 1)
+    for start, weight in zip(matrix.starts, (own, plain.with_offsets()), strict=True):
+        wanted = understood @ weight.unpacked().numpy().T.astype(np.float64)
+        assert np.abs(found[:, start : start + 20] - wanted).max() < 1e-6 * np.abs(wanted).max()
+    for count in range(1, 9):
+        assert np.array_equal(matrix(rows[:count], 1), found[:count])
+    moved = plain.with_offsets().unpacked() - plain.unpacked()
+    assert 0 < moved.abs().max() < 1e-3 * plain.unpacked().abs().max()
+    halved = own.divided(2.0)
+    assert torch.equal(halved.unpacked(), own.unpacked() / 2)
+    assert torch.equal(own.rows(np.array([3, 1])).unpacked(), own.unpacked()[[3, 1]])
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -146,4 +171,4 @@ def test_a_kernel_on_disk_is_old_once_another_one_has_changed() -> None:
     stamp = compiled._stamp()
     assert product._cache._cache_file._source_stamp == stamp
     kernels = {path.name for pattern in compiled._SOURCES for path in Path(compiled.__file__).parent.glob(pattern)}
-    assert kernels >= {"integer_kernel.py", "row_kernel.py", "layer_kernel.py", "slot_kernel.py", "tile_code.py"}
+    assert kernels >= {"integer_kernel.py", "row_kernel.py", "slot_kernel.py", "tile_code.py", "vector_code.py"}

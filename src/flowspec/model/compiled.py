@@ -10,7 +10,7 @@ from typing import Any
 
 import numba
 
-_SOURCES = ("*_kernel.py", "tile_code.py", "compiled.py")
+_SOURCES = ("*_kernel.py", "*_code.py", "compiled.py")
 
 
 def compiled(function: Callable[..., Any]) -> Any:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 
 from flowspec.model.compiled import compiled
-from flowspec.model.tile_code import (
+from flowspec.model.vector_code import (
     LANES,
     as_float,
     four_by_four,
