@@ -4,15 +4,16 @@
         [--json]
 
 A stage's seven matrices a layer, one after the other over all layers, so that none is in a cache of the processor when
-its turn comes; nothing else of a layer. Random weights. ``--peer``: a Python that has ``onnxruntime`` and ``onnx``,
-which is left out without one. **Invariant**: whether the first rows of the largest product have the bits that they
-have alone. **Times the bound**: of one row, against reading the weights at the memory's speed, as summing an array
-shows it. Least of the repetitions.
+its turn comes; nothing else of a layer. Random weights. ``--peer``: a Python that has ``openvino``, ``onnxruntime`` and
+``onnx``, which are left out without one. **Invariant**: whether the first rows of the largest product have the bits
+that they have alone. **Times the bound**: of one row, against reading the weights at the memory's speed, as summing an
+array shows it. Least of the repetitions.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import subprocess
 import sys
@@ -95,25 +96,62 @@ def on_torch_int4(weight: NDArray[np.float32], threads: int) -> Product:
     return run
 
 
-def on_openvino(bits: Any) -> Callable[[NDArray[np.float32], int], Product]:
+def on_ours(bits: Any) -> Callable[[NDArray[np.float32], int], Product]:
     """What stages with integer weights run on."""
 
     def make(weight: NDArray[np.float32], threads: int) -> Product:
         import torch
-        from flowspec.model.openvino_graph import Buffer, linear
 
+        from flowspec.model.integer_matrix import IntegerMatrix
         from flowspec.model.packed import pack
+        from flowspec.model.team import team_of
 
-        graph = linear(pack(torch.from_numpy(weight), bits), threads)
-        buffers: dict[int, tuple[Buffer, Buffer]] = {}  # by their number of rows, as in a stage
+        matrix = IntegerMatrix([pack(torch.from_numpy(weight), bits)])
+        team = team_of(threads)
+        return lambda rows: matrix(rows, team.mailbox)
+
+    return make
+
+
+def on_openvino(bits: int) -> Callable[[NDArray[np.float32], int], Product]:
+    """A graph of one product, with dynamic quantisation of rows; of 4 bits with zero points in the middle."""
+
+    def make(weight: NDArray[np.float32], threads: int) -> Product:
+        openvino: Any = importlib.import_module("openvino")
+        op: Any = importlib.import_module("openvino.opset13")
+        num_outputs, num_inputs = weight.shape
+        groups = weight.reshape(num_outputs, -1, GROUP)
+        scales = (np.abs(groups).max(axis=2, keepdims=True) / (2 ** (bits - 1) - 1)).astype(np.float16)
+        codes = (groups / scales.astype(np.float32)).round()
+        if bits == 8:
+            node = op.convert(op.constant(codes.astype(np.int8)), np.float16)
+        else:
+            pairs = (codes + 8).astype(np.uint8).reshape(-1, 2)
+            packed = openvino.Tensor(pairs[:, 0] | (pairs[:, 1] << 4), openvino.Shape(codes.shape), openvino.Type.u4)
+            node = op.convert(openvino.op.Constant(packed, shared_memory=False), np.float16)
+            node = op.subtract(node, op.constant(np.full((num_outputs, codes.shape[1], 1), 8, np.float16)))
+        node = op.reshape(op.multiply(node, op.constant(scales)), op.constant(np.array(weight.shape)), False)
+        rows = op.parameter([-1, num_inputs], np.float32)
+        model = openvino.Model([op.matmul(rows, op.convert(node, np.float32), False, True)], [rows])
+        options = {
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_NUM_THREADS": threads,
+            "INFERENCE_PRECISION_HINT": "f32",
+            "DYNAMIC_QUANTIZATION_GROUP_SIZE": GROUP,
+        }
+        request = openvino.Core().compile_model(model, "CPU", options).create_infer_request()
+
+        bound: dict[int, tuple[Any, Any]] = {}  # by the number of rows: what it reads and writes in place
 
         def run(rows: NDArray[np.float32]) -> Any:
-            if len(rows) not in buffers:
-                buffers[len(rows)] = Buffer(*rows.shape), graph.results(len(rows))[0]
-            given, product = buffers[len(rows)]
-            given.rows[:] = rows
-            graph([given], [product])
-            return product.rows
+            if len(rows) not in bound:
+                bound[len(rows)] = np.empty_like(rows), np.empty((len(rows), num_outputs), np.float32)
+            given, products = bound[len(rows)]
+            given[:] = rows
+            request.set_input_tensor(0, openvino.Tensor(given, shared_memory=True))
+            request.set_output_tensor(0, openvino.Tensor(products, shared_memory=True))
+            request.infer()
+            return products
 
         return run
 
@@ -157,10 +195,12 @@ KERNELS = (
     Kernel("torch bfloat16", 2.0, on_torch("bfloat16")),
     Kernel("torch int8 weights", 1.0, on_torch_int8),
     Kernel("torch int4 weights", INT4, on_torch_int4),
-    Kernel("OpenVINO int8", INT8, on_openvino(8)),
-    Kernel("OpenVINO int4", INT4, on_openvino(4)),
+    Kernel("flowspec int8", INT8, on_ours(8)),
+    Kernel("flowspec int4", INT4, on_ours(4)),
 )
 PEER_KERNELS = (
+    Kernel("OpenVINO int8", INT8, on_openvino(8)),
+    Kernel("OpenVINO int4", INT4, on_openvino(4)),
     Kernel("onnxruntime int8", INT8, on_onnxruntime(8)),
     Kernel("onnxruntime int4", INT4, on_onnxruntime(4)),
 )
@@ -239,7 +279,7 @@ def main() -> None:
     parser.add_argument("--rows", type=lambda text: [int(part) for part in text.split(",")], default=[1, 4, 16, 64])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeat", type=int, default=9)
-    parser.add_argument("--peer", metavar="PYTHON", help="that has onnxruntime and onnx")
+    parser.add_argument("--peer", metavar="PYTHON", help="that has openvino, onnxruntime and onnx")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--is-peer", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--bytes-per-s", type=float, help=argparse.SUPPRESS)

@@ -52,7 +52,8 @@ FLOWSPEC: tuple[tuple[Weights, int, tuple[str, ...], bool], ...] = (  # weights,
     ("int8", 1, ("ar", "flow", "auto"), False),
     ("int8", 1, ("auto",), True),
     ("int8", 2, ("flow", "auto"), False),
-    ("int4", 1, ("ar",), False),
+    ("int4", 1, ("ar", "flow", "auto"), False),
+    ("int4", 2, ("flow", "auto"), False),
     ("float", 1, ("ar",), False),
 )
 WARM_UP = "Say hello."  # none of the questions: who remembers texts would know the answer

@@ -33,7 +33,7 @@ def test_the_rivals_benchmark_prints_json(model: Path, tmp_path: Path) -> None:
     sizes = ("--num-prompts", "2", "--max-new-tokens", "8", "--repeat", "1", "--threads", "1")
     figures = json.loads(run_benchmark("rivals.py", str(model), "--prompts", str(prompts), *sizes))
     assert figures["num_prompts"] == 2 and figures["int8_stage"]["ratio"] >= 1
-    assert len(figures["rows"]) == 9 and all(row["tokens_per_s"] > 0 for row in figures["rows"].values())
+    assert len(figures["rows"]) == 13 and all(row["tokens_per_s"] > 0 for row in figures["rows"].values())
 
 
 def test_the_exactness_benchmark_prints_a_table(model: Path) -> None:

@@ -77,7 +77,7 @@ def write_with_factors(path: Path, plain: Path, factors: Any) -> None:
         (Kind.BF16, None, ()),
         (Kind.Q8_0, 8, (8,)),
         (Kind.Q4_0, 4, (8, 4)),
-        (Kind.Q4_1, 8, ()),
+        (Kind.Q4_1, 4, (4,)),
         (Kind.Q5_0, 8, ()),
     ],
     ids=lambda value: value.name if isinstance(value, Kind) else "",

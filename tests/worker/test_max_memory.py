@@ -75,13 +75,14 @@ def test_what_a_stage_takes_is_known_before_it_is_read(
 @pytest.mark.parametrize("weights", ["int8", "int4"])
 @pytest.mark.parametrize("family", ["qwen2", "mixtral"])
 def test_so_it_is_on_integer_kernels(family: str, weights: Weights, tmp_path: Path) -> None:
-    # Experts lie in whole blocks of 64.
     sizes: dict[str, Any] = (
         {"num_local_experts": 64, "hidden_size": 64, "num_hidden_layers": 1} if family == "mixtral" else {}
     )
     checkpoint, layers = open_checkpoint(make_checkpoint(tmp_path, family, **sizes)), LayerRange(0, 1)
     wanted = load_stage(checkpoint, layers, "float32", weights, "cpu").weights_bytes
-    assert stage_bytes(shapes_of(checkpoint, layers), "float32", weights) == wanted
+    expected = stage_bytes(shapes_of(checkpoint, layers), "float32", weights)
+    # With 4 bits it allows for offsets, which take more than zero points.
+    assert expected == wanted if weights == "int8" else wanted < expected < 1.1 * wanted
 
 
 def test_free_is_what_is_left_of_what_is_allowed() -> None:

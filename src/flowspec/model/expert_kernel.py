@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from flowspec.model.compiled import compiled
-from flowspec.model.tile_code import fused
+from flowspec.model.vector_code import fused
 
 LANES = 64  # outputs of one block
 PART = 8  # inputs whose products are added to a sum before it is stored

@@ -37,6 +37,7 @@ GGUF_SUFFIX = ".gguf"
 _SPLIT_NAME = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 _CHUNK = 4096  # rows that are dequantised at once
 _FLOATS = {Kind.F32, Kind.F16, Kind.BF16}
+_PACKED: dict[Bits, set[Kind]] = {8: {Kind.Q8_0, Kind.Q4_0}, 4: {Kind.Q4_0, Kind.Q4_1}}  # whose own codes kernels hold
 
 _NAMES = {
     "token_embd.weight": EMBEDDING,
@@ -105,7 +106,7 @@ class GGUFCheckpoint(Checkpoint):
         kinds = {place.kind for name, place in self._places.items() if ".layers." in name} - _FLOATS
         if not kinds:
             return None
-        return 4 if kinds == {Kind.Q4_0} else 8
+        return 4 if kinds <= _PACKED[4] else 8
 
     def files(self) -> list[Path]:
         return sorted({place.path for place in self._places.values()})
@@ -145,7 +146,7 @@ class GGUFCheckpoint(Checkpoint):
 
     def own_packed(self, name: str, bits: Bits) -> PackedWeight | None:
         place = self._place(name)
-        if place.kind != Kind.Q4_0 and not (place.kind == Kind.Q8_0 and bits == 8):
+        if place.kind not in _PACKED[bits]:
             return None
         blocks = np.concatenate(list(self._raw_chunks(place)))
         blocks = blocks.reshape(len(blocks), place.shape[-1] // GROUP, -1)
@@ -154,7 +155,10 @@ class GGUFCheckpoint(Checkpoint):
         scales = blocks[..., :2].copy().view(np.float16)
         if place.kind == Kind.Q8_0:
             return PackedWeight(blocks[..., 2:].copy().view(np.int8), scales, None)
-        codes = np.concatenate([blocks[..., 2:] & 15, blocks[..., 2:] >> 4], axis=2)
+        begin = 4 if place.kind == Kind.Q4_1 else 2
+        codes = np.concatenate([blocks[..., begin:] & 15, blocks[..., begin:] >> 4], axis=2)
+        if place.kind == Kind.Q4_1:
+            return PackedWeight(codes, scales, offsets=blocks[..., 2:4].copy().view(np.float16))
         if bits == 8:
             return PackedWeight(codes.astype(np.int8) - np.int8(8), scales, None)
         return PackedWeight(codes, scales, np.full(scales.shape, 8, dtype=np.uint8))

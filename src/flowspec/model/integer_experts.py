@@ -72,13 +72,17 @@ class _Matrices:
         height = num_outputs // num_parts
         self._size = num_inputs if num_inputs % GROUP else GROUP
         groups = num_inputs // self._size * groups_of(self._size)
-        self._lanes = Lanes.empty(num_parts * blocks_of(height), groups, bits, num_experts)
+        lanes: Lanes | None = None
         for expert, first, weight in _rows_by_expert(source, name, shape, bits):
+            if lanes is None:
+                lanes = Lanes.like(weight, num_parts * blocks_of(height), groups, num_experts)
             for part in range(num_parts):
                 begin = part * height - first
                 if 0 <= begin < weight.shape[0]:
                     rows = weight.rows(np.arange(begin, begin + height))
-                    self._lanes.of(expert).fill(rows, part * blocks_of(height))
+                    lanes.of(expert).fill(rows, part * blocks_of(height))
+        assert lanes is not None, "there are experts"
+        self._lanes = lanes
 
     @property
     def nbytes(self) -> int:

@@ -14,7 +14,8 @@ import numpy as np
 
 from flowspec.model.compiled import compiled
 from flowspec.model.packed import GROUP
-from flowspec.model.tile_code import LANES, MIDDLE, QUAD, QUADS, ROWS, four_rows, one_row, round_group, two_rows
+from flowspec.model.tile_code import MIDDLE, QUAD, QUADS, ROWS, four_rows, one_row, round_group, two_rows
+from flowspec.model.vector_code import LANES
 
 _ZERO = np.float32(0)
 
@@ -23,10 +24,10 @@ _ZERO = np.float32(0)
 def multiply(rows, scales, sums, begin, end, matrix, first, last, products):
     """The products of the rows ``[begin, end)`` with the blocks ``[first, last)`` of a matrix.
 
-    ``rows`` [n, groups, GROUP], ``scales`` and ``sums`` [n, groups]: as ``quantise`` makes them. ``matrix``: codes,
-    scales, zero points and biases of ``IntegerMatrix``. ``products`` [n, blocks * LANES] is written.
+    ``rows`` [n, groups, GROUP], ``scales`` and ``sums`` [n, groups]: as ``quantise`` makes them. ``matrix``:
+    ``Lanes``. ``products`` [n, blocks * LANES] is written.
     """
-    codes, of_codes, zeros, biases = matrix
+    codes, of_codes, zeros, offsets, biases = matrix
     count = end - begin
     for block in range(first, last):
         # While many rows are multiplied with a block, the next one comes from memory.
@@ -35,23 +36,23 @@ def multiply(rows, scales, sums, begin, end, matrix, first, last, products):
         while row < end:
             if count >= ROWS:
                 row = min(row, end - ROWS)  # some rows are multiplied twice, which is less than one by one
-                four_rows(rows, scales, sums, codes, of_codes, zeros, biases, products, row, block, ahead)
+                four_rows(rows, scales, sums, codes, of_codes, zeros, offsets, biases, products, row, block, ahead)
                 row += ROWS
             elif end - row >= 2:
-                two_rows(rows, scales, sums, codes, of_codes, zeros, biases, products, row, block, ahead)
+                two_rows(rows, scales, sums, codes, of_codes, zeros, offsets, biases, products, row, block, ahead)
                 row += 2
             else:
-                one_row(rows, scales, sums, codes, of_codes, zeros, biases, products, row, block, ahead)
+                one_row(rows, scales, sums, codes, of_codes, zeros, offsets, biases, products, row, block, ahead)
                 row += 1
 
 
 @compiled
 def multiply_by_expert(rows, scales, sums, starts, experts, matrices, first, last, products):
     """As ``multiply``, of the rows ``[starts[j], starts[j + 1])`` with the ``experts[j]``-th of some matrices."""
-    codes, of_codes, zeros, biases = matrices
+    codes, of_codes, zeros, offsets, biases = matrices
     for j in range(len(experts)):
         expert = experts[j]
-        matrix = codes[expert], of_codes[expert], zeros[expert], biases[expert]
+        matrix = codes[expert], of_codes[expert], zeros[expert], offsets[expert], biases[expert]
         multiply(rows, scales, sums, starts[j], starts[j + 1], matrix, first, last, products)
 
 

@@ -57,7 +57,8 @@ class IntegerLayer:
         has_experts = hasattr(layer.mlp, "experts")
         self._inner = IntegerExperts(tensors, "mlp", layer.mlp) if has_experts else IntegerGate(tensors)
         tensors.check_nothing_left()
-        self.nbytes = self._heads.nbytes + self._output.nbytes + self._inner.nbytes
+        norms = sum(norm.nbytes for norm in (*self._norms, *self._head_norms))
+        self.nbytes = self._heads.nbytes + self._output.nbytes + self._inner.nbytes + norms
 
     def heads(self, hidden: Floats, rotation: tuple[Floats, Floats], heads: Heads, mailbox: Mailbox) -> None:
         """Rows [n, H], and the cosines and sines of their positions [n, r]; ``heads`` are written."""

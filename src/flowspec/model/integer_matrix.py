@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from flowspec.model import integer_kernel, layer_kernel
 from flowspec.model.integer_kernel import LANES
-from flowspec.model.packed import GROUP, Bits, PackedWeight
+from flowspec.model.packed import GROUP, PackedWeight
 from flowspec.model.team import Mailbox
 
 Floats = NDArray[np.float32]
@@ -22,17 +22,19 @@ class Lanes(NamedTuple):
 
     codes: NDArray[np.uint8]  # [blocks, groups, bytes]: above zero; with 4 bits two in a byte
     scales: NDArray[np.uint16]  # [blocks, groups, LANES]: the bits of float16
-    zeros: NDArray[np.uint8]  # [blocks, groups, LANES]; with 8 bits none
+    zeros: NDArray[np.uint8]  # [blocks, groups, LANES]; none with 8 bits, or with offsets
+    offsets: NDArray[np.uint16]  # the same, as float16: what is added to the products of codes and scales, if any
     biases: Floats  # [blocks, LANES]
 
     @classmethod
-    def empty(cls, num_blocks: int, num_groups: int, bits: Bits, *front: int) -> Lanes:
-        """Of zeros. ``front``: how many."""
-        lanes = (*front, num_blocks, num_groups, LANES)
+    def like(cls, weight: PackedWeight, num_blocks: int, num_groups: int, *front: int) -> Lanes:
+        """Of zeros, for such weights. ``front``: how many."""
+        lanes, none = (*front, num_blocks, num_groups, LANES), (*front, 0, 0, 0)
         return cls(
-            _zeros((*front, num_blocks, num_groups, LANES * GROUP * bits // 8), np.uint8),
+            _zeros((*front, num_blocks, num_groups, LANES * GROUP * weight.bits // 8), np.uint8),
             _zeros(lanes, np.uint16),
-            _zeros(lanes if bits == 4 else (*front, 0, 0, 0), np.uint8),
+            _zeros(none if weight.zero_points is None else lanes, np.uint8),
+            _zeros(none if weight.offsets is None else lanes, np.uint16),
             _zeros((*front, num_blocks, LANES), np.float32),
         )
 
@@ -42,7 +44,8 @@ class Lanes(NamedTuple):
 
     def of(self, index: int) -> Lanes:
         """One of several."""
-        return Lanes(self.codes[index], self.scales[index], self.zeros[index], self.biases[index])
+        codes, scales, zeros, offsets, biases = self
+        return Lanes(codes[index], scales[index], zeros[index], offsets[index], biases[index])
 
     def fill(self, weight: PackedWeight, first: int = 0, bias: Floats | None = None) -> None:
         """Write a weight's rows into the blocks from ``first`` on, and their biases."""
@@ -53,6 +56,8 @@ class Lanes(NamedTuple):
         self.scales[blocks] = _by_lanes(weight.scales.view(np.uint16), groups)
         if weight.zero_points is not None:
             self.zeros[blocks] = _by_lanes(weight.zero_points, groups)
+        if weight.offsets is not None:
+            self.offsets[blocks] = _by_lanes(weight.offsets.view(np.uint16), groups)
         if bias is not None:
             self.biases[blocks].reshape(-1)[:num_outputs] = bias
 
@@ -82,13 +87,15 @@ class IntegerMatrix:
 
     def __init__(self, parts: Sequence[PackedWeight], biases: Sequence[Floats | None] = ()) -> None:
         """``parts`` [N, K] each, of as many bits: the outputs of each begin at its one of ``starts``."""
+        if any(part.offsets is not None for part in parts):
+            parts = [part.with_offsets() for part in parts]
         first = parts[0]
         self.num_inputs = first.shape[1]
         heights = [blocks_of(part.shape[0]) for part in parts]
         blocks = [sum(heights[:index]) for index in range(len(parts))]
         self.starts = tuple(block * LANES for block in blocks)
         self.size = first.codes.shape[2]
-        self.lanes = Lanes.empty(sum(heights), first.codes.shape[1] * groups_of(self.size), first.bits)
+        self.lanes = Lanes.like(first, sum(heights), first.codes.shape[1] * groups_of(self.size))
         for part, block, bias in zip(parts, blocks, biases or [None] * len(parts), strict=True):
             self.lanes.fill(part, block, bias)
 

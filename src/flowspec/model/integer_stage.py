@@ -49,7 +49,8 @@ class IntegerStage(LayersStage):
         """Use ``load`` to make a stage. ``embedding`` [V, H]: of the first one; ``norm`` [H]: of the last one."""
         super().__init__(config, layers, getattr(torch, dtype))
         self.slot_bytes = self.attention.slot_bytes(torch.float32)
-        self.weights_bytes = sum(part.nbytes for part in parts) + (0 if embedding is None else embedding.nbytes)
+        ends = sum(end.nbytes for end in (embedding, norm) if end is not None)
+        self.weights_bytes = sum(part.nbytes for part in parts) + ends
         self._layers = parts
         self._embedding = embedding
         self._embedding_scale = torch.tensor(embedding_scale(config))

@@ -35,5 +35,6 @@ def add_rest(
 @compiled
 def product_of(box, rows, size, matrix):
     """Rows [n, K] times a matrix -> [n, blocks * LANES]. ``size``: as of ``quantise``."""
-    no_norm, eps = matrix[3].ravel()[:0], matrix[3].dtype.type(0)
+    biases = matrix[4]
+    no_norm, eps = biases.ravel()[:0], biases.dtype.type(0)
     return product(box, rounded(box, rows, no_norm, eps, size, matrix[0].shape[1]), matrix)

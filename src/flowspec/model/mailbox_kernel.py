@@ -11,7 +11,7 @@ import numpy as np
 
 from flowspec.model.compiled import compiled
 from flowspec.model.team_code import carray, give_way, load, pause, pointer, store, swap
-from flowspec.model.tile_code import as_bits, as_float
+from flowspec.model.vector_code import as_bits, as_float
 
 # What changes often lies in a line of the processor's cache of its own.
 TICKET = 0  # units of the phase, above those that are claimed

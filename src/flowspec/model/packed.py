@@ -1,12 +1,11 @@
 """Weights of linear layers in 8 or 4 bits, as integer kernels read them. Makes no product.
 
-A row's inputs are cut into groups, each with a scale of its own: ``weight = (code - zero point) * scale``. This holds
-what GGUF's Q8_0 and Q4_0 hold, to the bit, and is what OpenVINO calls compressed weights.
+A row's inputs are cut into groups, each with a scale of its own: ``weight = (code - zero point) * scale``, or, as files
+have them, too, ``code * scale + offset``. This holds what GGUF's Q8_0, Q4_0 and Q4_1 hold, to the bit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -27,13 +26,14 @@ _CHUNK = 4096  # rows that are packed at once: a large matrix in float32 may not
 class PackedWeight:
     """The weight [N, K] of a linear layer."""
 
-    codes: NDArray[Any]  # [N, groups, K / groups]: int8, or uint8 below 16 where there are zero points
+    codes: NDArray[Any]  # [N, groups, K / groups]: int8, or uint8 below 16 where there are zero points or offsets
     scales: NDArray[np.float16]  # [N, groups, 1]; may be negative
-    zero_points: NDArray[np.uint8] | None  # [N, groups, 1], of 4 bits; with 8 bits there are none
+    zero_points: NDArray[np.uint8] | None = None  # [N, groups, 1], of 4 bits; with 8 bits there are none
+    offsets: NDArray[np.float16] | None = None  # [N, groups, 1], instead of zero points
 
     @property
     def bits(self) -> Bits:
-        return 8 if self.zero_points is None else 4
+        return 8 if self.zero_points is None and self.offsets is None else 4
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -44,33 +44,38 @@ class PackedWeight:
     @property
     def nbytes(self) -> int:
         """As a kernel holds it."""
-        return self.codes.size * self.bits // 8 + self.scales.nbytes
+        return (
+            self.codes.size * self.bits // 8 + self.scales.nbytes + (0 if self.offsets is None else self.offsets.nbytes)
+        )
 
     def rows(self, indices: NDArray[np.int64]) -> PackedWeight:
         """Some of them."""
         zero_points = None if self.zero_points is None else self.zero_points[indices]
-        return PackedWeight(self.codes[indices], self.scales[indices], zero_points)
+        offsets = None if self.offsets is None else self.offsets[indices]
+        return PackedWeight(self.codes[indices], self.scales[indices], zero_points, offsets)
 
     def divided(self, divisor: float) -> PackedWeight:
         """By a number, as far as float16 holds the scales."""
-        return PackedWeight(self.codes, (self.scales / np.float32(divisor)).astype(np.float16), self.zero_points)
+        scales = (self.scales / np.float32(divisor)).astype(np.float16)
+        offsets = None if self.offsets is None else (self.offsets / np.float32(divisor)).astype(np.float16)
+        return PackedWeight(self.codes, scales, self.zero_points, offsets)
+
+    def with_offsets(self) -> PackedWeight:
+        """Instead of zero points, as float16 holds them."""
+        if self.zero_points is None:
+            return self
+        offsets = (self.zero_points * -self.scales.astype(np.float32)).astype(np.float16)
+        return PackedWeight(self.codes, self.scales, offsets=offsets)
 
     def unpacked(self) -> Tensor:
         """float32 [N, K]: exactly what the codes mean."""
         codes = self.codes.astype(np.float32)
         if self.zero_points is not None:
             codes -= self.zero_points
-        return torch.from_numpy((codes * self.scales.astype(np.float32)).reshape(self.shape))
-
-
-def stacked(parts: Sequence[PackedWeight]) -> PackedWeight:
-    """Of as many bits and inputs, one below the other."""
-    zeros = [part.zero_points for part in parts if part.zero_points is not None]
-    return PackedWeight(
-        np.concatenate([part.codes for part in parts]),
-        np.concatenate([part.scales for part in parts]),
-        np.concatenate(zeros) if zeros else None,
-    )
+        codes *= self.scales.astype(np.float32)
+        if self.offsets is not None:
+            codes += self.offsets
+        return torch.from_numpy(codes.reshape(self.shape))
 
 
 def pack(weight: Tensor, bits: Bits, name: str = "weight") -> PackedWeight:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from flowspec.model.compiled import compiled
-from flowspec.model.tile_code import LANES, as_float, fused
+from flowspec.model.vector_code import LANES, as_float, fused
 
 _ZERO, _ONE, _HALF = np.float32(0), np.float32(1), np.float32(0.5)
 

@@ -26,7 +26,7 @@ from flowspec.model.team_kernel import (
     share,
     share_of,
 )
-from flowspec.model.tile_code import LANES
+from flowspec.model.vector_code import LANES
 
 # What one core does in a nanosecond, roughly.
 _BYTES, _PRODUCTS, _SCORED = 20.0, 150.0, 30.0
@@ -110,8 +110,8 @@ def product_by_expert(box, rows, starts, experts, matrices):
         multiply_by_expert(codes, scales, sums, starts, experts, matrices, 0, num_blocks, products)
         return products
     _put_product(box, rows, matrices, products)
-    put(box, 8, starts)
-    put(box, 9, experts)
+    put(box, 9, starts)
+    put(box, 10, experts)
     share(box, MULTIPLY_BY_EXPERT, count)
     return products
 
@@ -125,7 +125,8 @@ def _put_product(box, rows, matrix, products):
     put(box, 4, matrix[1])
     put(box, 5, matrix[2])
     put(box, 6, matrix[3])
-    put(box, 7, products)
+    put(box, 7, matrix[4])
+    put(box, 8, products)
 
 
 @compiled

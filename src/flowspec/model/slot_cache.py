@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from flowspec.model.slot_kernel import BLOCK, KEYS, NUM_FIELDS
 from flowspec.model.slots import SlotTable
-from flowspec.model.tile_code import LANES
+from flowspec.model.vector_code import LANES
 
 Floats = NDArray[np.float32]
 

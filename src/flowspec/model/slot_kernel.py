@@ -13,7 +13,7 @@ import numpy as np
 
 from flowspec.model.compiled import compiled
 from flowspec.model.team_code import carray, pointer
-from flowspec.model.tile_code import (
+from flowspec.model.vector_code import (
     LANES,
     as_float,
     four_by_four,

@@ -11,12 +11,14 @@ from flowspec.core import DType, Weights
 from flowspec.model.families import EMBEDDING, LM_HEAD
 from flowspec.model.packed import GROUP
 
-_ROUTER, _EXPERTS = ".gate.weight", ".experts."  # in names of a mixture's tensors, in files and modules
+_ROUTER = ".gate.weight"  # in names of a mixture's tensors, in files and modules
+_LANES = 16  # that outputs are filled up to, as ``vector_code`` has them, which needs numba
 _NUM_BITS: dict[Weights, int] = {"int8": 8, "int4": 4}
 
 
 def stage_bytes(shapes: Mapping[str, tuple[int, ...]], dtype: DType, weights: Weights) -> int:
-    """As ``Stage.weights_bytes`` says once it is loaded. ``shapes``: by transformers' names."""
+    """As ``Stage.weights_bytes`` says once it is loaded, with 4 bits at most a tenth more. ``shapes``: by transformers'
+    names."""
     return sum(_tensor_bytes(name, shape, dtype, weights) for name, shape in shapes.items())
 
 
@@ -24,10 +26,11 @@ def _tensor_bytes(name: str, shape: tuple[int, ...], dtype: DType, weights: Weig
     num_values = math.prod(shape)
     if weights not in _NUM_BITS or name in (EMBEDDING, LM_HEAD):
         return num_values * getattr(torch, dtype).itemsize
-    if len(shape) < 2 or name.endswith(_ROUTER):  # norms, biases and routers of integer kernels are in float32
-        return num_values * torch.float32.itemsize
-    group = shape[-1] if shape[-1] % GROUP else GROUP
-    per_group = torch.float16.itemsize
-    if _EXPERTS in name:
-        per_group = torch.float32.itemsize + (1 if weights == "int4" else 0)  # a zero point beside the scale
-    return num_values * _NUM_BITS[weights] // 8 + num_values // max(1, group) * per_group
+    if len(shape) < 2 or name.endswith(_ROUTER):  # norms and routers of integer kernels are in float32
+        return 0 if name.endswith(".bias") else num_values * torch.float32.itemsize
+    # As ``integer_matrix`` has them: outputs and inputs filled up, a scale for each group, a bias for each output. What
+    # 4 bits have beside the scale is a zero point, or an offset, which takes more.
+    num_outputs = math.prod(shape[:-2]) * -(-shape[-2] // _LANES) * _LANES
+    num_groups = -(-shape[-1] // GROUP)
+    per_group = GROUP * _NUM_BITS[weights] // 8 + torch.float16.itemsize * (2 if weights == "int4" else 1)
+    return num_outputs * (num_groups * per_group + torch.float32.itemsize)

@@ -14,7 +14,7 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.np import numpy_support
 
-from flowspec.model.tile_code import intrinsic
+from flowspec.model.vector_code import intrinsic
 
 _I32, _I64 = ir.IntType(32), ir.IntType(64)
 carray: Any = numpy_support.carray  # an array of a pointer and a shape

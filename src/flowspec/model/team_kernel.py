@@ -59,9 +59,9 @@ def round_rows(rows, norm, eps, size, codes, scales, sums):
 
 @compiled
 def _multiply(box, unit, count):
-    products = array_2(box, 7, np.float32)
-    codes = array_3(box, 3, np.uint8)
-    matrix = codes, array_3(box, 4, np.uint16), array_3(box, 5, np.uint8), array_2(box, 6, np.float32)
+    products = array_2(box, 8, np.float32)
+    codes, zeros, offsets = array_3(box, 3, np.uint8), array_3(box, 5, np.uint8), array_3(box, 6, np.uint16)
+    matrix = codes, array_3(box, 4, np.uint16), zeros, offsets, array_2(box, 7, np.float32)
     rows, scales, sums = array_3(box, 0, np.int8), array_2(box, 1, np.float32), array_2(box, 2, np.int32)
     first, last = share_of(unit, count, len(codes))
     multiply(rows, scales, sums, 0, len(rows), matrix, first, last, products)
@@ -69,11 +69,11 @@ def _multiply(box, unit, count):
 
 @compiled
 def _multiply_by_expert(box, unit, count):
-    products = array_2(box, 7, np.float32)
-    codes = array_4(box, 3, np.uint8)
-    matrices = codes, array_4(box, 4, np.uint16), array_4(box, 5, np.uint8), array_3(box, 6, np.float32)
+    products = array_2(box, 8, np.float32)
+    codes, zeros, offsets = array_4(box, 3, np.uint8), array_4(box, 5, np.uint8), array_4(box, 6, np.uint16)
+    matrices = codes, array_4(box, 4, np.uint16), zeros, offsets, array_3(box, 7, np.float32)
     rows, scales, sums = array_3(box, 0, np.int8), array_2(box, 1, np.float32), array_2(box, 2, np.int32)
-    starts, experts = array_1(box, 8, np.int64), array_1(box, 9, np.int64)
+    starts, experts = array_1(box, 9, np.int64), array_1(box, 10, np.int64)
     first, last = share_of(unit, count, codes.shape[1])
     multiply_by_expert(rows, scales, sums, starts, experts, matrices, first, last, products)
 
