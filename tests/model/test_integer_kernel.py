@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock, Timeout
 from numba.core.registry import cpu_target
 
 from flowspec.model import compiled, row_kernel
@@ -170,6 +171,21 @@ def test_norms_are_what_torch_has() -> None:
     rows, weight = random_rows(4, 70), random_rows(1, 70, 3)[0]
     wanted = torch.nn.functional.rms_norm(torch.from_numpy(rows), [70], torch.from_numpy(weight), 1e-5).numpy()
     assert np.abs(row_kernel.normalised(rows, weight, np.float32(1e-5)) - wanted).max() < 1e-6
+
+
+def test_one_process_at_a_time_compiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(compiled, "_PATIENCE_S", 0.1)
+    lock = FileLock(tmp_path / "flowspec" / "kernels" / "lock", timeout=0)
+    with compiled.one_at_a_time(), pytest.raises(Timeout):
+        lock.acquire()
+    with lock, compiled.one_at_a_time():  # who stands still stops nobody
+        pass
+    with compiled.one_at_a_time(), pytest.raises(Timeout):
+        lock.acquire()
+    monkeypatch.setenv("XDG_CACHE_HOME", os.devnull)
+    with compiled.one_at_a_time():
+        pass
 
 
 def test_a_kernel_on_disk_is_old_once_another_one_has_changed() -> None:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numba
+from filelock import FileLock, Timeout
 from numba.core import ccallback, types
 
+from flowspec.model.user_cache import cache_directory
+
+_PATIENCE_S = 180.0
 _SOURCES = ("*_kernel.py", "*_code.py", "compiled.py")
 
 
@@ -28,6 +33,22 @@ def compiled(function: Callable[..., Any]) -> Any:
     except (RuntimeError, AttributeError):  # neither beside this file nor in the user's cache; or in another way there
         return numba.njit(**options)(function)
     return kernel
+
+
+@contextmanager
+def one_at_a_time() -> Iterator[None]:
+    """Of the processes of one user: what the first of them compiles here, the others read."""
+    path = cache_directory("kernels") / "lock"
+    lock = FileLock(path, timeout=_PATIENCE_S)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except (OSError, Timeout):  # no folder for it; or somebody stands still
+        pass
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @cache

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from flowspec.core import DType, LayerRange
 from flowspec.model import row_kernel
 from flowspec.model.attention import ATTENTION
+from flowspec.model.compiled import one_at_a_time
 from flowspec.model.families import PREFIX, embedding_scale, layer_prefix, norm_scale
 from flowspec.model.forward_rows import LayersStage, masks_of, rotations_of
 from flowspec.model.integer_layer import Heads, IntegerLayer
@@ -88,8 +89,9 @@ class IntegerStage(LayersStage):
                 progress(len(parts) / (len(own) + 1))
         norm = _norm(source) if layers.end == source.num_layers else None
         embedding = source.load_embedding(dtype, "cpu") if layers.start == 0 else None
-        stage = cls(config, layers, dtype, parts, embedding, norm, rotary_of(model, config))
-        stage._warm_up()
+        with one_at_a_time():
+            stage = cls(config, layers, dtype, parts, embedding, norm, rotary_of(model, config))
+            stage._warm_up()
         if progress is not None:
             progress(1.0)
         return stage
