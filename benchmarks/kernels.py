@@ -113,49 +113,39 @@ def on_ours(bits: Any) -> Callable[[NDArray[np.float32], int], Product]:
     return make
 
 
-def on_openvino(bits: int) -> Callable[[NDArray[np.float32], int], Product]:
-    """A graph of one product, with dynamic quantisation of rows; of 4 bits with zero points in the middle."""
+def on_openvino(weight: NDArray[np.float32], threads: int) -> Product:
+    """A graph of one product of 8 bits, with dynamic quantisation of rows."""
+    openvino: Any = importlib.import_module("openvino")
+    op: Any = importlib.import_module("openvino.opset13")
+    num_outputs, num_inputs = weight.shape
+    groups = weight.reshape(num_outputs, -1, GROUP)
+    scales = (np.abs(groups).max(axis=2, keepdims=True) / 127).astype(np.float16)
+    codes = (groups / scales.astype(np.float32)).round().astype(np.int8)
+    node = op.multiply(op.convert(op.constant(codes), np.float16), op.constant(scales))
+    node = op.reshape(node, op.constant(np.array(weight.shape)), False)
+    rows = op.parameter([-1, num_inputs], np.float32)
+    model = openvino.Model([op.matmul(rows, op.convert(node, np.float32), False, True)], [rows])
+    options = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_NUM_THREADS": threads,
+        "INFERENCE_PRECISION_HINT": "f32",
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": GROUP,
+    }
+    request = openvino.Core().compile_model(model, "CPU", options).create_infer_request()
 
-    def make(weight: NDArray[np.float32], threads: int) -> Product:
-        openvino: Any = importlib.import_module("openvino")
-        op: Any = importlib.import_module("openvino.opset13")
-        num_outputs, num_inputs = weight.shape
-        groups = weight.reshape(num_outputs, -1, GROUP)
-        scales = (np.abs(groups).max(axis=2, keepdims=True) / (2 ** (bits - 1) - 1)).astype(np.float16)
-        codes = (groups / scales.astype(np.float32)).round()
-        if bits == 8:
-            node = op.convert(op.constant(codes.astype(np.int8)), np.float16)
-        else:
-            pairs = (codes + 8).astype(np.uint8).reshape(-1, 2)
-            packed = openvino.Tensor(pairs[:, 0] | (pairs[:, 1] << 4), openvino.Shape(codes.shape), openvino.Type.u4)
-            node = op.convert(openvino.op.Constant(packed, shared_memory=False), np.float16)
-            node = op.subtract(node, op.constant(np.full((num_outputs, codes.shape[1], 1), 8, np.float16)))
-        node = op.reshape(op.multiply(node, op.constant(scales)), op.constant(np.array(weight.shape)), False)
-        rows = op.parameter([-1, num_inputs], np.float32)
-        model = openvino.Model([op.matmul(rows, op.convert(node, np.float32), False, True)], [rows])
-        options = {
-            "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_NUM_THREADS": threads,
-            "INFERENCE_PRECISION_HINT": "f32",
-            "DYNAMIC_QUANTIZATION_GROUP_SIZE": GROUP,
-        }
-        request = openvino.Core().compile_model(model, "CPU", options).create_infer_request()
+    bound: dict[int, tuple[Any, Any]] = {}  # by the number of rows: what it reads and writes in place
 
-        bound: dict[int, tuple[Any, Any]] = {}  # by the number of rows: what it reads and writes in place
+    def run(rows: NDArray[np.float32]) -> Any:
+        if len(rows) not in bound:
+            bound[len(rows)] = np.empty_like(rows), np.empty((len(rows), num_outputs), np.float32)
+        given, products = bound[len(rows)]
+        given[:] = rows
+        request.set_input_tensor(0, openvino.Tensor(given, shared_memory=True))
+        request.set_output_tensor(0, openvino.Tensor(products, shared_memory=True))
+        request.infer()
+        return products
 
-        def run(rows: NDArray[np.float32]) -> Any:
-            if len(rows) not in bound:
-                bound[len(rows)] = np.empty_like(rows), np.empty((len(rows), num_outputs), np.float32)
-            given, products = bound[len(rows)]
-            given[:] = rows
-            request.set_input_tensor(0, openvino.Tensor(given, shared_memory=True))
-            request.set_output_tensor(0, openvino.Tensor(products, shared_memory=True))
-            request.infer()
-            return products
-
-        return run
-
-    return make
+    return run
 
 
 def on_onnxruntime(bits: int) -> Callable[[NDArray[np.float32], int], Product]:
@@ -199,8 +189,7 @@ KERNELS = (
     Kernel("flowspec int4", INT4, on_ours(4)),
 )
 PEER_KERNELS = (
-    Kernel("OpenVINO int8", INT8, on_openvino(8)),
-    Kernel("OpenVINO int4", INT4, on_openvino(4)),
+    Kernel("OpenVINO int8", INT8, on_openvino),
     Kernel("onnxruntime int8", INT8, on_onnxruntime(8)),
     Kernel("onnxruntime int4", INT4, on_onnxruntime(4)),
 )
