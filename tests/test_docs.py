@@ -40,7 +40,8 @@ PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 TIMEOUT_S = 120
 
 FIGURES = ROOT / "docs" / "RESULTS.md"
-RUN_SMALL_BY = {  # the scripts whose figures it has, the simulated ones apart
+RUN_SMALL_BY = {
+    "rivals.py": "bench/test_benchmarks_gguf.py",  # the scripts whose figures it has, the simulated ones apart
     "chaos.py": "bench/test_benchmarks_chaos.py",
     "simulated_chaos.py": "bench/test_benchmarks_chaos.py",
     "demo_speed.py": "test_demo.py",
