@@ -16,6 +16,7 @@ import torch
 from filelock import FileLock, Timeout
 from numba.core.registry import cpu_target
 
+from flowspec.errors import ModelError
 from flowspec.model import compiled, row_kernel
 from flowspec.model.integer_kernel import multiply
 from flowspec.model.integer_matrix import IntegerMatrix, IntegerRows, groups_of
@@ -110,6 +111,8 @@ def test_codes_may_have_offsets_instead_of_zero_points() -> None:
         assert np.abs(found[:, start : start + 20] - wanted).max() < 1e-6 * np.abs(wanted).max()
     for count in range(1, 9):
         assert np.array_equal(matrix(rows[:count], ALONE), found[:count])
+    with pytest.raises(ModelError, match="some experts have 4-bit codes with zero points, others with offsets"):
+        IntegerMatrix([plain]).lanes.fill(own)
     moved = plain.with_offsets().unpacked() - plain.unpacked()
     assert 0 < moved.abs().max() < 1e-3 * plain.unpacked().abs().max()
     halved = own.divided(2.0)

@@ -92,16 +92,12 @@ class IntegerGate:
 
     def __init__(self, tensors: LayerTensors) -> None:
         """Raises as ``IntegerLayer`` does."""
-        self._is_gelu = tensors.is_gelu
         if tensors.has("mlp.gate_up_proj"):
-            self._gate_up = tensors.matrix("mlp.gate_up_proj", heights=[tensors.source.config.intermediate_size] * 2)
+            gate_up = tensors.matrix("mlp.gate_up_proj", heights=[tensors.source.config.intermediate_size] * 2)
         else:
-            self._gate_up = tensors.matrix("mlp.gate_proj", "mlp.up_proj")
-        self._down = tensors.matrix("mlp.down_proj")
-        self.nbytes = self._gate_up.nbytes + self._down.nbytes
-
-    @property
-    def weights(self) -> tuple[Any, ...]:
-        """As ``layer_kernel.add_rest`` takes them."""
-        gate_up, down = self._gate_up, self._down
-        return gate_up.lanes, gate_up.size, gate_up.starts[1], self._is_gelu, down.lanes, down.size, down.num_inputs
+            gate_up = tensors.matrix("mlp.gate_proj", "mlp.up_proj")
+        down = tensors.matrix("mlp.down_proj")
+        self.nbytes = gate_up.nbytes + down.nbytes
+        # As ``layer_kernel.add_rest`` takes them.
+        of_gate_up = gate_up.lanes, gate_up.size, gate_up.starts[1], tensors.is_gelu
+        self.weights = *of_gate_up, down.lanes, down.size, down.num_inputs

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from flowspec.errors import ModelError
 from flowspec.model import integer_kernel, layer_kernel
 from flowspec.model.integer_kernel import LANES
 from flowspec.model.packed import GROUP, PackedWeight
@@ -48,7 +49,14 @@ class Lanes(NamedTuple):
         return Lanes(codes[index], scales[index], zeros[index], offsets[index], biases[index])
 
     def fill(self, weight: PackedWeight, first: int = 0, bias: Floats | None = None) -> None:
-        """Write a weight's rows into the blocks from ``first`` on, and their biases."""
+        """Write a weight's rows into the blocks from ``first`` on, and their biases.
+
+        Raises ``ModelError`` for a weight with offsets where there are zero points.
+        """
+        if self.offsets.size:
+            weight = weight.with_offsets()
+        elif weight.offsets is not None:
+            raise ModelError("some experts have 4-bit codes with zero points, others with offsets; use int8 weights")
         num_outputs, _, size = weight.codes.shape
         num_blocks, groups = blocks_of(num_outputs), groups_of(size)
         blocks = slice(first, first + num_blocks)
@@ -87,9 +95,7 @@ class IntegerMatrix:
 
     def __init__(self, parts: Sequence[PackedWeight], biases: Sequence[Floats | None] = ()) -> None:
         """``parts`` [N, K] each, of as many bits: the outputs of each begin at its one of ``starts``."""
-        if any(part.offsets is not None for part in parts):
-            parts = [part.with_offsets() for part in parts]
-        first = parts[0]
+        first = next((part for part in parts if part.offsets is not None), parts[0])
         self.num_inputs = first.shape[1]
         heights = [blocks_of(part.shape[0]) for part in parts]
         blocks = [sum(heights[:index]) for index in range(len(parts))]

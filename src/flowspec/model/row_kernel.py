@@ -10,7 +10,12 @@ import numpy as np
 from flowspec.model.compiled import compiled
 from flowspec.model.vector_code import LANES, as_float, fused
 
+LOG2_E = 1.4426950408889634
+LOWEST = np.float32(-126)  # the exponent of the smallest normal number, which is nothing beside a 1
+
 _ZERO, _ONE, _HALF = np.float32(0), np.float32(1), np.float32(0.5)
+_LN_2 = np.float32(0.6931471805599453)
+_BIAS, _MANTISSA_BITS = np.int32(127), np.int32(23)
 
 
 @compiled
@@ -55,11 +60,10 @@ def add(products, weight, eps, multiplier, hidden):
 
 
 @compiled
-def _exp(x):
-    """2 ** y is 2 ** (its nearest whole number) by the bits of a float, times that of the rest by its Taylor series."""
-    power = min(max(x * np.float32(1.4426950408889634), np.float32(-126)), np.float32(126))
-    whole = np.floor(power + _HALF)
-    rest = (power - whole) * np.float32(0.6931471805599453)
+def power_of_2(x):
+    """2 ** x, x from -126 to 126: of its nearest whole number by a float's bits, of the rest by its Taylor series."""
+    whole = np.floor(x + _HALF)
+    rest = (x - whole) * _LN_2
     series = fused(rest, np.float32(1 / 5040), np.float32(1 / 720))
     series = fused(series, rest, np.float32(1 / 120))
     series = fused(series, rest, np.float32(1 / 24))
@@ -67,7 +71,12 @@ def _exp(x):
     series = fused(series, rest, _HALF)
     series = fused(series, rest, _ONE)
     series = fused(series, rest, _ONE)
-    return series * as_float(np.int32((np.int32(whole) + np.int32(127)) << np.int32(23)))
+    return series * as_float(np.int32((np.int32(whole) + _BIAS) << _MANTISSA_BITS))
+
+
+@compiled
+def _exp(x):
+    return power_of_2(min(max(x * np.float32(LOG2_E), LOWEST), -LOWEST))
 
 
 @compiled

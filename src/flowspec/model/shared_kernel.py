@@ -11,8 +11,8 @@ from flowspec.model.compiled import compiled
 from flowspec.model.integer_kernel import multiply, multiply_by_expert, quantise
 from flowspec.model.mailbox_kernel import open_phase, put, put_float, put_number
 from flowspec.model.packed import GROUP
-from flowspec.model.row_kernel import add, gated, turn
-from flowspec.model.slot_kernel import END, FIRST, LOG2_E, NUM_KV_HEADS, NUM_SEEN, attend, write
+from flowspec.model.row_kernel import LOG2_E, add, gated, turn
+from flowspec.model.slot_kernel import END, FIRST, NUM_KV_HEADS, NUM_SEEN, attend, write
 from flowspec.model.team_kernel import (
     ADD,
     ATTEND,

@@ -12,13 +12,12 @@ from __future__ import annotations
 import numpy as np
 
 from flowspec.model.compiled import compiled
+from flowspec.model.row_kernel import LOWEST, power_of_2
 from flowspec.model.team_code import carray, pointer
 from flowspec.model.vector_code import (
     LANES,
-    as_float,
     four_by_four,
     four_by_one,
-    fused,
     highest_of,
     one_by_four,
     one_by_one,
@@ -28,13 +27,6 @@ from flowspec.model.vector_code import (
 )
 
 BLOCK = 64  # slots of one block of keys; also how much of its path a row mixes before the next row's turn
-
-LOG2_E = 1.4426950408889634
-_LN_2 = np.float32(0.6931471805599453)
-_ONE, _HALF = np.float32(1), np.float32(0.5)
-_LOWEST = np.float32(-126)  # the exponent of the smallest normal number, which is nothing beside a 1
-_BIAS, _MANTISSA_BITS = np.int32(127), np.int32(23)
-
 
 # What the attention of one request in one layer is described by: a row of whole numbers, some of which are addresses.
 FIRST, END = 0, 1  # its rows, of those of a forward
@@ -167,10 +159,7 @@ def _is_straight(path, begin, count):
 
 @compiled
 def _weigh(scores, line, path, begin, count, weights):
-    """The powers of 2 of a line's scores along its path, beside that of the highest, and zeros behind them.
-
-    2 ** x is 2 ** (its nearest whole number) by the bits of a float, times that of the rest by its Taylor series.
-    """
+    """The powers of 2 of a line's scores along its path, beside that of the highest, and zeros behind them."""
     for j in range(count):
         weights[line, j] = scores[line, path[begin + j]]
     full = (count + LANES - 1) // LANES * LANES
@@ -178,17 +167,7 @@ def _weigh(scores, line, path, begin, count, weights):
         weights[line, j] = weights[line, 0]
     highest = highest_of(weights, line * weights.shape[1], full)
     for j in range(count):
-        power = max(weights[line, j] - highest, _LOWEST)
-        whole = np.floor(power + _HALF)
-        rest = (power - whole) * _LN_2
-        series = fused(rest, np.float32(1 / 5040), np.float32(1 / 720))
-        series = fused(series, rest, np.float32(1 / 120))
-        series = fused(series, rest, np.float32(1 / 24))
-        series = fused(series, rest, np.float32(1 / 6))
-        series = fused(series, rest, _HALF)
-        series = fused(series, rest, _ONE)
-        series = fused(series, rest, _ONE)
-        weights[line, j] = series * as_float(np.int32((np.int32(whole) + _BIAS) << _MANTISSA_BITS))
+        weights[line, j] = power_of_2(max(weights[line, j] - highest, LOWEST))
     for j in range(count, full):
         weights[line, j] = 0
 
