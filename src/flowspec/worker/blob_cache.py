@@ -48,7 +48,7 @@ class BlobCache:
             self.path("").mkdir(parents=True, exist_ok=True)
             names = set(kept)
             names |= {f"{name}.partial" for name in names}
-            found = [(entry.stat(), entry) for entry in os.scandir(self.path(""))]
+            found = _files(self.path(""))
             num_held = sum(stat.st_size for stat, _ in found)
             oldest = sorted((s.st_atime_ns, s.st_size, e.path) for s, e in found if e.name not in names)
             own = num_held - sum(size for _, size, _ in oldest)
@@ -59,8 +59,9 @@ class BlobCache:
                 )
             while oldest and (num_held + num_bytes > self._most_bytes or self._free_bytes() < num_bytes):
                 _, size, path = oldest.pop(0)
-                Path(path).unlink(missing_ok=True)
-                num_held -= size
+                if _is_idle(path):
+                    Path(path).unlink(missing_ok=True)
+                    num_held -= size
             if self._free_bytes() < num_bytes:
                 raise UsageError(
                     f"this stage's weights need {num_bytes / 1e9:.2f} GB more, and the disk of {self.folder} has "
@@ -84,6 +85,15 @@ class BlobCache:
             f"weights cannot be kept in {self.folder} ({first_line(error)}); give it permissions or room, or name "
             "another place in XDG_CACHE_HOME"
         )
+
+
+def _files(folder: Path) -> list[tuple[os.stat_result, os.DirEntry[str]]]:
+    """Less what another worker has renamed or removed in between."""
+    found: list[tuple[os.stat_result, os.DirEntry[str]]] = []
+    for entry in os.scandir(folder):
+        with contextlib.suppress(FileNotFoundError):
+            found.append((entry.stat(), entry))
+    return found
 
 
 class PartialBlob:
@@ -120,11 +130,11 @@ class PartialBlob:
         try:
             self._file.flush()
             os.fsync(self._file.fileno())
-            self._file.close()
             if is_right:
                 os.replace(self._partial, self._path)
             else:
                 self._partial.unlink(missing_ok=True)
+            self._file.close()  # and with it the lock
         except OSError as error:
             raise UsageError(f"{self._partial} cannot be written ({first_line(error)}); make room there") from error
         return is_right
@@ -137,14 +147,36 @@ class PartialBlob:
 
 def _open_alone(path: Path):  # type: ignore[no-untyped-def]
     """A file for what is coming, and its path: the usual one, or one of this process where another one writes that."""
-    usual = path.with_name(f"{path.name}.partial")
-    for partial in (usual, path.with_name(f"{path.name}.{os.getpid()}.partial")):
-        file = open(partial, "a+b")  # noqa: SIM115 - its owner closes it
+    candidates = [path.with_name(f"{path.name}.partial"), path.with_name(f"{path.name}.{os.getpid()}.partial")]
+    while candidates:
+        file = open(candidates[0], "a+b")  # noqa: SIM115 - its owner closes it
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.close()
+            del candidates[0]
             continue
-        file.seek(0)
-        return partial, file
+        if _is_at(file.fileno(), candidates[0]):
+            file.seek(0)
+            return candidates[0], file
+        file.close()  # between the two calls its writer has finished it
     raise BlockingIOError(f"{path.name} is being written already")
+
+
+def _is_idle(path: str) -> bool:
+    """Whether no worker is writing it."""
+    try:
+        with open(path, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return True
+    except BlockingIOError:
+        return False
+    except FileNotFoundError:
+        return True
+
+
+def _is_at(file: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file), path.stat())
+    except FileNotFoundError:
+        return False
