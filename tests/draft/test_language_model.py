@@ -15,10 +15,12 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from engines import engine_of, run
 from flowspec.config import PipelineConfig, TreeConfig
 from flowspec.core import SamplingParams
+from flowspec.draft import model_passes
 from flowspec.draft.base import Accepted
 from flowspec.draft.catalogue import choose_draft, load_draft
 from flowspec.draft.eagle import GREEDY
-from flowspec.draft.language_model import CHUNK, MAX_KEPT, ModelDraft, ModelSource
+from flowspec.draft.language_model import MAX_KEPT, ModelSource
+from flowspec.draft.model_passes import CHUNK
 from flowspec.draft.token_map import TokenMap
 from flowspec.errors import ModelError, UsageError
 from flowspec.model.loader import Checkpoint
@@ -117,7 +119,7 @@ def test_every_node_is_guessed_as_the_model_alone_guesses_behind_its_path(
         tree.reroot(path[-1])
         text = [*text[:-1], *accepted.token_ids, int(tree.token_ids[0])]
         draft.commit(accepted, tree)
-        draft._cache.slots.check_integrity()
+        draft._passes.check_integrity()
         draft.expand(tree, ROOT)
     tree.restart(7)  # a token that nobody has guessed
     draft.commit(Accepted([tree.root_id - 1], [text[-1]], torch.zeros(1, 1)), tree)
@@ -144,12 +146,12 @@ def test_the_next_turn_reads_only_what_is_new(checkpoint_dir: Callable[[str], Pa
     target = checkpoint_dir("llama")
     source = source_of(target, small_dir)
     read: list[int] = []
-    real = ModelDraft._forward
-    counted = lambda draft, ids, slots: (read.append(len(ids)), real(draft, ids, slots))[1]  # noqa: E731
+    real = model_passes.forward
+    counted = lambda stage, ids, *more: (read.append(len(ids)), real(stage, ids, *more))[1]  # noqa: E731
     pump, plain = Pump(target, 2, source, "flow", TREE, keeps_caches=True), Pump(target, 1, "none", "ar")
     prompt = prompt_of(50)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ModelDraft, "_forward", counted)
+        patch.setattr(model_passes, "forward", counted)
         for turn in range(MAX_KEPT + 2):
             read.clear()
             generations = [each.submit(prompt, SamplingParams(max_tokens=12)) for each in (pump, plain)]

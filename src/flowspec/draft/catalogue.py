@@ -12,6 +12,7 @@ from flowspec.draft.base import DraftSource
 from flowspec.draft.heads import HeadLoader
 from flowspec.draft.language_model import ModelSource
 from flowspec.draft.memory import Memory
+from flowspec.draft.model_passes import LocalPasses
 from flowspec.draft.ngram import NgramSource
 from flowspec.draft.token_map import TokenMap
 from flowspec.errors import UsageError
@@ -133,7 +134,9 @@ def load_draft(
             tokens = TokenMap(chosen.load_tokenizer(), checkpoint.load_tokenizer(), chosen, checkpoint)
             stage = load_stage(chosen, LayerRange(0, chosen.num_layers), dtype, weights, device)
             own_head = load_head(chosen, dtype, weights, device)
-            return ModelSource(stage, own_head, tokens, chosen.max_positions, is_coupled)
+            return ModelSource(
+                lambda root_id: LocalPasses(stage, own_head, root_id), tokens, chosen.max_positions, is_coupled
+            )
         case Path():
             loader = HeadLoader(checkpoint, head, dtype, device, is_coupled, draft_dtype, weights)
             return loader.load_eagle(chosen) if taps is None else loader.load_tapped(taps)
