@@ -109,11 +109,15 @@ class Trip:
 class RemoteConnections:
     """Connections to worker processes, local or elsewhere, for one session."""
 
-    def __init__(self, launcher: Launcher, config: LinkConfig, replies: Replies | None = None) -> None:
+    def __init__(
+        self, launcher: Launcher, config: LinkConfig, replies: Replies | None = None, kind: str = "worker"
+    ) -> None:
         """``close`` closes the launcher too, and so does an exception here.
 
-        ``replies``: what workers may say; ``None`` where they are emulated, and this program's own.
+        ``replies``: what workers may say; ``None`` where they are emulated, and this program's own. ``kind``: what
+        people call them.
         """
+        self._kind = kind
         self._config = config
         self._replies = replies
         self._launcher = launcher
@@ -173,6 +177,7 @@ class RemoteConnections:
         taps: TapShape | None = None,
         blocks: Blocks | None = None,
         server: WeightServer | None = None,
+        num_best: int = 0,
     ) -> None:
         """Tell every worker which stage to load, whom to pass it on to, what device to play, and where hints are.
 
@@ -199,6 +204,7 @@ class RemoteConnections:
                 taps,
                 keys[index + 1] if index + 1 < len(addresses) else None,
                 keys[index - 1] if index else None,
+                num_best,
             )
             self._configures.append(configure)
             connection.send(configure)
@@ -272,7 +278,7 @@ class RemoteConnections:
             self._controls[stage - 1].send(part)
 
     def _name(self, stage: int) -> str:
-        return f"worker {stage} ({self._controls[stage - 1].address})"
+        return f"{self._kind} {stage} ({self._controls[stage - 1].address})"
 
     def check_silent(self, silent: Sequence[int]) -> None:
         """Raises ``WorkerError`` for workers of which there has been no sign for too long.
@@ -322,10 +328,20 @@ class RemoteConnections:
                 if isinstance(message, Echo):
                     self._note_echo(index, message)
                 else:
-                    received.append((index, _raise_failure(message, index, connection.address)))
+                    received.append((index, self._raise_failure(message, index)))
         if timeout_s > 0 or time.monotonic() - self._last_check > _CHECK_INTERVAL_S:
             self._check_workers()
         return received
+
+    def _raise_failure(self, message: ToDriver, stage: int) -> ToDriver:
+        if not isinstance(message, Failure):
+            return message
+        logger.debug("%s: %s", self._name(stage), message.traceback)
+        if message.user_error:
+            raise UsageError(message.text)
+        if message.lost_next:
+            raise WorkerError(f"lost worker {stage + 1}, as {self._name(stage)} says", [stage + 1])
+        raise WorkerError(f"{self._name(stage)} failed: {message.text}", [stage])
 
     def _read(self, connection: Connection, stage: int) -> tuple[ToDriver, int] | None:
         """A message that may be believed."""
@@ -354,7 +370,7 @@ class RemoteConnections:
             connection.check()
             if connection.is_lost:
                 stage = index + 1 if index < len(self._controls) else 1
-                raise WorkerError(f"lost worker {stage} ({connection.address})", [stage])
+                raise WorkerError(f"lost {self._name(stage)}", [stage])
 
     def wake(self) -> None:
         with contextlib.suppress(OSError):  # full: a call is on its way already; closed: nobody waits
@@ -379,16 +395,3 @@ class RemoteConnections:
     def close(self) -> None:
         self.end_session()
         self._launcher.close()
-
-
-def _raise_failure(message: ToDriver, index: int, address: str) -> ToDriver:
-    match message:
-        case Failure():
-            logger.debug("worker %d: %s", index, message.traceback)
-            if message.user_error:
-                raise UsageError(message.text)
-            if message.lost_next:
-                raise WorkerError(f"lost worker {index + 1}, as worker {index} ({address}) says", [index + 1])
-            raise WorkerError(f"worker {index} ({address}) failed: {message.text}", [index])
-        case _:
-            return message

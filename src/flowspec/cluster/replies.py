@@ -18,6 +18,7 @@ from flowspec.wire.messages import (
     Echo,
     Failed,
     Fetching,
+    Guesses,
     Hint,
     Loading,
     Ready,
@@ -40,12 +41,15 @@ class Replies:
     vocab_size: int
     dtype: torch.dtype  # of hidden states
     taps_width: int | None = None  # of the features that the stages add up; ``None``: none are
+    num_best: int = 0  # tokens that a draft model names for each row; 0: it is none
 
     def check(self, message: ToDriver, stage: int) -> None:
         """Raises ``ProtocolError`` for what no worker of this stage says."""
         match message:
             case Result():
                 self._check_result(message, stage)
+            case Guesses():
+                self._check_guesses(message)
             case Hint():
                 self._check_hint(message, stage)
             case Ready():
@@ -96,6 +100,14 @@ class Replies:
             require(len(tokens) <= _MAX_HINTS, f"a hint names {len(tokens)} tokens for one row")
             require(all(0 <= token < self.vocab_size for token in tokens), "a hint names a token that is none")
             require(not any(math.isnan(logprob) for logprob in logprobs), "a hint is not a number")
+
+    def _check_guesses(self, guesses: Guesses) -> None:
+        shape, ids, logprobs = tuple(guesses.token_ids.shape), guesses.token_ids, guesses.logprobs
+        require(0 < shape[1] <= self.num_best, f"it names {shape[1]} tokens for a row")
+        require((ids.dtype, logprobs.dtype) == (torch.int32, torch.float32), "its guesses are of other types")
+        is_token = bool(((ids >= 0) & (ids < self.vocab_size)).all())
+        require(is_token, "it guesses a token that is none")
+        _check_ids(guesses.node_ids, "guess")
 
     def _check_ready(self, ready: Ready, stage: int) -> None:
         require(ready.stage == stage, f"it has loaded stage {ready.stage}")

@@ -27,11 +27,17 @@ class _Made(NamedTuple):
 class WeightServer:
     """Of one session. A thread of its own reads the files once to compute their digests, which may take a while."""
 
-    def __init__(self, checkpoint: Checkpoint, partition: Partition, draft: str | None = None) -> None:
-        """``draft``: the directory, or the place, of one whose hint heads the stages are to have too."""
+    def __init__(
+        self, checkpoint: Checkpoint, partition: Partition, draft: str | None = None, with_head: bool = False
+    ) -> None:
+        """``draft``: the directory, or the place, of one whose hint heads the stages are to have too.
+
+        ``with_head``: they are to have the lm_head.
+        """
         self._checkpoint = checkpoint
         self._partition = partition
         self._draft = draft
+        self._with_head = with_head
         self._asked: queue.SimpleQueue[int | None] = queue.SimpleQueue()  # stages; ``None`` ends the thread
         self._made: queue.SimpleQueue[tuple[int, _Made | Exception]] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
@@ -88,6 +94,6 @@ class WeightServer:
 
     def _make(self, layers: LayerRange) -> _Made:
         digests = TensorDigests(lambda: not self._is_closed)
-        made = _Made(*make_manifest(self._checkpoint, layers, digests.of, self._draft))
+        made = _Made(*make_manifest(self._checkpoint, layers, digests.of, self._draft, self._with_head))
         digests.save()
         return made

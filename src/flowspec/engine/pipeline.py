@@ -46,6 +46,7 @@ class PipelineSpec:
     names: Sequence[str] | None = None  # of the workers' devices, for people
     taps: HeadTensors | None = None  # of a draft whose features the stages add up
     hints: str | None = None  # the directory of hint heads, as workers find it, if they are to give hints
+    num_best: int = 0  # of a draft model, whose only stage has the lm_head and names so many tokens for each row
 
     def __post_init__(self) -> None:
         if self.workers is not None and (self.in_process or not self.workers):
@@ -184,8 +185,8 @@ def connect(spec: PipelineSpec, launcher: Launcher) -> RemoteConnections:
     """
     sizes = spec.checkpoint.hidden_size, spec.checkpoint.vocab_size, getattr(torch, spec.dtype)
     taps = None if spec.taps is None else spec.taps.taps
-    replies = Replies(len(spec.partition), *sizes, None if taps is None else taps.width)
-    connections = RemoteConnections(launcher, spec.link, replies)
+    replies = Replies(len(spec.partition), *sizes, None if taps is None else taps.width, spec.num_best)
+    connections = RemoteConnections(launcher, spec.link, replies, "draft worker" if spec.num_best else "worker")
     try:
         connections.configure(
             spec.checkpoint.full_name,
@@ -195,7 +196,8 @@ def connect(spec: PipelineSpec, launcher: Launcher) -> RemoteConnections:
             weights=spec.weights,
             taps=taps,
             blocks=spec.tap_block,
-            server=WeightServer(spec.checkpoint, spec.partition, spec.hints),
+            server=WeightServer(spec.checkpoint, spec.partition, spec.hints, with_head=spec.num_best > 0),
+            num_best=spec.num_best,
         )
     except BaseException:
         connections.close()

@@ -40,15 +40,20 @@ _SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
 
 
 def make_manifest(
-    checkpoint: Checkpoint, layers: LayerRange, digest_of: Callable[[StoredTensor], str], draft: str | None = None
+    checkpoint: Checkpoint,
+    layers: LayerRange,
+    digest_of: Callable[[StoredTensor], str],
+    draft: str | None = None,
+    with_head: bool = False,
 ) -> tuple[StageManifest, dict[str, StoredTensor]]:
     """Of a stage, and where what it wants lies, by SHA-256. Raises ``ModelError`` where that cannot be read here.
 
-    ``draft``: its directory, or its place, if the stage is to give hints; they need the lm_head too.
+    ``draft``: its directory, or its place, if the stage is to give hints; they need the lm_head too. ``with_head``: it is
+    to have the lm_head in any case.
     """
     own = set(checkpoint.names_of_stage(layers))
     hints = {} if draft is None else stored_hints(draft, checkpoint.num_layers, layers.end)
-    if hints:
+    if hints or with_head:
         own.update(checkpoint.parts_of(checkpoint.lm_head_name))
     places: dict[str, StoredTensor] = {}
 

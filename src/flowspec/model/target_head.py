@@ -20,6 +20,20 @@ class TargetHead:
         return torch.nn.functional.linear(hidden.to(self.weight.device, self.weight.dtype), self.weight)
 
 
+class BestTokens:
+    """An lm_head that names the most probable tokens alone: of a draft model that runs apart from the driver."""
+
+    def __init__(self, head: LogitsHead) -> None:
+        self._head = head
+
+    @torch.inference_mode()
+    def guess(self, hidden: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The at most ``k`` best next tokens of rows [n, H], best first: token ids and log-probabilities [n, k]."""
+        logits = self._head.logits(hidden).float()
+        best, token_ids = logits.topk(min(k, logits.shape[-1]))
+        return token_ids, best - logits.logsumexp(-1, keepdim=True)
+
+
 class FewTokensHead:
     """Logits of some tokens alone, by a head that has no others; for drafting (FR-Spec, arXiv 2502.14856).
 

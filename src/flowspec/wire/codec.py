@@ -29,6 +29,7 @@ class Codec:
         "float32": torch.float32,
         "bfloat16": torch.bfloat16,
         "float16": torch.float16,
+        "int32": torch.int32,
         "int64": torch.int64,  # the hidden states of the synthetic language
     }
     _NAMES: ClassVar[dict[torch.dtype, str]] = {dtype: name for name, dtype in _DTYPES.items()}

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from flowspec.core import DType, StageManifest, TapShape, Weights
 
-PROTOCOL_VERSION = 11
+PROTOCOL_VERSION = 12
 NO_PARENT = -1  # the parent id of a request's first token
 LOADED = 1.0  # the fraction of a stage that is all of it
 LAST_STEP = 2**62  # the step after which no segment of a request waits any more
@@ -69,6 +69,7 @@ class Configure(Message, frozen=True):
     taps: TapShape | None = None  # what all stages add up for the draft; ``TapBlock``s of this one's layers follow
     next_key: str | None = None  # by which the next worker proves itself, where both have joined a cluster
     previous_key: str | None = None  # of the worker that will connect to this one
+    num_best: int = 0  # of a draft model's only stage: it has the lm_head, and answers with so many ``Guesses`` a row
 
 
 class TapBlock(Message, frozen=True):
@@ -290,6 +291,21 @@ class Result(Message, frozen=True):
             raise ValueError(f"result: features {tuple(self.features.shape)} for {num_rows} nodes")
 
 
+class Guesses(Message, frozen=True):
+    """A draft model's answer, in place of a ``Result``: what may follow the rows behind the prefix, best first."""
+
+    request_id: int
+    epoch: int
+    node_ids: list[int]
+    token_ids: Tensor  # [rows, k], int32
+    logprobs: Tensor  # [rows, k], float32
+
+    def __post_init__(self) -> None:
+        num_rows, shape = len(self.node_ids), self.token_ids.shape
+        if len(shape) != 2 or shape[0] != num_rows or shape != self.logprobs.shape:
+            raise ValueError("guesses: node, token and log-probability rows differ in number")
+
+
 class Hint(Message, frozen=True):
     """What a worker in the middle guesses of the tokens after some rows that are still on their way; it only steers.
 
@@ -379,4 +395,5 @@ DataMessage: TypeAlias = Open | Segment | Reserve | Close | Forget
 ForLoading: TypeAlias = Manifest | Chunk | TapBlock
 WhileLoading: TypeAlias = WantManifest | WantChunk | Fetching | Loading | Ready
 ToWorker: TypeAlias = Configure | ForLoading | Commit | End | Step | Stop | DataMessage | Probe | Stamped
-ToDriver: TypeAlias = WhileLoading | Hint | Broken | Result | Failed | Closed | Alive | Busy | Failure | Echo | Stamped
+OfRequest: TypeAlias = Hint | Broken | Result | Guesses | Failed | Closed
+ToDriver: TypeAlias = WhileLoading | OfRequest | Alive | Busy | Failure | Echo | Stamped

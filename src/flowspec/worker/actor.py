@@ -78,12 +78,15 @@ class Worker:
         layers: str = "",
         limits: Limits | None = None,
         taps: Taps | None = None,
+        guesser: Hinter | None = None,
+        num_best: int = 0,
     ) -> None:
         """``patience_s``: a forward looks for commits after as long, between layers; ``None``: never.
 
         ``hint_share``: of a forward's time that a hint may take at most, or none is made. ``forward_s``: of so many
         rows; requests share no forward where it is unknown. ``layers``: the stage's, for whoever looks for a fault.
-        ``limits``: of its model. ``taps``: of the session's draft, if it reads several layers.
+        ``limits``: of its model. ``taps``: of the session's draft, if it reads several layers. ``guesser``: of a draft
+        model, which answers with its ``num_best`` guesses and not with hidden states.
         """
         self.link_bytes = 0  # received on the data path; the shell counts
         self._stage = stage
@@ -96,6 +99,7 @@ class Worker:
         self._requests = Requests(stage, () if taps is None else taps.shape.layers)
         self._checks = Checks(stage, index, limits or Limits(), self._requests, taps)
         self._hints = None if hinter is None else Hints(hinter, hint_share, clock)
+        self._guesser, self._num_best = guesser, num_best
         self._queue: deque[DataMessage] = deque()
         self._running: _Forward | None = None
         self._again: deque[Placed] = deque()  # of a shared forward that failed: each runs alone
@@ -277,6 +281,9 @@ class Worker:
             hidden = hidden[torch.from_numpy(living)]
             features = None if features is None else features[torch.from_numpy(living)]
         sends = self._find_broken(placed.segment, rows, hidden)
+        if self._guesser is not None:
+            guesses = placed.guesses(rows, hidden, self._guesser, self._num_best)
+            return sends if guesses is None else [*sends, Send(Route.DRIVER, guesses)]
         if self._stage.is_last:
             return [*sends, Send(Route.DRIVER, placed.result(rows, hidden, timing, features))]
         passed_on = placed.passed_on(rows, hidden, timing, features)

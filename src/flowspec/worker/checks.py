@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 _MAX_STAGES = 4096
 _MAX_NAME_LEN = 4096  # as of a path
 _MAX_TAPS, _MAX_WIDTH = 64, 2**16  # layers that a draft reads, and the width of its features
+_MAX_BEST = 4096  # tokens that a draft model names for each row
 _HOST_AND_PORT = re.compile(r"tcp://(\[[0-9A-Fa-f:.]+(%\w+)?\]|[\w.-]+):\d{1,5}")
 
 
@@ -157,6 +158,9 @@ def check_configure(configure: Configure, endpoint: str) -> None:
     require(0 <= start < end < MAX_ID and (start == 0) == (stage == 1), f"stage {stage} has no layers {start}:{end}")
     if configure.taps is not None:
         _check_taps(configure.taps)
+    is_alone = (stage, configure.next_address, configure.taps, configure.emulation) == (1, None, None, None)
+    num_best = configure.num_best
+    require(not num_best or (is_alone and 0 < num_best <= _MAX_BEST), f"no draft model names {num_best} tokens")
     for name in (configure.model, configure.hints):
         fits = name is None or (0 < len(name) <= _MAX_NAME_LEN and name.isprintable())
         require(fits, f"{shortened(name or '', 60)!r} is the name of no model")

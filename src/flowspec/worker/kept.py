@@ -13,12 +13,13 @@ from typing import TypeAlias
 import torch
 
 from flowspec.core import LayerRange
-from flowspec.model.backends import load_stage
+from flowspec.model.backends import load_head, load_stage
 from flowspec.model.fingerprint import fingerprint
 from flowspec.model.hint_head import gives_hints, load_hinter
 from flowspec.model.loader import Checkpoint
 from flowspec.model.stage import Stage
 from flowspec.model.stage_size import stage_bytes
+from flowspec.model.target_head import BestTokens
 from flowspec.wire.messages import Configure
 from flowspec.worker.checks import Limits
 from flowspec.worker.hints import Hinter
@@ -36,6 +37,7 @@ class Loaded:
 
     stage: Stage
     hinter: Hinter | None
+    guesser: Hinter | None  # of a draft model, its lm_head
     forward_s: list[tuple[int, float]]  # as in ``Ready``; empty for a device that is played
     limits: Limits
     fingerprint: str  # as in ``Ready``
@@ -65,7 +67,8 @@ class StageLoader:
         layers = LayerRange(configure.start_layer, configure.end_layer)
         if self.memory.has_limit:
             names = source.names_of_stage(layers)
-            if configure.hints is not None and gives_hints(configure.hints, source, layers.end):
+            has_hints = configure.hints is not None and gives_hints(configure.hints, source, layers.end)
+            if has_hints or configure.num_best:
                 names += source.parts_of(source.lm_head_name)
             stored = {name: source.stored(name) for name in names}
             shapes = {name: found.shape for name, found in stored.items() if found is not None}
@@ -78,8 +81,11 @@ class StageLoader:
         hinter = None
         if configure.hints is not None:
             hinter = load_hinter(configure.hints, source, layers.end, configure.dtype, self.device)
+        guesser = None
+        if configure.num_best:
+            guesser = BestTokens(load_head(source, configure.dtype, configure.weights, self.device))
         forward_s = measure_forward(stage, source.vocab_size) if configure.emulation is None else []
-        loaded = Loaded(stage, hinter, forward_s, Limits.of(source), fingerprint(source, layers))
+        loaded = Loaded(stage, hinter, guesser, forward_s, Limits.of(source), fingerprint(source, layers))
         self._kept = key, loaded
         return loaded
 
@@ -98,7 +104,7 @@ def _key(configure: Configure, files: list[Path]) -> _Key:
     """Equal for the same stage of the same files; a file that was written again is another one."""
     wanted = (
         configure.model, configure.start_layer, configure.end_layer, configure.dtype, configure.weights,
-        configure.hints, configure.emulation is None,
+        configure.hints, configure.emulation is None, configure.num_best > 0,
     )  # fmt: skip
     if configure.hints is not None:
         files = [*files, *_files_of(Path(configure.hints))]

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flowspec.model.stage import Part
-from flowspec.wire.messages import Result, Segment, Timing
+from flowspec.wire.messages import Guesses, Result, Segment, Timing
+from flowspec.worker.hints import Hinter
 from flowspec.worker.requests import OpenRequest
 
 Ints: TypeAlias = NDArray[np.int64]
@@ -80,6 +81,15 @@ class Placed:
             hidden = hidden[num_prefix:]
         timings, ids = [*segment.timings, timing], (segment.request_id, segment.epoch, segment.segment_id)
         return Result(*ids, node_ids, num_prefix, hidden, timings, features)
+
+    def guesses(self, rows: Ints, hidden: Tensor, guesser: Hinter, num_best: int) -> Guesses | None:
+        """Of a draft model, what may follow these rows by their final hidden states; ``None``: all are of the prefix."""
+        segment, num_prefix = self.segment, self.segment.num_prefix
+        if len(rows) == num_prefix:
+            return None
+        token_ids, logprobs = guesser.guess(hidden[num_prefix:], num_best)
+        node_ids = [segment.node_ids[row] for row in rows[num_prefix:]]
+        return Guesses(segment.request_id, segment.epoch, node_ids, token_ids.int(), logprobs)
 
 
 def place(segment: Segment, request: OpenRequest) -> Placed | None:

@@ -286,6 +286,8 @@ class WorkerProcess:
                 layers=f"{configure.start_layer}:{configure.end_layer}",
                 limits=loaded.limits,
                 taps=taps,
+                guesser=loaded.guesser,
+                num_best=configure.num_best,
             )
         assert self._emulate is not None, "checked before"
         return self._emulate(loaded.stage, index, configure.emulation, loaded.hinter, taps)
