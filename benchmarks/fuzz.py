@@ -33,9 +33,10 @@ import zmq
 
 from damage import Damage, frames_of, messages_to_worker
 from elsewhere import WorkerElsewhere, joined_workers
-from flowspec.cluster.connections import Connections, LoadProgress, Trip
+from flowspec.cluster.connections import Connections, LoadProgress
 from flowspec.cluster.membership import security_of
 from flowspec.cluster.replies import Replies
+from flowspec.cluster.trips import Trip
 from flowspec.config import LinkConfig
 from flowspec.core import SamplingParams
 from flowspec.errors import FlowspecError, ProtocolError

@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from flowspec.cluster.connections import Connections, LoadProgress, Trip
+from flowspec.cluster.connections import Connections, LoadProgress
+from flowspec.cluster.trips import Trip
 from flowspec.config import EngineConfig, PipelineConfig, ScheduleConfig, TreeConfig
 from flowspec.core import LayerRange, SamplingParams
 from flowspec.draft.base import Accepted

@@ -66,6 +66,7 @@ class Noting:
     def __init__(self, inner: Schedule, sequences: Sequences) -> None:
         self.name, self.tree_config = inner.name, inner.tree_config
         self.uses_draft, self.wants_hints, self.wants_ngrams = inner.uses_draft, inner.wants_hints, inner.wants_ngrams
+        self.awaits_passes = inner.awaits_passes
         self._inner = inner
         self._sequences = sequences
 

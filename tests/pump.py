@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -36,6 +36,18 @@ from flowspec.wire.transport import DRIVER, InprocNetwork
 from flowspec.worker.actor import Worker
 
 HEADS = ("eagle3", "peagle", "dflash", "dflash2", "dspark")  # that read several layers
+
+
+class Apart(Protocol):
+    """What the draft's passes are made on, beside the pipeline."""
+
+    @property
+    def has_work(self) -> bool: ...
+
+    def work(self) -> None:
+        """Make one step; the draft may hear of it."""
+
+
 Choose = Callable[[int], int]  # the number of possible next events -> which one happens
 
 
@@ -71,7 +83,9 @@ class Pump:
         keeps_caches: bool = False,
         wrap_stage: Callable[[Stage], Any] = lambda stage: stage,
         memory: Memory | None = None,
+        apart: Apart | None = None,
     ) -> None:
+        self.apart = apart
         # Random models guess so badly that nothing would be worth a row: here everything is.
         tree, pipeline = tree or TreeConfig(min_probability=0.0), pipeline or PipelineConfig()
         checkpoint = Checkpoint.open(directory)
@@ -130,6 +144,8 @@ class Pump:
                 *(lambda link=link: self.deliver(link) for link in self.network.waiting()),
                 *(lambda place=place: self._work(place) for place in range(len(self.workers) + 1) if place not in idle),
             ]
+            if self.apart is not None and self.apart.has_work:
+                events.append(self._work_apart)
             assert events, "the pipeline has stalled"
             changed = events[choose(len(events))]()
             if changed is None:
@@ -146,6 +162,11 @@ class Pump:
         sends = self.driver.on_message(message) if target == DRIVER else self.workers[target - 1].on_message(message)
         self.network.post(target, sends)
         return target
+
+    def _work_apart(self) -> int:
+        assert self.apart is not None
+        self.apart.work()
+        return DRIVER
 
     def _work(self, place: int) -> int | None:
         sends = self.driver.on_idle() if place == DRIVER else self.workers[place - 1].on_idle()

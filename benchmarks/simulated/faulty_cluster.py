@@ -11,8 +11,9 @@ from random import Random
 from typing import Any, Literal
 
 from flowspec.cluster.bring_up import BringUp
-from flowspec.cluster.connections import LoadProgress, Trip
+from flowspec.cluster.connections import LoadProgress
 from flowspec.cluster.launcher import Launcher
+from flowspec.cluster.trips import Trip
 from flowspec.emulation.pairs import SyntheticPair
 from flowspec.engine.pipeline import PipelineSpec
 from flowspec.engine.recovery import MAX_LOSSES

@@ -113,9 +113,8 @@ class Driver:
         needs_features = source is not None and bool(source.feature_layers)
         cached, gone = self.budget.take(request_id, num_slots, text_ids, needs_features)
         try:
-            generation = Generation(
-                request, self._common, source, schedule.tree_config, schedule.wants_hints, cached, num_slots, previous
-            )
+            how = schedule.tree_config, schedule.wants_hints, cached, num_slots, previous, schedule.awaits_passes
+            generation = Generation(request, self._common, source, *how)
             generation.prefill(self._max_chunks)
         except BaseException:
             self.budget.end(request_id, None)
@@ -259,8 +258,8 @@ class Driver:
     def _count_sharing(self) -> None:
         generations = self._generations()
         for generation in generations:
-            generation.share_with(len(generations))
+            generation.num_sharing = len(generations)
 
 
 def _may_work(generation: Generation) -> bool:
-    return not generation.is_finished and generation.is_prompt_sent
+    return not generation.is_finished and generation.is_prompt_sent and not generation.is_drafting

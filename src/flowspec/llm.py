@@ -78,6 +78,8 @@ class LLM:
             wrong or silent: k for the stream that enters layer k. docs/DRAFTS.md says how they are found otherwise.
         draft_check: ``"on"`` lets a draft head or model guess along a short text before the first request, and switches
             one off that is broken; what was found is kept for the next start. ``"off"`` takes it as it is.
+        draft_worker: the address of a running worker, ``"host:port"``, that a smaller model as draft runs on; by
+            default it runs in this process.
         stages: how many stages, 4 at most by default; the layers are shared out evenly.
         partition: the stages' layer ranges instead, ``"0:4,4:8"``.
         workers: addresses of running workers, ``"host:port"``, in pipeline order; by default processes on this machine.

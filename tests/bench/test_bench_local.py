@@ -11,8 +11,8 @@ import pytest
 from engines import workers_of
 from flowspec import LLM, SamplingParams
 from flowspec.bench.local import run_local
-from flowspec.cluster.connections import Trip
 from flowspec.cluster.inproc import InprocConnections
+from flowspec.cluster.trips import Trip
 
 PROMPT = "t1 t4 t2"
 

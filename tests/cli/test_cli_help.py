@@ -12,13 +12,13 @@ import pytest
 
 from command_line import Run
 from flowspec.cli import terminal
+from flowspec.cli.groups import flag
 from flowspec.cli.options import (
     DEFAULT_MODEL,
     DEFAULT_SAMPLING,
     DEFAULT_STAGE_OPTIONS,
     ModelOptions,
     SamplingOptions,
-    flag,
 )
 from flowspec.cli.terminal import TerminalProgress, fitted
 from flowspec.config import PUBLISHED_TREE, PipelineConfig, ScheduleConfig, TreeConfig
@@ -78,7 +78,7 @@ def test_completion_is_offered(run: Run, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("_FLOWSPEC_COMPLETE", "complete_bash")
     monkeypatch.setenv("COMP_WORDS", "flowspec generate --draft-")
     monkeypatch.setenv("COMP_CWORD", "2")
-    assert run().out.split() == ["--draft-dtype", "--draft-layers", "--draft-check"]
+    assert run().out.split() == ["--draft-dtype", "--draft-layers", "--draft-check", "--draft-worker"]
 
 
 @pytest.mark.parametrize("option", ["--int8-wire", "--partition", "--min-probability", "--cluster"])

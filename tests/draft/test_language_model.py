@@ -119,7 +119,7 @@ def test_every_node_is_guessed_as_the_model_alone_guesses_behind_its_path(
         tree.reroot(path[-1])
         text = [*text[:-1], *accepted.token_ids, int(tree.token_ids[0])]
         draft.commit(accepted, tree)
-        draft._passes.check_integrity()
+        draft.passes.check_integrity()
         draft.expand(tree, ROOT)
     tree.restart(7)  # a token that nobody has guessed
     draft.commit(Accepted([tree.root_id - 1], [text[-1]], torch.zeros(1, 1)), tree)

@@ -175,6 +175,7 @@ class Watched:
     uses_draft: bool
     wants_hints: bool
     wants_ngrams: bool
+    awaits_passes: bool
     tree_config: TreeConfig
     events: list[Sent | Result | Message] = field(default_factory=list)
     num_tokens: list[int] = field(default_factory=list)  # emitted so far, at each step
@@ -218,7 +219,15 @@ def watch(
     def make_watched(*args: Any, **options: Any) -> Watched:
         inner = make_schedule(*args, **options)
         made.append(
-            Watched(inner, inner.name, inner.uses_draft, inner.wants_hints, inner.wants_ngrams, inner.tree_config)
+            Watched(
+                inner,
+                inner.name,
+                inner.uses_draft,
+                inner.wants_hints,
+                inner.wants_ngrams,
+                inner.awaits_passes,
+                inner.tree_config,
+            )
         )
         return made[-1]
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from engines import engine_of
-from flowspec.cluster.connections import Trip
+from flowspec.cluster.trips import Trip
 from flowspec.config import EngineConfig, ScheduleConfig, ServerConfig, TreeConfig
 from flowspec.core import SamplingParams
 from flowspec.engine.job import Job

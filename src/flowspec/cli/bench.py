@@ -11,16 +11,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from flowspec.cli.groups import changed
 from flowspec.cli.options import (
     DEFAULT_STAGE_OPTIONS,
     DraftCheckOption,
     DraftDtype,
     DraftLayersOption,
+    DraftWorkerOption,
     Dtype,
     OnOff,
     StageOptions,
     Verbose,
-    changed,
 )
 from flowspec.cli.study import (
     SYNTHETIC,
@@ -62,6 +63,7 @@ def bench(
     stage_options: StageOptions = DEFAULT_STAGE_OPTIONS,
     draft_layers: DraftLayersOption = None,
     draft_check: DraftCheckOption = OnOff.on,
+    draft_worker: DraftWorkerOption = None,
     repeats: Annotated[int, typer.Option(help="Runs of each prompt in real time; the median one is kept.")] = 1,
     out: Annotated[Path, typer.Option(help="Where the files go.", metavar="DIR")] = Path("bench-results"),
     sweep: Annotated[
@@ -79,6 +81,7 @@ def bench(
         if cluster_file is not None:
             here_only = ["--repeats"] * (repeats != 1) + ["--draft-layers"] * (draft_layers is not None)
             here_only += ["--draft-check"] * (draft_check is not OnOff.on)
+            here_only += ["--draft-worker"] * (draft_worker is not None)
             here_only += changed(replace(stage_options, stages=None), DEFAULT_STAGE_OPTIONS)
             if here_only:
                 raise UsageError(f"{here_only[0]} is for runs in real time; leave it or the cluster file out")
@@ -92,7 +95,7 @@ def bench(
             raise UsageError(f"{simulated[0]} is for the simulator; name a cluster file too")
         if repeats < 1:
             raise UsageError(f"--repeats is {repeats}; it must be at least 1")
-        here = _Here.of(options, stage_options, repeats, layers_of(draft_layers), draft_check)
+        here = _Here.of(options, stage_options, repeats, layers_of(draft_layers), draft_check, draft_worker)
         _bench_here(_Output(out, trace, here.title, None, here.model), here, all_temperatures, progress)
 
 
@@ -149,6 +152,7 @@ class _Here:
         repeats: int,
         draft_layers: list[int] | None,
         draft_check: OnOff,
+        draft_worker: str | None,
     ) -> _Here:
         """Raises ``UsageError``."""
         model = "demo" if options.model is None else options.model
@@ -162,7 +166,7 @@ class _Here:
             draft_layers,
             draft_check,
             stage_options,
-            stage_options.arguments(),
+            stage_options.arguments(draft_worker),
             options.schedule_config(),
             options.tree_title(),
             schedule_names(options.schedule, is_simulated=False),
@@ -211,6 +215,7 @@ def _bench_here(output: _Output, here: _Here, temperatures: Sequence[float], pro
             "int8_draft": here.draft_dtype == DraftDtype.int8,
             "schedule_config": asdict(here.schedule_config),
             "workers": here.arguments["workers"],
+            "draft_worker": here.arguments["draft_worker"],
             "partition": str(llm.partition),
             "dtype": here.stage_options.dtype.value,
             "device": here.stage_options.device,

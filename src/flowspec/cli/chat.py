@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+from flowspec.cli.groups import changed
 from flowspec.cli.keyboard import Source, keyboard
 from flowspec.cli.options import (
     DEFAULT_MODEL,
@@ -22,7 +23,6 @@ from flowspec.cli.options import (
     SamplingOptions,
     StageOptions,
     Verbose,
-    changed,
 )
 from flowspec.cli.terminal import TerminalProgress, errors_in_one_line, stderr
 from flowspec.errors import FlowspecError, UsageError
@@ -73,7 +73,7 @@ def chat(
         else:
             progress = TerminalProgress()
             stack.callback(progress.stop)
-            arguments = model.arguments(talking_model()) | stage_options.arguments()
+            arguments = model.arguments(talking_model()) | stage_options.arguments(model.draft_worker)
             from flowspec.llm import LLM
             from flowspec.talk.local import LocalTalker
 

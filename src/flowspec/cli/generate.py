@@ -46,7 +46,7 @@ def generate(
     with errors_in_one_line(verbose), contextlib.ExitStack() as stack:
         text = _read_prompt(prompt, prompt_file)
         SamplingParams(**sampling.given())  # what is wrong is said before anything is loaded
-        arguments = model.arguments() | stage_options.arguments()
+        arguments = model.arguments() | stage_options.arguments(model.draft_worker)
         progress = TerminalProgress()
         from flowspec.llm import LLM
 

@@ -47,3 +47,14 @@ def _options_of(group: Any) -> list[inspect.Parameter]:
             )
         )
     return parameters
+
+
+def flag(name: str) -> str:
+    """The option of a group's field."""
+    return "--" + name.replace("_", "-")
+
+
+def changed(group: Any, default: Any) -> list[str]:
+    """The options of a group that are not as ``default`` has them."""
+    names = [field.name for field in fields(group)]
+    return [flag(name) for name in names if getattr(group, name) != getattr(default, name)]

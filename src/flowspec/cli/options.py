@@ -84,6 +84,15 @@ DraftCheckOption = Annotated[
         help="Try a draft before the first request, once, and switch it off where its guesses show that it is broken."
     ),
 ]
+DraftWorkerOption = Annotated[
+    str | None,
+    typer.Option(
+        "--draft-worker",
+        metavar="HOST:PORT",
+        help="A running worker that a smaller model as draft runs on.",
+        show_default="the driver's own process",
+    ),
+]
 Stages = Annotated[
     int | None,
     typer.Option(help="Stages to cut the model into, evenly.", show_default="4 at most; a cluster file's own"),
@@ -184,6 +193,7 @@ class ModelOptions:
     draft_dtype: DraftDtypeOption = DraftDtype.auto
     draft_layers: DraftLayersOption = None
     draft_check: DraftCheckOption = OnOff.on
+    draft_worker: DraftWorkerOption = None
     schedule: Schedule = "auto"
     tree_top_k: TreeTopK = TreeConfig.top_k
     tree_depth: TreeDepth = TreeConfig.depth
@@ -257,8 +267,8 @@ class StageOptions:
         """What ``--cluster`` lists. Raises ``UsageError``."""
         return None if self.cluster is None else DeviceList.load(self.cluster, by_name=self.discover)
 
-    def arguments(self) -> dict[str, Any]:
-        """Of ``LLM`` and ``Engine``. Raises ``UsageError``."""
+    def arguments(self, draft_worker: str | None = None) -> dict[str, Any]:
+        """Of ``LLM`` and ``Engine``. ``draft_worker``: an address, or the name of a device. Raises ``UsageError``."""
         if sum(given is not None for given in (self.stages, self.workers, self.cluster)) > 1:
             raise UsageError("give one of --stages, --workers and --cluster")
         partition: str | Partition | None = self.partition
@@ -267,13 +277,14 @@ class StageOptions:
         if self.devices is not None:
             partition = partition or self.devices.partition
         if self.discover:
-            workers, names = self._found(workers)
+            workers, names, draft_worker = self._found(workers, draft_worker)
         elif self.devices is not None:
             workers = list(self.devices.addresses)
         return {
             "stages": self.stages,
             "partition": partition,
             "workers": workers,
+            "draft_worker": draft_worker,
             "weights": self.weights.value,
             "dtype": self.dtype.value,
             "device": self.device,
@@ -289,16 +300,16 @@ class StageOptions:
             ),
         }
 
-    def _found(self, workers: list[str] | None) -> tuple[list[str], list[str]]:
-        """Where the devices are in the network, and their names."""
+    def _found(self, workers: list[str] | None, draft: str | None) -> tuple[list[str], list[str], str | None]:
+        """Where the devices are in the network, and their names; and where the draft's one is."""
         if self.stages is not None:
             raise UsageError("give --stages for processes here, or --discover for devices in the network")
         if self.insecure:
             raise UsageError("give --discover or --insecure, not both: who is found is believed by a key alone")
-        from flowspec.cluster.discovery import find_workers
+        from flowspec.cluster.discovery import find_workers_and_draft
         from flowspec.wire.key_file import state_folder
 
-        return find_workers(state_folder(), self.devices, workers)
+        return find_workers_and_draft(state_folder(), self.devices, workers, draft)
 
 
 @dataclass(frozen=True)
@@ -379,14 +390,3 @@ def tree_changes(
         "top_k": top_k, "depth": depth, "max_depth": max_depth, "size": size, "min_probability": min_probability,
     }  # fmt: skip
     return {name: value for name, value in changes.items() if value is not None}
-
-
-def flag(name: str) -> str:
-    """The option of a group's field."""
-    return "--" + name.replace("_", "-")
-
-
-def changed(group: Any, default: Any) -> list[str]:
-    """The options of a group that are not as ``default`` has them."""
-    names = [field.name for field in fields(group)]
-    return [flag(name) for name in names if getattr(group, name) != getattr(default, name)]

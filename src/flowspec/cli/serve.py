@@ -57,7 +57,7 @@ def serve(
         config = ServerConfig(host, port, api_key, max_waiting=max_waiting, spec_stats=spec_stats)
         config = replace(config, cors_origins=tuple(cors_origin or ()))
         engine_config = EngineConfig(max_running, kv_slots, memory_tokens=memory_tokens)
-        arguments = model.arguments(talking_model()) | stage_options.arguments()
+        arguments = model.arguments(talking_model()) | stage_options.arguments(model.draft_worker)
         if host not in ("127.0.0.1", "localhost", "::1") and api_key is None:
             logger.warning("warning: %s is open to the network and wants no key; set --api-key", host)
         if "*" in config.cors_origins and api_key is None:

@@ -7,9 +7,7 @@ import logging
 import socket
 import time
 import uuid
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import zmq
@@ -18,6 +16,7 @@ from flowspec.cluster.bring_up import BringUp
 from flowspec.cluster.launcher import Launcher
 from flowspec.cluster.replies import Replies
 from flowspec.cluster.tap_blocks import Blocks, tap_blocks
+from flowspec.cluster.trips import Trip, Trips
 from flowspec.config import LinkConfig
 from flowspec.core import DType, Partition, TapShape, Weights
 from flowspec.errors import BusyError, ProtocolError, UsageError, WorkerError
@@ -47,7 +46,6 @@ logger = logging.getLogger("flowspec.cluster")
 LoadProgress = Callable[[float], None]
 
 _CHECK_INTERVAL_S = 0.1
-_NUM_TRIPS = 8
 _READY_POLL_S = 0.2
 _LINK_TIMEOUT_S = 20.0  # in which a worker reaches the next one, once both are there
 _BUSY_PATIENCE_S = 5.0  # until a worker must be free
@@ -90,22 +88,6 @@ class Connections(Protocol):
         """End the session, and what was started for it."""
 
 
-@dataclass(frozen=True)
-class Trip:
-    """A round trip on a control connection; a worker answers between two pieces of its work."""
-
-    round_trip_s: float
-    clock_offset_s: float  # the driver's clock less the worker's, at most half a round trip off
-
-    @property
-    def to_driver_s(self) -> float:
-        """What makes a time on the worker's clock one on the driver's.
-
-        Within half a round trip nobody can tell the two apart, and local processes share one: 0 then.
-        """
-        return self.clock_offset_s if abs(self.clock_offset_s) > self.round_trip_s / 2 else 0.0
-
-
 class RemoteConnections:
     """Connections to worker processes, local or elsewhere, for one session."""
 
@@ -130,8 +112,7 @@ class RemoteConnections:
         self._poller.register(self._woken_end.fileno(), zmq.POLLIN)
         self._num_bytes = 0
         self._last_check = 0.0
-        self._probe_sent_s: float | None = None
-        self._trips: dict[int, deque[Trip]] = {}
+        self._trips = Trips()
         self._is_over = False
         self.bring_up = BringUp(len(launcher.addresses), time.monotonic())
         self._controls: list[Connection] = []
@@ -162,9 +143,7 @@ class RemoteConnections:
 
     @property
     def trips(self) -> Mapping[int, Trip]:
-        """The shortest of the last few, which waited least for the worker's own work."""
-        known = [(stage, list(trips)) for stage, trips in list(self._trips.items())]  # copies: any thread may ask
-        return {stage: min(trips, key=lambda trip: trip.round_trip_s) for stage, trips in known}
+        return self._trips.shortest
 
     def configure(
         self,
@@ -300,6 +279,22 @@ class RemoteConnections:
         """Whether its worker's socket has answered, which it does whatever the worker is busy with."""
         return self._controls[stage - 1].is_up
 
+    @property
+    def sockets(self) -> list[zmq.Socket[bytes]]:
+        """On which something may come, as ``watch`` takes them."""
+        return [end for connection in (*self._controls, self._data) for end in connection.sockets]
+
+    def watch(self, sockets: Sequence[zmq.Socket[bytes]]) -> None:
+        """Let a ``receive`` that waits return when something comes on these, too, whose owner reads it."""
+        for end in sockets:
+            self._poller.register(end, zmq.POLLIN)
+
+    def unwatch(self, sockets: Sequence[zmq.Socket[bytes]]) -> None:
+        """Before they are closed."""
+        for end in sockets:
+            if end in self._poller:
+                self._poller.unregister(end)
+
     def send(self, sends: Iterable[Send]) -> None:
         for send in sends:
             match send.route:
@@ -326,7 +321,7 @@ class RemoteConnections:
                 message, num_bytes = arrived
                 self._num_bytes += num_bytes
                 if isinstance(message, Echo):
-                    self._note_echo(index, message)
+                    self._trips.note(index, message.clock_s)
                 else:
                     received.append((index, self._raise_failure(message, index)))
         if timeout_s > 0 or time.monotonic() - self._last_check > _CHECK_INTERVAL_S:
@@ -353,15 +348,9 @@ class RemoteConnections:
         return arrived
 
     def probe(self) -> None:
-        self._probe_sent_s = time.perf_counter()
+        self._trips.begin()
         for connection in self._controls:
             connection.send(Probe(0, b""))
-
-    def _note_echo(self, stage: int, echo: Echo) -> None:
-        if self._probe_sent_s is not None:
-            now = time.perf_counter()
-            trip = Trip(now - self._probe_sent_s, (now + self._probe_sent_s) / 2 - echo.clock_s)
-            self._trips.setdefault(stage, deque(maxlen=_NUM_TRIPS)).append(trip)
 
     def _check_workers(self) -> None:
         self._last_check = time.monotonic()

@@ -152,6 +152,23 @@ def find_workers(
     return [heard.found[name].address for name in names], names
 
 
+def find_workers_and_draft(
+    folder: Path, devices: DeviceList | None, workers: Sequence[str] | None, draft: str | None
+) -> tuple[list[str], list[str], str | None]:
+    """As ``find_workers``; and where the device ``draft`` is, a name or an address: none of all that are found."""
+    if draft is None:
+        return *find_workers(folder, devices, workers), None
+    if workers is not None and devices is None:
+        addresses, names = find_workers(folder, None, [*workers, draft])
+        return addresses[:-1], names[:-1], addresses[-1]
+    addresses, names = find_workers(folder, devices)
+    found = dict(zip(names, addresses, strict=True)).get(draft, draft)
+    if devices is not None:
+        return addresses, names, found
+    others = [(address, name) for address, name in zip(addresses, names, strict=True) if address != found]
+    return [address for address, _ in others], [name for _, name in others], found
+
+
 def _place(membership: Membership, name: str, address: str) -> str:
     """Where a device is, by what is known of it now, or else was written of it."""
     known = membership.devices.get(name)

@@ -6,8 +6,9 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from flowspec.cluster.connections import LoadProgress, Trip
+from flowspec.cluster.connections import LoadProgress
 from flowspec.cluster.tap_blocks import Blocks
+from flowspec.cluster.trips import Trip
 from flowspec.core import DType, Partition, TapShape, Weights
 from flowspec.model.backends import load_stage, stage_taps
 from flowspec.model.hint_head import load_hinter

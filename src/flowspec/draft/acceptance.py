@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from flowspec.core import SamplingParams
-from flowspec.draft.base import Accepted, BlockDraft, Draft, DraftSource
+from flowspec.draft.base import Accepted, ApartDraft, BlockDraft, Draft, DraftSource
 from flowspec.sampling import Sampler
 from flowspec.tree import UNDRAFTED, DraftTree, Ints
 
@@ -64,10 +64,17 @@ class Recorder:
         self.block_len = inner.block_len
         self.feature_layers = inner.feature_layers
         self.told: list[Tensor] = []
+        self._newest: Draft | None = None
 
     def open(self, prompt_ids: Sequence[int], sampler: Sampler, top_k: int) -> _Recorded:
         self.told.clear()  # a request that was preempted begins again
-        return _Recorded(self._inner.open(prompt_ids, sampler, top_k), self.told)
+        self._newest = self._inner.open(prompt_ids, sampler, top_k)
+        return _Recorded(self._newest, self.told)
+
+    def close(self) -> None:
+        """The newest draft is of no more use."""
+        if isinstance(self._newest, ApartDraft):
+            self._newest.close()
 
     def text(self, prompt_ids: Sequence[int], output_ids: Sequence[int]) -> ReadText:
         features = torch.cat(self.told) if self.feature_layers and self.told else None
@@ -147,6 +154,8 @@ def measure(source: DraftSource, text: ReadText, is_late: Callable[[], bool] = l
         accepted = Accepted([tree.root_id], [token_ids[place]], features[place : place + 1])
         tree.restart(token_ids[place + 1])
         draft.commit(accepted, tree)
+    if isinstance(draft, ApartDraft):
+        draft.close()
     return acceptance
 
 

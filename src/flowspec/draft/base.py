@@ -68,6 +68,29 @@ class ReusableDraft(Draft, Protocol):
 
 
 @runtime_checkable
+class ApartDraft(Draft, Protocol):
+    """A draft whose passes are made on another device: they may come back while its request goes on."""
+
+    @property
+    def pass_s(self) -> float:
+        """How long the last pass took, from asking to the answer."""
+        ...
+
+    def go_apart(self) -> None:
+        """From now on ``expand`` asks for a pass, and does not wait for it; before anything else."""
+
+    def settle(self, tree: DraftTree) -> bool:
+        """Give the tree what has come; False when a pass is under way that is worth waiting for.
+
+        While it is, ``expand`` has nothing to do.
+        """
+        ...
+
+    def close(self) -> None:
+        """Its request has ended, and nothing of it is to be kept."""
+
+
+@runtime_checkable
 class BlockDraft(Draft, Protocol):
     """A draft whose newest block has levels below a root that it did not foresee."""
 

@@ -14,6 +14,7 @@ from flowspec.draft.language_model import ModelSource
 from flowspec.draft.memory import Memory
 from flowspec.draft.model_passes import LocalPasses
 from flowspec.draft.ngram import NgramSource
+from flowspec.draft.remote_passes import Port, RemoteModelSource
 from flowspec.draft.token_map import TokenMap
 from flowspec.errors import UsageError
 from flowspec.model.backends import choose_weights, load_head, load_stage, open_checkpoint
@@ -106,6 +107,11 @@ def read_taps(
     return None
 
 
+def weights_of(draft: Checkpoint, draft_dtype: DraftDType, device: str) -> Weights:
+    """Of a small model as draft. Raises ``UsageError`` as ``choose_weights``."""
+    return "int8" if draft_dtype == "int8" else choose_weights(draft, "auto", device)
+
+
 def load_draft(
     chosen: ChosenDraft,
     checkpoint: Checkpoint,
@@ -117,12 +123,14 @@ def load_draft(
     weights: Weights = "float",
     taps: HeadTensors | None = None,
     memory: Memory | None = None,
+    port: Port | None = None,
 ) -> DraftSource | None:
     """``None`` when nothing is to be drafted. ``is_coupled``: see ``EagleSource``.
 
     ``weights``: of the target, and so of ``head``. ``draft_dtype``: int8 quantises the draft head and a copy of the
     lm_head, ``head`` itself stays as it is; auto does so where the target is in integers too, and the kernels can.
-    ``taps``: what ``read_taps`` has found. ``memory``: for n-grams. Raises ``UsageError``.
+    ``taps``: what ``read_taps`` has found. ``memory``: for n-grams. ``port``: to the worker that a small model is on.
+    Raises ``UsageError``.
     """
     match chosen:
         case "none":
@@ -130,8 +138,10 @@ def load_draft(
         case "ngram":
             return NgramSource(memory=memory)
         case Checkpoint():
-            weights = "int8" if draft_dtype == "int8" else choose_weights(chosen, "auto", device)
             tokens = TokenMap(chosen.load_tokenizer(), checkpoint.load_tokenizer(), chosen, checkpoint)
+            if port is not None:
+                return RemoteModelSource(port, tokens, chosen.vocab_size, chosen.max_positions, memory)
+            weights = weights_of(chosen, draft_dtype, device)
             stage = load_stage(chosen, LayerRange(0, chosen.num_layers), dtype, weights, device)
             own_head = load_head(chosen, dtype, weights, device)
             return ModelSource(

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
+
 import numpy as np
 from torch import Tensor
 
@@ -74,7 +75,7 @@ class ModelDraft:
         self._source = source
         self._sampler = sampler
         self._top_k = top_k
-        self._passes: Passes = source.open_passes(len(prompt_ids) - 1)
+        self.passes: Passes = source.open_passes(len(prompt_ids) - 1)
         self._ends: list[int] = []  # by token of the prefix: how many of the draft's tokens end with it
         self._waiting: list[int] = []  # the draft's tokens of the prefix that are not in the cache yet
         self._num_prefix = 0  # those that are
@@ -103,11 +104,11 @@ class ModelDraft:
         if not num_tokens:
             return
         self._num_prefix = other._ends[num_tokens - 1]
-        self._passes.reuse(other._passes, self._num_prefix)
+        self.passes.reuse(other.passes, self._num_prefix)
         self._waiting = self._waiting[self._num_prefix :]
 
     def end(self) -> ModelDraft:
-        self._passes.finish()
+        self.passes.finish()
         self._asked = None
         self._guesses.clear()
         self._source.keep(self)
@@ -115,7 +116,7 @@ class ModelDraft:
 
     def forget(self) -> None:
         """There is nothing to take over any more."""
-        self._passes.forget()
+        self.passes.forget()
         self._num_prefix, self._ends = 0, []
 
     def read_prompt(self, node_ids: Sequence[int], features: Tensor) -> None:
@@ -133,8 +134,8 @@ class ModelDraft:
             self._commit(accepted.node_ids, accepted.token_ids, tree)
 
     def _commit(self, node_ids: Sequence[int], token_ids: Sequence[int], tree: DraftTree) -> None:
-        known = list(takewhile(self._passes.has, node_ids))
-        self._passes.commit(known, tree.root_id, tree.node_ids)
+        known = list(takewhile(self.passes.has, node_ids))
+        self.passes.commit(known, tree.root_id, tree.node_ids)
         self._add_to_prefix(token_ids[: len(known)])
         self._num_prefix += len(known)
         self._waiting += self._add_to_prefix(token_ids[len(known) :])
@@ -146,9 +147,11 @@ class ModelDraft:
         """Take what has come of the pass under way; False when there is one still."""
         if self._asked is None:
             return True
-        if (logits := self._passes.take()) is None:
+        if (logits := self.passes.take()) is None:
             return False
         asked, self._asked = self._asked, None
+        if not len(logits):
+            return True  # nothing comes any more
         self._note(asked, logits)
         if asked.accepted_ids:
             self._commit(asked.accepted_ids, asked.accepted_tokens, tree)
@@ -193,7 +196,7 @@ class ModelDraft:
     def _run_root(self, tree: DraftTree, wanted_ids: Ints) -> bool:
         """Read what there is before the root, and the root; whether all of it has been read, or is."""
         *before, root = [*self._waiting, *self._source.tokens.read(int(tree.token_ids[0]))]
-        longest, start = self._passes.longest_text, self._num_prefix
+        longest, start = self.passes.longest_text, self._num_prefix
         num_read = min(len(before), longest) if len(self._waiting) > longest else len(before)
         if num_read + start >= self._source.max_positions:
             tree.staleness[0] = 0  # the text is longer than this model can read
@@ -201,7 +204,7 @@ class ModelDraft:
         self._num_prefix += num_read
         if num_read < len(before):
             self._waiting = self._waiting[num_read:]
-            self._passes.read(before[:num_read], start)
+            self.passes.read(before[:num_read], start)
             return False
         self._waiting = []
         rows = Rows([tree.root_id], [NO_PARENT], [root], [self._num_prefix])
@@ -215,7 +218,7 @@ class ModelDraft:
         deepest = self._source.max_positions - self._num_prefix - 1
         is_of_use = np.array(
             [
-                row > 0 and len(own_ids) == 1 and depth <= deepest and self._passes.has(parent_id)
+                row > 0 and len(own_ids) == 1 and depth <= deepest and self.passes.has(parent_id)
                 for row, own_ids, depth, parent_id in zip(
                     rows.tolist(), read, tree.depths[rows].tolist(), parent_ids.tolist(), strict=True
                 )
@@ -234,15 +237,13 @@ class ModelDraft:
         """A pass; what may follow the nodes is known then, unless it is under way still."""
         start = self._num_prefix - len(before)
         asked = _Asked(rows.node_ids, depths + self._root_position + 1, wanted_ids, tree.root_id)
-        if (logits := self._passes.run(before, start, rows)) is None:
+        if (logits := self.passes.run(before, start, rows)) is None:
             self._asked = asked
-        else:
+        elif len(logits):
             self._note(asked, logits)
 
     def _note(self, asked: _Asked, logits: Tensor) -> None:
-        """What may follow each of the nodes, by the draft model's logits [n, V]; none, where there are none."""
-        if not len(logits):
-            return
+        """What may follow each of the nodes, by the draft model's logits [n, V]."""
         mapped = self._source.tokens.logits(logits)
         token_ids, logprobs = self._sampler.draft_children(mapped, asked.positions, self._top_k)
         self._guesses.update(zip(asked.node_ids, zip(token_ids, logprobs, strict=True), strict=True))

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from flowspec.draft.base import Accepted, BlockDraft, Draft, DraftSource, ReusableDraft
+from flowspec.draft.base import Accepted, ApartDraft, BlockDraft, Draft, DraftSource, ReusableDraft
 from flowspec.draft.memory import Memory
 from flowspec.draft.ngram import Guesses, LookBack, NgramConfig
 from flowspec.sampling import Sampler
@@ -42,6 +42,7 @@ class LookupDraft:
 
     def __init__(self, inner: Draft, text: LookBack) -> None:
         self._inner = inner
+        self._apart = inner if isinstance(inner, ApartDraft) else None
         self._text = text
         self._hits, self._trials = _HITS, _TRIALS
         self._guesses: Guesses | None = None  # of what may follow the root; ``None``: not looked up yet
@@ -51,8 +52,8 @@ class LookupDraft:
         return self._inner.num_certain if isinstance(self._inner, ReusableDraft) else 0
 
     def reuse(self, other: ReusableDraft, num_cached: int) -> None:
-        assert isinstance(self._inner, ReusableDraft)
-        self._inner.reuse(other, num_cached)
+        if isinstance(self._inner, ReusableDraft):  # else the draft was another one by then
+            self._inner.reuse(other, num_cached)
 
     def end(self) -> ReusableDraft | None:
         """n-grams are read anew from the text."""
@@ -71,11 +72,35 @@ class LookupDraft:
         """The other draft's pass; it may have overruled the guesses, which are merged again."""
         if not self._inner.expand(tree, rows):
             return False
+        self._graft(tree)
+        return True
+
+    def _graft(self, tree: DraftTree) -> None:
         if self._guesses is None:
             self._guesses = self._text.look_up([int(tree.token_ids[0])])
         if self._guesses.token_ids:
             self._guesses.graft(tree, 0, self._hits / self._trials)
-        return True
+
+    @property
+    def pass_s(self) -> float:
+        return 0.0 if self._apart is None else self._apart.pass_s
+
+    def go_apart(self) -> None:
+        if self._apart is not None:
+            self._apart.go_apart()
+
+    def settle(self, tree: DraftTree) -> bool:
+        if self._apart is None:
+            return True
+        num_before = len(tree)
+        is_settled = self._apart.settle(tree)
+        if len(tree) > num_before:
+            self._graft(tree)
+        return is_settled
+
+    def close(self) -> None:
+        if self._apart is not None:
+            self._apart.close()
 
     def reread(self, tree: DraftTree) -> None:
         assert isinstance(self._inner, BlockDraft)

@@ -1,6 +1,6 @@
 """Where a draft model reads: one request's keys and values of it, and the passes over nodes and text.
 
-On the driver a pass is made at once (``LocalPasses``); on a worker of its own it is asked for (``draft.remote_passes``).
+On the driver a pass is made at once (``LocalPasses``), on a worker of its own it is asked for (``remote_passes``).
 Nodes are the tree's; text has no ids, since nothing names it again.
 """
 
@@ -34,7 +34,7 @@ Self = TypeVar("Self", bound="Passes")
 
 
 class Passes(Protocol):
-    """One request's. After ``run`` has returned ``None``, nothing but ``take`` may be called until that has an answer."""
+    """One request's. When ``run`` has returned ``None``, ``take`` alone may be called until that has an answer."""
 
     longest_text: int  # tokens that ``run`` takes before its rows
 

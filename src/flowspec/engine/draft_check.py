@@ -153,6 +153,7 @@ def _write(engine: Engine, source: DraftSource) -> ReadText:
         engine.cancel(job)
     finally:
         engine.use_source(source)
+        recorder.close()
     if job.error is not None:
         raise job.error
     return recorder.text(prompt_ids, job.output_ids)

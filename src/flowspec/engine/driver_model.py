@@ -10,6 +10,7 @@ from flowspec.core import DraftDType, DType, Weights
 from flowspec.draft.base import DraftSource
 from flowspec.draft.catalogue import ChosenDraft, load_draft
 from flowspec.draft.memory import Memory
+from flowspec.draft.remote_passes import Port
 from flowspec.model.backends import load_head
 from flowspec.model.head_tensors import HeadTensors
 from flowspec.model.loader import Checkpoint
@@ -44,8 +45,11 @@ class DriverModel:
         weights: Weights = "float",
         taps: HeadTensors | None = None,
         memory_tokens: int = 0,
+        port: Port | None = None,
     ) -> DriverModel:
         """``taps``: what ``draft.catalogue.read_taps`` has found. ``memory_tokens``: see ``EngineConfig``.
+
+        ``port``: to the worker that the draft is on, if it is not to be loaded here.
 
         Raises ``ModelError`` and ``UsageError`` for files that cannot be used.
         """
@@ -54,7 +58,7 @@ class DriverModel:
         head = load_head(checkpoint, dtype, weights, device)
         memory = Memory(memory_tokens) if memory_tokens and draft != "none" else None
         how = dtype, device, True, draft_dtype, weights, taps
-        source = load_draft(draft, checkpoint, head, *how, memory=memory)
+        source = load_draft(draft, checkpoint, head, *how, memory=memory, port=port)
         # Configs, tokenizer and template of a fine-tune often say different ones.
         own = tokenizer.eos_token_id
         ends = checkpoint.all_eos_token_ids | template.end_ids | ({own} if isinstance(own, int) else frozenset())

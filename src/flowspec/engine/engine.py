@@ -21,6 +21,7 @@ from flowspec.config import EngineConfig, ScheduleConfig
 from flowspec.core import Ending, Partition, SamplingParams
 from flowspec.draft.base import DraftSource
 from flowspec.driver import Driver
+from flowspec.engine.draft_worker import DraftWorker
 from flowspec.engine.driver_model import DriverModel
 from flowspec.engine.job import Job
 from flowspec.engine.observer import Observer, Observers
@@ -52,10 +53,11 @@ class Engine:
         schedules: ScheduleConfig,
         config: EngineConfig,
         recovery: Recovery | None = None,
+        draft_worker: DraftWorker | None = None,
     ) -> None:
         """``pipeline``: whose workers are ready; ``schedule``: of requests that name none.
 
-        ``recovery``: of this pipeline, where it is not a real one's.
+        ``recovery``: of this pipeline, where it is not a real one's. ``draft_worker``: that the draft is on.
         """
         self.pipeline = pipeline
         self.model = model
@@ -63,6 +65,7 @@ class Engine:
         self._schedules = Schedules(pipeline, model.source, schedule, schedules)
         self._link = pipeline.spec.link
         self._recovery = recovery or Recovery(pipeline)
+        self._draft_worker = draft_worker
         self._bytes_before = 0  # that the driver has sent and received in earlier sessions
         self._refused: list[Job] = []  # that could not begin, and of which nobody has been told yet
         self._request_ids = itertools.count()
@@ -76,14 +79,8 @@ class Engine:
         self._has_worked = True
         self._last_news = time.monotonic()
         self._last_probe = 0.0
-        common = Common(
-            model.head,
-            schedules.pipeline,
-            model.checkpoint.max_positions,
-            time.perf_counter,
-            self._observers.on_work,
-            config.keeps_caches,
-        )
+        how = schedules.pipeline, model.checkpoint.max_positions, time.perf_counter, self._observers.on_work
+        common = Common(model.head, *how, config.keeps_caches)
         num_slots, num_stages = pipeline.num_slots(config), len(pipeline.partition)
         taps = pipeline.spec.taps
         tapped = () if taps is None else taps.taps.layers
@@ -257,17 +254,16 @@ class Engine:
         self._start_waiting()
         wait_s = 0.0 if self._has_worked else max(0.0, min(max_wait_s, self._driver.wake_s - time.perf_counter()))
         for message in connections.receive(wait_s):
-            match message:
-                case Result():
-                    self._note_result(message)
-                case Failed():
-                    logger.warning("worker %d, request %d: %s", message.stage, message.request_id, message.text)
-                    logger.debug("%s", message.traceback)
-                case _:
-                    pass
+            if isinstance(message, Result):
+                self._note_result(message)
+            elif isinstance(message, Failed):
+                logger.warning("worker %d, request %d: %s", message.stage, message.request_id, message.text)
+                logger.debug("%s", message.traceback)
             connections.send(self._driver.on_message(message))
             if not isinstance(message, Alive):
                 self._last_news = time.monotonic()
+        if self._draft_worker is not None:
+            self._draft_worker.listen(connections)
         if time.monotonic() - self._last_probe > self._link.heartbeat_s:
             self._last_probe = time.monotonic()
             connections.probe()
@@ -387,6 +383,8 @@ class Engine:
             if not self._is_closed:
                 self._is_closed = True
                 self._recovery.close()
+                if self._draft_worker is not None:
+                    self._draft_worker.close()
                 self.pipeline.close()
         finally:
             self._in_use.release()

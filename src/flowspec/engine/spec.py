@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
 
 from flowspec.config import EngineConfig, LinkConfig, ScheduleConfig
 from flowspec.core import DraftCheck, DraftDType, DType, Partition, Weights
 from flowspec.draft.base import DraftSource
-from flowspec.draft.catalogue import choose_draft, read_taps
+from flowspec.draft.catalogue import ChosenDraft, choose_draft, read_taps
+from flowspec.draft.ngram import NgramSource
+from flowspec.draft.remote_passes import RemoteModelSource
 from flowspec.engine.draft_check import check_draft
+from flowspec.engine.draft_worker import DraftWorker, open_draft_worker
 from flowspec.engine.driver_model import DriverModel
 from flowspec.engine.engine import Engine
 from flowspec.engine.pipeline import PipelineSpec, choose_partition, open_pipeline
+from flowspec.errors import UsageError
 from flowspec.model.backends import choose_weights, open_checkpoint
 from flowspec.model.demo_pair import DEMO, draft_for_workers
 from flowspec.model.loader import Checkpoint, check_device
@@ -36,6 +41,7 @@ class EngineSpec:
     draft_dtype: DraftDType = "auto"
     draft_layers: Sequence[int] | None = None
     draft_check: DraftCheck = "on"
+    draft_worker: str | None = None
     stages: int | None = None
     partition: str | Partition | None = None
     workers: Sequence[str] | None = None
@@ -71,15 +77,33 @@ def open_engine(spec: EngineSpec) -> Engine:
     hints = where.num_parallel == len(partition) if spec.hints is None else spec.hints
     if hints and isinstance(draft, Path):
         where = replace(where, hints=draft_for_workers(draft))
-    pipeline = open_pipeline(where)
-    try:
+    with ExitStack() as undo:
+        draft_worker = _open_draft_worker(spec, draft)
+        if draft_worker is not None:
+            undo.callback(draft_worker.close)
+        pipeline = open_pipeline(where)
+        undo.callback(pipeline.close)
         how = spec.dtype, spec.device, spec.draft_dtype, weights, taps, spec.config.memory_tokens
-        model = DriverModel.load(checkpoint, draft, *how)
+        model = DriverModel.load(checkpoint, draft, *how, port=draft_worker)
         pipeline.await_ready(lambda done: spec.progress("loading", done))
-        engine = Engine(pipeline, model, spec.schedule, spec.schedule_config, spec.config)
+        if draft_worker is not None:
+            assert isinstance(model.source, RemoteModelSource)
+            draft_worker.await_ready(model.source, lambda done: spec.progress("loading the draft", done))
+        settings = spec.schedule, spec.schedule_config, spec.config
+        engine = Engine(pipeline, model, *settings, draft_worker=draft_worker)
+        if draft_worker is not None:
+            draft_worker.on_loss = lambda: engine.use_source(NgramSource(memory=model.memory))
         if spec.draft_check == "on" and isinstance(draft, (Path, Checkpoint)):
             check_draft(engine, draft, spec.draft_layers, spec.draft_dtype, spec.progress)
+        undo.pop_all()
         return engine
-    except BaseException:
-        pipeline.close()
-        raise
+
+
+def _open_draft_worker(spec: EngineSpec, draft: ChosenDraft) -> DraftWorker | None:
+    """It begins to load. Raises ``UsageError``."""
+    if spec.draft_worker is None:
+        return None
+    if spec.in_process:
+        raise UsageError("draft_worker: with in_process there are no other processes; leave one of the two out")
+    how = spec.draft_dtype, spec.dtype, spec.device, spec.link
+    return open_draft_worker(spec.draft_worker, draft, *how, spec.workers)

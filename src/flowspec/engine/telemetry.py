@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from flowspec.cluster.connections import Trip
+from flowspec.cluster.trips import Trip
 from flowspec.engine.pipeline import Pipeline
 from flowspec.wire.messages import Timing
 

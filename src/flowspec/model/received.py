@@ -48,8 +48,8 @@ def make_manifest(
 ) -> tuple[StageManifest, dict[str, StoredTensor]]:
     """Of a stage, and where what it wants lies, by SHA-256. Raises ``ModelError`` where that cannot be read here.
 
-    ``draft``: its directory, or its place, if the stage is to give hints; they need the lm_head too. ``with_head``: it is
-    to have the lm_head in any case.
+    ``draft``: its directory, or its place, if the stage is to give hints; they need the lm_head too.
+    ``with_head``: it is to have that in any case.
     """
     own = set(checkpoint.names_of_stage(layers))
     hints = {} if draft is None else stored_hints(draft, checkpoint.num_layers, layers.end)

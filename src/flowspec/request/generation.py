@@ -12,7 +12,7 @@ import torch
 
 from flowspec.config import TreeConfig
 from flowspec.core import Ending, FinishReason, TokenLogprobs
-from flowspec.draft.base import Accepted, BlockDraft, Draft, DraftSource, ReusableDraft
+from flowspec.draft.base import Accepted, ApartDraft, BlockDraft, Draft, DraftSource, ReusableDraft
 from flowspec.request.outbox import Outbox
 from flowspec.request.prefix_cache import CachedPrefix, CacheEntry
 from flowspec.request.request import Common, Request
@@ -43,8 +43,11 @@ class Generation:
         cached: CachedPrefix | None = None,
         slot_limit: int = 0,
         previous: Generation | None = None,
+        awaits_passes: bool = False,
     ) -> None:
         """``cached``: of an earlier request with the same beginning. ``slot_limit``: see ``messages.Open``.
+
+        ``awaits_passes``: its schedule is not asked while ``is_drafting``, where that may be.
 
         ``previous``: the same request, as far as it had come when it was preempted. It goes on behind its output, in an
         epoch of its own.
@@ -61,7 +64,7 @@ class Generation:
         first_segment_id = 0
         if previous is not None:
             self.epoch, self.stats = previous.epoch + 1, previous.stats
-            first_segment_id = previous.next_segment_id
+            first_segment_id = previous.outbox.next_segment_id
             self.output_ids, self.output_logprobs = previous.output_ids, previous.output_logprobs
         self.outbox = Outbox(request.request_id, self.epoch, first_segment_id)
         self.ending: Ending | None = None  # once nothing comes of it any more
@@ -70,8 +73,9 @@ class Generation:
         text_ids = (*request.prompt_ids, *self.output_ids)
         self._text_ids = text_ids  # that prefill goes over; the last one is the first root
         self._cached = cached or CachedPrefix()
+        self.num_cached = self._cached.num_cached  # prompt tokens that an earlier request had computed
         self._slot_limit = slot_limit
-        self.num_prompt_verified = self._cached.num_cached  # prompt tokens whose prefill has come back, or is kept
+        self.num_prompt_verified = self.num_cached  # prompt tokens whose prefill has come back, or is kept
         self.in_flight: dict[int, Ints] = {}  # segment id -> the node ids that were alive at the last commit
         self._on_work = common.on_work
         self._sampler = Sampler(request.params, request.prompt_ids)
@@ -83,6 +87,9 @@ class Generation:
         self._draft: Draft | None = source.open(text_ids, self._sampler, tree_config.top_k) if source else None
         if self._cached.draft is not None and isinstance(self._draft, ReusableDraft):
             self._draft.reuse(self._cached.draft, self._cached.num_cached)
+        self._apart = self._draft if isinstance(self._draft, ApartDraft) else None
+        if self._apart is not None and awaits_passes:
+            self._apart.go_apart()
         self._block_len, self._block_start = 1 if source is None else source.block_len, -math.inf  # prefix at its pass
         self.num_passes = 0  # draft passes since the last commit; a level that a block draft reads counts as one
         self._num_prompt_sent = self._cached.num_cached
@@ -108,22 +115,9 @@ class Generation:
         return slots_needed(self.prefix_len + 1, self.tree.size)
 
     @property
-    def num_cached(self) -> int:
-        """Prompt tokens that an earlier request had computed."""
-        return self._cached.num_cached
-
-    @property
-    def next_segment_id(self) -> int:
-        return self.outbox.next_segment_id
-
-    @property
     def num_left(self) -> int:
         """Tokens that may still be emitted."""
         return self._num_tokens - len(self.output_ids)
-
-    def share_with(self, num_requests: int) -> None:
-        """So many run at once, this one included."""
-        self.num_sharing = num_requests
 
     def sent_s(self, segment_id: int) -> float | None:
         """When the driver began to send a segment; ``None`` for a part of the prompt, or an empty one."""
@@ -278,6 +272,16 @@ class Generation:
 
     # --- drafting ---
 
+    @property
+    def is_drafting(self) -> bool:
+        """Whether a draft pass is under way elsewhere; when it has come back, the tree has what it brought."""
+        return self._apart is not None and not self._apart.settle(self.tree)
+
+    @property
+    def apart_s(self) -> float:
+        """What the last draft pass took that was made elsewhere."""
+        return 0.0 if self._apart is None else self._apart.pass_s
+
     def resize_tree(self, config: TreeConfig) -> None:
         """Let the tree have so many nodes, and such ones, from now on."""
         self.tree.size, self.tree.min_score = config.size, config.min_score
@@ -380,6 +384,8 @@ class Generation:
     def _end(self, ending: Ending) -> None:
         """All that is in flight is dead, and ``Close`` follows it through the pipeline."""
         self.ending, self.in_flight = ending, {}
+        if self._apart is not None and not self.keeps_cache:
+            self._apart.close()
         self.outbox.end(self.accepted_ids if self.keeps_cache else None)
 
     def cache_entry(self) -> CacheEntry:

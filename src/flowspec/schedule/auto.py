@@ -42,6 +42,7 @@ class Experience:
 class Auto:
     name = "auto"
     uses_draft = True
+    awaits_passes = True
 
     def __init__(
         self,

@@ -13,6 +13,7 @@ class Autoregressive:
     uses_draft = False
     wants_hints = False
     wants_ngrams = False
+    awaits_passes = False
 
     def __init__(self, tree: TreeConfig) -> None:
         self.tree_config = tree

@@ -35,6 +35,7 @@ SHARED_PATIENCE = 2  # times as long, while other requests keep the pipeline bus
 class Flow:
     name = "flow"
     uses_draft = True
+    awaits_passes = True
 
     def __init__(
         self,
@@ -160,5 +161,5 @@ class Flow:
         start_s = generation.clock()
         if not generation.propose(depth, self.tree_config.width, self._steady_steps):
             return False
-        self._pass_s = generation.clock() - start_s
+        self._pass_s = max(generation.clock() - start_s, generation.apart_s)
         return True

@@ -29,6 +29,7 @@ class Serial:
     uses_draft = True
     wants_hints = False
     wants_ngrams = False
+    awaits_passes = True
 
     def __init__(self, tree: TreeConfig, num_chunks: int = 1) -> None:
         self.tree_config = tree

@@ -28,6 +28,7 @@ class Stepped(ABC):
     uses_draft = True
     wants_hints = False
     wants_ngrams = False
+    awaits_passes = False  # a step takes several
 
     def __init__(self, tree: TreeConfig, num_stages: int, prunes: bool = True) -> None:
         """``prunes``: tell the workers of each commit at once, and not only at the end of the round."""
@@ -73,7 +74,7 @@ class Stepped(ABC):
 
     def _begin_round(self, generation: Generation) -> None:
         self._fill = self.first_segments(generation)
-        self._first_id = generation.next_segment_id
+        self._first_id = generation.outbox.next_segment_id
         self._next_gate = self._step + 1 - self._num_stages
 
     def _send(self, generation: Generation, rows: Ints) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import NamedTuple, TypeAlias
 
-from flowspec.cluster.connections import Trip
+from flowspec.cluster.trips import Trip
 from flowspec.request.stats import SegmentStats
 from flowspec.request.work import Work
 from flowspec.wire.messages import Timing

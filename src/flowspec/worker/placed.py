@@ -83,7 +83,7 @@ class Placed:
         return Result(*ids, node_ids, num_prefix, hidden, timings, features)
 
     def guesses(self, rows: Ints, hidden: Tensor, guesser: Hinter, num_best: int) -> Guesses | None:
-        """Of a draft model, what may follow these rows by their final hidden states; ``None``: all are of the prefix."""
+        """A draft model's answer, by the rows' final hidden states; ``None``: all of them are of the prefix."""
         segment, num_prefix = self.segment, self.segment.num_prefix
         if len(rows) == num_prefix:
             return None

@@ -1,0 +1,228 @@
+"""A draft model on a worker of its own, in this process: whatever comes when, the text is that of plain decoding."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from flowspec.config import PipelineConfig, TreeConfig
+from flowspec.core import LayerRange, SamplingParams
+from flowspec.draft import remote_passes
+from flowspec.draft.catalogue import load_draft
+from flowspec.draft.model_passes import Rows
+from flowspec.draft.remote_passes import RemoteModelSource, RemotePasses
+from flowspec.model.backends import load_head
+from flowspec.model.loader import Checkpoint
+from flowspec.model.target_head import BestTokens, TargetHead
+from flowspec.wire.codec import Codec
+from flowspec.wire.messages import NO_PARENT, Commit, DataMessage, Guesses
+from flowspec.worker.actor import Worker
+from flowspec.worker.checks import Limits
+from pump import Pump, prompt_of, stage_of
+from tiny_models import make_checkpoint
+
+SMALL = PipelineConfig(segment_len=5, prefill_chunk=7)
+TREE = TreeConfig(top_k=4, width=4, depth=4, max_depth=6, size=24, min_probability=0.0)
+
+
+@pytest.fixture(scope="module")
+def small_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("small"), "mistral", seed=3, hidden_size=16, num_hidden_layers=2)
+
+
+class InprocPort:
+    """The worker, as an actor; what it is told passes the codec. It works when it is waited for, or told to."""
+
+    def __init__(self, small: Path, num_best: int = 256) -> None:
+        checkpoint, self._codec = Checkpoint.open(small), Codec()
+        guesser = BestTokens(load_head(checkpoint, "float32", "float", "cpu"))
+        stage, limits = stage_of(small, LayerRange(0, checkpoint.num_layers)), Limits.of(checkpoint)
+        clock = iter(range(10**9)).__next__
+        self.worker = Worker(stage, 1, clock, 0.0, limits=limits, guesser=guesser, num_best=num_best)
+        self.is_lost = False
+        self.source: RemoteModelSource | None = None
+        self.num_rows: list[int] = []  # of each segment
+        self._inbox: deque[DataMessage | Commit] = deque()
+        self._idle = False
+
+    def send(self, message: DataMessage | Commit) -> None:
+        frames = [bytearray(frame) for frame in self._codec.encode(message)]
+        self._inbox.append(self._codec.decode_to_worker(frames))  # type: ignore[arg-type]
+        self._idle = False
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._inbox) or not self._idle
+
+    def work(self) -> None:
+        if self._inbox:
+            message = self._inbox.popleft()
+            self.num_rows += [len(getattr(message, "node_ids", []))] if hasattr(message, "node_ids") else []
+            sends = self.worker.on_message(message)
+        else:
+            sends = self.worker.on_idle()
+            self._idle = sends is None
+        for send in sends or []:
+            answer = self._codec.decode_to_driver([bytearray(frame) for frame in self._codec.encode(send.message)])
+            if self.source is not None:
+                self.source.take(answer)
+
+    def wait(self, timeout_s: float) -> None:
+        if self.has_work:
+            self.work()
+
+
+def remote_source(target: Path, small: Path, port: InprocPort) -> RemoteModelSource:
+    checkpoint = Checkpoint.open(target)
+    head = TargetHead(checkpoint.load_lm_head("float32", "cpu"))
+    source = load_draft(Checkpoint.open(small), checkpoint, head, "float32", "cpu", port=port)
+    assert isinstance(source, RemoteModelSource)
+    port.source = source
+    return source
+
+
+def outputs(pump: Pump, prompt: list[int], params: SamplingParams, choose: Callable[[int], int]) -> list[list[int]]:
+    generations = [pump.submit(prompt, params), pump.submit(prompt[::-1], params)]
+    pump.run(choose)
+    return [generation.output_ids for generation in generations]
+
+
+@pytest.mark.parametrize("patience_s", [1000.0, 0.0], ids=["waits", "goes on"])
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("schedule", ["flow", "serial", "lockstep", "auto"])
+def test_any_order_of_events_gives_the_text_of_plain_decoding(
+    checkpoint_dir: Callable[[str], Path],
+    small_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    schedule: str,
+    temperature: float,
+    patience_s: float,
+) -> None:
+    """Two requests; the answer to a pass comes at once, late, or when the request has long gone on."""
+    monkeypatch.setattr(remote_passes, "PATIENCE_S", patience_s)
+    target, params = checkpoint_dir("qwen3"), SamplingParams(max_tokens=16, temperature=temperature, seed=5)
+    plain = outputs(Pump(target, 1, "none", "ar"), prompt_of(20), params, lambda num: 0)
+    port = InprocPort(small_dir)
+    source = remote_source(target, small_dir, port)
+    drafted = 0
+    for seed in range(2):
+        rng = np.random.default_rng(seed)
+        pump = Pump(target, 3, source, schedule, TREE, SMALL, apart=port)
+        assert outputs(pump, prompt_of(20), params, lambda num, rng=rng: int(rng.integers(num))) == plain
+        drafted += sum(generation.stats.drafted for generation in pump.generations)
+        while port.has_work:
+            port.work()
+        assert port.worker.num_open == 0, "a cache has leaked"
+        port.worker.check_integrity()
+    assert drafted > 0 or patience_s == 0
+
+
+def test_the_target_itself_as_draft_is_always_right(checkpoint_dir: Callable[[str], Path]) -> None:
+    target = checkpoint_dir("llama")
+    port = InprocPort(target)
+    tree = TreeConfig(top_k=1, depth=6, max_depth=12, root_passes=7, min_probability=0.0)
+    for temperature in (0.0, 0.8):
+        pump = Pump(target, 2, remote_source(target, target, port), "serial", tree=tree, apart=port)
+        generation = pump.submit([1, 4, 2, 5, 3], SamplingParams(max_tokens=50, temperature=temperature, seed=2))
+        pump.run()
+        assert (generation.stats.verdicts, generation.stats.accepted) == (8, 42), "all guesses, and a bonus token"
+        assert generation.stats.accepted == generation.stats.drafted
+
+
+def test_the_next_turn_reads_only_what_is_new(checkpoint_dir: Callable[[str], Path], small_dir: Path) -> None:
+    target, port = checkpoint_dir("llama"), InprocPort(small_dir)
+    source = remote_source(target, small_dir, port)
+    pump = Pump(target, 2, source, "flow", TREE, keeps_caches=True, apart=port)
+    plain = Pump(target, 1, "none", "ar")
+    prompt = prompt_of(50)
+    for turn in range(4):
+        port.num_rows.clear()
+        generations = [each.submit(prompt, SamplingParams(max_tokens=12)) for each in (pump, plain)]
+        for each in (pump, plain):
+            each.run()
+        assert generations[0].output_ids == generations[1].output_ids
+        assert (max(port.num_rows) < 20) == bool(turn), "the first turn has nothing to begin with"
+        prompt = [*prompt, *generations[0].output_ids, 3, 5, 2]
+    while port.has_work:
+        port.work()
+    assert 0 < port.worker.num_cached <= 3, "of ended requests a few are kept"
+
+
+def test_a_long_text_is_read_in_parts_and_answered_once(small_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Text of any length, and its root behind the last part."""
+    monkeypatch.setattr(remote_passes, "CHUNK", 8)
+    text = prompt_of(40)
+    rows = Rows([39], [NO_PARENT], [text[-1]], [39])
+    found: list[torch.Tensor] = []
+    for length in (39, 32, 8, 7, 1, 0):
+        port = InprocPort(small_dir)
+        passes = RemotePasses(port, 0, 96)
+        port.source = _Taker(passes)  # type: ignore[assignment]
+        passes.read(text[: 39 - length], 0)
+        logits = passes.run(text[39 - length : 39], 39 - length, rows)
+        assert logits is not None and logits.shape == (1, 96)
+        assert max(port.num_rows) <= 9
+        found.append(logits)
+    for logits in found[1:]:
+        assert torch.allclose(logits, found[0], atol=1e-5)
+
+
+class _Taker:
+    def __init__(self, passes: RemotePasses) -> None:
+        self._passes = passes
+
+    def take(self, message: object) -> None:
+        if isinstance(message, Guesses):
+            self._passes.note(message)
+
+
+def test_what_is_not_named_shares_what_is_left(small_dir: Path) -> None:
+    """The best tokens come with their own log-probabilities; all together still are a distribution."""
+    port, exact = InprocPort(small_dir, num_best=5), InprocPort(small_dir)
+    found: list[torch.Tensor] = []
+    for each in (port, exact):
+        passes = RemotePasses(each, 0, 96)
+        each.source = _Taker(passes)  # type: ignore[assignment]
+        logits = passes.run(prompt_of(9), 0, Rows([9], [NO_PARENT], [4], [9]))
+        assert logits is not None
+        found.append(logits[0])
+    few, full = found
+    best = full.topk(5)
+    assert torch.equal(few.topk(5).indices, best.indices) and torch.allclose(few.topk(5).values, best.values, atol=1e-5)
+    assert float(few.exp().sum()) == pytest.approx(1.0, abs=1e-4) == float(full.exp().sum())
+    others = np.setdiff1d(np.arange(96), best.indices.numpy())
+    assert len(few[others].unique()) == 1
+
+
+def test_a_request_that_the_worker_cannot_go_on_with_drafts_from_ngrams(
+    checkpoint_dir: Callable[[str], Path], small_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And a worker that is lost: what is under way ends, and nobody waits."""
+    target, params = checkpoint_dir("llama"), SamplingParams(max_tokens=24)
+    plain = outputs(Pump(target, 1, "none", "ar"), prompt_of(30), params, lambda num: 0)
+    for fault in ("request", "worker"):
+        port = InprocPort(small_dir)
+        source = remote_source(target, small_dir, port)
+        pump = Pump(target, 2, source, "flow", TREE, SMALL, apart=port)
+        num_events = 0
+
+        def choose(num: int, port: InprocPort = port, fault: str = fault, source: RemoteModelSource = source) -> int:
+            nonlocal num_events
+            num_events += 1
+            if num_events == 150:
+                if fault == "worker":
+                    port.is_lost = True
+                else:
+                    next(iter(source._passes.values())).fail("no memory")
+            return num_events % num
+
+        assert outputs(pump, prompt_of(30), params, choose) == plain
+        assert all(generation.stats.drafted > 0 for generation in pump.generations)
+    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
+        "the draft worker cannot go on with a request, for which n-grams draft instead: no memory"
+    ]

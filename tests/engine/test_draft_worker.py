@@ -1,0 +1,151 @@
+"""A small model as draft on a worker of its own: real processes, on loopback addresses as of other machines."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from flowspec import LLM, SamplingParams
+from flowspec.config import LinkConfig
+from flowspec.errors import UsageError, WorkerError
+from flowspec.model.loader import Checkpoint
+from tiny_models import make_checkpoint
+from worker_process import WorkerProcess
+
+PROMPT_IDS = [1, 4, 2, 1, 4, 2, 3, 5, 0, 2, 1, 3, 4]
+LINK = LinkConfig(start_timeout_s=60, stall_timeout_s=60, heartbeat_timeout_s=1.5)
+
+
+@pytest.fixture(scope="module")
+def small_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("small"), "mistral", seed=3, hidden_size=16, num_hidden_layers=2)
+
+
+@pytest.fixture(scope="module")
+def workers() -> Iterator[list[str]]:
+    """One for the model, and one for the draft."""
+    started = [WorkerProcess(f"127.0.0.{host}") for host in (2, 3)]
+    yield [worker.address for worker in started]
+    for worker in started:
+        worker.end()
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def open_llm(target: Path, draft: Path | str, worker: str, draft_worker: str | None, **more: object) -> LLM:
+    settings = {"draft_check": "off", "link": LINK, **more}
+    return LLM(target, draft=draft, workers=[worker], draft_worker=draft_worker, **settings)
+
+
+def test_it_guesses_what_it_guesses_on_the_driver(
+    checkpoint_dir: Callable[[str], Path], small_dir: Path, workers: list[str]
+) -> None:
+    """The texts are those of plain decoding; where no timing has a say, as many guesses are right."""
+    found: list[dict[tuple[str, float], tuple[list[int], int, int]]] = []
+    for draft_worker in (None, workers[1]):
+        with open_llm(checkpoint_dir("qwen3"), small_dir, workers[0], draft_worker) as llm:
+            texts = {}
+            for name in ("ar", "serial", "pipedec", "flow"):
+                for temperature in (0.0, 0.8):
+                    params = SamplingParams(max_tokens=20, temperature=temperature, seed=5)
+                    done = llm.generate(PROMPT_IDS, params, schedule=name)
+                    texts[name, temperature] = done.token_ids, done.stats.drafted, done.stats.accepted
+                    assert done.stats.draft == ("none" if name == "ar" else "model")
+            found.append(texts)
+    here, there = found
+    for name, temperature in here:
+        assert there[name, temperature][0] == here["ar", temperature][0]
+        if name in ("serial", "pipedec"):
+            assert there[name, temperature] == here[name, temperature] and there[name, temperature][1] > 0
+    assert any(accepted for _, _, accepted in there.values())
+
+
+def test_requests_share_it_and_a_conversation_goes_on(
+    checkpoint_dir: Callable[[str], Path], small_dir: Path, workers: list[str]
+) -> None:
+    params = SamplingParams(max_tokens=24, temperature=0.8, seed=3)
+    prompts = [PROMPT_IDS, PROMPT_IDS[::-1], PROMPT_IDS[3:]]
+    with open_llm(checkpoint_dir("qwen3"), small_dir, *workers) as llm:
+        plain = [llm.generate(prompt, params, schedule="ar").token_ids for prompt in prompts]
+        together = llm.generate_many(prompts, params, schedule="flow")
+        assert [done.token_ids for done in together] == plain
+        prompt = [*PROMPT_IDS, *plain[0], 5, 3]
+        next_turn = [llm.generate(prompt, params, schedule=name) for name in ("flow", "ar")]
+        assert next_turn[0].token_ids == next_turn[1].token_ids and next_turn[0].stats.drafted > 0
+
+
+def test_what_it_has_not_comes_from_the_driver_and_the_draft_is_checked(
+    checkpoint_dir: Callable[[str], Path], own_cache: Path, monkeypatch: pytest.MonkeyPatch, workers: list[str]
+) -> None:
+    """The target's own files are a draft that is always right, by a name that says nothing to the worker."""
+    target = checkpoint_dir("llama")
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoint, "full_name", property(lambda model: f"{model.name}/elsewhere"))
+        with open_llm(target, target, *workers, draft_check="on") as llm:
+            done = llm.generate(PROMPT_IDS, SamplingParams(max_tokens=20), schedule="serial")
+            assert done.stats.draft == "model", "it is not switched off"
+            assert done.stats.accepted >= 12, "a tree that is cut by score is not as deep as it may be"
+    assert list((own_cache / "flowspec" / "draft-checks").iterdir()), "what was found is kept"
+
+
+@pytest.mark.parametrize("fault", ["kill", "stop"])
+def test_a_draft_worker_that_is_lost_is_named_and_ngrams_go_on(
+    checkpoint_dir: Callable[[str], Path],
+    small_dir: Path,
+    workers: list[str],
+    caplog: pytest.LogCaptureFixture,
+    fault: str,
+) -> None:
+    """In the middle of a text, which stays what it is; so does the next one, which begins alike."""
+    own = WorkerProcess("127.0.0.4")
+    params = SamplingParams(max_tokens=150, temperature=0.8, seed=7)
+    try:
+        with open_llm(checkpoint_dir("qwen3"), small_dir, workers[0], own.address) as llm:
+            plain = llm.generate(PROMPT_IDS, params, schedule="ar").token_ids
+            llm.generate([*PROMPT_IDS, 5], SamplingParams(max_tokens=4), schedule="flow")
+            pieces = llm.stream(PROMPT_IDS, params, schedule="flow")
+            token_ids = list(next(pieces).token_ids)
+            own.kill() if fault == "kill" else own.stop()
+            for piece in pieces:
+                token_ids += piece.token_ids
+            assert token_ids == plain
+            again = llm.generate(PROMPT_IDS, params, schedule="flow")
+            assert again.token_ids == plain and again.stats.draft == "ngram"
+        told = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+        assert len(told) == 1 and f"lost draft worker 1 ({own.address}); n-grams draft" in told[0]
+    finally:
+        if fault == "stop":
+            own.go_on()
+            own.end()
+
+
+def test_one_that_is_not_there_is_an_error_in_time(
+    checkpoint_dir: Callable[[str], Path], small_dir: Path, workers: list[str]
+) -> None:
+    link = LinkConfig(start_timeout_s=1.0)
+    with pytest.raises(
+        WorkerError, match=r"no sign of draft worker 1 \(127.0.0.9:7070\) for 1 s; is 'flowspec worker'"
+    ):
+        open_llm(checkpoint_dir("qwen3"), small_dir, workers[0], "127.0.0.9:7070", link=link)
+
+
+def test_what_a_draft_worker_cannot_be_is_said(
+    checkpoint_dir: Callable[[str], Path], small_dir: Path, workers: list[str]
+) -> None:
+    target = checkpoint_dir("qwen3")
+    for draft, kind in (("none", "none"), ("ngram", "ngram"), (target / "draft", "a draft head or source")):
+        with pytest.raises(UsageError, match=f"a draft worker runs a small model, and the draft is {kind}; name a sm"):
+            open_llm(target, draft, *workers)
+    with pytest.raises(UsageError, match=f"{workers[0]} is one of the workers already; give the draft a worker of its"):
+        open_llm(target, small_dir, workers[0], workers[0])
+    with pytest.raises(UsageError, match="is not HOST:PORT"):
+        open_llm(target, small_dir, workers[0], "kitchen")
+    with pytest.raises(UsageError, match="leave one of the two out"):
+        LLM(target, draft=small_dir, draft_worker=workers[1], in_process=True)
