@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 
 from flowspec import LLM, SamplingParams
 from flowspec.config import LinkConfig
+from flowspec.engine.telemetry import DraftWorkerStatus
 from flowspec.errors import UsageError, WorkerError
 from flowspec.model.loader import Checkpoint
 from tiny_models import make_checkpoint
@@ -118,12 +120,23 @@ def test_a_draft_worker_that_is_lost_is_named_and_ngrams_go_on(
             assert token_ids == plain
             again = llm.generate(PROMPT_IDS, params, schedule="flow")
             assert again.token_ids == plain and again.stats.draft == "ngram"
-        told = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
-        assert len(told) == 1 and f"lost draft worker 1 ({own.address}); n-grams draft" in told[0]
+            assert llm.engine.status().draft_worker == DraftWorkerStatus(own.address, "away")
+            if fault == "kill":
+                own = WorkerProcess("127.0.0.4", int(own.address.rpartition(":")[2]))
+            else:
+                own.go_on()
+            until_s = time.monotonic() + 60
+            while llm.engine.status().draft_worker != DraftWorkerStatus(own.address, "up"):
+                assert time.monotonic() < until_s, own.log
+                llm.engine.step(0.05)
+            back = llm.generate(PROMPT_IDS, params, schedule="flow")
+            assert back.token_ids == plain and back.stats.draft == "model"
+        lost, returned = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+        assert lost == f"lost draft worker 1 ({own.address}); n-grams draft until it is back"
+        assert "the draft worker is back after" in returned
     finally:
-        if fault == "stop":
-            own.go_on()
-            own.end()
+        own.go_on()
+        own.end()
 
 
 def test_one_that_is_not_there_is_an_error_in_time(

@@ -113,7 +113,7 @@ class RemoteConnections:
         self._num_bytes = 0
         self._last_check = 0.0
         self._trips = Trips()
-        self._is_over = False
+        self.is_over = False  # the session
         self.bring_up = BringUp(len(launcher.addresses), time.monotonic())
         self._controls: list[Connection] = []
         self._configures: list[Configure] = []  # what each worker is asked for
@@ -367,9 +367,9 @@ class RemoteConnections:
 
     def end_session(self) -> None:
         """Let the workers go; what was started for them stays. Safe to call twice."""
-        if self._is_over:
+        if self.is_over:
             return
-        self._is_over = True
+        self.is_over = True
         if self._weights is not None:
             self._weights.close()
         for connection in self._controls:

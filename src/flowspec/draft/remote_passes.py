@@ -60,7 +60,7 @@ class RemotePasses:
         self.has_failed = False  # the worker cannot go on with this request
         self.waits = True  # ``run`` does, for ``PATIENCE_S`` at most
         self.pass_s = 0.0  # what the last pass took
-        self.asked_s = 0.0  # when the newest one was asked for
+        self.asked_s = self.heard_s = 0.0  # when the newest one was asked for, and when the worker said anything of it
         self._port = port
         self._vocab_size = vocab_size
         self._is_open = False
@@ -94,10 +94,15 @@ class RemotePasses:
             self._next_id += not is_root
         self._asked, self._logits = [self._ids[node_id] for node_id in rows.node_ids], None
         self._send(before[num_ahead:], rows, start + num_ahead)
-        self.asked_s = time.monotonic()
+        self.asked_s = self.heard_s = time.monotonic()
         while self.waits and self._logits is None and not self.is_lost and self.left_s > 0:
             self._port.wait(self.left_s)
         return self.take()
+
+    @property
+    def is_under_way(self) -> bool:
+        """Whether an answer is to come."""
+        return self._asked is not None and not self.is_lost
 
     @property
     def left_s(self) -> float:
@@ -109,14 +114,15 @@ class RemotePasses:
         return torch.empty(0, self._vocab_size) if self.is_lost else self._logits
 
     def note(self, guesses: Guesses) -> None:
-        """The worker's answer."""
-        if self.has_failed:
+        """The worker's answer; to a segment without nodes there is an empty one."""
+        self.heard_s = time.monotonic()
+        if self.has_failed or not guesses.node_ids:
             return
         if self._asked != guesses.node_ids:
             self.fail(f"it answers for {len(guesses.node_ids)} nodes that nobody has asked about")
             return
         self._asked, self._logits = None, _all_logits(guesses, self._vocab_size)
-        self.pass_s = time.monotonic() - self.asked_s
+        self.pass_s = self.heard_s - self.asked_s
 
     def fail(self, reason: str) -> None:
         logger.warning("the draft worker cannot go on with a request, for which n-grams draft instead: %s", reason)
@@ -193,14 +199,15 @@ class RemoteModelSource:
     ) -> None:
         """``vocab_size``, ``max_positions``: of the draft model. ``memory``: for n-grams."""
         self._port = port
-        self._vocab_size = vocab_size
+        self._sizes = tokens, vocab_size, max_positions
+        self._memory = memory
         self._request_ids = itertools.count()
         self._passes: dict[int, RemotePasses] = {}  # by the worker's request ids
         self._inner = ModelSource(self._open_passes, tokens, max_positions)
         self._ngrams = NgramSource(memory=memory)
 
     def _open_passes(self, root_id: int) -> RemotePasses:
-        passes = RemotePasses(self._port, next(self._request_ids), self._vocab_size)
+        passes = RemotePasses(self._port, next(self._request_ids), self._sizes[1])
         self._passes[passes.request_id] = passes
         return passes
 
@@ -217,6 +224,16 @@ class RemoteModelSource:
                 passes.fail(message.text)
             case _:
                 pass
+
+    def renewed(self, port: Port) -> RemoteModelSource:
+        """The same over another session."""
+        return RemoteModelSource(port, *self._sizes, self._memory)
+
+    @property
+    def silent_s(self) -> float:
+        """For how long the worker has said nothing of the oldest pass that is under way; 0 when none is."""
+        heard = [passes.heard_s for passes in self._passes.values() if passes.is_under_way]
+        return time.monotonic() - min(heard) if heard else 0.0
 
     def leave(self, passes: RemotePasses) -> None:
         """The request has ended."""
@@ -247,7 +264,9 @@ class RemoteDraft:
         return self._inner.num_certain
 
     def reuse(self, other: ReusableDraft, num_cached: int) -> None:
-        self._inner.reuse(other, num_cached)
+        is_there = isinstance(other, ModelDraft) and isinstance(other.passes, RemotePasses) and not other.passes.is_lost
+        if is_there:
+            self._inner.reuse(other, num_cached)
 
     def end(self) -> ReusableDraft | None:
         self._source.leave(self._passes)

@@ -1,8 +1,9 @@
-"""A worker that holds a small model as draft: brought up, listened to, and given up when it is lost."""
+"""A worker that holds a small model as draft: brought up, listened to, given up when it is lost, and awaited then."""
 
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -11,8 +12,9 @@ from flowspec.config import LinkConfig
 from flowspec.core import DraftDType, DType, Partition
 from flowspec.draft.catalogue import ChosenDraft, weights_of
 from flowspec.draft.remote_passes import NUM_BEST, RemoteModelSource
-from flowspec.engine.pipeline import Pipeline, PipelineSpec, open_pipeline
-from flowspec.errors import FlowspecError, UsageError
+from flowspec.engine.pipeline import Pipeline, PipelineSpec, connect, open_pipeline
+from flowspec.engine.telemetry import DraftWorkerStatus
+from flowspec.errors import FlowspecError, UsageError, WorkerError
 from flowspec.model.loader import Checkpoint
 from flowspec.wire.actor import Route, Send
 from flowspec.wire.messages import Commit, DataMessage
@@ -20,62 +22,145 @@ from flowspec.wire.transport import tcp_endpoint
 
 logger = logging.getLogger("flowspec.draft")
 
+MAX_LOSSES = 3  # after so many it is not awaited any more
+_RETRY_S = 5.0  # between two attempts at a new session
+
+
+class DraftSession:
+    """A ``draft.remote_passes.Port``; once it is lost it stays so."""
+
+    def __init__(self, connections: RemoteConnections, stall_timeout_s: float) -> None:
+        self.connections = connections
+        self.problem: FlowspecError | None = None  # why it is lost
+        self.source: RemoteModelSource | None = None  # that what comes is for
+        self._stall_timeout_s = stall_timeout_s
+
+    @property
+    def is_lost(self) -> bool:
+        return self.problem is not None
+
+    def send(self, message: DataMessage | Commit) -> None:
+        self.connections.send([Send(Route.NEXT, message)])
+
+    def wait(self, timeout_s: float) -> None:
+        """As ``Port.wait``. A worker that is gone, hangs, or says what it may not, is lost."""
+        if self.is_lost or self.source is None:
+            return
+        try:
+            for message in self.connections.receive(timeout_s):
+                self.source.take(message)
+            if self.source.silent_s > self._stall_timeout_s:
+                raise WorkerError(f"the draft worker has answered nothing for {self._stall_timeout_s:.0f} s")
+        except FlowspecError as error:
+            self.problem = error
+
 
 class DraftWorker:
-    """A ``draft.remote_passes.Port`` over a pipeline of one stage, which has the lm_head too."""
+    """A pipeline of one stage that has the lm_head too, from one session to the next."""
 
     def __init__(self, pipeline: Pipeline) -> None:
         """Use ``open_draft_worker`` to make one."""
         assert isinstance(pipeline.connections, RemoteConnections), "it is a process"
-        self.pipeline = pipeline
-        self.is_lost = False
-        self._own = pipeline.connections
-        self._roused: RemoteConnections | None = None
-        self.on_loss: Callable[[], None] = lambda: None  # of whoever uses it
-        self._source: RemoteModelSource | None = None
+        self._pipeline = pipeline
+        self._heard: RemoteConnections | None = None  # whose ``receive`` returns when something comes from here
+        self._attempt: RemoteConnections | None = None  # at a session after a lost one
+        self._num_losses = 0
+        self._lost_s: float | None = None  # since when it is lost
+        self._next_s = 0.0  # when the next attempt begins
+        self._is_closed = False
+        self.on_change: Callable[[RemoteModelSource | None], None] = lambda source: None  # ``None``: it is lost
+        self.session = DraftSession(pipeline.connections, pipeline.spec.link.stall_timeout_s)
+
+    @property
+    def status(self) -> DraftWorkerStatus:
+        """Any thread may ask."""
+        return DraftWorkerStatus(self._pipeline.addresses[0], "away" if self.session.is_lost else "up")
 
     def await_ready(self, source: RemoteModelSource, progress: LoadProgress) -> None:
         """Until it has loaded the model; what comes then is for ``source``.
 
         Raises ``WorkerError``, and ``UsageError`` for what the user can mend.
         """
-        self._source = source
         try:
-            self.pipeline.await_ready(progress)
+            self._pipeline.await_ready(progress)
         except UsageError as error:
-            raise UsageError(f"draft worker {self.pipeline.addresses[0]}: {error}") from None
+            raise UsageError(f"draft worker {self._pipeline.addresses[0]}: {error}") from None
+        self.session.source = source
 
     def listen(self, connections: Connections) -> None:
         """Let the source take what has come; whoever waits for ``connections`` hears of what comes later."""
-        if connections is not self._roused and not self.is_lost:
-            assert isinstance(connections, RemoteConnections), "in one process there is no draft worker"
-            self._roused = connections
-            connections.watch(self._own.sockets)
-        self.wait(0.0)
-
-    def send(self, message: DataMessage | Commit) -> None:
-        self._own.send([Send(Route.NEXT, message)])
-
-    def wait(self, timeout_s: float) -> None:
-        """As ``Port.wait``. A worker that is lost, or says what it may not, is given up."""
-        if self.is_lost:
+        if self._is_closed:
             return
+        self._let_hear(connections)
+        self.session.wait(0.0)
+        if not self.session.is_lost:
+            return
+        if self._attempt is not None:
+            self._go_on(self._attempt)
+        elif self._lost_s is None:
+            self._lose()
+        elif time.monotonic() >= self._next_s:
+            self._begin_again()
+
+    def _let_hear(self, connections: Connections) -> None:
+        if connections is self._heard:
+            return
+        assert isinstance(connections, RemoteConnections), "in one process there is no draft worker"
+        self._heard = connections
+        for own in (self.session.connections, self._attempt):
+            if own is not None and not own.is_over:
+                connections.watch(own.sockets)
+
+    def _lose(self) -> None:
+        self._num_losses += 1
+        self._lost_s = self._next_s = time.monotonic()
+        self._end(self.session.connections)
+        then = "until it is back"
+        if self._num_losses == MAX_LOSSES:
+            self._is_closed = True
+            then = f"from now on, since it was lost {MAX_LOSSES} times"
+        logger.warning("%s; n-grams draft %s", self.session.problem, then)
+        self.on_change(None)
+
+    def _begin_again(self) -> None:
+        """The connection waits until somebody listens there."""
+        launcher = self._pipeline.launcher
+        assert launcher is not None and self._heard is not None
+        self._next_s = time.monotonic() + _RETRY_S
+        self._attempt = connect(self._pipeline.spec, launcher)
+        self._heard.watch(self._attempt.sockets)
+
+    def _go_on(self, attempt: RemoteConnections) -> None:
         try:
-            for message in self._own.receive(timeout_s):
-                if self._source is not None:
-                    self._source.take(message)
+            if (ready := attempt.poll_ready(lambda done: None, 0.0)) is None:
+                return
+            pipeline = Pipeline(self._pipeline.spec, attempt, self._pipeline.launcher)
+            pipeline.use(ready)
         except FlowspecError as error:
-            logger.warning("%s; n-grams draft from now on, until this is started again", error)
-            self.close()
-            self.on_loss()
+            logger.debug("the draft worker does not come back yet: %s", error)
+            self._attempt, self._next_s = None, time.monotonic() + _RETRY_S
+            self._end(attempt)
+            return
+        assert self.session.source is not None and self._lost_s is not None, "it was ready once"
+        self._pipeline, self._attempt = pipeline, None
+        session = DraftSession(attempt, pipeline.spec.link.stall_timeout_s)
+        session.source = self.session.source.renewed(session)
+        self.session = session
+        logger.warning("the draft worker is back after %.1f s, for later requests", time.monotonic() - self._lost_s)
+        self._lost_s = None
+        self.on_change(session.source)
 
     def close(self) -> None:
-        if self.is_lost:
-            return
-        self.is_lost = True
-        if self._roused is not None:
-            self._roused.unwatch(self._own.sockets)
-        self._own.close()
+        """Safe to call twice."""
+        self._is_closed = True
+        for own in (self.session.connections, self._attempt):
+            if own is not None:
+                self._end(own)
+
+    def _end(self, own: RemoteConnections) -> None:
+        if self._heard is not None and not own.is_over:
+            self._heard.unwatch(own.sockets)
+        own.end_session()
 
 
 def open_draft_worker(
@@ -99,9 +184,7 @@ def open_draft_worker(
         )
     if tcp_endpoint(address) in map(tcp_endpoint, workers or ()):
         raise UsageError(f"{address} is one of the workers already; give the draft a worker of its own")
-    layers = Partition.even(draft.num_layers, 1)
-    # It is given up when it is lost: nobody waits for it to come back.
-    link = replace(link, int8_wire=False, rejoin_timeout_s=0.0, reassign_after_s=0.0)
-    weights = weights_of(draft, draft_dtype, device)
+    layers, weights = Partition.even(draft.num_layers, 1), weights_of(draft, draft_dtype, device)
+    link = replace(link, int8_wire=False)  # there are no hidden states on it
     spec = PipelineSpec(draft, layers, [address], dtype=dtype, weights=weights, link=link, num_best=NUM_BEST)
     return DraftWorker(open_pipeline(spec))

@@ -222,6 +222,7 @@ class Engine:
             self._telemetry.stages(self.pipeline, self._recovery.state_of),
             self._recovery.problem,
             self._recovery.num_recoveries,
+            None if self._draft_worker is None else self._draft_worker.status,
         )
 
     # --- running ---

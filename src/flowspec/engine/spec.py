@@ -84,7 +84,7 @@ def open_engine(spec: EngineSpec) -> Engine:
         pipeline = open_pipeline(where)
         undo.callback(pipeline.close)
         how = spec.dtype, spec.device, spec.draft_dtype, weights, taps, spec.config.memory_tokens
-        model = DriverModel.load(checkpoint, draft, *how, port=draft_worker)
+        model = DriverModel.load(checkpoint, draft, *how, port=None if draft_worker is None else draft_worker.session)
         pipeline.await_ready(lambda done: spec.progress("loading", done))
         if draft_worker is not None:
             assert isinstance(model.source, RemoteModelSource)
@@ -92,9 +92,12 @@ def open_engine(spec: EngineSpec) -> Engine:
         settings = spec.schedule, spec.schedule_config, spec.config
         engine = Engine(pipeline, model, *settings, draft_worker=draft_worker)
         if draft_worker is not None:
-            draft_worker.on_loss = lambda: engine.use_source(NgramSource(memory=model.memory))
+            ngrams = NgramSource(memory=model.memory)
+            draft_worker.on_change = lambda source: engine.use_source(source or ngrams)
         if spec.draft_check == "on" and isinstance(draft, (Path, Checkpoint)):
             check_draft(engine, draft, spec.draft_layers, spec.draft_dtype, spec.progress)
+        if draft_worker is not None and engine.model.source is not model.source:
+            draft_worker.close()  # its guesses are of no use
         undo.pop_all()
         return engine
 

@@ -33,6 +33,14 @@ class StageStatus:
 
 
 @dataclass(frozen=True)
+class DraftWorkerStatus:
+    """The worker that a small model as draft runs on, now."""
+
+    address: str
+    state: StageState
+
+
+@dataclass(frozen=True)
 class Status:
     """An engine, now."""
 
@@ -44,6 +52,7 @@ class Status:
     stages: tuple[StageStatus, ...]
     problem: str | None = None  # why nothing moves at the moment, though it will go on
     num_recoveries: int = 0  # times that the pipeline was lost and came back
+    draft_worker: DraftWorkerStatus | None = None  # ``None``: there is none
 
     @property
     def kv_usage(self) -> float | None:

@@ -7,6 +7,7 @@ import logging
 import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import asdict
 from pathlib import Path
 from time import time
 
@@ -319,7 +320,9 @@ def _add_service_routes(app: FastAPI, api: Api) -> None:
             }
             for stage in engine.stages
         ]
-        told = {"running": engine.num_running, "waiting": service.num_waiting}
+        told: Json = {"running": engine.num_running, "waiting": service.num_waiting}
+        if engine.draft_worker is not None:
+            told["draft_worker"] = asdict(engine.draft_worker)
         return _json({"status": named, "problem": problem, "stages": stages} | told, status)
 
     @app.get("/metrics", response_class=Response)

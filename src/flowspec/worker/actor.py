@@ -282,8 +282,7 @@ class Worker:
             features = None if features is None else features[torch.from_numpy(living)]
         sends = self._find_broken(placed.segment, rows, hidden)
         if self._guesser is not None:
-            guesses = placed.guesses(rows, hidden, self._guesser, self._num_best)
-            return sends if guesses is None else [*sends, Send(Route.DRIVER, guesses)]
+            return [*sends, Send(Route.DRIVER, placed.guesses(rows, hidden, self._guesser, self._num_best))]
         if self._stage.is_last:
             return [*sends, Send(Route.DRIVER, placed.result(rows, hidden, timing, features))]
         passed_on = placed.passed_on(rows, hidden, timing, features)

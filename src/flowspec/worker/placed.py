@@ -82,12 +82,12 @@ class Placed:
         timings, ids = [*segment.timings, timing], (segment.request_id, segment.epoch, segment.segment_id)
         return Result(*ids, node_ids, num_prefix, hidden, timings, features)
 
-    def guesses(self, rows: Ints, hidden: Tensor, guesser: Hinter, num_best: int) -> Guesses | None:
-        """A draft model's answer, by the rows' final hidden states; ``None``: all of them are of the prefix."""
+    def guesses(self, rows: Ints, hidden: Tensor, guesser: Hinter, num_best: int) -> Guesses:
+        """A draft model's answer, by the rows' final hidden states; an empty one, where all are of the prefix."""
         segment, num_prefix = self.segment, self.segment.num_prefix
-        if len(rows) == num_prefix:
-            return None
-        token_ids, logprobs = guesser.guess(hidden[num_prefix:], num_best)
+        token_ids, logprobs = torch.zeros(0, 1), torch.zeros(0, 1)
+        if len(rows) > num_prefix:
+            token_ids, logprobs = guesser.guess(hidden[num_prefix:], num_best)
         node_ids = [segment.node_ids[row] for row in rows[num_prefix:]]
         return Guesses(segment.request_id, segment.epoch, node_ids, token_ids.int(), logprobs)
 
