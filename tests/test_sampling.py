@@ -266,6 +266,53 @@ def test_a_draft_that_knows_the_target_guesses_every_draw(
     assert guesses == drawn
 
 
+def named(logits: torch.Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The best tokens and their log-probabilities, as a draft model on a worker of its own names them."""
+    logprobs, ids = logits.log_softmax(-1).topk(k)
+    return ids.numpy(), logprobs.numpy()
+
+
+@given(
+    seed=st.integers(0, MAX_SEED),
+    temperature=st.sampled_from([0.0, 0.3, 0.8, 2.0]),
+    top_k=st.integers(0, 12),
+    top_p=st.floats(0.05, 1),
+    min_p=st.sampled_from([0.0, 0.05]),
+    bias=st.sampled_from([(), ((3, 4.0), (8, -100.0))]),
+)
+def test_tokens_that_a_draft_names_are_guessed_as_by_all_of_its_logits(
+    seed: int, temperature: float, top_k: int, top_p: float, min_p: float, bias: tuple[tuple[int, float], ...]
+) -> None:
+    filters = {"top_k": top_k, "top_p": top_p, "min_p": min_p, "logit_bias": bias}
+    sampler = Sampler(SamplingParams(temperature=temperature, seed=seed, **filters))  # type: ignore[arg-type]
+    logits = torch.randn(4, 50, generator=torch.Generator().manual_seed(seed % 2**31)) * 3
+    positions = np.array([7, 8, 9, 7])
+    ids, logprobs = sampler.draft_children(logits, positions, 10)
+    named_ids, named_logprobs = sampler.named_children(*named(logits, 50), 50, positions, 10)
+    is_sure = logprobs > -200  # the others fill the row up
+    assert np.array_equal(ids[is_sure], named_ids[is_sure])
+    assert np.allclose(logprobs, named_logprobs, atol=1e-4)
+
+
+@pytest.mark.parametrize("params", [SamplingParams(), SamplingParams(temperature=0.8, top_p=0.95, seed=5)], ids=str)
+def test_a_few_named_tokens_of_a_large_vocabulary_say_nearly_all(params: SamplingParams) -> None:
+    logits = torch.randn(60, 50_000, generator=torch.Generator().manual_seed(0)) * 4
+    positions, sampler = np.arange(60), Sampler(params)
+    ids, logprobs = sampler.draft_children(logits, positions, 4)
+    few_ids, few_logprobs = sampler.named_children(*named(logits, 256), 50_000, positions, 4)
+    same = few_ids[:, 0] == ids[:, 0]
+    assert same.mean() > 0.8 if params.temperature else (same.all() and np.allclose(few_logprobs, logprobs, atol=1e-3))
+
+
+def test_what_a_draft_names_and_is_no_token_is_not_guessed() -> None:
+    ids, logprobs = np.array([[4, -1, 2], [-1, -1, -1], [7, 8, 9]]), np.log([[0.5, 0.3, 0.1]] * 2 + [[np.nan] * 3])
+    for params in (SamplingParams(), SamplingParams(temperature=0.8, seed=1)):
+        children, values = Sampler(params).named_children(ids, logprobs, 20, np.array([4, 5, 6]), 4)
+        assert set(children[0, :2].tolist()) == {4, 2} and (values[0, 2:] < -100).all()
+        assert all(len(set(row)) == 4 and min(row) >= 0 for row in children.tolist())
+        assert (values[1:] < -100).all()
+
+
 @pytest.mark.parametrize("top_p", [1.0, 0.95])
 @pytest.mark.parametrize("scale", [0.1, 1.0, 3.0, 6.0])
 def test_a_draft_guesses_in_a_large_vocabulary_what_it_guesses_in_a_small_one(scale: float, top_p: float) -> None:

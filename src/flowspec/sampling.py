@@ -21,7 +21,8 @@ where it is certain that they cannot win: the token is that of the plain way.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -74,6 +75,17 @@ def token_logprobs(logits: Tensor, token_id: int, num_top: int) -> TokenLogprobs
     values, ids = logprobs.topk(min(num_top, len(logprobs)))
     top = zip(ids.cpu().numpy().tolist(), values.cpu().numpy().tolist(), strict=True)
     return TokenLogprobs(token_id, float(logprobs[token_id]), tuple(top))
+
+
+def _first(
+    ids: Ids, logprobs: NDArray[np.float64], num: int, others: Callable[[], Ids]
+) -> tuple[Ids, NDArray[np.float64]]:
+    """The ``num`` best of the tokens ``ids`` [k], best first; where there are fewer, ``others`` fill the row up."""
+    order = best(logprobs, min(num, len(ids)))
+    if len(order) == num:
+        return ids[order], logprobs[order]
+    more = np.setdiff1d(others(), ids)[: num - len(order)]
+    return np.append(ids[order], more), np.append(logprobs[order], np.full(len(more), _LEAST))
 
 
 class Penalties:
@@ -221,13 +233,40 @@ class Sampler:
             gaps = logits - logits[ids[0]]
             return ids, (gaps[ids] - np.log(np.exp(gaps).sum())).astype(np.float64)
         ids, perturbed = self._draft_contenders(logits, position, num)
-        logprobs = _log_softmax(perturbed / DRAFT_SPREAD).clip(min=_LEAST)
-        order = best(logprobs, min(num, len(ids)))
-        if len(order) == num:
-            return ids[order], logprobs[order]
-        # The filters leave fewer tokens: others fill the row up.
-        others = np.setdiff1d(largest(logits, num), ids)[: num - len(order)]
-        return np.append(ids[order], others), np.append(logprobs[order], np.full(len(others), _LEAST))
+        return _first(ids, _log_softmax(perturbed / DRAFT_SPREAD).clip(min=_LEAST), num, lambda: largest(logits, num))
+
+    def named_children(
+        self, token_ids: Ids, logprobs: Floats, vocab_size: int, positions: NDArray[np.int64], num: int
+    ) -> tuple[Ids, NDArray[np.float64]]:
+        """As ``draft_children``, where a draft names its best tokens alone, and no other one is guessed.
+
+        ``token_ids``, ``logprobs`` [n, k]; -1 for what it names, and is no token. ``vocab_size``: of all tokens.
+        """
+        num = min(num, vocab_size)
+        rows = zip(token_ids, logprobs.astype(np.float64), positions.tolist(), strict=True)
+        children = [self._named_children(*row, vocab_size, num) for row in rows]
+        return np.stack([ids for ids, _ in children]), np.stack([values for _, values in children])
+
+    def _named_children(
+        self, ids: Ids, logprobs: NDArray[np.float64], position: int, vocab_size: int, num: int
+    ) -> tuple[Ids, NDArray[np.float64]]:
+        """``named_children`` of one row [k]."""
+        rest, num_others = max(0.0, 1 - np.exp(logprobs).sum()), max(1, vocab_size - len(ids))
+        ids, logprobs = ids[ids >= 0], logprobs[ids >= 0]
+        if not len(ids) or not np.isfinite(logprobs.max()):
+            return np.arange(num), np.full(num, _LEAST)
+        if self._bias:
+            logprobs = logprobs + [self._bias.get(token_id, 0.0) for token_id in ids.tolist()]
+        if self._params.temperature == 0:
+            kept, values = ids, logprobs - np.log(np.exp(logprobs).sum() + rest)
+        else:
+            top = logprobs.max()
+            gaps = self._gaps(logprobs, top)
+            other = np.log([max(rest, sys.float_info.min) / num_others])  # as if all others were equally probable
+            is_kept = self._keeps(gaps, lambda: num_others * float(np.exp(self._gaps(other, top)[0])))
+            kept = ids[is_kept]
+            values = _log_softmax(self._perturb(gaps[is_kept], kept, position) / DRAFT_SPREAD)
+        return _first(kept, values.clip(min=_LEAST), num, lambda: np.append(ids, np.arange(num + len(ids))))
 
     def _draft_contenders(self, logits: Floats, position: int, num: int) -> tuple[Ids, NDArray[np.float64]]:
         """As ``_contenders``, of what the filters leave of a draft's row [V].
@@ -235,26 +274,34 @@ class Sampler:
         Only the most probable tokens are filtered: filters that leave more than those count as none. Ties at an edge
         are kept.
         """
-        params, top = self._params, logits.max()
-        likely = largest(logits, max(FEW, num))
+        top, likely = logits.max(), largest(logits, max(FEW, num))
         gaps = self._gaps(logits[likely], top)
-        least = math.log(params.min_p) if params.min_p > 0 else NEVER
-        if 0 < params.top_k < len(likely):
+
+        def others_mass() -> float:
+            # Of the others there may be 10^5: about their mass is enough for a guess.
+            sample = logits[::_STRIDE]
+            return float(np.exp(self._gaps(sample[sample < logits[likely].min()], top)).sum() * _STRIDE)
+
+        is_kept = self._keeps(gaps, others_mass)
+        if is_kept.all():
+            return self._contenders(logits, likely, position, num)
+        return likely[is_kept], self._perturb(gaps[is_kept], likely[is_kept], position)
+
+    def _keeps(self, gaps: NDArray[np.float64], others_mass: Callable[[], float]) -> NDArray[np.bool_]:
+        """What the filters leave of the most probable tokens, with ``gaps`` [k] below the best one.
+
+        ``others_mass``: of all other tokens, as that of these is ``exp(gaps).sum()``.
+        """
+        params, least = self._params, math.log(self._params.min_p) if self._params.min_p > 0 else NEVER
+        if 0 < params.top_k < len(gaps):
             least = max(least, float(np.partition(gaps, -params.top_k)[-params.top_k]))
         if params.top_p < 1:
             descending = np.sort(gaps[gaps >= least])[::-1]
             masses = np.exp(descending).cumsum()
-            mass = masses[-1]
-            if len(descending) == len(likely):
-                # Of the others there may be 10^5: about their mass is enough for a guess.
-                sample = logits[::_STRIDE]
-                mass += np.exp(self._gaps(sample[sample < logits[likely].min()], top)).sum() * _STRIDE
+            mass = masses[-1] + (others_mass() if len(descending) == len(gaps) else 0.0)
             num_kept = int((masses < params.top_p * mass).sum()) + 1
             least = float(descending[num_kept - 1]) if num_kept <= len(descending) else least
-        is_kept = gaps >= least
-        if is_kept.all():
-            return self._contenders(logits, likely, position, num)
-        return likely[is_kept], self._perturb(gaps[is_kept], likely[is_kept], position)
+        return gaps >= least
 
     def hint_logprobs(
         self, token_ids: NDArray[np.int64], logprobs: NDArray[np.float64], positions: NDArray[np.int64]

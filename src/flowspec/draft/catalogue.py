@@ -140,7 +140,7 @@ def load_draft(
         case Checkpoint():
             tokens = TokenMap(chosen.load_tokenizer(), checkpoint.load_tokenizer(), chosen, checkpoint)
             if port is not None:
-                return RemoteModelSource(port, tokens, chosen.vocab_size, chosen.max_positions, memory)
+                return RemoteModelSource(port, tokens, chosen.max_positions, memory)
             weights = weights_of(chosen, draft_dtype, device)
             stage = load_stage(chosen, LayerRange(0, chosen.num_layers), dtype, weights, device)
             own_head = load_head(chosen, dtype, weights, device)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from flowspec.draft.base import Accepted, ReusableDraft
 from flowspec.draft.eagle import GREEDY
-from flowspec.draft.model_passes import Passes, Rows
+from flowspec.draft.model_passes import Answer, Passes, Rows
 from flowspec.draft.token_map import TokenMap
 from flowspec.sampling import Sampler
 from flowspec.tree import DraftTree, Floats, Ints
@@ -147,12 +147,13 @@ class ModelDraft:
         """Take what has come of the pass under way; False when there is one still."""
         if self._asked is None:
             return True
-        if (logits := self.passes.take()) is None:
+        if self.passes.is_lost:
+            self._asked = None
+            return True
+        if (answer := self.passes.take()) is None:
             return False
         asked, self._asked = self._asked, None
-        if not len(logits):
-            return True  # nothing comes any more
-        self._note(asked, logits)
+        self._note(asked, answer)
         if asked.accepted_ids:
             self._commit(asked.accepted_ids, asked.accepted_tokens, tree)
         elif tree.root_id == asked.root_id:  # else whoever wants it asks again, and it is known
@@ -237,13 +238,11 @@ class ModelDraft:
         """A pass; what may follow the nodes is known then, unless it is under way still."""
         start = self._num_prefix - len(before)
         asked = _Asked(rows.node_ids, depths + self._root_position + 1, wanted_ids, tree.root_id)
-        if (logits := self.passes.run(before, start, rows)) is None:
+        if (answer := self.passes.run(before, start, rows)) is None:
             self._asked = asked
-        elif len(logits):
-            self._note(asked, logits)
+        else:
+            self._note(asked, answer)
 
-    def _note(self, asked: _Asked, logits: Tensor) -> None:
-        """What may follow each of the nodes, by the draft model's logits [n, V]."""
-        mapped = self._source.tokens.logits(logits)
-        token_ids, logprobs = self._sampler.draft_children(mapped, asked.positions, self._top_k)
+    def _note(self, asked: _Asked, answer: Answer) -> None:
+        token_ids, logprobs = answer.children(self._source.tokens, self._sampler, asked.positions, self._top_k)
         self._guesses.update(zip(asked.node_ids, zip(token_ids, logprobs, strict=True), strict=True))

@@ -13,10 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flowspec.draft.token_map import TokenMap
 from flowspec.model.slots import NO_NODE
 from flowspec.model.stage import Stage, forward
 from flowspec.model.target_head import LogitsHead
-from flowspec.tree import Ints
+from flowspec.sampling import Sampler
+from flowspec.tree import Floats, Ints
 
 CHUNK = 64  # tokens of a prompt that are read in one pass: results do not wait for all of it
 
@@ -33,10 +35,41 @@ class Rows(NamedTuple):
 Self = TypeVar("Self", bound="Passes")
 
 
+class Answer(Protocol):
+    """What follows the nodes of a pass, as far as the draft model says."""
+
+    def children(self, tokens: TokenMap, sampler: Sampler, positions: Ints, num: int) -> tuple[Ints, Floats]:
+        """As ``Sampler.draft_children``: the target's tokens and log-probabilities [n, num]."""
+        ...
+
+
+class AllLogits(NamedTuple):
+    logits: Tensor  # [n, V]
+
+    def children(self, tokens: TokenMap, sampler: Sampler, positions: Ints, num: int) -> tuple[Ints, Floats]:
+        return sampler.draft_children(tokens.logits(self.logits), positions, num)
+
+
+class NamedTokens(NamedTuple):
+    """The best ones alone."""
+
+    token_ids: Ints  # [n, k]
+    logprobs: Floats  # [n, k]
+
+    def children(self, tokens: TokenMap, sampler: Sampler, positions: Ints, num: int) -> tuple[Ints, Floats]:
+        meant = tokens.meant(self.token_ids)
+        return sampler.named_children(meant, self.logprobs, tokens.target_size, positions, num)
+
+
 class Passes(Protocol):
     """One request's. When ``run`` has returned ``None``, ``take`` alone may be called until that has an answer."""
 
     longest_text: int  # tokens that ``run`` takes before its rows
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether no answer comes any more."""
+        ...
 
     def reuse(self: Self, other: Self, num_tokens: int) -> None:
         """Take over what an ended request has read of the same beginning; before anything else."""
@@ -44,14 +77,14 @@ class Passes(Protocol):
     def read(self, own_ids: Sequence[int], start: int) -> None:
         """Text behind what has been read before, from position ``start`` on."""
 
-    def run(self, before: Sequence[int], start: int, rows: Rows) -> Tensor | None:
-        """Read ``before``, text as in ``read``, and then nodes; logits [rows, V] of what follows these.
+    def run(self, before: Sequence[int], start: int, rows: Rows) -> Answer | None:
+        """Read ``before``, text as in ``read``, and then nodes; what may follow these.
 
-        ``None``: they have not come yet.
+        ``None``: it has not come yet.
         """
         ...
 
-    def take(self) -> Tensor | None:
+    def take(self) -> Answer | None:
         """What the last ``run`` was to return, or ``None`` still."""
         ...
 
@@ -73,6 +106,7 @@ class LocalPasses:
     """In this process."""
 
     longest_text = CHUNK
+    is_lost = False
 
     def __init__(self, stage: Stage, head: LogitsHead, root_id: int) -> None:
         """``stage``: all layers of the model; ``head``: its lm_head."""
@@ -90,13 +124,13 @@ class LocalPasses:
         slots = self._cache.slots.append_prefix(np.arange(start, start + len(own_ids)))
         forward(self._stage, torch.tensor(own_ids), slots, self._cache)
 
-    def run(self, before: Sequence[int], start: int, rows: Rows) -> Tensor:
+    def run(self, before: Sequence[int], start: int, rows: Rows) -> AllLogits:
         table = self._cache.slots
         slots = table.append_prefix(np.arange(start, start + len(before)))
         _, own = table.place(rows.node_ids, rows.parent_ids, rows.positions)
         inputs = torch.tensor([*before, *rows.own_ids])
         hidden = forward(self._stage, inputs, np.concatenate([slots, own]), self._cache)
-        return self._head.logits(hidden[len(before) :])
+        return AllLogits(self._head.logits(hidden[len(before) :]))
 
     def take(self) -> None:
         """``run`` has returned it."""

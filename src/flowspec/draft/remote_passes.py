@@ -15,13 +15,13 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-import torch
+import numpy as np
 from torch import Tensor
 
 from flowspec.draft.base import Accepted, ReusableDraft
 from flowspec.draft.language_model import STEADY_STEPS, ModelDraft, ModelSource
 from flowspec.draft.memory import Memory
-from flowspec.draft.model_passes import Rows
+from flowspec.draft.model_passes import NamedTokens, Rows
 from flowspec.draft.ngram import NgramDraft, NgramSource
 from flowspec.draft.token_map import TokenMap
 from flowspec.sampling import Sampler
@@ -33,7 +33,6 @@ logger = logging.getLogger("flowspec.draft")
 NUM_BEST = 256  # tokens that are named for each node: 2 KB, where all logits may be 600
 CHUNK = 256  # rows of text in one segment
 PATIENCE_S = 1.0  # that a request waits for a pass; then it goes on without
-_LEAST_REST = 1e-30  # probability that is left to tokens that are not named
 
 
 class Port(Protocol):
@@ -54,22 +53,21 @@ class RemotePasses:
 
     longest_text = sys.maxsize  # nobody waits for all of it
 
-    def __init__(self, port: Port, request_id: int, vocab_size: int) -> None:
-        """``request_id``: the worker's. ``vocab_size``: of the draft model."""
+    def __init__(self, port: Port, request_id: int) -> None:
+        """``request_id``: the worker's."""
         self.request_id = request_id
         self.has_failed = False  # the worker cannot go on with this request
         self.waits = True  # ``run`` does, for ``PATIENCE_S`` at most
         self.pass_s = 0.0  # what the last pass took
         self.asked_s = self.heard_s = 0.0  # when the newest one was asked for, and when the worker said anything of it
         self._port = port
-        self._vocab_size = vocab_size
         self._is_open = False
         self._cached: tuple[int, int] | None = None  # a request, and how many tokens of its text are this one's too
         self._root_id = CHUNK  # as the worker calls the root; the text before it has the ids below
         self._next_id = CHUNK + 1
         self._ids: dict[int, int] = {}  # by nodes that have been read: what the worker calls them
         self._asked: list[int] | None = None  # the worker's ids of the nodes of the pass under way
-        self._logits: Tensor | None = None  # that have come
+        self._answer: NamedTokens | None = None  # that has come
 
     @property
     def is_lost(self) -> bool:
@@ -84,7 +82,7 @@ class RemotePasses:
             part = own_ids[first : first + CHUNK]
             self._send(part, Rows([], [], [], []), start + first)
 
-    def run(self, before: Sequence[int], start: int, rows: Rows) -> Tensor | None:
+    def run(self, before: Sequence[int], start: int, rows: Rows) -> NamedTokens | None:
         self._open()
         num_ahead = max(0, len(before) - 1) // CHUNK * CHUNK
         self.read(before[:num_ahead], start)
@@ -92,10 +90,10 @@ class RemotePasses:
             is_root = parent_id == NO_PARENT
             self._ids[node_id] = self._root_id if is_root else self._next_id
             self._next_id += not is_root
-        self._asked, self._logits = [self._ids[node_id] for node_id in rows.node_ids], None
+        self._asked, self._answer = [self._ids[node_id] for node_id in rows.node_ids], None
         self._send(before[num_ahead:], rows, start + num_ahead)
         self.asked_s = self.heard_s = time.monotonic()
-        while self.waits and self._logits is None and not self.is_lost and self.left_s > 0:
+        while self.waits and self._answer is None and not self.is_lost and self.left_s > 0:
             self._port.wait(self.left_s)
         return self.take()
 
@@ -109,9 +107,8 @@ class RemotePasses:
         """That the pass under way may still be waited for."""
         return self.asked_s + PATIENCE_S - time.monotonic()
 
-    def take(self) -> Tensor | None:
-        """No logits at all, once the worker is lost."""
-        return torch.empty(0, self._vocab_size) if self.is_lost else self._logits
+    def take(self) -> NamedTokens | None:
+        return self._answer
 
     def note(self, guesses: Guesses) -> None:
         """The worker's answer; to a segment without nodes there is an empty one."""
@@ -121,7 +118,10 @@ class RemotePasses:
         if self._asked != guesses.node_ids:
             self.fail(f"it answers for {len(guesses.node_ids)} nodes that nobody has asked about")
             return
-        self._asked, self._logits = None, _all_logits(guesses, self._vocab_size)
+        self._asked, self._answer = (
+            None,
+            NamedTokens(guesses.token_ids.numpy().astype(np.int64), guesses.logprobs.numpy()),
+        )
         self.pass_s = self.heard_s - self.asked_s
 
     def fail(self, reason: str) -> None:
@@ -178,14 +178,6 @@ class RemotePasses:
             self._port.send(message)
 
 
-def _all_logits(guesses: Guesses, vocab_size: int) -> Tensor:
-    """[n, V] of the tokens that are named, and of the others as if all were equally probable."""
-    named, ids = guesses.logprobs, guesses.token_ids.long()
-    rest = (1 - named.exp().sum(1, keepdim=True)).clamp(min=_LEAST_REST) / max(1, vocab_size - named.shape[1])
-    others = torch.minimum(rest.log(), named.amin(1, keepdim=True))
-    return others.repeat(1, vocab_size).scatter_(1, ids, named)
-
-
 class RemoteModelSource:
     """A small model on a worker, shared by all requests. Drafts whose passes are lost go on with n-grams."""
 
@@ -194,12 +186,10 @@ class RemoteModelSource:
     block_len = 1
     feature_layers: tuple[int, ...] = ()
 
-    def __init__(
-        self, port: Port, tokens: TokenMap, vocab_size: int, max_positions: int, memory: Memory | None = None
-    ) -> None:
-        """``vocab_size``, ``max_positions``: of the draft model. ``memory``: for n-grams."""
+    def __init__(self, port: Port, tokens: TokenMap, max_positions: int, memory: Memory | None = None) -> None:
+        """``max_positions``: of the draft model. ``memory``: for n-grams."""
         self._port = port
-        self._sizes = tokens, vocab_size, max_positions
+        self._tokens, self._max_positions = tokens, max_positions
         self._memory = memory
         self._request_ids = itertools.count()
         self._passes: dict[int, RemotePasses] = {}  # by the worker's request ids
@@ -207,7 +197,7 @@ class RemoteModelSource:
         self._ngrams = NgramSource(memory=memory)
 
     def _open_passes(self, root_id: int) -> RemotePasses:
-        passes = RemotePasses(self._port, next(self._request_ids), self._sizes[1])
+        passes = RemotePasses(self._port, next(self._request_ids))
         self._passes[passes.request_id] = passes
         return passes
 
@@ -227,7 +217,7 @@ class RemoteModelSource:
 
     def renewed(self, port: Port) -> RemoteModelSource:
         """The same over another session."""
-        return RemoteModelSource(port, *self._sizes, self._memory)
+        return RemoteModelSource(port, self._tokens, self._max_positions, self._memory)
 
     @property
     def silent_s(self) -> float:

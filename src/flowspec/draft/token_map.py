@@ -51,6 +51,8 @@ class TokenMap:
         self._draft_ids, self._target_ids = torch.from_numpy(draft_ids), torch.from_numpy(target_ids)
         self._same = np.full(target_size, -1, dtype=np.int64)
         self._same[target_ids] = draft_ids
+        self._meant = np.full(draft_size, -1, dtype=np.int64)
+        self._meant[draft_ids] = target_ids
 
     @property
     def num_shared(self) -> int:
@@ -65,6 +67,15 @@ class TokenMap:
             ids = self._draft(text, add_special_tokens=False, verbose=False).input_ids
             self._read[token_id] = tuple(ids) or (int(self._draft_ids[0]),)  # something stands there
         return self._read[token_id]
+
+    @property
+    def target_size(self) -> int:
+        """Tokens of the target."""
+        return self._target_size
+
+    def meant(self, draft_ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The target's tokens for those of the draft; -1 where there is none."""
+        return self._meant[draft_ids]
 
     def logits(self, logits: Tensor) -> Tensor:
         """[n, the draft's tokens] -> [n, the target's]; minus infinity for those that the draft does not have."""
