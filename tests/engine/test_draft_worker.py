@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 
+from command_line import Run
 from flowspec import LLM, SamplingParams
+from flowspec.cluster.membership import Membership
 from flowspec.config import LinkConfig
 from flowspec.engine.telemetry import DraftWorkerStatus
 from flowspec.errors import UsageError, WorkerError
 from flowspec.model.loader import Checkpoint
+from flowspec.wire.key_file import STATE_VARIABLE
+from server_process import ServerProcess
 from tiny_models import make_checkpoint
 from worker_process import WorkerProcess
 
@@ -162,3 +168,50 @@ def test_what_a_draft_worker_cannot_be_is_said(
         open_llm(target, small_dir, workers[0], "kitchen")
     with pytest.raises(UsageError, match="leave one of the two out"):
         LLM(target, draft=small_dir, draft_worker=workers[1], in_process=True)
+
+
+def test_devices_that_have_joined_draft_too(
+    checkpoint_dir: Callable[[str], Path],
+    small_dir: Path,
+    workers: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv(STATE_VARIABLE, str(tmp_path / "driver"))
+    membership = Membership.init(tmp_path / "driver")
+    token = str(membership.new_token())
+    own = WorkerProcess("127.0.0.4", 0, "--join", token, "--name", "box", state=tmp_path / "box")
+    params = SamplingParams(max_tokens=12)
+    try:
+        assert membership.let_join(own.address) == "box"
+        with open_llm(checkpoint_dir("qwen3"), small_dir, workers[0], own.address) as llm:
+            flow, plain = (llm.generate(PROMPT_IDS, params, schedule=name) for name in ("flow", "ar"))
+        assert flow.token_ids == plain.token_ids and flow.stats.draft == "model" and flow.stats.drafted > 0
+        with pytest.raises(WorkerError, match=r"no sign of draft worker 1 .* are its keys those that have joined"):
+            open_llm(
+                checkpoint_dir("qwen3"), small_dir, workers[0], own.address,
+                link=LinkConfig(start_timeout_s=1.0, insecure=True),
+            )  # fmt: skip
+    finally:
+        assert "joined" in own.end()
+
+
+def test_the_command_line_and_the_server_name_it(
+    checkpoint_dir: Callable[[str], Path], small_dir: Path, workers: list[str], run: Run
+) -> None:
+    model = ["--model", str(checkpoint_dir("qwen3")), "--workers", workers[0], "--draft-check", "off"]
+    generate = ["generate", "t1 t4 t2", *model, "--max-new-tokens", "8", "--temperature", "0", "--json"]
+    texts = []
+    for draft in (["--draft", "none"], ["--draft", str(small_dir), "--draft-worker", workers[1]]):
+        done = run(*generate, *draft)
+        assert done.code == 0, done.err
+        texts.append(json.loads(done.out)["text"])
+    assert texts[0] == texts[1]
+    refused = run(*generate, "--draft", "none", "--draft-worker", workers[1])
+    assert refused.code == 2 and "a draft worker runs a small model, and the draft is none" in refused.err
+    refused = run("bench", "jetson.toml", "--draft-worker", workers[1])
+    assert refused.code == 2 and "--draft-worker is for runs in real time" in refused.err
+    with ServerProcess(*model, "--draft", str(small_dir), "--draft-worker", workers[1]) as server:
+        told = httpx.get(f"{server.url}/health?verbose=1", timeout=10).json()
+        assert told["draft_worker"] == {"address": workers[1], "state": "up"}
+        assert [stage["stage"] for stage in told["stages"]] == [1]

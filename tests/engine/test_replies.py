@@ -14,11 +14,13 @@ from msgspec.structs import replace
 from flowspec.cluster.replies import Replies
 from flowspec.core import SamplingParams
 from flowspec.errors import ProtocolError
+from flowspec.wire.codec import Codec
 from flowspec.wire.messages import (
     Broken,
     Echo,
     Failed,
     Fetching,
+    Guesses,
     Hint,
     Loading,
     Ready,
@@ -34,6 +36,7 @@ REPLIES = Replies(2, 8, 96, torch.float32)
 TIMINGS = [Timing(1, 2, 0.1, 0.2, 10, 2), Timing(2, 2, 0.1, 0.2, 10, 2)]
 RESULT = Result(0, 0, 3, [4, 6], 0, torch.zeros(2, 8), TIMINGS)
 HINT = Hint(0, 0, [4], [[1, 2]], [[-0.1, -math.inf]])
+GUESSES = Guesses(0, 0, [4], torch.tensor([[7, 95]], dtype=torch.int32), torch.tensor([[-0.1, -3.0]]))
 READY = Ready(1, 10, 10, [(1, 0.1), (4, 0.2)], 1e6, 10, 10)
 
 
@@ -58,6 +61,7 @@ BAD: dict[str, tuple[ToDriver, int]] = {
     "a hint of the last stage": (HINT, 2),
     "a hint at no token": (replace(HINT, token_ids=[[1, 96]]), 1),
     "a hint that is no number": (replace(HINT, logprobs=[[-1.0, math.nan]]), 1),
+    "guesses of a model that is no draft": (GUESSES, 2),
     "ready as another stage": (READY, 2),
     "ready in no time": (replace(READY, forward_s=[(1, 0.0)]), 1),
     "rows that shrink": (replace(READY, forward_s=[(4, 0.1), (1, 0.1)]), 1),
@@ -120,3 +124,29 @@ def test_features_have_the_width_and_dtype_of_the_sessions_draft() -> None:
     for features in (torch.zeros(2, 4), torch.zeros(2, 5, dtype=torch.bfloat16)):
         with pytest.raises(ProtocolError, match="its features are"):
             replies.check(replace(RESULT, features=features), 2)
+
+
+def test_a_draft_model_names_tokens_and_nothing_else() -> None:
+    replies = Replies(1, 8, 96, torch.float32, num_best=2)
+    replies.check(GUESSES, 1)
+    replies.check(replace(GUESSES, node_ids=[], token_ids=GUESSES.token_ids[:0], logprobs=GUESSES.logprobs[:0]), 1)
+    spoiled = (
+        {"token_ids": GUESSES.token_ids + 1},
+        {"token_ids": GUESSES.token_ids - 8},
+        {"token_ids": GUESSES.token_ids.long()},
+        {"logprobs": GUESSES.logprobs.bfloat16()},
+        {"token_ids": GUESSES.token_ids.repeat(1, 2), "logprobs": GUESSES.logprobs.repeat(1, 2)},
+        {"token_ids": GUESSES.token_ids[:, :0], "logprobs": GUESSES.logprobs[:, :0]},
+        {"node_ids": [-1]},
+    )
+    for fields in spoiled:
+        with pytest.raises(ProtocolError):
+            replies.check(replace(GUESSES, **fields), 1)
+    codec = Codec()
+    header, tokens, logprobs = (bytearray(frame) for frame in codec.encode(GUESSES))
+    assert codec.decode_to_driver([header, tokens, logprobs]).node_ids == [4]  # type: ignore[union-attr]
+    two_nodes = codec.encode(Guesses(0, 0, [4], GUESSES.token_ids, GUESSES.logprobs))[0].replace(
+        b"\x91\x04", b"\x92\x04\x06"
+    )
+    with pytest.raises(ProtocolError, match="differ in number"):
+        codec.decode_to_driver([bytearray(two_nodes), tokens, logprobs])

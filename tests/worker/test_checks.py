@@ -153,6 +153,10 @@ BAD_CONFIGURES: dict[str, dict[str, Any]] = {
     "another socket of this machine": {"next_address": "ipc:///run/other"},
     "a way through another card": {"next_address": "tcp://eth0;10.0.0.2:7070"},
     "another kind of address": {"next_address": "inproc://here"},
+    "a draft model that is one stage of two": {"num_best": 5},
+    "a draft model of layers behind others": {"num_best": 5, "next_address": None, "stage": 2, "start_layer": 1},
+    "too many guesses": {"num_best": 5000, "next_address": None},
+    "fewer guesses than none": {"num_best": -1, "next_address": None},
     "an address with a line break": {"next_address": "10.0.0.2\n:7070"},
 }
 
@@ -170,3 +174,4 @@ def test_odd_configures_are_refused(fields: dict[str, Any]) -> None:
 )  # fmt: skip
 def test_fair_configures_are_taken(address: str | None, here: str) -> None:
     check_configure(replace(CONFIGURE, next_address=address), here)
+    check_configure(replace(CONFIGURE, next_address=None, num_best=256), here)

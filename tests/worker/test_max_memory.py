@@ -115,6 +115,21 @@ def test_a_stage_that_is_too_large_is_refused_before_it_is_read(wide: Path) -> N
     assert loader.load(fits, open_checkpoint(str(wide)), told.append).stage.weights_bytes > 10e6
 
 
+def test_a_draft_model_takes_its_lm_head_too(wide: Path) -> None:
+    checkpoint, layers = open_checkpoint(str(wide)), LayerRange(0, 5)
+    without = load_stage(checkpoint, layers, "float32", "float", "cpu").weights_bytes
+    head = checkpoint.vocab_size * checkpoint.hidden_size * 4
+    configure = Configure(PROTOCOL_VERSION, 1, str(wide), 0, 5, "float32", None, 1.0, num_best=9)
+    loader = StageLoader("cpu", Allowance("cpu", (used_bytes(CPU) + 20e6) / 1e9))
+    told: list[int] = []
+    loader.memory.check_fits = lambda num_bytes, what: told.append(num_bytes)  # type: ignore[method-assign]
+    loaded = loader.load(configure, checkpoint, lambda done: None)
+    assert told == [without + head] and loaded.guesser is not None
+    shapes = {name: shape for name, shape in shapes_of(checkpoint, layers).items() if name != "lm_head.weight"}
+    loader.check_fits(configure, shapes)
+    assert told[1:] == [without + head], "a model whose embedding is its lm_head holds it twice"
+
+
 @pytest.mark.parametrize("given", ["0", "-1", "nan", "inf", "1e12", "0.001", "4096000", "much"])
 def test_what_is_no_size_is_said_to_be_none(run: Run, given: str) -> None:
     refused = run("worker", "--listen", "127.0.0.1:0", "--max-memory", given)

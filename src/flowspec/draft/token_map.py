@@ -48,6 +48,7 @@ class TokenMap:
                     f"{target_model.title}'s {num_target}, and half of them have to; give a draft model with a "
                     "tokenizer more like the model's"
                 )
+        self._is_same = len(draft_ids) == draft_size == target_size and bool((draft_ids == target_ids).all())
         self._draft_ids, self._target_ids = torch.from_numpy(draft_ids), torch.from_numpy(target_ids)
         self._same = np.full(target_size, -1, dtype=np.int64)
         self._same[target_ids] = draft_ids
@@ -79,6 +80,8 @@ class TokenMap:
 
     def logits(self, logits: Tensor) -> Tensor:
         """[n, the draft's tokens] -> [n, the target's]; minus infinity for those that the draft does not have."""
+        if self._is_same:
+            return logits
         mapped = logits.new_full((len(logits), self._target_size), -torch.inf)
         mapped[:, self._target_ids.to(logits.device)] = logits[:, self._draft_ids.to(logits.device)]
         return mapped

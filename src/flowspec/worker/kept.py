@@ -14,6 +14,7 @@ import torch
 
 from flowspec.core import LayerRange
 from flowspec.model.backends import load_head, load_stage
+from flowspec.model.families import EMBEDDING, LM_HEAD
 from flowspec.model.fingerprint import fingerprint
 from flowspec.model.hint_head import gives_hints, load_hinter
 from flowspec.model.loader import Checkpoint
@@ -91,6 +92,8 @@ class StageLoader:
 
     def check_fits(self, configure: Configure, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Before anything is loaded, or fetched. ``shapes``: of the stage's tensors, by name. Raises ``UsageError``."""
+        if configure.num_best and LM_HEAD not in shapes:  # the embedding is loaded once more
+            shapes = {**shapes, LM_HEAD: shapes[EMBEDDING]}
         where = f"worker {configure.stage} ({socket.gethostname()}, {self.device})"
         num_bytes = stage_bytes(shapes, configure.dtype, configure.weights)
         self.memory.check_fits(num_bytes, f"{where}: layers {configure.start_layer}:{configure.end_layer}")
