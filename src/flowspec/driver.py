@@ -197,7 +197,7 @@ class Driver:
         for candidate in sorted(ready, key=lambda running: bool(running.generation.tree.sent[0])):
             generation = candidate.generation
             try:
-                candidate.wake_s = candidate.schedule.on_idle(generation)
+                candidate.wake_s = NEVER if generation.is_drafting else candidate.schedule.on_idle(generation)
             except Exception as error:
                 generation.fail(error)
                 candidate.wake_s = AT_ONCE
@@ -262,4 +262,4 @@ class Driver:
 
 
 def _may_work(generation: Generation) -> bool:
-    return not generation.is_finished and generation.is_prompt_sent and not generation.is_drafting
+    return not generation.is_finished and generation.is_prompt_sent

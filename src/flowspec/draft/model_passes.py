@@ -32,7 +32,7 @@ class Rows(NamedTuple):
     positions: list[int]  # the draft model's
 
 
-Self = TypeVar("Self", bound="Passes")
+Same = TypeVar("Same", bound="Passes")
 
 
 class Answer(Protocol):
@@ -71,7 +71,7 @@ class Passes(Protocol):
         """Whether no answer comes any more."""
         ...
 
-    def reuse(self: Self, other: Self, num_tokens: int) -> None:
+    def reuse(self: Same, other: Same, num_tokens: int) -> None:
         """Take over what an ended request has read of the same beginning; before anything else."""
 
     def read(self, own_ids: Sequence[int], start: int) -> None:

@@ -56,7 +56,7 @@ class RemotePasses:
     def __init__(self, port: Port, request_id: int) -> None:
         """``request_id``: the worker's."""
         self.request_id = request_id
-        self.has_failed = False  # the worker cannot go on with this request
+        self.has_failed = False
         self.waits = True  # ``run`` does, for ``PATIENCE_S`` at most
         self.pass_s = 0.0  # what the last pass took
         self.asked_s = self.heard_s = 0.0  # when the newest one was asked for, and when the worker said anything of it
@@ -118,15 +118,15 @@ class RemotePasses:
         if self._asked != guesses.node_ids:
             self.fail(f"it answers for {len(guesses.node_ids)} nodes that nobody has asked about")
             return
-        self._asked, self._answer = (
-            None,
-            NamedTokens(guesses.token_ids.numpy().astype(np.int64), guesses.logprobs.numpy()),
-        )
+        self._answer = NamedTokens(guesses.token_ids.numpy().astype(np.int64), guesses.logprobs.numpy())
+        self._asked = None
         self.pass_s = self.heard_s - self.asked_s
 
     def fail(self, reason: str) -> None:
-        logger.warning("the draft worker cannot go on with a request, for which n-grams draft instead: %s", reason)
-        self.has_failed = True
+        """The worker cannot go on with this request."""
+        if not self.has_failed:
+            self.has_failed = True
+            logger.warning("the draft worker cannot go on with a request, for which n-grams draft instead: %s", reason)
 
     def has(self, node_id: int) -> bool:
         return node_id in self._ids

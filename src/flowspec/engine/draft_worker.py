@@ -37,7 +37,7 @@ class DraftSession:
 
     @property
     def is_lost(self) -> bool:
-        return self.problem is not None
+        return self.problem is not None or self.connections.is_over
 
     def send(self, message: DataMessage | Commit) -> None:
         self.connections.send([Send(Route.NEXT, message)])
