@@ -124,6 +124,21 @@ def test_any_order_of_events_gives_the_text_of_plain_decoding(
     assert drafted > 0 or patience_s == 0
 
 
+def test_a_worker_that_never_answers_costs_no_text(
+    checkpoint_dir: Callable[[str], Path], small_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The request goes on, and ends; what it was to be told comes to nothing."""
+    monkeypatch.setattr(remote_passes, "PATIENCE_S", 0.0)
+    target, params = checkpoint_dir("qwen3"), SamplingParams(max_tokens=16)
+    plain = outputs(Pump(target, 1, "none", "ar"), prompt_of(20), params, lambda num: 0)
+    for schedule in ("flow", "serial", "pipedec"):
+        port = InprocPort(small_dir)
+        pump = Pump(target, 2, remote_source(target, small_dir, port), schedule, TREE, SMALL)
+        assert outputs(pump, prompt_of(20), params, lambda num: 0) == plain
+        assert sum(generation.stats.draft_passes for generation in pump.generations) >= 2
+        assert not port.num_rows, "it has done nothing"
+
+
 def test_the_target_itself_as_draft_is_always_right(checkpoint_dir: Callable[[str], Path]) -> None:
     target = checkpoint_dir("llama")
     port = InprocPort(target)

@@ -20,7 +20,7 @@ from zeroconf import IPVersion, ServiceInfo, Zeroconf
 
 from command_line import Run
 from flowspec.cluster.device_list import DeviceList
-from flowspec.cluster.discovery import find_workers, let_in, look
+from flowspec.cluster.discovery import find_workers, find_workers_and_draft, let_in, look
 from flowspec.cluster.mdns import MAX_ADDRESSES, SERVICE, Announcement, Announcer, browse
 from flowspec.cluster.membership import Device, Membership
 from flowspec.errors import UsageError
@@ -290,6 +290,14 @@ def test_devices_are_used_by_name_or_as_a_file_says(folder: Path, tmp_path: Path
         assert by_file == ([attic.address, kitchen.address, "10.0.0.1:1"], ["attic", "worker 2", "laptop"])
         named = find_workers(folder, workers=["attic", kitchen.address], seconds=0.1, interfaces=LOOPBACK)
         assert named == ([attic.address, kitchen.address], ["attic", "kitchen"])
+        how = {"seconds": 2.5, "interfaces": LOOPBACK}
+        for draft in ("kitchen", kitchen.address):  # it runs the draft, and no stage
+            left = find_workers_and_draft(folder, None, None, draft, **how)  # type: ignore[arg-type]
+            assert left == ([attic.address], ["attic"], kitchen.address)
+        both = find_workers_and_draft(folder, None, ["attic"], "kitchen", 0.1, LOOPBACK)
+        assert both == ([attic.address], ["attic"], kitchen.address)
+        listed = find_workers_and_draft(folder, DeviceList(("attic",), ("",), None), None, "10.0.0.1:1", 0.1, LOOPBACK)
+        assert listed == ([attic.address], ["attic"], "10.0.0.1:1")
         with pytest.raises(UsageError, match="shed was not found: is it on"):
             find_workers(folder, DeviceList(("shed",), ("",), None), seconds=0.1, interfaces=LOOPBACK)
     finally:

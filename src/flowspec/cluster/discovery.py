@@ -153,15 +153,21 @@ def find_workers(
 
 
 def find_workers_and_draft(
-    folder: Path, devices: DeviceList | None, workers: Sequence[str] | None, draft: str | None
+    folder: Path,
+    devices: DeviceList | None,
+    workers: Sequence[str] | None,
+    draft: str | None,
+    seconds: float = BROWSE_S,
+    interfaces: Sequence[str] | None = None,
 ) -> tuple[list[str], list[str], str | None]:
     """As ``find_workers``; and where the device ``draft`` is, a name or an address: none of all that are found."""
+    how = seconds, interfaces
     if draft is None:
-        return *find_workers(folder, devices, workers), None
+        return *find_workers(folder, devices, workers, *how), None
     if workers is not None and devices is None:
-        addresses, names = find_workers(folder, None, [*workers, draft])
+        addresses, names = find_workers(folder, None, [*workers, draft], *how)
         return addresses[:-1], names[:-1], addresses[-1]
-    addresses, names = find_workers(folder, devices)
+    addresses, names = find_workers(folder, devices, None, *how)
     found = dict(zip(names, addresses, strict=True)).get(draft, draft)
     if devices is not None:
         return addresses, names, found

@@ -59,7 +59,7 @@ class RemotePasses:
         self.has_failed = False
         self.waits = True  # ``run`` does, for ``PATIENCE_S`` at most
         self.pass_s = 0.0  # what the last pass took
-        self.asked_s = self.heard_s = 0.0  # when the newest one was asked for, and when the worker said anything of it
+        self.asked_s = 0.0  # when the newest one was asked for
         self._port = port
         self._is_open = False
         self._cached: tuple[int, int] | None = None  # a request, and how many tokens of its text are this one's too
@@ -92,15 +92,10 @@ class RemotePasses:
             self._next_id += not is_root
         self._asked, self._answer = [self._ids[node_id] for node_id in rows.node_ids], None
         self._send(before[num_ahead:], rows, start + num_ahead)
-        self.asked_s = self.heard_s = time.monotonic()
+        self.asked_s = time.monotonic()
         while self.waits and self._answer is None and not self.is_lost and self.left_s > 0:
             self._port.wait(self.left_s)
         return self.take()
-
-    @property
-    def is_under_way(self) -> bool:
-        """Whether an answer is to come."""
-        return self._asked is not None and not self.is_lost
 
     @property
     def left_s(self) -> float:
@@ -112,7 +107,6 @@ class RemotePasses:
 
     def note(self, guesses: Guesses) -> None:
         """The worker's answer; to a segment without nodes there is an empty one."""
-        self.heard_s = time.monotonic()
         if self.has_failed or not guesses.node_ids:
             return
         if self._asked != guesses.node_ids:
@@ -120,7 +114,7 @@ class RemotePasses:
             return
         self._answer = NamedTokens(guesses.token_ids.numpy().astype(np.int64), guesses.logprobs.numpy())
         self._asked = None
-        self.pass_s = self.heard_s - self.asked_s
+        self.pass_s = time.monotonic() - self.asked_s
 
     def fail(self, reason: str) -> None:
         """The worker cannot go on with this request."""
@@ -218,12 +212,6 @@ class RemoteModelSource:
     def renewed(self, port: Port) -> RemoteModelSource:
         """The same over another session."""
         return RemoteModelSource(port, self._tokens, self._max_positions, self._memory)
-
-    @property
-    def silent_s(self) -> float:
-        """For how long the worker has said nothing of the oldest pass that is under way; 0 when none is."""
-        heard = [passes.heard_s for passes in self._passes.values() if passes.is_under_way]
-        return time.monotonic() - min(heard) if heard else 0.0
 
     def leave(self, passes: RemotePasses) -> None:
         """The request has ended."""

@@ -17,7 +17,7 @@ from flowspec.engine.telemetry import DraftWorkerStatus
 from flowspec.errors import FlowspecError, UsageError, WorkerError
 from flowspec.model.loader import Checkpoint
 from flowspec.wire.actor import Route, Send
-from flowspec.wire.messages import Commit, DataMessage
+from flowspec.wire.messages import Closed, Commit, DataMessage, Failed, Guesses, Segment, ToDriver
 from flowspec.wire.transport import tcp_endpoint
 
 logger = logging.getLogger("flowspec.draft")
@@ -34,12 +34,16 @@ class DraftSession:
         self.problem: FlowspecError | None = None  # why it is lost
         self.source: RemoteModelSource | None = None  # that what comes is for
         self._stall_timeout_s = stall_timeout_s
+        self._owed_s: dict[int, float] = {}  # by requests that wait for an answer, or whose end does: since when
+        self._heard_s = 0.0  # when it last said something of any
 
     @property
     def is_lost(self) -> bool:
         return self.problem is not None or self.connections.is_over
 
     def send(self, message: DataMessage | Commit) -> None:
+        if isinstance(message, Segment) and message.num_prefix < len(message.node_ids):
+            self._owed_s.setdefault(message.request_id, time.monotonic())
         self.connections.send([Send(Route.NEXT, message)])
 
     def wait(self, timeout_s: float) -> None:
@@ -48,11 +52,24 @@ class DraftSession:
             return
         try:
             for message in self.connections.receive(timeout_s):
+                self._note(message)
                 self.source.take(message)
-            if self.source.silent_s > self._stall_timeout_s:
+            if self._silent_s > self._stall_timeout_s:
                 raise WorkerError(f"the draft worker has answered nothing for {self._stall_timeout_s:.0f} s")
         except FlowspecError as error:
             self.problem = error
+
+    def _note(self, message: ToDriver) -> None:
+        if not isinstance(message, Guesses | Failed | Closed):
+            return
+        self._heard_s = time.monotonic()
+        if not isinstance(message, Guesses) or message.node_ids:  # an empty one says how far it has read
+            self._owed_s.pop(message.request_id, None)
+
+    @property
+    def _silent_s(self) -> float:
+        """For how long it has said nothing, though it owes an answer."""
+        return time.monotonic() - max(self._heard_s, min(self._owed_s.values())) if self._owed_s else 0.0
 
 
 class DraftWorker:
