@@ -113,8 +113,11 @@ class Driver:
         needs_features = source is not None and bool(source.feature_layers)
         cached, gone = self.budget.take(request_id, num_slots, text_ids, needs_features)
         try:
-            how = schedule.tree_config, schedule.wants_hints, cached, num_slots, previous, schedule.awaits_passes
-            generation = Generation(request, self._common, source, *how)
+            generation = Generation(
+                request, self._common, source, schedule.tree_config, schedule.wants_hints, cached, num_slots, previous
+            )
+            if schedule.awaits_passes:
+                generation.draft_apart()
             generation.prefill(self._max_chunks)
         except BaseException:
             self.budget.end(request_id, None)
@@ -197,7 +200,7 @@ class Driver:
         for candidate in sorted(ready, key=lambda running: bool(running.generation.tree.sent[0])):
             generation = candidate.generation
             try:
-                candidate.wake_s = NEVER if generation.is_drafting else candidate.schedule.on_idle(generation)
+                candidate.wake_s = candidate.schedule.on_idle(generation)
             except Exception as error:
                 generation.fail(error)
                 candidate.wake_s = AT_ONCE

@@ -43,11 +43,8 @@ class Generation:
         cached: CachedPrefix | None = None,
         slot_limit: int = 0,
         previous: Generation | None = None,
-        awaits_passes: bool = False,
     ) -> None:
         """``cached``: of an earlier request with the same beginning. ``slot_limit``: see ``messages.Open``.
-
-        ``awaits_passes``: its schedule is not asked while ``is_drafting``, where that may be.
 
         ``previous``: the same request, as far as it had come when it was preempted. It goes on behind its output, in an
         epoch of its own.
@@ -85,11 +82,8 @@ class Generation:
         self._feature_layers = () if source is None else source.feature_layers
         self._want_hints = want_hints and source is not None
         self._draft: Draft | None = source.open(text_ids, self._sampler, tree_config.top_k) if source else None
-        if self._cached.draft is not None and isinstance(self._draft, ReusableDraft):
-            self._draft.reuse(self._cached.draft, self._cached.num_cached)
+        self._cached.give(self._draft)
         self._apart = self._draft if isinstance(self._draft, ApartDraft) else None
-        if self._apart is not None and awaits_passes:
-            self._apart.go_apart()
         self._block_len, self._block_start = 1 if source is None else source.block_len, -math.inf  # prefix at its pass
         self.num_passes = 0  # draft passes since the last commit; a level that a block draft reads counts as one
         self._num_prompt_sent = self._cached.num_cached
@@ -272,9 +266,14 @@ class Generation:
 
     # --- drafting ---
 
+    def draft_apart(self) -> None:
+        """A pass that is made elsewhere may end later: its schedule looks at ``is_drafting``. Before anything else."""
+        if self._apart is not None:
+            self._apart.go_apart()
+
     @property
     def is_drafting(self) -> bool:
-        """Whether a draft pass is under way elsewhere; when it has come back, the tree has what it brought."""
+        """Whether a pass is under way elsewhere, and no other one can be made; what has come is in the tree."""
         return self._apart is not None and not self._apart.settle(self.tree)
 
     @property

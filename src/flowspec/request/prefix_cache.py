@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from flowspec.draft.base import ReusableDraft
+from flowspec.draft.base import Draft, ReusableDraft
 
 
 @dataclass(frozen=True)
@@ -15,6 +15,11 @@ class CachedPrefix:
     request_id: int | None = None
     num_cached: int = 0  # tokens
     draft: ReusableDraft | None = None
+
+    def give(self, draft: Draft | None) -> None:
+        """Let a new draft take over what an earlier one has made of the beginning."""
+        if self.draft is not None and isinstance(draft, ReusableDraft):
+            draft.reuse(self.draft, self.num_cached)
 
 
 @dataclass(frozen=True)

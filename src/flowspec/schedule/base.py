@@ -20,7 +20,7 @@ class Schedule(Protocol):
     uses_draft: bool
     wants_hints: bool  # of workers, see ``messages.Hint``
     wants_ngrams: bool  # beside the draft, see ``draft.lookup``
-    awaits_passes: bool  # a draft pass may end after ``on_idle``, which is not called before; see ``ApartDraft``
+    awaits_passes: bool  # a draft pass may end after it was asked for: see ``Generation.is_drafting``
     tree_config: TreeConfig  # what the request's tree may look like
 
     def on_result(self, generation: Generation, result: Result) -> None:

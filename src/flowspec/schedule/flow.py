@@ -96,12 +96,16 @@ class Flow:
     # --- what is done next: the best segment when it is due, and a better tree until then ---
 
     def on_idle(self, generation: Generation) -> float:
+        is_drafting = generation.is_drafting  # elsewhere: what follows would be another pass
         if generation.reread(self.tree_config.depth, self.tree_config.width):
             return AT_ONCE
         due_s, has_room = self._due_s(generation), self._has_room(generation)
-        is_due = generation.clock() + self._pass_s >= due_s  # there is no time for another pass
-        if has_room and is_due and self._has_guesses(generation) and self._send_best(generation):
+        # Else there is time for another pass, or for the one that is under way.
+        is_due = generation.clock() + (0.0 if is_drafting else self._pass_s) >= due_s
+        if has_room and is_due and self._has_guesses(generation, is_drafting) and self._send_best(generation):
             return AT_ONCE
+        if is_drafting:
+            return due_s if has_room and not is_due else NEVER
         if self._refresh(generation):
             return AT_ONCE
         if not has_room:
@@ -121,7 +125,7 @@ class Flow:
         most = self._max_in_flight if num_sharing == 1 else max(1, self._max_shared // num_sharing)
         return len(generation.in_flight) < most
 
-    def _has_guesses(self, generation: Generation) -> bool:
+    def _has_guesses(self, generation: Generation, is_drafting: bool) -> bool:
         """Whether the draft passes since the last commit are made that the next segment waits for.
 
         A root that the draft missed takes its first guesses along; else the refreshed scores are worth one pass. What
@@ -135,7 +139,7 @@ class Flow:
             patience = self._passes_share * (SHARED_PATIENCE if generation.num_sharing > 1 else 1)
             affordable = round(patience * self._pace.slot_s / self._pass_s)
             wanted = max(1, min(affordable - root_is_sent, self.tree_config.depth))
-        return generation.num_passes >= wanted
+        return max(0, generation.num_passes - is_drafting) >= wanted
 
     # --- 1. score-based step-wise verification: the best unsent nodes, of any depth ---
 

@@ -42,7 +42,7 @@ class Serial:
 
     def on_idle(self, generation: Generation) -> float:
         """One pass for each level of the tree, then its best nodes."""
-        if generation.tree.sent[0]:
+        if generation.is_drafting or generation.tree.sent[0]:
             return NEVER
         level = generation.num_passes
         if level < self.tree_config.depth and generation.propose_level(level, self.tree_config.width):
