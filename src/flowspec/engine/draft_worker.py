@@ -23,6 +23,7 @@ from flowspec.wire.transport import tcp_endpoint
 logger = logging.getLogger("flowspec.draft")
 
 MAX_LOSSES = 3  # after so many it is not awaited any more
+STEADY_S = 30.0  # one that was there for so long is no part of a crash loop
 _RETRY_S = 5.0  # between two attempts at a new session
 
 
@@ -82,6 +83,7 @@ class DraftWorker:
         self._heard: RemoteConnections | None = None  # whose ``receive`` returns when something comes from here
         self._attempt: RemoteConnections | None = None  # at a session after a lost one
         self._num_losses = 0
+        self._since_s = time.monotonic()  # when the newest session began
         self._lost_s: float | None = None  # since when it is lost
         self._next_s = 0.0  # when the next attempt begins
         self._is_closed = False
@@ -129,8 +131,8 @@ class DraftWorker:
                 connections.watch(own.sockets)
 
     def _lose(self) -> None:
-        self._num_losses += 1
         self._lost_s = self._next_s = time.monotonic()
+        self._num_losses = 1 + (0 if self._lost_s - self._since_s > STEADY_S else self._num_losses)
         self._end(self.session.connections)
         then = "until it is back"
         if self._num_losses == MAX_LOSSES:
@@ -164,7 +166,7 @@ class DraftWorker:
         session.source = self.session.source.renewed(session)
         self.session = session
         logger.warning("the draft worker is back after %.1f s, for later requests", time.monotonic() - self._lost_s)
-        self._lost_s = None
+        self._since_s, self._lost_s = time.monotonic(), None
         self.on_change(session.source)
 
     def close(self) -> None:
