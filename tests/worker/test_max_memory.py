@@ -20,7 +20,7 @@ from flowspec.core import DType, LayerRange, Weights
 from flowspec.errors import UsageError
 from flowspec.model.backends import load_stage, open_checkpoint
 from flowspec.model.loader import Checkpoint
-from flowspec.model.stage_size import stage_bytes
+from flowspec.model.stage_size import StageShapes, stage_bytes
 from flowspec.wire.messages import PROTOCOL_VERSION, Configure
 from flowspec.worker.kept import StageLoader
 from flowspec.worker.memory import Allowance, free_bytes, total_bytes, used_bytes
@@ -32,9 +32,9 @@ from worker_process import WorkerProcess
 CPU = torch.device("cpu")
 
 
-def shapes_of(checkpoint: Checkpoint, layers: LayerRange) -> dict[str, tuple[int, ...]]:
+def shapes_of(checkpoint: Checkpoint, layers: LayerRange) -> StageShapes:
     stored = {name: checkpoint.stored(name) for name in checkpoint.names_of_stage(layers)}
-    return {name: found.shape for name, found in stored.items() if found is not None}
+    return StageShapes({name: found.shape for name, found in stored.items() if found is not None})
 
 
 @pytest.fixture(scope="module")

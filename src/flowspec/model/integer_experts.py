@@ -102,7 +102,9 @@ def _rows_by_expert(
     source: TensorSource, name: str, shape: tuple[int, ...], bits: Bits
 ) -> Iterator[tuple[int, int, PackedWeight]]:
     """Of a module's tensor [experts, N, K], some rows of one expert at a time, and which of its rows is their first."""
-    for piece in source.pieces({name: shape})[name]:
+    pieces = source.pieces({name: shape})[name]
+    bits = source.bits_of([piece.name for piece in pieces], bits)
+    for piece in pieces:
         of_experts, of_rows = piece.place or (slice(None), slice(None))
         experts = range(shape[0])[of_experts] if isinstance(of_experts, slice) else [of_experts]
         rows = range(shape[1])[of_rows] if isinstance(of_rows, slice) else [of_rows]

@@ -54,11 +54,15 @@ class LayerTensors:
         return np.empty(0, np.float32) if weight is None else norm_scale(self.source.config, weight).numpy()
 
     def matrix(self, *names: str, heights: Sequence[int] = ()) -> IntegerMatrix:
-        """Of linear layers that read the same rows, or of a single one that is cut into parts with ``heights``."""
+        """Of linear layers that read the same rows, or of a single one that is cut into parts with ``heights``.
+
+        All get as many bits as the one that needs most.
+        """
         parts: list[PackedWeight] = []
         biases: list[Floats | None] = []
+        bits = self.source.bits_of([f"{self.prefix}{name}.weight" for name in names], self.bits)
         for name in names:
-            weight = self.source.packed(f"{self.prefix}{name}.weight", self.bits)
+            weight = self.source.packed(f"{self.prefix}{name}.weight", bits)
             self.source.check_shape(f"{self.prefix}{name}.weight", weight, self.shape(f"{name}.weight"))
             bias = self._vector(f"{name}.bias")
             ends = np.cumsum(heights or weight.shape[:1])

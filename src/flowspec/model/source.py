@@ -87,6 +87,13 @@ class TensorSource(Protocol):
         """The weight of a linear layer as it is, where the source has it in codes that kernels of so many bits hold."""
         return None
 
+    def bits_of(self, names: Iterable[str], bits: Bits) -> Bits:
+        """That weights of linear layers get together where weights are to have so many.
+
+        What a file of 4-bit codes has in more bits, as it has what is spoilt first, gets 8.
+        """
+        return bits
+
     def packed(self, name: str, bits: Bits) -> PackedWeight:
         """The weight of a linear layer, rounded where it must be.
 

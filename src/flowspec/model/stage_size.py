@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 
@@ -14,12 +16,24 @@ from flowspec.model.packed import GROUP
 _ROUTER = ".gate.weight"  # in names of a mixture's tensors, in files and modules
 _LANES = 16  # that outputs are filled up to, as ``vector_code`` has them, which needs numba
 _NUM_BITS: dict[Weights, int] = {"int8": 8, "int4": 4}
+_SAME_ROWS = re.compile(r"(?<=self_attn\.)[qkv]_|(?<=mlp\.)(gate|up)_")  # of matrices that are one of integer kernels
 
 
-def stage_bytes(shapes: Mapping[str, tuple[int, ...]], dtype: DType, weights: Weights) -> int:
-    """As ``Stage.weights_bytes`` says once it is loaded, with 4 bits at most a tenth more. ``shapes``: by transformers'
-    names."""
-    return sum(_tensor_bytes(name, shape, dtype, weights) for name, shape in shapes.items())
+class StageShapes(NamedTuple):
+    """Of a stage's tensors."""
+
+    by_name: Mapping[str, tuple[int, ...]]  # transformers' names
+    wide: frozenset[str] = frozenset()  # what has 8 bits where others have 4; see ``TensorSource.bits_of``
+
+
+def stage_bytes(shapes: StageShapes, dtype: DType, weights: Weights) -> int:
+    """As ``Stage.weights_bytes`` says once it is loaded, with 4 bits at most a tenth more."""
+    wide = {_SAME_ROWS.sub("", name) for name in shapes.wide}
+    total = 0
+    for name, shape in shapes.by_name.items():
+        is_wide = _SAME_ROWS.sub("", name) in wide
+        total += _tensor_bytes(name, shape, dtype, "int8" if is_wide and weights == "int4" else weights)
+    return total
 
 
 def _tensor_bytes(name: str, shape: tuple[int, ...], dtype: DType, weights: Weights) -> int:
