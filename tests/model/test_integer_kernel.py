@@ -20,7 +20,7 @@ from flowspec.errors import ModelError
 from flowspec.model import compiled, row_kernel
 from flowspec.model.integer_kernel import multiply
 from flowspec.model.integer_matrix import IntegerMatrix, IntegerRows, groups_of
-from flowspec.model.packed import GROUP, PackedWeight, pack
+from flowspec.model.packed import GROUP, FloatWeight, PackedWeight, pack
 from flowspec.model.team import Team
 
 ALONE = Team(1).mailbox
@@ -39,12 +39,19 @@ print(test_integer_kernel.digest())
 """
 
 
+FLOATS = torch.float32, torch.bfloat16, torch.float16
+
+
 def random_rows(count: int, width: int, seed: int = 0) -> Any:
     return np.random.default_rng(seed).standard_normal((count, width), dtype=np.float32)
 
 
 def weight_of(num_outputs: int, num_inputs: int, bits: Any) -> PackedWeight:
     return pack(torch.from_numpy(random_rows(num_outputs, num_inputs, 1)), bits)
+
+
+def floats_of(num_outputs: int, num_inputs: int, dtype: torch.dtype) -> FloatWeight:
+    return FloatWeight(torch.from_numpy(random_rows(num_outputs, num_inputs, 1)).to(dtype))
 
 
 def digest() -> str:
@@ -55,6 +62,8 @@ def digest() -> str:
     found.update(
         IntegerMatrix([weight_of(70, 96, 4).with_offsets(), weight_of(1, 96, 4)])(random_rows(7, 96), ALONE).tobytes()
     )
+    for dtype in FLOATS:
+        found.update(IntegerMatrix([floats_of(70, 96, dtype)])(random_rows(7, 96), ALONE).tobytes())
     found.update(row_kernel.gated(random_rows(3, 80), 40, 40, True).tobytes())
     return found.hexdigest()
 
@@ -83,6 +92,23 @@ def test_products_are_what_codes_mean(bits: Any, num_outputs: int, num_inputs: i
     first, second = (found[:, start : start + num_outputs] for start in matrix.starts)
     assert np.abs(first - wanted).max() < 1e-6 * np.abs(wanted).max()
     assert np.abs(second - wanted - bias).max() < 1e-6 * np.abs(wanted).max()
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize(("num_outputs", "num_inputs"), [(96, 576), (70, 96), (5, 64), (40, 40), (17, 100)])
+def test_floats_are_multiplied_as_they_are(dtype: torch.dtype, num_outputs: int, num_inputs: int) -> None:
+    weight, wide = floats_of(num_outputs, num_inputs, dtype), floats_of(num_outputs, num_inputs, torch.float32)
+    rows = random_rows(13, num_inputs)
+    bias = random_rows(1, num_outputs, 2)[0]
+    for parts in ([weight, weight], [weight, wide]):
+        matrix = IntegerMatrix(parts, [None, bias])
+        found = matrix(rows, ALONE)
+        for start, part, added in zip(matrix.starts, parts, (0, bias), strict=True):
+            wanted = rows.astype(np.float64) @ part.values.double().numpy().T + added
+            assert np.abs(found[:, start : start + num_outputs] - wanted).max() < 1e-6 * np.abs(wanted).max()
+        for count in range(1, 13):
+            assert np.array_equal(matrix(rows[:count], ALONE), found[:count])
+    assert IntegerMatrix([weight]).nbytes < IntegerMatrix([wide]).nbytes or dtype == torch.float32
 
 
 @pytest.mark.parametrize("size", [16, 48, 128])
@@ -120,9 +146,10 @@ def test_codes_may_have_offsets_instead_of_zero_points() -> None:
     assert torch.equal(own.rows(np.array([3, 1])).unpacked(), own.unpacked()[[3, 1]])
 
 
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bits", [8, 4, torch.float32, torch.bfloat16])
 def test_rows_and_threads_do_not_change_bits(bits: Any) -> None:
-    matrix = IntegerMatrix([weight_of(100, 64, bits)])
+    weight = floats_of(100, 64, bits) if isinstance(bits, torch.dtype) else weight_of(100, 64, bits)
+    matrix = IntegerMatrix([weight])
     rows = random_rows(23, 64)
     whole = matrix(rows, ALONE)
     for count in range(1, 23):

@@ -10,7 +10,7 @@ from flowspec.model import layer_kernel, row_kernel
 from flowspec.model.integer_experts import IntegerExperts
 from flowspec.model.integer_matrix import Floats
 from flowspec.model.layer_tensors import LayerTensors
-from flowspec.model.packed import Bits
+from flowspec.model.packed import Precision
 from flowspec.model.source import TensorSource
 from flowspec.model.team import Mailbox
 
@@ -28,12 +28,12 @@ class Heads(NamedTuple):
 class IntegerLayer:
     """Rows pass ``heads``, attention, and ``rest``."""
 
-    def __init__(self, source: TensorSource, prefix: str, layer: Any, bits: Bits) -> None:
+    def __init__(self, source: TensorSource, prefix: str, layer: Any, precision: Precision) -> None:
         """``layer``: transformers' module, without values; ``prefix``: of its tensors' names.
 
         Raises ``ModelError`` for what the source does not hold, or the kernel does not compute.
         """
-        tensors = LayerTensors(source, prefix, layer, bits)
+        tensors = LayerTensors(source, prefix, layer, precision)
         attention = layer.self_attn
         self.scaling: float = attention.scaling  # of attention's scores
         self._is_turned = bool(getattr(attention, "use_rope", True))  # of SmolLM3, some layers are not

@@ -18,11 +18,11 @@ from flowspec.core import DType, LayerRange
 from flowspec.model import row_kernel
 from flowspec.model.attention import ATTENTION
 from flowspec.model.compiled import one_at_a_time
-from flowspec.model.families import PREFIX, embedding_scale, layer_prefix, norm_scale
+from flowspec.model.families import EMBEDDING, PREFIX, embedding_scale, layer_prefix, norm_scale
 from flowspec.model.forward_rows import LayersStage, masks_of, rotations_of
 from flowspec.model.integer_layer import Heads, IntegerLayer
 from flowspec.model.integer_matrix import Floats, IntegerMatrix
-from flowspec.model.packed import Bits, PackedWeight
+from flowspec.model.packed import Precision, Weight
 from flowspec.model.shared_kernel import write_and_attend
 from flowspec.model.slot_cache import Paths, RequestRows, SlotCache
 from flowspec.model.source import TensorSource
@@ -66,7 +66,7 @@ class IntegerStage(LayersStage):
         source: TensorSource,
         layers: LayerRange,
         dtype: DType,
-        bits: Bits,
+        precision: Precision,
         progress: Callable[[float], None] | None = None,
     ) -> IntegerStage:
         """Read the tensors of these layers and no others; ``progress`` is told the fraction that is done.
@@ -84,11 +84,14 @@ class IntegerStage(LayersStage):
         check_nothing_ignored(source, layers, shapes)
         parts: list[IntegerLayer] = []
         for prefix, layer in own.items():
-            parts.append(IntegerLayer(source, prefix, layer, bits))
+            parts.append(IntegerLayer(source, prefix, layer, precision))
             if progress is not None:
                 progress(len(parts) / (len(own) + 1))
         norm = _norm(source) if layers.end == source.num_layers else None
-        embedding = source.load_embedding(dtype, "cpu") if layers.start == 0 else None
+        embedding = None
+        if layers.start == 0:
+            stored = source.float_dtype(EMBEDDING) if dtype == "float32" else dtype
+            embedding = source.load_embedding(stored, "cpu")
         with one_at_a_time():
             stage = cls(config, layers, dtype, parts, embedding, norm, rotary_of(model, config))
             stage._warm_up()
@@ -136,7 +139,7 @@ class IntegerStage(LayersStage):
 
     def _embed(self, token_ids: Tensor) -> Tensor:
         assert self._embedding is not None, "the first stage has it"
-        return (self._embedding[token_ids] * self._embedding_scale.to(self._embedding.dtype)).float()
+        return (self._embedding[token_ids].to(self.dtype) * self._embedding_scale.to(self.dtype)).float()
 
     def _rotations(self, parts: Sequence[Part]) -> dict[str, tuple[Floats, Floats]]:
         positions = np.concatenate([part.cache.slots.positions[part.slots] for part in parts])
@@ -183,7 +186,7 @@ def _rows_of(parts: Sequence[Part], window: int | None) -> list[RequestRows]:
 class IntegerLinear:
     """A matrix by itself; what a row's product is does not depend on the rows beside it."""
 
-    def __init__(self, weight: PackedWeight) -> None:
+    def __init__(self, weight: Weight) -> None:
         """``weight`` [N, K]."""
         self._matrix = IntegerMatrix([weight])
         self._num_outputs = weight.shape[0]
@@ -199,9 +202,9 @@ class IntegerLinear:
 class IntegerHead:
     """The target's lm_head in 8 or 4 bits; what a row's logits are does not depend on the rows beside it."""
 
-    def __init__(self, source: TensorSource, bits: Bits, token_ids: Tensor | None = None) -> None:
+    def __init__(self, source: TensorSource, precision: Precision, token_ids: Tensor | None = None) -> None:
         """``token_ids``: of these tokens alone. Raises as ``IntegerStage.load`` does."""
-        weight = source.packed_lm_head(bits)
+        weight = source.lm_head_weight(precision)
         if token_ids is not None:
             weight = weight.rows(token_ids.numpy())
         self._linear = IntegerLinear(weight)

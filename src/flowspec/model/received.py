@@ -27,7 +27,7 @@ from flowspec.model.hint_head import stored_hints
 from flowspec.model.loader import Checkpoint, read_config
 from flowspec.model.quantised import layout_of
 from flowspec.model.stage_size import StageShapes
-from flowspec.model.tensor_files import KINDS, StoredTensor, check_float, read_stored
+from flowspec.model.tensor_files import KINDS, NARROW, StoredTensor, check_float, read_stored
 from flowspec.model.user_cache import keep
 
 PathOf = Callable[[str], Path]  # of what has this SHA-256
@@ -94,20 +94,23 @@ def stage_shapes(manifest: StageManifest) -> StageShapes:
 
     ``manifest`` has been checked. Raises ``ModelError`` for a config that is none.
     """
-    stored = {entry.name: entry.shape for entry in manifest.tensors if entry.sha256}
+    own = [entry for entry in manifest.tensors if entry.sha256]
+    stored = {entry.name: entry.shape for entry in own}
+    narrow = frozenset(entry.name for entry in own if entry.kind in NARROW)
     if manifest.format == "gguf":
         kinds = {entry.name: GGMLQuantizationType[entry.kind] for entry in manifest.tensors}
         of_layers = [entry for entry in manifest.tensors if ".layers." in entry.name]
         has_four = own_bits((kinds[entry.name], math.prod(entry.shape)) for entry in of_layers) == 4
-        return StageShapes(stored, frozenset(name for name in stored if has_four and not is_held(kinds[name], 4)))
+        wide = frozenset(name for name in stored if has_four and not is_held(kinds[name], 4))
+        return StageShapes(stored, wide, narrow)
     try:
         quantised = json.loads(manifest.config).get("quantization_config")
     except (ValueError, AttributeError, RecursionError) as error:
         raise ModelError(f"what the driver says of its model is damaged ({first_line(error)})") from error
     if quantised is None:
-        return StageShapes(stored)
+        return StageShapes(stored, narrow=narrow)
     layout = layout_of(quantised, "the driver's config.json")
-    return StageShapes(layout.weight_shapes(stored), layout.wide_among(stored))
+    return StageShapes(layout.weight_shapes(stored), layout.wide_among(stored), narrow)
 
 
 def check_manifest(manifest: StageManifest) -> None:

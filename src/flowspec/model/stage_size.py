@@ -24,10 +24,23 @@ class StageShapes(NamedTuple):
 
     by_name: Mapping[str, tuple[int, ...]]  # transformers' names
     wide: frozenset[str] = frozenset()  # what has 8 bits where others have 4; see ``TensorSource.bits_of``
+    narrow: frozenset[str] = frozenset()  # what is stored in floats of 16 bits
+
+    @property
+    def hidden_size(self) -> int:
+        """Of the model; 0 where no layer says it."""
+        return next((shape[0] for name, shape in self.by_name.items() if name.endswith("input_layernorm.weight")), 0)
 
 
-def stage_bytes(shapes: StageShapes, dtype: DType, weights: Weights) -> int:
-    """As ``Stage.weights_bytes`` says once it is loaded, with 4 bits at most a tenth more."""
+def stage_bytes(shapes: StageShapes, dtype: DType, weights: Weights, is_compiled: bool = False) -> int:
+    """As ``Stage.weights_bytes`` says once it is loaded, with 4 bits at most a tenth more.
+
+    ``is_compiled``: whether floats are as narrow as they are stored.
+    """
+    if is_compiled and weights not in _NUM_BITS and dtype == "float32":
+        narrow = {name: shape for name, shape in shapes.by_name.items() if name in shapes.narrow and len(shape) > 1}
+        rest = {name: shape for name, shape in shapes.by_name.items() if name not in narrow}
+        return stage_bytes(StageShapes(narrow), "bfloat16", weights) + stage_bytes(StageShapes(rest), dtype, weights)
     wide = {_SAME_ROWS.sub("", name) for name in shapes.wide}
     total = 0
     for name, shape in shapes.by_name.items():

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from flowspec.model.compiled import compiled
-from flowspec.model.integer_kernel import multiply, multiply_by_expert, quantise
+from flowspec.model.integer_kernel import multiply, multiply_by_expert, take
 from flowspec.model.mailbox_kernel import (
     CALLED,
     DONE,
@@ -50,18 +50,18 @@ def share_of(part, count, length):
 
 @compiled
 def round_rows(rows, norm, eps, size, codes, scales, sums):
-    """As ``quantise``, of rows that are normalised before if ``norm`` has their width."""
+    """As ``take``, of rows that are normalised before if ``norm`` has their width."""
     if len(norm):
-        quantise(normalised(rows, norm, eps), size, codes, scales, sums)
+        take(normalised(rows, norm, eps), size, codes, scales, sums)
     else:
-        quantise(rows, size, codes, scales, sums)
+        take(rows, size, codes, scales, sums)
 
 
 @compiled
 def _multiply(box, unit, count):
     products = array_2(box, 8, np.float32)
     codes, zeros, offsets = array_3(box, 3, np.uint8), array_3(box, 5, np.uint8), array_3(box, 6, np.uint16)
-    matrix = codes, array_3(box, 4, np.uint16), zeros, offsets, array_2(box, 7, np.float32)
+    matrix = codes, array_3(box, 4, np.uint16), zeros, offsets, array_2(box, 7, np.float32), number(box, 0)
     rows, scales, sums = array_3(box, 0, np.int8), array_2(box, 1, np.float32), array_2(box, 2, np.int32)
     first, last = share_of(unit, count, len(codes))
     multiply(rows, scales, sums, 0, len(rows), matrix, first, last, products)
@@ -71,7 +71,7 @@ def _multiply(box, unit, count):
 def _multiply_by_expert(box, unit, count):
     products = array_2(box, 8, np.float32)
     codes, zeros, offsets = array_4(box, 3, np.uint8), array_4(box, 5, np.uint8), array_4(box, 6, np.uint16)
-    matrices = codes, array_4(box, 4, np.uint16), zeros, offsets, array_3(box, 7, np.float32)
+    matrices = codes, array_4(box, 4, np.uint16), zeros, offsets, array_3(box, 7, np.float32), number(box, 0)
     rows, scales, sums = array_3(box, 0, np.int8), array_2(box, 1, np.float32), array_2(box, 2, np.int32)
     starts, experts = array_1(box, 9, np.int64), array_1(box, 10, np.int64)
     first, last = share_of(unit, count, codes.shape[1])
@@ -93,7 +93,7 @@ def _gate(box, unit, count):
     codes, scales, sums = array_3(box, 1, np.int8), array_2(box, 2, np.float32), array_2(box, 3, np.int32)
     begin, end = share_of(unit, count, len(products))
     inner = gated(products[begin:end], number(box, 0), number(box, 1), number(box, 2) != 0)
-    quantise(inner, number(box, 3), codes[begin:end], scales[begin:end], sums[begin:end])
+    take(inner, number(box, 3), codes[begin:end], scales[begin:end], sums[begin:end])
 
 
 @compiled

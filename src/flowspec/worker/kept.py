@@ -13,12 +13,14 @@ from typing import TypeAlias
 import torch
 
 from flowspec.core import LayerRange
-from flowspec.model.backends import load_stage
+from flowspec.model.backends import is_compiled, load_stage
 from flowspec.model.fingerprint import fingerprint
 from flowspec.model.hint_head import gives_hints, load_hinter
 from flowspec.model.loader import Checkpoint
 from flowspec.model.stage import Stage
 from flowspec.model.stage_size import StageShapes, stage_bytes
+from flowspec.model.tensor_files import NARROW
+from flowspec.model.torch_stage import TorchStage
 from flowspec.wire.messages import Configure
 from flowspec.worker.checks import Limits
 from flowspec.worker.hints import Hinter
@@ -71,11 +73,12 @@ class StageLoader:
             shapes = {name: found.shape for name, found in stored.items() if found is not None}
             shapes = shapes if source.layout is None else source.layout.weight_shapes(shapes)
             wide = frozenset(name for name in shapes if source.bits_of([name], 4) == 8)
-            self.check_fits(configure, StageShapes(shapes, wide))
-        # Integer kernels have threads of their own, and the attention between them is too small to be shared.
+            narrow = frozenset(name for name, found in stored.items() if found is not None and found.kind in NARROW)
+            self.check_fits(configure, StageShapes(shapes, wide, narrow))
+        # Compiled kernels have threads of their own, and the attention between them is too small to be shared.
         torch.set_num_threads(self._threads)
         stage = load_stage(source, layers, configure.dtype, configure.weights, self.device, progress)
-        if configure.weights != "float":
+        if not isinstance(stage, TorchStage):
             torch.set_num_threads(1)
         hinter = None
         if configure.hints is not None:
@@ -88,7 +91,8 @@ class StageLoader:
     def check_fits(self, configure: Configure, shapes: StageShapes) -> None:
         """Before anything is loaded, or fetched. Raises ``UsageError``."""
         where = f"worker {configure.stage} ({socket.gethostname()}, {self.device})"
-        num_bytes = stage_bytes(shapes, configure.dtype, configure.weights)
+        compiled = is_compiled(shapes.hidden_size, self.device)
+        num_bytes = stage_bytes(shapes, configure.dtype, configure.weights, compiled)
         self.memory.check_fits(num_bytes, f"{where}: layers {configure.start_layer}:{configure.end_layer}")
 
     def forget(self) -> None:
