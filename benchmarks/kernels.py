@@ -102,13 +102,13 @@ def on_ours(precision: Any) -> Callable[[NDArray[np.float32], int], Product]:
     def make(weight: NDArray[np.float32], threads: int) -> Product:
         import torch
 
-        from flowspec.model.integer_matrix import IntegerMatrix
+        from flowspec.model.compiled_matrix import CompiledMatrix
         from flowspec.model.packed import FloatWeight, pack
         from flowspec.model.team import team_of
 
         given = torch.from_numpy(weight)
         is_float = isinstance(precision, str)
-        matrix = IntegerMatrix(
+        matrix = CompiledMatrix(
             [FloatWeight(given.to(getattr(torch, precision))) if is_float else pack(given, precision)]
         )
         team = team_of(threads)

@@ -74,7 +74,7 @@ def test_what_a_stage_takes_is_known_before_it_is_read(
 
 @pytest.mark.parametrize("weights", ["int8", "int4"])
 @pytest.mark.parametrize("family", ["qwen2", "mixtral"])
-def test_so_it_is_on_integer_kernels(family: str, weights: Weights, tmp_path: Path) -> None:
+def test_so_it_is_on_matrix_kernels(family: str, weights: Weights, tmp_path: Path) -> None:
     sizes: dict[str, Any] = (
         {"num_local_experts": 64, "hidden_size": 64, "num_hidden_layers": 1} if family == "mixtral" else {}
     )

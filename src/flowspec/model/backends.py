@@ -105,11 +105,11 @@ def load_stage(
     if weights not in _BITS and not is_compiled(source.hidden_size, device):
         return TorchStage.load(source, layers, dtype, device, progress)
     _check_kernels(weights)
-    from flowspec.model.integer_stage import IntegerStage  # here: it is optional
+    from flowspec.model.compiled_stage import CompiledStage  # here: it is optional
     from flowspec.model.layer_tensors import UncompiledError
 
     try:
-        return IntegerStage.load(source, layers, dtype, _BITS.get(weights, dtype), progress)
+        return CompiledStage.load(source, layers, dtype, _BITS.get(weights, dtype), progress)
     except UncompiledError as error:
         if weights in _BITS:
             raise ModelError(f"{error}; use --weights float") from error
@@ -134,9 +134,9 @@ def make_taps(
         linears = {layer: TorchLinear(block, device) for layer, block in blocks.items()}
     else:
         _check_kernels(weights)
-        from flowspec.model.integer_stage import IntegerLinear  # here: it is optional
+        from flowspec.model.compiled_stage import CompiledLinear  # here: it is optional
 
-        linears = {layer: IntegerLinear(pack(block, 8)) for layer, block in blocks.items()}
+        linears = {layer: CompiledLinear(pack(block, 8)) for layer, block in blocks.items()}
     return Taps(shape, linears, getattr(torch, dtype), is_begun=shape.layers[0] < layers.start)
 
 
@@ -162,6 +162,6 @@ def load_head(
         matrix = source.load_lm_head(dtype, device)
         return TargetHead(matrix if token_ids is None else matrix[token_ids.to(matrix.device)])
     _check_kernels(weights)
-    from flowspec.model.integer_stage import IntegerHead  # here: it is optional
+    from flowspec.model.compiled_stage import CompiledHead  # here: it is optional
 
-    return IntegerHead(source, _BITS.get(weights, dtype), token_ids)
+    return CompiledHead(source, _BITS.get(weights, dtype), token_ids)

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from flowspec.errors import ModelError
+from flowspec.model.compiled_matrix import CompiledMatrix, Floats
 from flowspec.model.families import norm_scale
-from flowspec.model.integer_matrix import Floats, IntegerMatrix
 from flowspec.model.packed import Precision, Weight
 from flowspec.model.source import TensorSource
 
@@ -54,7 +54,7 @@ class LayerTensors:
         weight = self._vector(f"{name}.weight")
         return np.empty(0, np.float32) if weight is None else norm_scale(self.source.config, weight).numpy()
 
-    def matrix(self, *names: str, heights: Sequence[int] = ()) -> IntegerMatrix:
+    def matrix(self, *names: str, heights: Sequence[int] = ()) -> CompiledMatrix:
         """Of linear layers that read the same rows, or of a single one that is cut into parts with ``heights``.
 
         All get as many bits as the one that needs most.
@@ -70,7 +70,7 @@ class LayerTensors:
             for begin, end in zip([0, *ends[:-1]], ends, strict=True):
                 parts.append(weight.rows(np.arange(begin, end)) if heights else weight)
                 biases.append(None if bias is None else bias.numpy()[begin:end])
-        return IntegerMatrix(parts, biases)
+        return CompiledMatrix(parts, biases)
 
     def check_nothing_left(self) -> None:
         """Raises ``UncompiledError`` if the layer has parts that nobody asked for."""

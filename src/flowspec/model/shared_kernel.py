@@ -8,8 +8,8 @@ from __future__ import annotations
 import numpy as np
 
 from flowspec.model.compiled import compiled
-from flowspec.model.integer_kernel import multiply, multiply_by_expert, take
 from flowspec.model.mailbox_kernel import open_phase, put, put_float, put_number
+from flowspec.model.matrix_kernel import multiply, multiply_by_expert, take
 from flowspec.model.packed import BFLOAT16, GROUP
 from flowspec.model.row_kernel import LOG2_E, add, gated, turn
 from flowspec.model.slot_kernel import END, FIRST, NUM_KV_HEADS, NUM_SEEN, attend, write
@@ -19,28 +19,28 @@ from flowspec.model.team_kernel import (
     GATE,
     MULTIPLY,
     MULTIPLY_BY_EXPERT,
-    ROUND,
+    TAKE,
     TURN,
     WRITE,
-    round_rows,
     share,
     share_of,
+    take_rows,
 )
 from flowspec.model.vector_code import LANES
 
 # What one core does in a nanosecond, roughly.
 _BYTES, _PRODUCTS, _FLOAT_PRODUCTS, _SCORED = 20.0, 150.0, 40.0, 30.0
-_ROUNDED, _GATED, _ADDED, _TURNED, _WRITTEN = 1.5, 1.0, 5.0, 1.8, 1.6
+_TAKEN, _GATED, _ADDED, _TURNED, _WRITTEN = 1.5, 1.0, 5.0, 1.8, 1.6
 _ROWS = 4  # of a request, that attend at least to their paths together
 
 
 @compiled
-def rounded(box, rows, norm, eps, size, matrix):
-    """Rows [n, K] as ``multiply`` reads them: codes, scales, sums. ``norm``, ``size``: as of ``round_rows``."""
+def taken(box, rows, norm, eps, size, matrix):
+    """Rows [n, K] as ``multiply`` reads them: codes, scales, sums. ``norm``, ``size``: as of ``take_rows``."""
     codes, scales, sums = _empty(len(rows), matrix)
-    count = open_phase(box, rows.size / _ROUNDED, len(rows))
+    count = open_phase(box, rows.size / _TAKEN, len(rows))
     if count == 1:
-        round_rows(rows, norm, eps, size, codes, scales, sums)
+        take_rows(rows, norm, eps, size, codes, scales, sums)
         return codes, scales, sums
     put(box, 0, rows)
     put(box, 1, norm)
@@ -49,13 +49,13 @@ def rounded(box, rows, norm, eps, size, matrix):
     put(box, 4, sums)
     put_float(box, 0, eps)
     put_number(box, 1, size)
-    share(box, ROUND, count)
+    share(box, TAKE, count)
     return codes, scales, sums
 
 
 @compiled
-def rounded_gates(box, products, inner_size, up, is_gelu, size, matrix):
-    """``gated`` rows, as ``rounded``."""
+def taken_gates(box, products, inner_size, up, is_gelu, size, matrix):
+    """``gated`` rows, as ``taken``."""
     codes, scales, sums = _empty(len(products), matrix)
     count = open_phase(box, len(products) * inner_size / _GATED, len(products))
     if count == 1:

@@ -55,8 +55,8 @@ def _tensor_bytes(name: str, shape: tuple[int, ...], dtype: DType, weights: Weig
         return num_values * getattr(torch, dtype).itemsize
     if len(shape) < 2 or name.endswith(_ROUTER):  # norms and routers of integer kernels are in float32
         return 0 if name.endswith(".bias") else num_values * torch.float32.itemsize
-    # As ``integer_matrix`` has them: outputs and inputs filled up, a scale for each group, a bias for each output. What
-    # 4 bits have beside the scale is a zero point, or an offset, which takes more.
+    # As ``compiled_matrix`` has them: outputs and inputs filled up, a scale for each group, a bias for each output.
+    # What 4 bits have beside the scale is a zero point, or an offset, which takes more.
     num_outputs = math.prod(shape[:-2]) * -(-shape[-2] // _LANES) * _LANES
     num_groups = -(-shape[-1] // GROUP)
     per_group = GROUP * _NUM_BITS[weights] // 8 + torch.float16.itemsize * (2 if weights == "int4" else 1)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import numpy as np
 
 from flowspec.model.compiled import compiled
-from flowspec.model.integer_kernel import multiply, multiply_by_expert, take
 from flowspec.model.mailbox_kernel import (
     CALLED,
     DONE,
@@ -32,12 +31,13 @@ from flowspec.model.mailbox_kernel import (
     look_away,
     number,
 )
+from flowspec.model.matrix_kernel import multiply, multiply_by_expert, take
 from flowspec.model.row_kernel import add as add_products
 from flowspec.model.row_kernel import gated, normalised, turn
 from flowspec.model.slot_kernel import attend, write
 from flowspec.model.team_code import add, call, carray, load, pointer, store, swap
 
-MULTIPLY, MULTIPLY_BY_EXPERT, ROUND, GATE, ADD, TURN, WRITE, ATTEND = range(8)
+MULTIPLY, MULTIPLY_BY_EXPERT, TAKE, GATE, ADD, TURN, WRITE, ATTEND = range(8)
 
 _YIELDS = 2000  # of a helper, before it leaves: about a millisecond
 
@@ -49,7 +49,7 @@ def share_of(part, count, length):
 
 
 @compiled
-def round_rows(rows, norm, eps, size, codes, scales, sums):
+def take_rows(rows, norm, eps, size, codes, scales, sums):
     """As ``take``, of rows that are normalised before if ``norm`` has their width."""
     if len(norm):
         take(normalised(rows, norm, eps), size, codes, scales, sums)
@@ -79,12 +79,12 @@ def _multiply_by_expert(box, unit, count):
 
 
 @compiled
-def _round(box, unit, count):
+def _take(box, unit, count):
     rows, norm = array_2(box, 0, np.float32), array_1(box, 1, np.float32)
     codes, scales, sums = array_3(box, 2, np.int8), array_2(box, 3, np.float32), array_2(box, 4, np.int32)
     begin, end = share_of(unit, count, len(rows))
     eps, size = float_of(box, 0), number(box, 1)
-    round_rows(rows[begin:end], norm, eps, size, codes[begin:end], scales[begin:end], sums[begin:end])
+    take_rows(rows[begin:end], norm, eps, size, codes[begin:end], scales[begin:end], sums[begin:end])
 
 
 @compiled
@@ -137,8 +137,8 @@ def _perform(box, unit, count):
         _multiply(box, unit, count)
     elif kind == MULTIPLY_BY_EXPERT:
         _multiply_by_expert(box, unit, count)
-    elif kind == ROUND:
-        _round(box, unit, count)
+    elif kind == TAKE:
+        _take(box, unit, count)
     elif kind == GATE:
         _gate(box, unit, count)
     elif kind == ADD:

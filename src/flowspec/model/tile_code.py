@@ -1,7 +1,7 @@
 """What kernels do with vectors of the processor, in the language of numba's compiler, which is LLVM's.
 
 No loop makes that compiler use the instruction that multiplies four small numbers at once and adds them up, so the
-inner products of ``integer_kernel`` are written here. Each processor's instructions give the same numbers.
+inner products of ``matrix_kernel`` are written here. Each processor's instructions give the same numbers.
 """
 
 from __future__ import annotations

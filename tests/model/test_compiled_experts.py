@@ -14,7 +14,7 @@ from torch import Tensor
 from flowspec.core import DType, LayerRange
 from flowspec.errors import ModelError
 from flowspec.model.backends import load_stage
-from flowspec.model.integer_experts import IntegerExperts
+from flowspec.model.compiled_experts import CompiledExperts
 from flowspec.model.layer_tensors import LayerTensors
 from flowspec.model.loader import Checkpoint
 from flowspec.model.packed import Bits, pack
@@ -51,13 +51,13 @@ def torch_mixture(checkpoint: Checkpoint) -> Any:
     return mixture
 
 
-def packed_mixture(directory: Path, bits: Bits) -> IntegerExperts:
+def packed_mixture(directory: Path, bits: Bits) -> CompiledExperts:
     checkpoint = Checkpoint.open(directory)
     layer = bare_model(checkpoint.config, "eager").layers[LAYER]
-    return IntegerExperts(LayerTensors(checkpoint, f"model.layers.{LAYER}.", layer, bits), "mlp", layer.mlp)
+    return CompiledExperts(LayerTensors(checkpoint, f"model.layers.{LAYER}.", layer, bits), "mlp", layer.mlp)
 
 
-def products(experts: IntegerExperts, rows: Any) -> Any:
+def products(experts: CompiledExperts, rows: Any) -> Any:
     return experts(rows, Team(1).mailbox)[:, : rows.shape[1]]
 
 

@@ -1,11 +1,12 @@
-"""Products of rows with packed weights, compiled by numba: whole numbers within a group of inputs, floats between.
+"""Products of rows with weights, compiled by numba: of whole numbers within a group of inputs, or of floats alone.
 
-Rows are rounded to 8 bits, each group of inputs of each row with a scale of its own. The products of a group add up in
-whole numbers, whose order does not matter, and groups follow one another: so a row's bits are its own, whatever rows
-come with it, and however these are shared out.
+With packed weights rows are rounded to 8 bits, each group of inputs of each row with a scale of its own. The products
+of a group add up in whole numbers, whose order does not matter, and groups follow one another: so a row's bits are its
+own, whatever rows come with it, and however these are shared out. With weights in floats rows stay as they are;
+``float_tile_code`` says in which order their products add up.
 
-Weights lie so that an instruction multiplies four inputs of a row with those of many outputs: outputs are cut into
-blocks of ``LANES``, the inputs of a group into quads.
+Packed weights lie so that an instruction multiplies four inputs of a row with those of many outputs: outputs are cut
+into blocks of ``LANES``, the inputs of a group into quads. Weights in floats lie input by input.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The mixture of experts of one layer on the integer kernel: it reads the weights of chosen experts alone.
+"""The mixture of experts of one layer on compiled kernels: it reads the weights of chosen experts alone.
 
 The router is in float32. What a row gets does not depend on the rows beside it, nor on the threads.
 """
@@ -12,16 +12,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flowspec.model import expert_kernel, row_kernel, shared_kernel
+from flowspec.model.compiled_matrix import CompiledRows, Floats, Lanes, blocks_of, groups_of
 from flowspec.model.expert_kernel import PART
-from flowspec.model.integer_kernel import LANES
-from flowspec.model.integer_matrix import Floats, IntegerRows, Lanes, blocks_of, groups_of
 from flowspec.model.layer_tensors import LayerTensors
+from flowspec.model.matrix_kernel import LANES
 from flowspec.model.packed import GROUP, Precision, Weight
 from flowspec.model.source import TensorSource
 from flowspec.model.team import Mailbox
 
 
-class IntegerExperts:
+class CompiledExperts:
     """Of one layer."""
 
     def __init__(self, tensors: LayerTensors, name: str, mixture: Any) -> None:
@@ -95,7 +95,7 @@ class _Matrices:
 
         Those from ``starts[j]`` to ``starts[j + 1]`` run through the matrix ``experts[j]``.
         """
-        pairs = IntegerRows.of(rows, self._lanes.codes.shape[2], self._size, self._lanes.kind).picked(picked)
+        pairs = CompiledRows.of(rows, self._lanes.codes.shape[2], self._size, self._lanes.kind).picked(picked)
         products: Floats = shared_kernel.product_by_expert(mailbox, pairs, starts, experts, self._lanes)
         return products
 

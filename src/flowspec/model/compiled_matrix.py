@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 
 from flowspec.errors import ModelError
-from flowspec.model import integer_kernel, layer_kernel
-from flowspec.model.integer_kernel import LANES
+from flowspec.model import layer_kernel, matrix_kernel
+from flowspec.model.matrix_kernel import LANES
 from flowspec.model.packed import (
     BFLOAT16,
     EIGHT_BITS,
@@ -83,7 +83,7 @@ class Lanes(NamedTuple):
         elif weight.offsets is not None:
             raise ModelError("some experts have 4-bit codes with zero points, others with offsets; use int8 weights")
         groups = groups_of(weight.group_size)
-        integer_kernel.lay_out(weight.codes, groups, self.codes[blocks])
+        matrix_kernel.lay_out(weight.codes, groups, self.codes[blocks])
         self.scales[blocks] = _by_lanes(weight.scales.view(np.uint16), groups)
         if weight.zero_points is not None:
             self.zeros[blocks] = _by_lanes(weight.zero_points, groups)
@@ -91,7 +91,7 @@ class Lanes(NamedTuple):
             self.offsets[blocks] = _by_lanes(weight.offsets.view(np.uint16), groups)
 
 
-class IntegerRows(NamedTuple):
+class CompiledRows(NamedTuple):
     """Rows as the kernel reads them."""
 
     codes: NDArray[np.int8]  # [n, groups, GROUP]; or the bytes of floats
@@ -99,19 +99,19 @@ class IntegerRows(NamedTuple):
     sums: NDArray[np.int32]  # [n, groups]
 
     @classmethod
-    def of(cls, rows: Floats, num_groups: int, size: int, kind: int = EIGHT_BITS) -> IntegerRows:
+    def of(cls, rows: Floats, num_groups: int, size: int, kind: int = EIGHT_BITS) -> CompiledRows:
         """[n, K], rounded unless weights are floats. ``size``: inputs that share a scale of such weights."""
         shape, width = (len(rows), num_groups), 4 * GROUP if kind in FLOAT_KINDS else GROUP
         rounded = cls(np.empty((*shape, width), np.int8), np.empty(shape, np.float32), np.empty(shape, np.int32))
-        integer_kernel.take(rows, size, *rounded)
+        matrix_kernel.take(rows, size, *rounded)
         return rounded
 
-    def picked(self, indices: NDArray[np.int64]) -> IntegerRows:
+    def picked(self, indices: NDArray[np.int64]) -> CompiledRows:
         """Some of them."""
-        return IntegerRows(self.codes[indices], self.scales[indices], self.sums[indices])
+        return CompiledRows(self.codes[indices], self.scales[indices], self.sums[indices])
 
 
-class IntegerMatrix:
+class CompiledMatrix:
     """The weights of one linear layer, or of several that read the same rows."""
 
     def __init__(self, parts: Sequence[Weight], biases: Sequence[Floats | None] = ()) -> None:
