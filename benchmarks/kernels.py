@@ -96,17 +96,21 @@ def on_torch_int4(weight: NDArray[np.float32], threads: int) -> Product:
     return run
 
 
-def on_ours(bits: Any) -> Callable[[NDArray[np.float32], int], Product]:
-    """What stages with integer weights run on."""
+def on_ours(precision: Any) -> Callable[[NDArray[np.float32], int], Product]:
+    """What stages run on: bits, or a type of floats."""
 
     def make(weight: NDArray[np.float32], threads: int) -> Product:
         import torch
 
-        from flowspec.model.integer_matrix import IntegerMatrix
-        from flowspec.model.packed import pack
+        from flowspec.model.compiled_matrix import CompiledMatrix
+        from flowspec.model.packed import FloatWeight, pack
         from flowspec.model.team import team_of
 
-        matrix = IntegerMatrix([pack(torch.from_numpy(weight), bits)])
+        given = torch.from_numpy(weight)
+        is_float = isinstance(precision, str)
+        matrix = CompiledMatrix(
+            [FloatWeight(given.to(getattr(torch, precision))) if is_float else pack(given, precision)]
+        )
         team = team_of(threads)
         return lambda rows: matrix(rows, team.mailbox)
 
@@ -185,6 +189,8 @@ KERNELS = (
     Kernel("torch bfloat16", 2.0, on_torch("bfloat16")),
     Kernel("torch int8 weights", 1.0, on_torch_int8),
     Kernel("torch int4 weights", INT4, on_torch_int4),
+    Kernel("flowspec float32", FLOAT, on_ours("float32")),
+    Kernel("flowspec bfloat16", FLOAT / 2, on_ours("bfloat16")),
     Kernel("flowspec int8", INT8, on_ours(8)),
     Kernel("flowspec int4", INT4, on_ours(4)),
 )

@@ -35,8 +35,8 @@ CONFINED = {
     "matplotlib": {"bench.plots"},
     "transformers": {"model", "train", "engine"},
     "huggingface_hub": {"model"},
-    "numba": {"model.compiled", "model.tile_code", "model.vector_code", "model.team_code"},
-    "llvmlite": {"model.tile_code", "model.vector_code", "model.team_code"},
+    "numba": {"model.compiled", "model.tile_code", "model.float_tile_code", "model.vector_code", "model.team_code"},
+    "llvmlite": {"model.tile_code", "model.float_tile_code", "model.vector_code", "model.team_code"},
     "gguf": {"model"},
 }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -122,11 +122,13 @@ def write_gguf(
     tokenizer: PreTrainedTokenizerFast | Callable[[gguf.GGUFWriter], None] | None = None,
     values: dict[str, Any] | None = None,
     split: tuple[int, int] | None = None,
+    other_kinds: Mapping[str, Kind] | None = None,
     **overrides: Any,
 ) -> Any:
     """Write a random model; return it, as transformers has it. ``values``: of the metadata, as well.
 
-    ``kind``: of matrices. ``split``: the part's number and how many there are; each has every second tensor.
+    ``kind``: of matrices; ``other_kinds``: of some, by parts of their names. ``split``: the part's number and how many
+    there are; each has every second tensor.
     """
     plain = _traits(family)
     model: Any = make_model(_MODEL_TYPES.get(family, family), **plain | overrides)
@@ -155,11 +157,37 @@ def write_gguf(
     _add_traits(writer, family, config)
     tensors = list(_stored_tensors(model, family))
     for name, array in tensors if split is None else tensors[split[0] :: split[1]]:
-        of = kind if array.ndim >= 2 else Kind.F32
-        data = np.ascontiguousarray(array) if of == Kind.F32 else gguf.quantize(np.ascontiguousarray(array), of)
+        other = next((other for part, other in (other_kinds or {}).items() if part in name), kind)
+        of = other if array.ndim >= 2 else Kind.F32
+        data = quantised(np.ascontiguousarray(array), of)
         writer.add_tensor(name, data, raw_dtype=None if of == Kind.F32 else of)
     _write(writer)
     return model
+
+
+def quantised(array: Any, kind: Kind) -> Any:
+    """As the file has it [..., bytes of a row]."""
+    if kind == Kind.F32:
+        return array
+    return _quantised_q4_k(array) if kind == Kind.Q4_K else gguf.quantize(array, kind)
+
+
+def _quantised_q4_k(array: Any) -> Any:
+    """Rounded to the nearest, which the ``gguf`` package does not do for this kind."""
+    groups = array.reshape(-1, 8, 32)  # [blocks, groups, inputs]
+    minima = np.maximum(-groups.min(axis=2), 0)
+    spans = (groups.max(axis=2) + minima) / 15
+    factors = np.stack([spans.max(axis=1), minima.max(axis=1)], axis=1).astype(np.float16) / np.float16(63)
+    divisors = factors.astype(np.float32)[..., None]
+    scales = np.clip(np.ceil(spans / divisors[:, 0]), 0, 63).astype(np.uint8)
+    shifts = np.clip(np.round(minima / divisors[:, 1]), 0, 63).astype(np.uint8)
+    steps = np.maximum(divisors[:, 0] * scales, 1e-9)[..., None]
+    codes = np.clip(np.round((groups + (divisors[:, 1] * shifts)[..., None]) / steps), 0, 15).astype(np.uint8)
+    upper = [(each[:, :4] | each[:, 4:] >> 4 << 6) for each in (scales, shifts)]
+    mixed = (scales[:, 4:] & 15) | (shifts[:, 4:] & 15) << 4
+    halves = (codes[:, 0::2] | codes[:, 1::2] << 4).reshape(len(groups), -1)
+    blocks = np.concatenate([factors.view(np.uint8), *upper, mixed, halves], axis=1)
+    return blocks.reshape(*array.shape[:-1], -1)
 
 
 def rewrite(path: Path, plain: Path, values: dict[str, Any], tensors: dict[str, Any] | None = None) -> None:

@@ -271,7 +271,8 @@ def test_bench_without_a_cluster_runs_on_this_machine(run: Run, tmp_path: Path) 
     assert of_temperature["settings"] == {
         "max_new_tokens": 8, "temperature": 0, "num_prompts": 1, "repeats": 2, "draft": "auto", "int8_draft": False,
             "draft_layers": None,
-        "schedule_config": asdict(ScheduleConfig()), "workers": None, "partition": "0:4,4:8", "dtype": "float32",
+        "schedule_config": asdict(ScheduleConfig()), "workers": None, "draft_worker": None,
+        "partition": "0:4,4:8", "dtype": "float32",
         "device": "cpu", "int8_wire": False,
     }  # fmt: skip
     for result in of_temperature["results"]:

@@ -69,7 +69,7 @@ def test_each_dtype_and_width_goes_over_the_wire(
 
 
 @pytest.mark.skipif(importlib.util.find_spec("numba") is None, reason="numba is not installed")
-def test_integer_stages_serve_it_and_stay_exact(checkpoint_dir: Callable[[str], Path]) -> None:
+def test_compiled_stages_serve_it_and_stay_exact(checkpoint_dir: Callable[[str], Path]) -> None:
     directory, texts = checkpoint_dir("qwen3"), []
     for draft, stages, schedule in (("none", 1, "ar"), (directory / "eagle3", 3, "flow")):
         with LLM(directory, draft=draft, stages=stages, schedule=schedule, weights="int8", in_process=True) as llm:

@@ -108,7 +108,7 @@ needs_kernels = pytest.mark.skipif(importlib.util.find_spec("numba") is None, re
 
 @needs_kernels
 @pytest.mark.parametrize("name", SHAPES)
-def test_on_integer_kernels_neither_segments_nor_partitions_change_a_bit(
+def test_on_matrix_kernels_neither_segments_nor_partitions_change_a_bit(
     checkpoint_dir: Callable[[str], Path], name: str
 ) -> None:
     directory, shape = checkpoint_dir("qwen3"), SHAPES[name]
@@ -119,7 +119,7 @@ def test_on_integer_kernels_neither_segments_nor_partitions_change_a_bit(
 
 
 @needs_kernels
-def test_integer_kernels_multiply_by_the_rounded_block(checkpoint_dir: Callable[[str], Path]) -> None:
+def test_matrix_kernels_multiply_by_the_rounded_block(checkpoint_dir: Callable[[str], Path]) -> None:
     shape = TapShape((2,), WIDTH)
     block = blocks_of(shape)[2]
     rows = torch.randn(7, SIZE, generator=torch.Generator().manual_seed(3))

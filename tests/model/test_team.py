@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from flowspec.core import LayerRange
-from flowspec.model import integer_stage
-from flowspec.model.integer_stage import IntegerHead, IntegerStage
+from flowspec.model import compiled_stage
+from flowspec.model.compiled_stage import CompiledHead, CompiledStage
 from flowspec.model.loader import Checkpoint
 from flowspec.model.mailbox_kernel import ALONE, DONE, OWNER
 from flowspec.model.shared_kernel import write_and_attend
@@ -48,7 +48,7 @@ def team(request: pytest.FixtureRequest) -> Iterator[Team]:
 
 def with_team(team: Team, load: Callable[[], Any]) -> Any:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(integer_stage, "team_of", lambda num_threads: team)
+        patch.setattr(compiled_stage, "team_of", lambda num_threads: team)
         return load()
 
 
@@ -75,8 +75,8 @@ def test_bits_are_those_of_one_thread(
 ) -> None:
     checkpoint = Checkpoint.open(checkpoint_dir(family))
 
-    def load() -> tuple[IntegerStage, IntegerHead]:
-        return IntegerStage.load(checkpoint, LayerRange(0, 6), "float32", bits), IntegerHead(checkpoint, 8)
+    def load() -> tuple[CompiledStage, CompiledHead]:
+        return CompiledStage.load(checkpoint, LayerRange(0, 6), "float32", bits), CompiledHead(checkpoint, 8)
 
     stage, head = load()
     shared_stage, shared_head = with_team(team, load)
@@ -91,7 +91,7 @@ def test_requests_of_one_forward_have_the_bits_that_they_have_alone(
     checkpoint_dir: Callable[[str], Path], team: Team
 ) -> None:
     checkpoint = Checkpoint.open(checkpoint_dir("mistral"))
-    stage = with_team(team, lambda: IntegerStage.load(checkpoint, LayerRange(0, 3), "float32", 8))
+    stage = with_team(team, lambda: CompiledStage.load(checkpoint, LayerRange(0, 3), "float32", 8))
     counts, parts = [5, 60, 1, 30], []
     for count in counts:
         cache = stage.open_cache()
@@ -105,7 +105,7 @@ def test_helpers_come_when_there_is_work_and_leave_also_what_is_given_up(
     checkpoint_dir: Callable[[str], Path], team: Team
 ) -> None:
     checkpoint = Checkpoint.open(checkpoint_dir("llama"))
-    stage = with_team(team, lambda: IntegerStage.load(checkpoint, LayerRange(0, 4), "float32", 8))
+    stage = with_team(team, lambda: CompiledStage.load(checkpoint, LayerRange(0, 4), "float32", 8))
     wait_until(lambda: team.num_called == 0)
     cache = stage.open_cache()
     given_up = stage.steps([Part(torch.tensor([5]), cache.slots.append_prefix([0]), cache)])
@@ -118,7 +118,7 @@ def test_helpers_come_when_there_is_work_and_leave_also_what_is_given_up(
 
 def test_whoever_finds_the_mailbox_taken_works_alone(checkpoint_dir: Callable[[str], Path], team: Team) -> None:
     checkpoint = Checkpoint.open(checkpoint_dir("llama"))
-    stage = with_team(team, lambda: IntegerStage.load(checkpoint, LayerRange(0, 4), "float32", 8))
+    stage = with_team(team, lambda: CompiledStage.load(checkpoint, LayerRange(0, 4), "float32", 8))
     wanted = run(stage, [20])
     team.mailbox[OWNER] = 1
     team.mailbox[DONE] = -1
@@ -145,7 +145,7 @@ def test_no_memory_is_an_error_of_the_caller(team: Team) -> None:
 def test_a_closed_team_has_no_threads_and_work_is_still_done(checkpoint_dir: Callable[[str], Path]) -> None:
     checkpoint = Checkpoint.open(checkpoint_dir("llama"))
     team = Eager(3)
-    stage = with_team(team, lambda: IntegerStage.load(checkpoint, LayerRange(0, 4), "float32", 8))
+    stage = with_team(team, lambda: CompiledStage.load(checkpoint, LayerRange(0, 4), "float32", 8))
     helpers = list(team._helpers)
     wanted = run(stage, [20])
     team.close()

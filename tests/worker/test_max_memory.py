@@ -20,7 +20,7 @@ from flowspec.core import DType, LayerRange, Weights
 from flowspec.errors import UsageError
 from flowspec.model.backends import load_stage, open_checkpoint
 from flowspec.model.loader import Checkpoint
-from flowspec.model.stage_size import stage_bytes
+from flowspec.model.stage_size import StageShapes, stage_bytes
 from flowspec.wire.messages import PROTOCOL_VERSION, Configure
 from flowspec.worker.kept import StageLoader
 from flowspec.worker.memory import Allowance, free_bytes, total_bytes, used_bytes
@@ -32,9 +32,9 @@ from worker_process import WorkerProcess
 CPU = torch.device("cpu")
 
 
-def shapes_of(checkpoint: Checkpoint, layers: LayerRange) -> dict[str, tuple[int, ...]]:
+def shapes_of(checkpoint: Checkpoint, layers: LayerRange) -> StageShapes:
     stored = {name: checkpoint.stored(name) for name in checkpoint.names_of_stage(layers)}
-    return {name: found.shape for name, found in stored.items() if found is not None}
+    return StageShapes({name: found.shape for name, found in stored.items() if found is not None})
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def test_what_a_stage_takes_is_known_before_it_is_read(
 
 @pytest.mark.parametrize("weights", ["int8", "int4"])
 @pytest.mark.parametrize("family", ["qwen2", "mixtral"])
-def test_so_it_is_on_integer_kernels(family: str, weights: Weights, tmp_path: Path) -> None:
+def test_so_it_is_on_matrix_kernels(family: str, weights: Weights, tmp_path: Path) -> None:
     sizes: dict[str, Any] = (
         {"num_local_experts": 64, "hidden_size": 64, "num_hidden_layers": 1} if family == "mixtral" else {}
     )
@@ -125,8 +125,7 @@ def test_a_draft_model_takes_its_lm_head_too(wide: Path) -> None:
     loader.memory.check_fits = lambda num_bytes, what: told.append(num_bytes)  # type: ignore[method-assign]
     loaded = loader.load(configure, checkpoint, lambda done: None)
     assert told == [without + head] and loaded.guesser is not None
-    shapes = {name: shape for name, shape in shapes_of(checkpoint, layers).items() if name != "lm_head.weight"}
-    loader.check_fits(configure, shapes)
+    loader.check_fits(configure, shapes_of(checkpoint, layers))
     assert told[1:] == [without + head], "a model whose embedding is its lm_head holds it twice"
 
 

@@ -92,6 +92,9 @@ class HeadLoader:
         """The lm_head: in integers where the draft head is made so, and over all of the target's tokens."""
         if self.draft_dtype == "int8" or (self.weights != "float" and can_quantize(draft_head)):
             quantize_head(draft_head)
-            if isinstance(lm_head, TargetHead):  # others are in integers themselves
+            if isinstance(lm_head, TargetHead):
                 lm_head = Int8TargetHead(lm_head.weight)
+            elif self.weights == "float":  # of compiled kernels; others are in integers themselves
+                matrix = self.checkpoint.load_lm_head("bfloat16", self.device)
+                lm_head = Int8TargetHead(matrix if token_ids is None else matrix[token_ids.to(self.device)])
         return lm_head if token_ids is None else FewTokensHead(lm_head, token_ids, self.checkpoint.vocab_size)

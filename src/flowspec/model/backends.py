@@ -26,6 +26,7 @@ from flowspec.model.torch_stage import TorchStage
 logger = logging.getLogger("flowspec.model")
 
 _BITS: dict[Weights, Bits] = {"int8": 8, "int4": 4}
+_COMPILED_WIDTH = 512  # from which on a model's floats are worth the start of numba
 
 
 def open_checkpoint(name: str | Path) -> Checkpoint:
@@ -101,12 +102,24 @@ def load_stage(
     Raises ``ModelError`` if the source has no such layers, cannot be cut, or does not fit its config or the kernels;
     ``UsageError`` where these are missing.
     """
-    if weights not in _BITS:
+    if weights not in _BITS and not is_compiled(source.hidden_size, device):
         return TorchStage.load(source, layers, dtype, device, progress)
     _check_kernels(weights)
-    from flowspec.model.integer_stage import IntegerStage  # here: it is optional
+    from flowspec.model.compiled_stage import CompiledStage  # here: it is optional
+    from flowspec.model.layer_tensors import UncompiledError
 
-    return IntegerStage.load(source, layers, dtype, _BITS[weights], progress)
+    try:
+        return CompiledStage.load(source, layers, dtype, _BITS.get(weights, dtype), progress)
+    except UncompiledError as error:
+        if weights in _BITS:
+            raise ModelError(f"{error}; use --weights float") from error
+        logger.warning("%s; torch runs them, more slowly", error)
+        return TorchStage.load(source, layers, dtype, device, progress)
+
+
+def is_compiled(hidden_size: int, device: str) -> bool:
+    """Whether a model's weights in floats are on compiled kernels, too."""
+    return torch.device(device).type == "cpu" and hidden_size >= _COMPILED_WIDTH and _has_kernels()
 
 
 def make_taps(
@@ -121,9 +134,9 @@ def make_taps(
         linears = {layer: TorchLinear(block, device) for layer, block in blocks.items()}
     else:
         _check_kernels(weights)
-        from flowspec.model.integer_stage import IntegerLinear  # here: it is optional
+        from flowspec.model.compiled_stage import CompiledLinear  # here: it is optional
 
-        linears = {layer: IntegerLinear(pack(block, 8)) for layer, block in blocks.items()}
+        linears = {layer: CompiledLinear(pack(block, 8)) for layer, block in blocks.items()}
     return Taps(shape, linears, getattr(torch, dtype), is_begun=shape.layers[0] < layers.start)
 
 
@@ -145,10 +158,10 @@ def load_head(
     source: TensorSource, dtype: DType, weights: Weights, device: str, token_ids: Tensor | None = None
 ) -> LogitsHead:
     """The lm_head, or its rows of some tokens. Raises as ``load_stage`` does."""
-    if weights not in _BITS:
+    if weights not in _BITS and not is_compiled(source.hidden_size, device):
         matrix = source.load_lm_head(dtype, device)
         return TargetHead(matrix if token_ids is None else matrix[token_ids.to(matrix.device)])
     _check_kernels(weights)
-    from flowspec.model.integer_stage import IntegerHead  # here: it is optional
+    from flowspec.model.compiled_stage import CompiledHead  # here: it is optional
 
-    return IntegerHead(source, _BITS[weights], token_ids)
+    return CompiledHead(source, _BITS.get(weights, dtype), token_ids)

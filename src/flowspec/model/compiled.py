@@ -16,7 +16,7 @@ from numba.core import ccallback, types
 from flowspec.model.user_cache import cache_directory
 
 _PATIENCE_S = 180.0
-_SOURCES = ("*_kernel.py", "*_code.py", "compiled.py")
+_SOURCES = ("*_kernel.py", "*_code.py", "compiled*.py", "packed.py")  # of kernels, and of what they take
 
 
 def compiled(function: Callable[..., Any]) -> Any:
@@ -24,12 +24,12 @@ def compiled(function: Callable[..., Any]) -> Any:
     called from. Where a product is to be fused with a sum, the kernel says so. Kept on disk where a folder can be.
 
     numba asks a kernel's own file whether what it kept is old; it is, too, once another kernel that this one calls has
-    changed.
+    changed. So that is another version: of what one has kept, numba reads nothing else, which may name what is gone.
     """
     options: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
     try:
         kernel: Any = numba.njit(cache=True, **options)(function)
-        kernel._cache._cache_file._source_stamp = _stamp()
+        kernel._cache._cache_file._version += _stamp()
     except (RuntimeError, AttributeError):  # neither beside this file nor in the user's cache; or in another way there
         return numba.njit(**options)(function)
     return kernel
@@ -61,7 +61,7 @@ def callback(kernel: Any) -> Any:
     found: Any = ccallback.CFunc(kernel.py_func, (signature.args, signature.return_type), {}, {"error_model": "numpy"})
     try:
         found.enable_caching()
-        found._cache._cache_file._source_stamp = _stamp()
+        found._cache._cache_file._version += _stamp()
     except (RuntimeError, AttributeError):  # as above
         pass
     found.compile()

@@ -6,6 +6,7 @@ take the codes of the types that they can hold, as they are.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
@@ -15,7 +16,6 @@ from typing import Any
 import gguf
 import numpy as np
 import torch
-from gguf import GGMLQuantizationType as Kind
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -25,19 +25,18 @@ from flowspec.errors import ModelError, first_line
 from flowspec.model.families import EMBEDDING, FAMILIES, LM_HEAD
 from flowspec.model.fetched import draft_directory_of, name_for_workers
 from flowspec.model.gguf_architectures import architecture_of
+from flowspec.model.gguf_blocks import is_held, own_bits, packed_blocks
 from flowspec.model.gguf_config import CONFIG_TENSORS, ConfigReader
 from flowspec.model.gguf_header import Header, TensorPlace
 from flowspec.model.gguf_tokenizer import read_tokenizer, set_pre_tokenizer
 from flowspec.model.loader import Checkpoint
-from flowspec.model.packed import GROUP, Bits, PackedWeight
+from flowspec.model.packed import Bits, PackedWeight
 from flowspec.model.tensor_files import StoredTensor
 
 GGUF_SUFFIX = ".gguf"
 
 _SPLIT_NAME = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 _CHUNK = 4096  # rows that are dequantised at once
-_FLOATS = {Kind.F32, Kind.F16, Kind.BF16}
-_PACKED: dict[Bits, set[Kind]] = {8: {Kind.Q8_0, Kind.Q4_0}, 4: {Kind.Q4_0, Kind.Q4_1}}  # whose own codes kernels hold
 
 _NAMES = {
     "token_embd.weight": EMBEDDING,
@@ -103,10 +102,11 @@ class GGUFCheckpoint(Checkpoint):
     @property
     def own_bits(self) -> Bits | None:
         """Of the kernels that lose next to nothing of the file's numbers; ``None`` where it has floats."""
-        kinds = {place.kind for name, place in self._places.items() if ".layers." in name} - _FLOATS
-        if not kinds:
-            return None
-        return 4 if kinds <= _PACKED[4] else 8
+        places = [place for name, place in self._places.items() if ".layers." in name]
+        return own_bits((place.kind, math.prod(place.shape)) for place in places)
+
+    def has_four_bits(self, name: str) -> bool:
+        return is_held(self._place(name).kind, 4)
 
     def files(self) -> list[Path]:
         return sorted({place.path for place in self._places.values()})
@@ -146,22 +146,11 @@ class GGUFCheckpoint(Checkpoint):
 
     def own_packed(self, name: str, bits: Bits) -> PackedWeight | None:
         place = self._place(name)
-        if place.kind not in _PACKED[bits]:
+        if not is_held(place.kind, bits):
             return None
-        blocks = np.concatenate(list(self._raw_chunks(place)))
-        blocks = blocks.reshape(len(blocks), place.shape[-1] // GROUP, -1)
-        if (order := self._row_order(name, place)) is not None:
-            blocks = blocks[order]
-        scales = blocks[..., :2].copy().view(np.float16)
-        if place.kind == Kind.Q8_0:
-            return PackedWeight(blocks[..., 2:].copy().view(np.int8), scales, None)
-        begin = 4 if place.kind == Kind.Q4_1 else 2
-        codes = np.concatenate([blocks[..., begin:] & 15, blocks[..., begin:] >> 4], axis=2)
-        if place.kind == Kind.Q4_1:
-            return PackedWeight(codes, scales, offsets=blocks[..., 2:4].copy().view(np.float16))
-        if bits == 8:
-            return PackedWeight(codes.astype(np.int8) - np.int8(8), scales, None)
-        return PackedWeight(codes, scales, np.full(scales.shape, 8, dtype=np.uint8))
+        weight = packed_blocks(place.kind, np.concatenate(list(self._raw_chunks(place))), bits)
+        order = self._row_order(name, place)
+        return weight if order is None else weight.rows(order)
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         try:

@@ -226,6 +226,17 @@ class Checkpoint(TensorSource):
             return super().packed(name, bits)
         return codes.packed(bits) or pack(codes.floats(), bits, f"{self.name}: {name}")
 
+    def has_four_bits(self, name: str) -> bool:
+        """Whether its codes have, in a file whose matrices have 4 bits."""
+        return len(self.parts_of(name)) > 1
+
+    def float_dtype(self, name: str) -> DType:
+        stored = self.stored(name) if len(self.parts_of(name)) == 1 else None
+        return "float32" if stored is None else stored.float_dtype
+
+    def bits_of(self, names: Iterable[str], bits: Bits) -> Bits:
+        return 8 if bits == self.own_bits == 4 and not all(map(self.has_four_bits, names)) else bits
+
     def _codes(self, name: str) -> Codes | None:
         """Of a tensor that is quantised."""
         parts = self.parts_of(name)

@@ -1,4 +1,4 @@
-"""Weights of linear layers in 8 or 4 bits, as integer kernels read them. Makes no product.
+"""Weights of linear layers as compiled kernels read them: in 8 or 4 bits, or in floats. Makes no product.
 
 A row's inputs are cut into groups, each with a scale of its own: ``weight = (code - zero point) * scale``, or, as files
 have them, too, ``code * scale + offset``. This holds what GGUF's Q8_0, Q4_0 and Q4_1 hold, to the bit.
@@ -7,18 +7,26 @@ have them, too, ``code * scale + offset``. This holds what GGUF's Q8_0, Q4_0 and
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from flowspec.core import DType
 from flowspec.errors import ModelError
 
 Bits = Literal[8, 4]
+Precision: TypeAlias = Bits | DType  # of weights
 
 GROUP = 32  # inputs that share a scale, as in GGUF
+# How kernels tell weights apart.
+NUM_KINDS = 6
+WITH_ZEROS, WITH_OFFSETS, EIGHT_BITS, BFLOAT16, FLOAT16, FLOAT32 = range(NUM_KINDS)
+FLOAT_KINDS = BFLOAT16, FLOAT16, FLOAT32
+_FLOATS = {BFLOAT16: torch.bfloat16, FLOAT16: torch.float16, FLOAT32: torch.float32}
+
 _CHUNK = 4096  # rows that are packed at once: a large matrix in float32 may not fit beside its original
 
 
@@ -40,6 +48,17 @@ class PackedWeight:
         """[N, K]."""
         rows, groups, size = self.codes.shape
         return rows, groups * size
+
+    @property
+    def kind(self) -> int:
+        if self.bits == 8:
+            return EIGHT_BITS
+        return WITH_ZEROS if self.offsets is None else WITH_OFFSETS
+
+    @property
+    def group_size(self) -> int:
+        """Inputs that share a scale."""
+        return self.codes.shape[2]
 
     @property
     def nbytes(self) -> int:
@@ -76,6 +95,38 @@ class PackedWeight:
         if self.offsets is not None:
             codes += self.offsets
         return torch.from_numpy(codes.reshape(self.shape))
+
+
+@dataclass(frozen=True)
+class FloatWeight:
+    """The weight [N, K] of a linear layer as it is."""
+
+    values: Tensor  # float32, bfloat16 or float16, on the processor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[N, K]."""
+        num_outputs, num_inputs = self.values.shape
+        return num_outputs, num_inputs
+
+    @property
+    def kind(self) -> int:
+        return next(kind for kind, dtype in _FLOATS.items() if dtype == self.values.dtype)
+
+    @property
+    def group_size(self) -> int:
+        """As if there were scales."""
+        return self.shape[1] if self.shape[1] % GROUP else GROUP
+
+    def as_kind(self, kind: int) -> FloatWeight:
+        return FloatWeight(self.values.to(_FLOATS[kind]))
+
+    def rows(self, indices: NDArray[np.int64]) -> FloatWeight:
+        """Some of them."""
+        return FloatWeight(self.values[torch.from_numpy(indices)])
+
+
+Weight: TypeAlias = PackedWeight | FloatWeight
 
 
 def pack(weight: Tensor, bits: Bits, name: str = "weight") -> PackedWeight:

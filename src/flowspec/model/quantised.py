@@ -97,6 +97,11 @@ class Layout:
             found[stem + _WEIGHT] = tuple(stem + end for end in self._all if stem + end in stored)
         return found
 
+    def wide_among(self, names: Iterable[str]) -> frozenset[str]:
+        """Of the model's tensors, those that are not in codes, where codes have 4 bits."""
+        weights = self.weights_among(names) if self.own_bits == 4 else {}
+        return frozenset(name for name, parts in weights.items() if len(parts) == 1)
+
     def weight_shapes(self, stored: Mapping[str, Shape]) -> dict[str, Shape]:
         """Of the model's tensors, by their names. ``stored``: the shapes of what a file has. Raises ``ModelError``."""
         shapes: dict[str, Shape] = {}

@@ -19,13 +19,15 @@ from gguf import GGMLQuantizationType
 from torch import Tensor
 
 from flowspec.core import DType, LayerRange, StageManifest, TensorEntry
-from flowspec.errors import ModelError, first_line, require
+from flowspec.errors import ModelError, first_line, require, shortened
+from flowspec.model.gguf_blocks import is_held, own_bits
 from flowspec.model.gguf_checkpoint import GGUFCheckpoint
 from flowspec.model.gguf_header import TensorPlace
 from flowspec.model.hint_head import stored_hints
 from flowspec.model.loader import Checkpoint, read_config
 from flowspec.model.quantised import layout_of
-from flowspec.model.tensor_files import KINDS, StoredTensor, check_float, read_stored
+from flowspec.model.stage_size import StageShapes
+from flowspec.model.tensor_files import KINDS, NARROW, StoredTensor, check_float, read_stored
 from flowspec.model.user_cache import keep
 
 PathOf = Callable[[str], Path]  # of what has this SHA-256
@@ -92,19 +94,28 @@ def _check_kind(name: str, stored: StoredTensor, is_quantised: bool) -> None:
 # --- where they are not ---
 
 
-def stage_shapes(manifest: StageManifest) -> dict[str, tuple[int, ...]]:
-    """Of the stage's tensors, the lm_head's among them where there is a hint head, by the model's own names.
+def stage_shapes(manifest: StageManifest) -> StageShapes:
+    """Of the stage's tensors, the lm_head's among them where there is a hint head.
 
-    Raises ``ModelError`` for a config that is none.
+    ``manifest`` has been checked. Raises ``ModelError`` for a config that is none.
     """
-    stored = {entry.name: entry.shape for entry in manifest.tensors if entry.sha256}
+    own = [entry for entry in manifest.tensors if entry.sha256]
+    stored = {entry.name: entry.shape for entry in own}
+    narrow = frozenset(entry.name for entry in own if entry.kind in NARROW)
     if manifest.format == "gguf":
-        return stored
+        kinds = {entry.name: GGMLQuantizationType[entry.kind] for entry in manifest.tensors}
+        of_layers = [entry for entry in manifest.tensors if ".layers." in entry.name]
+        has_four = own_bits((kinds[entry.name], math.prod(entry.shape)) for entry in of_layers) == 4
+        wide = frozenset(name for name in stored if has_four and not is_held(kinds[name], 4))
+        return StageShapes(stored, wide, narrow)
     try:
         quantised = json.loads(manifest.config).get("quantization_config")
     except (ValueError, AttributeError, RecursionError) as error:
         raise ModelError(f"what the driver says of its model is damaged ({first_line(error)})") from error
-    return stored if quantised is None else layout_of(quantised, "the driver's config.json").weight_shapes(stored)
+    if quantised is None:
+        return StageShapes(stored, narrow=narrow)
+    layout = layout_of(quantised, "the driver's config.json")
+    return StageShapes(layout.weight_shapes(stored), layout.wide_among(stored), narrow)
 
 
 def check_manifest(manifest: StageManifest) -> None:
@@ -122,6 +133,8 @@ def check_manifest(manifest: StageManifest) -> None:
         require(0 < len(entry.name) <= _MAX_NAME_LEN and entry.name.isprintable(), "a tensor has no name")
         is_shape = len(entry.shape) <= _MAX_DIMENSIONS and all(0 <= size <= _MAX_SIZE for size in entry.shape)
         require(is_shape, f"{entry.name} has the shape {entry.shape}")
+        is_kind = form != "gguf" or entry.kind in GGMLQuantizationType.__members__
+        require(is_kind, f"{entry.name} has the type {shortened(entry.kind, 40)!r}")
         if entry.sha256:
             require(_SHA256.fullmatch(entry.sha256) is not None, f"the SHA-256 of {entry.name} is none")
             require(entry.num_bytes == _num_bytes(form, entry), f"{entry.name} has {entry.num_bytes} bytes")

@@ -8,9 +8,9 @@ from __future__ import annotations
 import numpy as np
 
 from flowspec.model.compiled import compiled
-from flowspec.model.integer_kernel import multiply, multiply_by_expert, quantise
 from flowspec.model.mailbox_kernel import open_phase, put, put_float, put_number
-from flowspec.model.packed import GROUP
+from flowspec.model.matrix_kernel import multiply, multiply_by_expert, take
+from flowspec.model.packed import BFLOAT16, GROUP
 from flowspec.model.row_kernel import LOG2_E, add, gated, turn
 from flowspec.model.slot_kernel import END, FIRST, NUM_KV_HEADS, NUM_SEEN, attend, write
 from flowspec.model.team_kernel import (
@@ -19,28 +19,28 @@ from flowspec.model.team_kernel import (
     GATE,
     MULTIPLY,
     MULTIPLY_BY_EXPERT,
-    ROUND,
+    TAKE,
     TURN,
     WRITE,
-    round_rows,
     share,
     share_of,
+    take_rows,
 )
 from flowspec.model.vector_code import LANES
 
 # What one core does in a nanosecond, roughly.
-_BYTES, _PRODUCTS, _SCORED = 20.0, 150.0, 30.0
-_ROUNDED, _GATED, _ADDED, _TURNED, _WRITTEN = 1.5, 1.0, 5.0, 1.8, 1.6
+_BYTES, _PRODUCTS, _FLOAT_PRODUCTS, _SCORED = 20.0, 150.0, 40.0, 30.0
+_TAKEN, _GATED, _ADDED, _TURNED, _WRITTEN = 1.5, 1.0, 5.0, 1.8, 1.6
 _ROWS = 4  # of a request, that attend at least to their paths together
 
 
 @compiled
-def rounded(box, rows, norm, eps, size, num_groups):
-    """Rows [n, K] as ``multiply`` reads them: codes, scales, sums. ``norm``, ``size``: as of ``round_rows``."""
-    codes, scales, sums = _empty(len(rows), num_groups)
-    count = open_phase(box, rows.size / _ROUNDED, len(rows))
+def taken(box, rows, norm, eps, size, matrix):
+    """Rows [n, K] as ``multiply`` reads them: codes, scales, sums. ``norm``, ``size``: as of ``take_rows``."""
+    codes, scales, sums = _empty(len(rows), matrix)
+    count = open_phase(box, rows.size / _TAKEN, len(rows))
     if count == 1:
-        round_rows(rows, norm, eps, size, codes, scales, sums)
+        take_rows(rows, norm, eps, size, codes, scales, sums)
         return codes, scales, sums
     put(box, 0, rows)
     put(box, 1, norm)
@@ -49,17 +49,17 @@ def rounded(box, rows, norm, eps, size, num_groups):
     put(box, 4, sums)
     put_float(box, 0, eps)
     put_number(box, 1, size)
-    share(box, ROUND, count)
+    share(box, TAKE, count)
     return codes, scales, sums
 
 
 @compiled
-def rounded_gates(box, products, inner_size, up, is_gelu, size, num_groups):
-    """``gated`` rows, as ``rounded``."""
-    codes, scales, sums = _empty(len(products), num_groups)
+def taken_gates(box, products, inner_size, up, is_gelu, size, matrix):
+    """``gated`` rows, as ``taken``."""
+    codes, scales, sums = _empty(len(products), matrix)
     count = open_phase(box, len(products) * inner_size / _GATED, len(products))
     if count == 1:
-        quantise(gated(products, inner_size, up, is_gelu), size, codes, scales, sums)
+        take(gated(products, inner_size, up, is_gelu), size, codes, scales, sums)
         return codes, scales, sums
     put(box, 0, products)
     put(box, 1, codes)
@@ -74,8 +74,9 @@ def rounded_gates(box, products, inner_size, up, is_gelu, size, num_groups):
 
 
 @compiled
-def _empty(num_rows, num_groups):
-    codes = np.empty((num_rows, num_groups, GROUP), np.int8)
+def _empty(num_rows, matrix):
+    num_groups, width = matrix[0].shape[1], GROUP if matrix[5] < BFLOAT16 else 4 * GROUP
+    codes = np.empty((num_rows, num_groups, width), np.int8)
     return codes, np.empty((num_rows, num_groups), np.float32), np.empty((num_rows, num_groups), np.int32)
 
 
@@ -86,7 +87,7 @@ def product(box, rows, matrix):
     of_matrix = matrix[0]
     num_rows, num_blocks = len(codes), len(of_matrix)
     products = np.empty((num_rows, num_blocks * LANES), np.float32)
-    cost_ns = of_matrix.size / _BYTES + num_rows * num_blocks * LANES * codes.shape[1] * GROUP / _PRODUCTS
+    cost_ns = of_matrix.size / _BYTES + _products_ns(num_rows * num_blocks * LANES * codes.shape[1] * GROUP, matrix)
     count = open_phase(box, cost_ns, num_blocks)
     if count == 1:
         multiply(codes, scales, sums, 0, num_rows, matrix, 0, num_blocks, products)
@@ -104,7 +105,7 @@ def product_by_expert(box, rows, starts, experts, matrices):
     num_rows, num_blocks = len(codes), of_matrices.shape[1]
     products = np.empty((num_rows, num_blocks * LANES), np.float32)
     num_bytes = len(experts) * (of_matrices.size // len(of_matrices))
-    cost_ns = num_bytes / _BYTES + num_rows * num_blocks * LANES * codes.shape[1] * GROUP / _PRODUCTS
+    cost_ns = num_bytes / _BYTES + _products_ns(num_rows * num_blocks * LANES * codes.shape[1] * GROUP, matrices)
     count = open_phase(box, cost_ns, num_blocks)
     if count == 1:
         multiply_by_expert(codes, scales, sums, starts, experts, matrices, 0, num_blocks, products)
@@ -117,6 +118,11 @@ def product_by_expert(box, rows, starts, experts, matrices):
 
 
 @compiled
+def _products_ns(count, matrix):
+    return count / (_PRODUCTS if matrix[5] < BFLOAT16 else _FLOAT_PRODUCTS)
+
+
+@compiled
 def _put_product(box, rows, matrix, products):
     put(box, 0, rows[0])
     put(box, 1, rows[1])
@@ -126,6 +132,7 @@ def _put_product(box, rows, matrix, products):
     put(box, 5, matrix[2])
     put(box, 6, matrix[3])
     put(box, 7, matrix[4])
+    put_number(box, 0, matrix[5])
     put(box, 8, products)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from flowspec.core import DType
 from flowspec.errors import ModelError
 from flowspec.model.families import EMBEDDING, LM_HEAD, PREFIX, expert_names, logits_divisor
-from flowspec.model.packed import Bits, PackedWeight, pack
+from flowspec.model.packed import Bits, FloatWeight, PackedWeight, Precision, Weight, pack
 from flowspec.model.pieces import Piece, pieces_of
 
 if TYPE_CHECKING:
@@ -87,6 +87,13 @@ class TensorSource(Protocol):
         """The weight of a linear layer as it is, where the source has it in codes that kernels of so many bits hold."""
         return None
 
+    def bits_of(self, names: Iterable[str], bits: Bits) -> Bits:
+        """That weights of linear layers get together where weights are to have so many.
+
+        What a file of 4-bit codes has in more bits, as it has what is spoilt first, gets 8.
+        """
+        return bits
+
     def packed(self, name: str, bits: Bits) -> PackedWeight:
         """The weight of a linear layer, rounded where it must be.
 
@@ -96,6 +103,22 @@ class TensorSource(Protocol):
             return own
         ((_, tensor),) = self.tensors([name], "float32", "cpu")
         return pack(tensor.flatten(0, -2), bits, f"{self.name}: {name}")
+
+    def float_dtype(self, name: str) -> DType:
+        """The narrowest that holds the numbers of a tensor as they are."""
+        return "float32"
+
+    def weight(self, name: str, precision: Precision) -> Weight:
+        """As ``packed``, or in floats: in float32 as narrow as the source has them."""
+        if not isinstance(precision, str):
+            return self.packed(name, precision)
+        dtype = self.float_dtype(name) if precision == "float32" else precision
+        ((_, tensor),) = self.tensors([name], dtype, "cpu")
+        return FloatWeight(tensor.flatten(0, -2))
+
+    def precision_of(self, names: Iterable[str], precision: Precision) -> Precision:
+        """As ``bits_of``; floats stay as they are."""
+        return precision if isinstance(precision, str) else self.bits_of(names, precision)
 
     def load_embedding(self, dtype: DType, device: torch.device | str) -> Tensor:
         """The token embedding [vocab_size, hidden_size]."""
@@ -114,6 +137,14 @@ class TensorSource(Protocol):
         weight = self.own_packed(self.lm_head_name, bits) or self.packed(self.lm_head_name, 8)
         self.check_shape(self.lm_head_name, weight, (self.vocab_size, self.hidden_size))
         return weight if (divisor := logits_divisor(self.config)) == 1.0 else weight.divided(divisor)
+
+    def lm_head_weight(self, precision: Precision) -> Weight:
+        """As ``packed_lm_head``, or ``weight``."""
+        if not isinstance(precision, str):
+            return self.packed_lm_head(precision)
+        is_as_stored = precision == "float32" and logits_divisor(self.config) == 1.0
+        dtype = self.float_dtype(self.lm_head_name) if is_as_stored else precision
+        return FloatWeight(self.load_lm_head(dtype, "cpu"))
 
     @property
     def lm_head_name(self) -> str:
@@ -143,7 +174,7 @@ class TensorSource(Protocol):
                 f"{len(found)}; files and config do not belong together, download or save the model again"
             )
 
-    def check_shape(self, name: str, tensor: Tensor | PackedWeight, shape: tuple[int, ...]) -> None:
+    def check_shape(self, name: str, tensor: Tensor | Weight, shape: tuple[int, ...]) -> None:
         """Raise if a tensor has not the shape that the config asks for."""
         if tuple(tensor.shape) != shape:
             raise ModelError(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 
@@ -14,12 +16,44 @@ from flowspec.model.packed import GROUP
 _ROUTER = ".gate.weight"  # in names of a mixture's tensors, in files and modules
 _LANES = 16  # that outputs are filled up to, as ``vector_code`` has them, which needs numba
 _NUM_BITS: dict[Weights, int] = {"int8": 8, "int4": 4}
+_SAME_ROWS = re.compile(r"(?<=self_attn\.)[qkv]_|(?<=mlp\.)(gate|up)_")  # of matrices that are one of integer kernels
 
 
-def stage_bytes(shapes: Mapping[str, tuple[int, ...]], dtype: DType, weights: Weights) -> int:
-    """As ``Stage.weights_bytes`` says once it is loaded, with 4 bits at most a tenth more. ``shapes``: by transformers'
-    names."""
-    return sum(_tensor_bytes(name, shape, dtype, weights) for name, shape in shapes.items())
+class StageShapes(NamedTuple):
+    """Of a stage's tensors."""
+
+    by_name: Mapping[str, tuple[int, ...]]  # transformers' names
+    wide: frozenset[str] = frozenset()  # what has 8 bits where others have 4; see ``TensorSource.bits_of``
+    narrow: frozenset[str] = frozenset()  # what is stored in floats of 16 bits
+
+    @property
+    def hidden_size(self) -> int:
+        """Of the model; 0 where no layer says it."""
+        return next((shape[0] for name, shape in self.by_name.items() if name.endswith("input_layernorm.weight")), 0)
+
+    def with_lm_head(self) -> StageShapes:
+        """Of a stage that has the lm_head too: where the embedding is that, it is there twice."""
+        if LM_HEAD in self.by_name:
+            return self
+        narrow = self.narrow | {LM_HEAD} if EMBEDDING in self.narrow else self.narrow
+        return self._replace(by_name={**self.by_name, LM_HEAD: self.by_name[EMBEDDING]}, narrow=narrow)
+
+
+def stage_bytes(shapes: StageShapes, dtype: DType, weights: Weights, is_compiled: bool = False) -> int:
+    """As ``Stage.weights_bytes`` says once it is loaded, with 4 bits at most a tenth more.
+
+    ``is_compiled``: whether floats are as narrow as they are stored.
+    """
+    if is_compiled and weights not in _NUM_BITS and dtype == "float32":
+        narrow = {name: shape for name, shape in shapes.by_name.items() if name in shapes.narrow and len(shape) > 1}
+        rest = {name: shape for name, shape in shapes.by_name.items() if name not in narrow}
+        return stage_bytes(StageShapes(narrow), "bfloat16", weights) + stage_bytes(StageShapes(rest), dtype, weights)
+    wide = {_SAME_ROWS.sub("", name) for name in shapes.wide}
+    total = 0
+    for name, shape in shapes.by_name.items():
+        is_wide = _SAME_ROWS.sub("", name) in wide
+        total += _tensor_bytes(name, shape, dtype, "int8" if is_wide and weights == "int4" else weights)
+    return total
 
 
 def _tensor_bytes(name: str, shape: tuple[int, ...], dtype: DType, weights: Weights) -> int:
@@ -28,8 +62,8 @@ def _tensor_bytes(name: str, shape: tuple[int, ...], dtype: DType, weights: Weig
         return num_values * getattr(torch, dtype).itemsize
     if len(shape) < 2 or name.endswith(_ROUTER):  # norms and routers of integer kernels are in float32
         return 0 if name.endswith(".bias") else num_values * torch.float32.itemsize
-    # As ``integer_matrix`` has them: outputs and inputs filled up, a scale for each group, a bias for each output. What
-    # 4 bits have beside the scale is a zero point, or an offset, which takes more.
+    # As ``compiled_matrix`` has them: outputs and inputs filled up, a scale for each group, a bias for each output.
+    # What 4 bits have beside the scale is a zero point, or an offset, which takes more.
     num_outputs = math.prod(shape[:-2]) * -(-shape[-2] // _LANES) * _LANES
     num_groups = -(-shape[-1] // GROUP)
     per_group = GROUP * _NUM_BITS[weights] // 8 + torch.float16.itemsize * (2 if weights == "int4" else 1)

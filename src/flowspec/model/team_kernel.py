@@ -8,7 +8,6 @@ from __future__ import annotations
 import numpy as np
 
 from flowspec.model.compiled import compiled
-from flowspec.model.integer_kernel import multiply, multiply_by_expert, quantise
 from flowspec.model.mailbox_kernel import (
     CALLED,
     DONE,
@@ -32,12 +31,13 @@ from flowspec.model.mailbox_kernel import (
     look_away,
     number,
 )
+from flowspec.model.matrix_kernel import multiply, multiply_by_expert, take
 from flowspec.model.row_kernel import add as add_products
 from flowspec.model.row_kernel import gated, normalised, turn
 from flowspec.model.slot_kernel import attend, write
 from flowspec.model.team_code import add, call, carray, load, pointer, store, swap
 
-MULTIPLY, MULTIPLY_BY_EXPERT, ROUND, GATE, ADD, TURN, WRITE, ATTEND = range(8)
+MULTIPLY, MULTIPLY_BY_EXPERT, TAKE, GATE, ADD, TURN, WRITE, ATTEND = range(8)
 
 _YIELDS = 2000  # of a helper, before it leaves: about a millisecond
 
@@ -49,19 +49,19 @@ def share_of(part, count, length):
 
 
 @compiled
-def round_rows(rows, norm, eps, size, codes, scales, sums):
-    """As ``quantise``, of rows that are normalised before if ``norm`` has their width."""
+def take_rows(rows, norm, eps, size, codes, scales, sums):
+    """As ``take``, of rows that are normalised before if ``norm`` has their width."""
     if len(norm):
-        quantise(normalised(rows, norm, eps), size, codes, scales, sums)
+        take(normalised(rows, norm, eps), size, codes, scales, sums)
     else:
-        quantise(rows, size, codes, scales, sums)
+        take(rows, size, codes, scales, sums)
 
 
 @compiled
 def _multiply(box, unit, count):
     products = array_2(box, 8, np.float32)
     codes, zeros, offsets = array_3(box, 3, np.uint8), array_3(box, 5, np.uint8), array_3(box, 6, np.uint16)
-    matrix = codes, array_3(box, 4, np.uint16), zeros, offsets, array_2(box, 7, np.float32)
+    matrix = codes, array_3(box, 4, np.uint16), zeros, offsets, array_2(box, 7, np.float32), number(box, 0)
     rows, scales, sums = array_3(box, 0, np.int8), array_2(box, 1, np.float32), array_2(box, 2, np.int32)
     first, last = share_of(unit, count, len(codes))
     multiply(rows, scales, sums, 0, len(rows), matrix, first, last, products)
@@ -71,7 +71,7 @@ def _multiply(box, unit, count):
 def _multiply_by_expert(box, unit, count):
     products = array_2(box, 8, np.float32)
     codes, zeros, offsets = array_4(box, 3, np.uint8), array_4(box, 5, np.uint8), array_4(box, 6, np.uint16)
-    matrices = codes, array_4(box, 4, np.uint16), zeros, offsets, array_3(box, 7, np.float32)
+    matrices = codes, array_4(box, 4, np.uint16), zeros, offsets, array_3(box, 7, np.float32), number(box, 0)
     rows, scales, sums = array_3(box, 0, np.int8), array_2(box, 1, np.float32), array_2(box, 2, np.int32)
     starts, experts = array_1(box, 9, np.int64), array_1(box, 10, np.int64)
     first, last = share_of(unit, count, codes.shape[1])
@@ -79,12 +79,12 @@ def _multiply_by_expert(box, unit, count):
 
 
 @compiled
-def _round(box, unit, count):
+def _take(box, unit, count):
     rows, norm = array_2(box, 0, np.float32), array_1(box, 1, np.float32)
     codes, scales, sums = array_3(box, 2, np.int8), array_2(box, 3, np.float32), array_2(box, 4, np.int32)
     begin, end = share_of(unit, count, len(rows))
     eps, size = float_of(box, 0), number(box, 1)
-    round_rows(rows[begin:end], norm, eps, size, codes[begin:end], scales[begin:end], sums[begin:end])
+    take_rows(rows[begin:end], norm, eps, size, codes[begin:end], scales[begin:end], sums[begin:end])
 
 
 @compiled
@@ -93,7 +93,7 @@ def _gate(box, unit, count):
     codes, scales, sums = array_3(box, 1, np.int8), array_2(box, 2, np.float32), array_2(box, 3, np.int32)
     begin, end = share_of(unit, count, len(products))
     inner = gated(products[begin:end], number(box, 0), number(box, 1), number(box, 2) != 0)
-    quantise(inner, number(box, 3), codes[begin:end], scales[begin:end], sums[begin:end])
+    take(inner, number(box, 3), codes[begin:end], scales[begin:end], sums[begin:end])
 
 
 @compiled
@@ -137,8 +137,8 @@ def _perform(box, unit, count):
         _multiply(box, unit, count)
     elif kind == MULTIPLY_BY_EXPERT:
         _multiply_by_expert(box, unit, count)
-    elif kind == ROUND:
-        _round(box, unit, count)
+    elif kind == TAKE:
+        _take(box, unit, count)
     elif kind == GATE:
         _gate(box, unit, count)
     elif kind == ADD:

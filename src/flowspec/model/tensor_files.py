@@ -24,6 +24,7 @@ KINDS = FLOATS | {
     "I8": torch.int8, "I32": torch.int32, "I64": torch.int64,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
+NARROW: dict[str, DType] = {"F16": "float16", "BF16": "bfloat16"}
 _MAX_HEADER_BYTES = 100_000_000  # as in safetensors
 
 
@@ -36,6 +37,11 @@ class StoredTensor:
     num_bytes: int
     kind: str  # of its numbers
     shape: tuple[int, ...]
+
+    @property
+    def float_dtype(self) -> DType:
+        """The narrowest that holds its numbers, or what its codes mean."""
+        return NARROW.get(self.kind, "float32")
 
     def read(self, start: int, num_bytes: int) -> bytes:
         """So many of its bytes. Raises ``ModelError`` where the file cannot be read, or has changed."""

@@ -1,7 +1,7 @@
 """What kernels do with vectors of the processor, in the language of numba's compiler, which is LLVM's.
 
 No loop makes that compiler use the instruction that multiplies four small numbers at once and adds them up, so the
-inner products of ``integer_kernel`` are written here. Each processor's instructions give the same numbers.
+inner products of ``matrix_kernel`` are written here. Each processor's instructions give the same numbers.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 from llvmlite import ir
 from numba.core import cgutils, types
 
-from flowspec.model.packed import GROUP
+from flowspec.model.float_tile_code import ROWS, FloatTileCode, fetch_half, half_of, halves, write_products
+from flowspec.model.packed import EIGHT_BITS, FLOAT_KINDS, GROUP, NUM_KINDS, WITH_OFFSETS, WITH_ZEROS
 from flowspec.model.vector_code import (
     F32,
     FLOATS,
@@ -35,7 +36,6 @@ from flowspec.model.vector_code import (
 
 QUAD = 4  # inputs that one instruction multiplies
 QUADS = GROUP // QUAD  # of one group
-ROWS = 4  # for which a group's weights are read once
 MIDDLE = 128  # what is added to codes of 8 bits, so that none is negative
 
 _HIGHEST = 127  # of rows' codes
@@ -76,53 +76,37 @@ def _tile(num_rows: int) -> Any:
     """
 
     @intrinsic
-    def tile(typing, rows, scales, sums, codes, of_codes, zeros, offsets, biases, products, row, block, ahead):
-        arrays = rows, scales, sums, codes, of_codes, zeros, offsets, biases, products
-        return types.void(*arrays, *[types.intp] * 3), partial(_write_tile, num_rows)
+    def tile(typing, rows, scales, sums, codes, of_codes, zeros, offsets, biases, kind, products, row, block, ahead):
+        arrays = rows, scales, sums, codes, of_codes, zeros, offsets, biases
+        signature = types.void(*arrays, types.intp, products, *[types.intp] * 3)
+        return signature, partial(_write_tile, num_rows)
 
     return tile
 
 
 def _write_tile(num_rows: int, context: Any, code: Any, signature: Any, given: Sequence[Any]) -> Any:
     """numba's interface of code generators."""
-    arrays = arrays_of(context, code, signature, given, range(9))
+    arrays = arrays_of(context, code, signature, given, (*range(8), 9))
     features = context.codegen().magic_tuple()[2].split(",")
-
-    def write(kind: _Weights) -> None:
-        _TileCode(code, features, num_rows, kind).write(arrays, *given[9:])
-
-    has_zeros, has_offsets = (
-        code.icmp_signed(">", cgutils.unpack_tuple(code, arrays[index].shape)[0], whole(0)) for index in (5, 6)
-    )
-    with code.if_else(has_zeros) as (then, otherwise):
-        with then:
-            write(_Weights(4, has_zeros=True))
-        with otherwise, code.if_else(has_offsets) as (then, otherwise):
-            with then:
-                write(_Weights(4, has_offsets=True))
-            with otherwise:
-                write(_Weights(8))
+    for kind in range(NUM_KINDS):
+        with code.if_then(code.icmp_signed("==", given[8], whole(kind))):
+            if kind in FLOAT_KINDS:
+                FloatTileCode(code, features, num_rows, kind).write(arrays, *given[10:])
+            else:
+                _TileCode(code, features, num_rows, kind).write(arrays, *given[10:])
     return context.get_dummy_value()
 
 
-class _Weights(NamedTuple):
-    """Of a kind."""
-
-    bits: int
-    has_zeros: bool = False
-    has_offsets: bool = False
-
-
 class _TileCode:
-    """Writes what ``_tile`` is, for weights of one kind."""
+    """Writes what ``_tile`` is, for weights of one kind in whole numbers."""
 
-    def __init__(self, code: Any, features: Sequence[str], num_rows: int, kind: _Weights) -> None:
+    def __init__(self, code: Any, features: Sequence[str], num_rows: int, kind: int) -> None:
         """``features``: of the processor, as LLVM names them."""
         self._code = code
         self._features = features
         self._num_rows = num_rows
         self._kind = kind
-        self._vectors = QUADS * kind.bits // 8  # of codes, in a group
+        self._vectors = QUADS if kind == EIGHT_BITS else QUADS // 2  # of codes, in a group
         self._dot = _dot_of(features)
 
     def write(self, arrays: Sequence[Any], row: Any, block: Any, ahead: Any) -> None:
@@ -134,15 +118,15 @@ class _TileCode:
         for total in totals:
             code.store(bias, total)
         first_ahead = code.mul(ahead, groups)
-        half = code.and_(code.udiv(code.add(row, whole(ROWS - 1)), whole(ROWS)), whole(1))
+        half = half_of(code, row)
         with cgutils.for_range(code, groups) as loop:
             place = code.add(code.mul(block, groups), loop.index)
             if self._num_rows == ROWS:
-                self._fetch(codes, code.add(first_ahead, loop.index), half)
+                fetch_half(code, codes, code.add(first_ahead, loop.index), self._vectors, half)
             weights = self._weights(codes, place)
-            of_weights, added = self._halves(of_codes, place), None
-            if self._kind.has_offsets:
-                added = self._halves(offsets, place)
+            of_weights, added = halves(code, self._features, of_codes, place), None
+            if self._kind == WITH_OFFSETS:
+                added = halves(code, self._features, offsets, place)
             zero = self._zeros(zeros, place)
             for index, total in enumerate(totals):
                 group = code.add(code.mul(code.add(row, whole(index)), groups), loop.index)
@@ -157,45 +141,21 @@ class _TileCode:
                     all_inputs = code.fmul(code.sitofp(sum_of_row, F32), of_row)
                     found = fuse(code, added, spread(code, all_inputs), found)
                 code.store(found, total)
-        for index, total in enumerate(totals):
-            first = code.add(code.mul(code.add(row, whole(index)), width), code.mul(block, whole(LANES)))
-            pointer = code.bitcast(code.gep(products, [code.mul(first, whole(4))]), FLOATS.as_pointer())
-            code.store(code.load(total), pointer, align=4)
-
-    def _fetch(self, codes: Any, place: Any, half: Any) -> None:
-        """One half of a group's codes; the other one while the next rows are multiplied."""
-        code, count = self._code, self._vectors // 2
-        kind = ir.FunctionType(ir.VoidType(), [codes.type, I32, I32, I32])
-        function = cgutils.get_or_insert_function(code.module, kind, "llvm.prefetch.p0")
-        first = code.add(code.mul(place, whole(self._vectors)), code.mul(half, whole(count)))
-        for index in range(count):
-            where = code.gep(codes, [code.mul(code.add(first, whole(index)), whole(4 * LANES))])
-            code.call(function, [where, I32(0), I32(2), I32(1)])
+        write_products(code, products, row, block, width, [code.load(total) for total in totals])
 
     def _weights(self, codes: Any, place: Any) -> list[Any]:
         """Four codes for each output and quad of a group."""
         code, first = self._code, self._code.mul(place, whole(self._vectors))
         loaded = [load(code, codes, code.add(first, whole(index)), WHOLE) for index in range(self._vectors)]
-        if self._kind.bits == 8:
+        if self._kind == EIGHT_BITS:
             return [code.xor(four, all_lanes(0x80808080)) for four in loaded] if self._dot.is_signed else loaded
         low = [code.and_(pairs, all_lanes(0x0F0F0F0F)) for pairs in loaded]
         return low + [code.and_(code.lshr(pairs, all_lanes(4)), all_lanes(0x0F0F0F0F)) for pairs in loaded]
 
-    def _halves(self, bits: Any, place: Any) -> Any:
-        """float16 [LANES] as float32, finite ones. Not every processor has an instruction for it."""
-        code = self._code
-        if "+f16c" in self._features or "+neon" in self._features:
-            return code.fpext(load(code, bits, place, ir.VectorType(ir.HalfType(), LANES)), FLOATS)
-        wide = code.zext(load(code, bits, place, ir.VectorType(I16, LANES)), WHOLE)
-        size = code.bitcast(code.shl(code.and_(wide, all_lanes(0x7FFF)), all_lanes(13)), FLOATS)
-        size = code.fmul(size, ir.Constant(FLOATS, [2.0**112] * LANES))
-        sign = code.shl(code.and_(wide, all_lanes(0x8000)), all_lanes(16))
-        return code.bitcast(code.or_(code.bitcast(size, WHOLE), sign), FLOATS)
-
     def _zeros(self, zeros: Any, place: Any) -> Any:
         """What a group's codes mean zero by, negative."""
-        if not self._kind.has_zeros:
-            return all_lanes(0 if self._dot.is_signed or self._kind.has_offsets else -MIDDLE)
+        if self._kind != WITH_ZEROS:
+            return all_lanes(0 if self._dot.is_signed or self._kind == WITH_OFFSETS else -MIDDLE)
         return self._code.neg(self._code.zext(load(self._code, zeros, place, ir.VectorType(I8, LANES)), WHOLE))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
@@ -13,14 +13,15 @@ from typing import TypeAlias
 import torch
 
 from flowspec.core import LayerRange
-from flowspec.model.backends import load_head, load_stage
-from flowspec.model.families import EMBEDDING, LM_HEAD
+from flowspec.model.backends import is_compiled, load_head, load_stage
 from flowspec.model.fingerprint import fingerprint
 from flowspec.model.hint_head import gives_hints, load_hinter
 from flowspec.model.loader import Checkpoint
 from flowspec.model.stage import Stage
-from flowspec.model.stage_size import stage_bytes
+from flowspec.model.stage_size import StageShapes, stage_bytes
 from flowspec.model.target_head import BestTokens
+from flowspec.model.tensor_files import NARROW
+from flowspec.model.torch_stage import TorchStage
 from flowspec.wire.messages import Configure
 from flowspec.worker.checks import Limits
 from flowspec.worker.hints import Hinter
@@ -73,11 +74,14 @@ class StageLoader:
                 names += source.parts_of(source.lm_head_name)
             stored = {name: source.stored(name) for name in names}
             shapes = {name: found.shape for name, found in stored.items() if found is not None}
-            self.check_fits(configure, shapes if source.layout is None else source.layout.weight_shapes(shapes))
-        # Integer kernels have threads of their own, and the attention between them is too small to be shared.
+            shapes = shapes if source.layout is None else source.layout.weight_shapes(shapes)
+            wide = frozenset(name for name in shapes if source.bits_of([name], 4) == 8)
+            narrow = frozenset(name for name, found in stored.items() if found is not None and found.kind in NARROW)
+            self.check_fits(configure, StageShapes(shapes, wide, narrow))
+        # Compiled kernels have threads of their own, and the attention between them is too small to be shared.
         torch.set_num_threads(self._threads)
         stage = load_stage(source, layers, configure.dtype, configure.weights, self.device, progress)
-        if configure.weights != "float":
+        if not isinstance(stage, TorchStage):
             torch.set_num_threads(1)
         hinter = None
         if configure.hints is not None:
@@ -90,12 +94,12 @@ class StageLoader:
         self._kept = key, loaded
         return loaded
 
-    def check_fits(self, configure: Configure, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Before anything is loaded, or fetched. ``shapes``: of the stage's tensors, by name. Raises ``UsageError``."""
-        if configure.num_best and LM_HEAD not in shapes:  # the embedding is loaded once more
-            shapes = {**shapes, LM_HEAD: shapes[EMBEDDING]}
+    def check_fits(self, configure: Configure, shapes: StageShapes) -> None:
+        """Before anything is loaded, or fetched. Raises ``UsageError``."""
+        shapes = shapes.with_lm_head() if configure.num_best else shapes
         where = f"worker {configure.stage} ({socket.gethostname()}, {self.device})"
-        num_bytes = stage_bytes(shapes, configure.dtype, configure.weights)
+        compiled = is_compiled(shapes.hidden_size, self.device)
+        num_bytes = stage_bytes(shapes, configure.dtype, configure.weights, compiled)
         self.memory.check_fits(num_bytes, f"{where}: layers {configure.start_layer}:{configure.end_layer}")
 
     def forget(self) -> None:

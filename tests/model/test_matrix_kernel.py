@@ -18,9 +18,9 @@ from numba.core.registry import cpu_target
 
 from flowspec.errors import ModelError
 from flowspec.model import compiled, row_kernel
-from flowspec.model.integer_kernel import multiply
-from flowspec.model.integer_matrix import IntegerMatrix, IntegerRows, groups_of
-from flowspec.model.packed import GROUP, PackedWeight, pack
+from flowspec.model.compiled_matrix import CompiledMatrix, CompiledRows, groups_of
+from flowspec.model.matrix_kernel import multiply
+from flowspec.model.packed import GROUP, FloatWeight, PackedWeight, pack
 from flowspec.model.team import Team
 
 ALONE = Team(1).mailbox
@@ -34,9 +34,12 @@ from flowspec.model import tile_code
 if len(sys.argv) > 1:
     choose = tile_code._dot_of
     tile_code._dot_of = lambda features: choose(sys.argv[1:])
-import test_integer_kernel
-print(test_integer_kernel.digest())
+import test_matrix_kernel
+print(test_matrix_kernel.digest())
 """
+
+
+FLOATS = torch.float32, torch.bfloat16, torch.float16
 
 
 def random_rows(count: int, width: int, seed: int = 0) -> Any:
@@ -47,19 +50,25 @@ def weight_of(num_outputs: int, num_inputs: int, bits: Any) -> PackedWeight:
     return pack(torch.from_numpy(random_rows(num_outputs, num_inputs, 1)), bits)
 
 
+def floats_of(num_outputs: int, num_inputs: int, dtype: torch.dtype) -> FloatWeight:
+    return FloatWeight(torch.from_numpy(random_rows(num_outputs, num_inputs, 1)).to(dtype))
+
+
 def digest() -> str:
     found = hashlib.sha256()
     for bits in (8, 4):
-        matrix = IntegerMatrix([weight_of(70, 96, bits)])
+        matrix = CompiledMatrix([weight_of(70, 96, bits)])
         found.update(matrix(random_rows(7, 96), ALONE).tobytes())
     found.update(
-        IntegerMatrix([weight_of(70, 96, 4).with_offsets(), weight_of(1, 96, 4)])(random_rows(7, 96), ALONE).tobytes()
+        CompiledMatrix([weight_of(70, 96, 4).with_offsets(), weight_of(1, 96, 4)])(random_rows(7, 96), ALONE).tobytes()
     )
+    for dtype in FLOATS:
+        found.update(CompiledMatrix([floats_of(70, 96, dtype)])(random_rows(7, 96), ALONE).tobytes())
     found.update(row_kernel.gated(random_rows(3, 80), 40, 40, True).tobytes())
     return found.hexdigest()
 
 
-def meant(rounded: IntegerRows, num_inputs: int, size: int) -> Any:
+def meant(rounded: CompiledRows, num_inputs: int, size: int) -> Any:
     """The rows that codes stand for."""
     groups = (rounded.codes * rounded.scales[..., None]).reshape(len(rounded.codes), -1, groups_of(size) * GROUP)
     return groups[..., :size].reshape(-1, num_inputs)
@@ -72,9 +81,9 @@ def test_products_are_what_codes_mean(bits: Any, num_outputs: int, num_inputs: i
         pytest.skip("4 bits have whole groups")
     weight = weight_of(num_outputs, num_inputs, bits)
     bias = random_rows(1, num_outputs, 2)[0]
-    matrix = IntegerMatrix([weight, weight], [None, bias])
+    matrix = CompiledMatrix([weight, weight], [None, bias])
     rows = random_rows(13, num_inputs)
-    rounded = IntegerRows.of(rows, matrix.lanes.codes.shape[1], matrix.size)
+    rounded = CompiledRows.of(rows, matrix.lanes.codes.shape[1], matrix.size)
     understood = meant(rounded, num_inputs, matrix.size)
     steps = rounded.scales.repeat(GROUP, axis=1)[:, : understood.shape[1]] if num_inputs % GROUP == 0 else 0.04
     assert (np.abs(understood - rows) <= 0.51 * steps).all()
@@ -85,6 +94,23 @@ def test_products_are_what_codes_mean(bits: Any, num_outputs: int, num_inputs: i
     assert np.abs(second - wanted - bias).max() < 1e-6 * np.abs(wanted).max()
 
 
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize(("num_outputs", "num_inputs"), [(96, 576), (70, 96), (5, 64), (40, 40), (17, 100)])
+def test_floats_are_multiplied_as_they_are(dtype: torch.dtype, num_outputs: int, num_inputs: int) -> None:
+    weight, wide = floats_of(num_outputs, num_inputs, dtype), floats_of(num_outputs, num_inputs, torch.float32)
+    rows = random_rows(13, num_inputs)
+    bias = random_rows(1, num_outputs, 2)[0]
+    for parts in ([weight, weight], [weight, wide]):
+        matrix = CompiledMatrix(parts, [None, bias])
+        found = matrix(rows, ALONE)
+        for start, part, added in zip(matrix.starts, parts, (0, bias), strict=True):
+            wanted = rows.astype(np.float64) @ part.values.double().numpy().T + added
+            assert np.abs(found[:, start : start + num_outputs] - wanted).max() < 1e-6 * np.abs(wanted).max()
+        for count in range(1, 13):
+            assert np.array_equal(matrix(rows[:count], ALONE), found[:count])
+    assert CompiledMatrix([weight]).nbytes < CompiledMatrix([wide]).nbytes or dtype == torch.float32
+
+
 @pytest.mark.parametrize("size", [16, 48, 128])
 def test_a_scale_may_be_for_other_numbers_of_inputs(size: int) -> None:
     draw = np.random.default_rng(0)
@@ -92,7 +118,7 @@ def test_a_scale_may_be_for_other_numbers_of_inputs(size: int) -> None:
     weight = PackedWeight(codes, draw.random((20, 3, 1)).astype(np.float16), None)
     rows = random_rows(5, 3 * size)
     wanted = rows @ weight.unpacked().numpy().T
-    found = IntegerMatrix([weight])(rows, ALONE)[:, :20]
+    found = CompiledMatrix([weight])(rows, ALONE)[:, :20]
     assert np.linalg.norm(found - wanted) < 0.02 * np.linalg.norm(wanted)
 
 
@@ -101,10 +127,10 @@ def test_codes_may_have_offsets_instead_of_zero_points() -> None:
     draw = np.random.default_rng(5)
     offsets = draw.standard_normal(plain.scales.shape).astype(np.float16)
     own = PackedWeight(plain.codes, plain.scales, offsets=offsets)
-    matrix = IntegerMatrix([own, plain])
-    assert own.bits == 4 and matrix.nbytes > IntegerMatrix([plain, plain]).nbytes
+    matrix = CompiledMatrix([own, plain])
+    assert own.bits == 4 and matrix.nbytes > CompiledMatrix([plain, plain]).nbytes
     rows = random_rows(9, 64)
-    understood = meant(IntegerRows.of(rows, 2, GROUP), 64, GROUP).astype(np.float64)
+    understood = meant(CompiledRows.of(rows, 2, GROUP), 64, GROUP).astype(np.float64)
     found = matrix(rows, ALONE)
     for start, weight in zip(matrix.starts, (own, plain.with_offsets()), strict=True):
         wanted = understood @ weight.unpacked().numpy().T.astype(np.float64)
@@ -112,7 +138,7 @@ def test_codes_may_have_offsets_instead_of_zero_points() -> None:
     for count in range(1, 9):
         assert np.array_equal(matrix(rows[:count], ALONE), found[:count])
     with pytest.raises(ModelError, match="some experts have 4-bit codes with zero points, others with offsets"):
-        IntegerMatrix([plain]).lanes.fill(own)
+        CompiledMatrix([plain]).lanes.fill(own)
     moved = plain.with_offsets().unpacked() - plain.unpacked()
     assert 0 < moved.abs().max() < 1e-3 * plain.unpacked().abs().max()
     halved = own.divided(2.0)
@@ -120,9 +146,10 @@ def test_codes_may_have_offsets_instead_of_zero_points() -> None:
     assert torch.equal(own.rows(np.array([3, 1])).unpacked(), own.unpacked()[[3, 1]])
 
 
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bits", [8, 4, torch.float32, torch.bfloat16])
 def test_rows_and_threads_do_not_change_bits(bits: Any) -> None:
-    matrix = IntegerMatrix([weight_of(100, 64, bits)])
+    weight = floats_of(100, 64, bits) if isinstance(bits, torch.dtype) else weight_of(100, 64, bits)
+    matrix = CompiledMatrix([weight])
     rows = random_rows(23, 64)
     whole = matrix(rows, ALONE)
     for count in range(1, 23):
@@ -152,7 +179,7 @@ def test_other_processors_make_the_same_bits() -> None:
 
 
 def test_what_is_no_number_stays_none() -> None:
-    matrix = IntegerMatrix([weight_of(16, 64, 8)])
+    matrix = CompiledMatrix([weight_of(16, 64, 8)])
     for odd in (np.nan, np.inf, -np.inf):
         rows = random_rows(2, 64)
         rows[1, 5] = odd
@@ -193,6 +220,13 @@ def test_one_process_at_a_time_compiles(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_a_kernel_on_disk_is_old_once_another_one_has_changed() -> None:
     stamp = compiled._stamp()
-    assert multiply._cache._cache_file._source_stamp == stamp
+    assert multiply._cache._cache_file._version.endswith(stamp)
     kernels = {path.name for pattern in compiled._SOURCES for path in Path(compiled.__file__).parent.glob(pattern)}
-    assert kernels >= {"integer_kernel.py", "row_kernel.py", "slot_kernel.py", "tile_code.py", "vector_code.py"}
+    assert kernels >= {
+        "matrix_kernel.py",
+        "row_kernel.py",
+        "tile_code.py",
+        "vector_code.py",
+        "packed.py",
+        "compiled_layer.py",
+    }

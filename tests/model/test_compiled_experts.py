@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from flowspec.core import DType
+from flowspec.core import DType, LayerRange
 from flowspec.errors import ModelError
-from flowspec.model.integer_experts import IntegerExperts
+from flowspec.model.backends import load_stage
+from flowspec.model.compiled_experts import CompiledExperts
 from flowspec.model.layer_tensors import LayerTensors
 from flowspec.model.loader import Checkpoint
 from flowspec.model.packed import Bits, pack
@@ -50,13 +51,13 @@ def torch_mixture(checkpoint: Checkpoint) -> Any:
     return mixture
 
 
-def packed_mixture(directory: Path, bits: Bits) -> IntegerExperts:
+def packed_mixture(directory: Path, bits: Bits) -> CompiledExperts:
     checkpoint = Checkpoint.open(directory)
     layer = bare_model(checkpoint.config, "eager").layers[LAYER]
-    return IntegerExperts(LayerTensors(checkpoint, f"model.layers.{LAYER}.", layer, bits), "mlp", layer.mlp)
+    return CompiledExperts(LayerTensors(checkpoint, f"model.layers.{LAYER}.", layer, bits), "mlp", layer.mlp)
 
 
-def products(experts: IntegerExperts, rows: Any) -> Any:
+def products(experts: CompiledExperts, rows: Any) -> Any:
     return experts(rows, Team(1).mailbox)[:, : rows.shape[1]]
 
 
@@ -95,7 +96,6 @@ def test_rows_have_their_bits_whatever_is_beside_them(checkpoint_dir: Callable[[
 
 
 def test_a_gate_that_is_not_known_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(
-        ModelError, match="layers are gated by 'gelu', which integer kernels do not know; use --weights"
-    ):
-        packed_mixture(make_checkpoint(tmp_path, "mixtral", hidden_act="gelu"), 8)
+    checkpoint = Checkpoint.open(make_checkpoint(tmp_path, "mixtral", hidden_act="gelu"))
+    with pytest.raises(ModelError, match="layers are gated by 'gelu', which no kernel knows; use --weights float"):
+        load_stage(checkpoint, LayerRange(0, 1), "float32", "int8", "cpu")

@@ -1,11 +1,12 @@
-"""Products of rows with packed weights, compiled by numba: whole numbers within a group of inputs, floats between.
+"""Products of rows with weights, compiled by numba: of whole numbers within a group of inputs, or of floats alone.
 
-Rows are rounded to 8 bits, each group of inputs of each row with a scale of its own. The products of a group add up in
-whole numbers, whose order does not matter, and groups follow one another: so a row's bits are its own, whatever rows
-come with it, and however these are shared out.
+With packed weights rows are rounded to 8 bits, each group of inputs of each row with a scale of its own. The products
+of a group add up in whole numbers, whose order does not matter, and groups follow one another: so a row's bits are its
+own, whatever rows come with it, and however these are shared out. With weights in floats rows stay as they are;
+``float_tile_code`` says in which order their products add up.
 
-Weights lie so that an instruction multiplies four inputs of a row with those of many outputs: outputs are cut into
-blocks of ``LANES``, the inputs of a group into quads.
+Packed weights lie so that an instruction multiplies four inputs of a row with those of many outputs: outputs are cut
+into blocks of ``LANES``, the inputs of a group into quads. Weights in floats lie input by input.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ _ZERO = np.float32(0)
 def multiply(rows, scales, sums, begin, end, matrix, first, last, products):
     """The products of the rows ``[begin, end)`` with the blocks ``[first, last)`` of a matrix.
 
-    ``rows`` [n, groups, GROUP], ``scales`` and ``sums`` [n, groups]: as ``quantise`` makes them. ``matrix``:
+    ``rows`` [n, groups, bytes], ``scales`` and ``sums`` [n, groups]: as ``take`` makes them. ``matrix``:
     ``Lanes``. ``products`` [n, blocks * LANES] is written.
     """
-    codes, of_codes, zeros, offsets, biases = matrix
+    codes, of_codes, zeros, offsets, biases, kind = matrix
     count = end - begin
     for block in range(first, last):
         # While many rows are multiplied with a block, the next one comes from memory.
@@ -36,23 +37,25 @@ def multiply(rows, scales, sums, begin, end, matrix, first, last, products):
         while row < end:
             if count >= ROWS:
                 row = min(row, end - ROWS)  # some rows are multiplied twice, which is less than one by one
-                four_rows(rows, scales, sums, codes, of_codes, zeros, offsets, biases, products, row, block, ahead)
+                four_rows(
+                    rows, scales, sums, codes, of_codes, zeros, offsets, biases, kind, products, row, block, ahead
+                )
                 row += ROWS
             elif end - row >= 2:
-                two_rows(rows, scales, sums, codes, of_codes, zeros, offsets, biases, products, row, block, ahead)
+                two_rows(rows, scales, sums, codes, of_codes, zeros, offsets, biases, kind, products, row, block, ahead)
                 row += 2
             else:
-                one_row(rows, scales, sums, codes, of_codes, zeros, offsets, biases, products, row, block, ahead)
+                one_row(rows, scales, sums, codes, of_codes, zeros, offsets, biases, kind, products, row, block, ahead)
                 row += 1
 
 
 @compiled
 def multiply_by_expert(rows, scales, sums, starts, experts, matrices, first, last, products):
     """As ``multiply``, of the rows ``[starts[j], starts[j + 1])`` with the ``experts[j]``-th of some matrices."""
-    codes, of_codes, zeros, offsets, biases = matrices
+    codes, of_codes, zeros, offsets, biases, kind = matrices
     for j in range(len(experts)):
         expert = experts[j]
-        matrix = codes[expert], of_codes[expert], zeros[expert], offsets[expert], biases[expert]
+        matrix = codes[expert], of_codes[expert], zeros[expert], offsets[expert], biases[expert], kind
         multiply(rows, scales, sums, starts[j], starts[j + 1], matrix, first, last, products)
 
 
@@ -75,6 +78,32 @@ def quantise(rows, size, codes, scales, sums):
             for j in range(GROUP):
                 line[j] = rows[i, first + j] if first + j < end else _ZERO
             round_group(line, codes, scales, sums, 0, i * num_groups + group)
+
+
+@compiled
+def copy(rows, size, codes):
+    """Rows [n, K] as they are: ``codes`` [n, groups, 4 * GROUP], int8, gets the bytes of float32."""
+    found = codes.view(np.float32)
+    num_rows, num_groups, _ = found.shape
+    groups = num_groups // (rows.shape[1] // size)
+    for i in range(num_rows):
+        for group in range(num_groups):
+            first, end = group // groups * size + group % groups * GROUP, group // groups * size + size
+            if first + GROUP <= end:
+                for j in range(GROUP):
+                    found[i, group, j] = rows[i, first + j]
+                continue
+            for j in range(GROUP):
+                found[i, group, j] = rows[i, first + j] if first + j < end else _ZERO
+
+
+@compiled
+def take(rows, size, codes, scales, sums):
+    """``quantise`` rows, or ``copy`` them, by the bytes that there are for a group."""
+    if codes.shape[2] == GROUP:
+        quantise(rows, size, codes, scales, sums)
+    else:
+        copy(rows, size, codes)
 
 
 @compiled

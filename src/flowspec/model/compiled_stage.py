@@ -1,4 +1,4 @@
-"""A stage on a processor's integers: matrices in 8 or 4 bits on ``integer_kernel``, attention on ``slot_kernel``.
+"""A stage on a processor: matrices in 8 or 4 bits, or in floats, on ``matrix_kernel``, attention on ``slot_kernel``.
 
 The rows of a segment do not change each other's bits, whatever slots they have: what plain decoding with the same
 weights gives, every schedule gives. All is computed, and cached, in float32; ``dtype`` is that of hidden states between
@@ -18,11 +18,11 @@ from flowspec.core import DType, LayerRange
 from flowspec.model import row_kernel
 from flowspec.model.attention import ATTENTION
 from flowspec.model.compiled import one_at_a_time
-from flowspec.model.families import PREFIX, embedding_scale, layer_prefix, norm_scale
+from flowspec.model.compiled_layer import CompiledLayer, Heads
+from flowspec.model.compiled_matrix import CompiledMatrix, Floats
+from flowspec.model.families import EMBEDDING, PREFIX, embedding_scale, layer_prefix, norm_scale
 from flowspec.model.forward_rows import LayersStage, masks_of, rotations_of
-from flowspec.model.integer_layer import Heads, IntegerLayer
-from flowspec.model.integer_matrix import Floats, IntegerMatrix
-from flowspec.model.packed import Bits, PackedWeight
+from flowspec.model.packed import Precision, Weight
 from flowspec.model.shared_kernel import write_and_attend
 from flowspec.model.slot_cache import Paths, RequestRows, SlotCache
 from flowspec.model.source import TensorSource
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 
-class IntegerStage(LayersStage):
+class CompiledStage(LayersStage):
     """On a processor."""
 
     def __init__(
@@ -42,7 +42,7 @@ class IntegerStage(LayersStage):
         config: PreTrainedConfig,
         layers: LayerRange,
         dtype: DType,
-        parts: Sequence[IntegerLayer],
+        parts: Sequence[CompiledLayer],
         embedding: Tensor | None,
         norm: Floats | None,
         rotary: nn.Module,
@@ -66,9 +66,9 @@ class IntegerStage(LayersStage):
         source: TensorSource,
         layers: LayerRange,
         dtype: DType,
-        bits: Bits,
+        precision: Precision,
         progress: Callable[[float], None] | None = None,
-    ) -> IntegerStage:
+    ) -> CompiledStage:
         """Read the tensors of these layers and no others; ``progress`` is told the fraction that is done.
 
         Raises ``ModelError`` as ``TorchStage.load`` does, and for what the kernels cannot take.
@@ -82,13 +82,16 @@ class IntegerStage(LayersStage):
             for name, parameter in layer.named_parameters()
         }
         check_nothing_ignored(source, layers, shapes)
-        parts: list[IntegerLayer] = []
+        parts: list[CompiledLayer] = []
         for prefix, layer in own.items():
-            parts.append(IntegerLayer(source, prefix, layer, bits))
+            parts.append(CompiledLayer(source, prefix, layer, precision))
             if progress is not None:
                 progress(len(parts) / (len(own) + 1))
         norm = _norm(source) if layers.end == source.num_layers else None
-        embedding = source.load_embedding(dtype, "cpu") if layers.start == 0 else None
+        embedding = None
+        if layers.start == 0:
+            stored = source.float_dtype(EMBEDDING) if dtype == "float32" else dtype
+            embedding = source.load_embedding(stored, "cpu")
         with one_at_a_time():
             stage = cls(config, layers, dtype, parts, embedding, norm, rotary_of(model, config))
             stage._warm_up()
@@ -136,7 +139,7 @@ class IntegerStage(LayersStage):
 
     def _embed(self, token_ids: Tensor) -> Tensor:
         assert self._embedding is not None, "the first stage has it"
-        return (self._embedding[token_ids] * self._embedding_scale.to(self._embedding.dtype)).float()
+        return (self._embedding[token_ids].to(self.dtype) * self._embedding_scale.to(self.dtype)).float()
 
     def _rotations(self, parts: Sequence[Part]) -> dict[str, tuple[Floats, Floats]]:
         positions = np.concatenate([part.cache.slots.positions[part.slots] for part in parts])
@@ -180,12 +183,12 @@ def _rows_of(parts: Sequence[Part], window: int | None) -> list[RequestRows]:
     return requests
 
 
-class IntegerLinear:
+class CompiledLinear:
     """A matrix by itself; what a row's product is does not depend on the rows beside it."""
 
-    def __init__(self, weight: PackedWeight) -> None:
+    def __init__(self, weight: Weight) -> None:
         """``weight`` [N, K]."""
-        self._matrix = IntegerMatrix([weight])
+        self._matrix = CompiledMatrix([weight])
         self._num_outputs = weight.shape[0]
         self._team = team_of(torch.get_num_threads())
 
@@ -196,15 +199,15 @@ class IntegerLinear:
         return torch.from_numpy(products)[:, : self._num_outputs]
 
 
-class IntegerHead:
+class CompiledHead:
     """The target's lm_head in 8 or 4 bits; what a row's logits are does not depend on the rows beside it."""
 
-    def __init__(self, source: TensorSource, bits: Bits, token_ids: Tensor | None = None) -> None:
-        """``token_ids``: of these tokens alone. Raises as ``IntegerStage.load`` does."""
-        weight = source.packed_lm_head(bits)
+    def __init__(self, source: TensorSource, precision: Precision, token_ids: Tensor | None = None) -> None:
+        """``token_ids``: of these tokens alone. Raises as ``CompiledStage.load`` does."""
+        weight = source.lm_head_weight(precision)
         if token_ids is not None:
             weight = weight.rows(token_ids.numpy())
-        self._linear = IntegerLinear(weight)
+        self._linear = CompiledLinear(weight)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[n, H] -> [n, V]."""

@@ -17,14 +17,16 @@ from torch import Tensor
 from flowspec.core import LayerRange, Partition, SamplingParams
 from flowspec.errors import ModelError, UsageError
 from flowspec.llm import LLM
-from flowspec.model.backends import choose_weights, open_checkpoint
-from flowspec.model.integer_stage import IntegerHead, IntegerStage
+from flowspec.model.backends import choose_weights, is_compiled, load_stage, open_checkpoint
+from flowspec.model.compiled_stage import CompiledHead, CompiledStage
 from flowspec.model.loader import Checkpoint
 from flowspec.model.packed import GROUP, PackedWeight, pack
+from flowspec.model.received import make_manifest, stage_shapes
 from flowspec.model.stage import Part, forward
+from flowspec.model.stage_size import stage_bytes
 from flowspec.model.torch_stage import TorchStage
 from tiny_gguf import write_gguf
-from tiny_models import FAMILIES, VOCAB_SIZE, make_checkpoint
+from tiny_models import FAMILIES, VOCAB_SIZE, make_checkpoint, make_model
 
 SCHEDULES = ("serial", "chunked", "pipedec", "lockstep", "flow")
 
@@ -72,7 +74,7 @@ def test_rounded_weights_move_by_half_a_scale(bits: Any) -> None:
 def test_a_stage_is_as_close_as_activations_of_8_bits_are(directory: Path) -> None:
     layers = LayerRange(1, 2)
     wanted = TorchStage.load(Rounded.open(directory), layers, "float32", "cpu")
-    stage = IntegerStage.load(Checkpoint.open(directory), layers, "float32", 8)
+    stage = CompiledStage.load(Checkpoint.open(directory), layers, "float32", 8)
     assert (stage.slot_bytes, stage.is_first, stage.is_last) == (wanted.slot_bytes, False, False)
     torch.manual_seed(0)
     rows = torch.randn(20, stage.hidden_size)
@@ -84,11 +86,46 @@ def test_a_stage_is_as_close_as_activations_of_8_bits_are(directory: Path) -> No
     assert 0 < error < 0.04
 
 
-@pytest.mark.parametrize(("family", "bits"), [*((family, 8) for family in FAMILIES), ("llama", 4), ("mixtral", 4)])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_floats_are_those_of_torch(checkpoint_dir: Callable[[str], Path], family: str) -> None:
+    checkpoint = Checkpoint.open(checkpoint_dir(family))
+    layers = LayerRange(0, checkpoint.num_layers)
+    found = run_alone(CompiledStage.load(checkpoint, layers, "float32", "float32"), list(range(30)))
+    wanted = run_alone(TorchStage.load(checkpoint, layers, "float32", "cpu"), list(range(30)))
+    assert 0 < (found - wanted).norm() < 1e-5 * wanted.norm()
+    logits = CompiledHead(checkpoint, "float32").logits(wanted)
+    assert torch.allclose(logits, wanted @ checkpoint.load_lm_head("float32", "cpu").T, rtol=1e-4, atol=1e-5)
+
+
+def test_floats_are_as_narrow_as_the_files_have_them(tmp_path: Path) -> None:
+    sizes: dict[str, Any] = {"hidden_size": 512, "num_hidden_layers": 2, "intermediate_size": 256}
+    make_checkpoint(tmp_path, "llama", **sizes)
+    model: Any = make_model("llama", **sizes)
+    model.to(torch.bfloat16).save_pretrained(tmp_path, max_shard_size="20KB")
+    halves, layers = Checkpoint.open(tmp_path), LayerRange(0, 2)
+    found = load_stage(halves, layers, "float32", "float", "cpu")
+    wanted = TorchStage.load(halves, layers, "float32", "cpu")
+    assert isinstance(found, CompiledStage) and found.weights_bytes < 0.6 * wanted.weights_bytes
+    manifest, _ = make_manifest(halves, layers, lambda stored: f"{stored.offset:064x}")
+    expected = stage_bytes(stage_shapes(manifest), "float32", "float", is_compiled(512, "cpu"))
+    assert found.weights_bytes == pytest.approx(expected, rel=0.01)
+    rows = [run_alone(stage, list(range(20))) for stage in (found, wanted)]
+    assert 0 < (rows[0] - rows[1]).norm() < 1e-5 * rows[1].norm()
+    other = Checkpoint.open(make_checkpoint(tmp_path / "gelu", "llama", hidden_act="gelu", **sizes))
+    assert isinstance(load_stage(other, layers, "float32", "float", "cpu"), TorchStage)
+
+
+@pytest.mark.parametrize(
+    ("family", "bits"),
+    [
+        *((family, 8) for family in FAMILIES), ("llama", 4), ("mixtral", 4),
+        ("llama", "float32"), ("gemma3_text", "bfloat16"), ("qwen3_moe", "float32"),
+    ],
+)  # fmt: skip
 def test_rows_do_not_change_each_others_bits(checkpoint_dir: Callable[[str], Path], family: str, bits: Any) -> None:
     """A tree in random segments, with commits, dead rows and slots that are used again, against plain decoding."""
     checkpoint = Checkpoint.open(checkpoint_dir(family))
-    stage = IntegerStage.load(checkpoint, LayerRange(0, 6), "float32", bits)
+    stage = CompiledStage.load(checkpoint, LayerRange(0, 6), "float32", bits)
     draw = random.Random(1)
     prompt = draw.choices(range(VOCAB_SIZE), k=20)
     cache = stage.open_cache(1000)
@@ -132,8 +169,8 @@ def test_rows_do_not_change_each_others_bits(checkpoint_dir: Callable[[str], Pat
 @pytest.mark.parametrize("family", ["qwen3", "granite"])
 def test_any_number_of_rows_has_the_same_bits(checkpoint_dir: Callable[[str], Path], family: str) -> None:
     checkpoint = Checkpoint.open(checkpoint_dir(family))
-    stage = IntegerStage.load(checkpoint, LayerRange(2, 6), "float32", 8)
-    head = IntegerHead(checkpoint, 8)
+    stage = CompiledStage.load(checkpoint, LayerRange(2, 6), "float32", 8)
+    head = CompiledHead(checkpoint, 8)
     torch.manual_seed(0)
     rows = torch.randn(70, stage.hidden_size)
     cache = stage.open_cache()
@@ -157,7 +194,7 @@ def test_the_lm_head_has_8_bits_unless_its_own_have_4(checkpoint_dir: Callable[[
 
 
 def test_requests_in_one_forward_have_the_bits_that_they_have_alone(checkpoint_dir: Callable[[str], Path]) -> None:
-    stage = IntegerStage.load(Checkpoint.open(checkpoint_dir("mistral")), LayerRange(0, 3), "float32", 8)
+    stage = CompiledStage.load(Checkpoint.open(checkpoint_dir("mistral")), LayerRange(0, 3), "float32", 8)
     texts = [[1, 2, 3, 4, 5], list(range(30)), [9]]
     parts = []
     for text in texts:
@@ -169,7 +206,7 @@ def test_requests_in_one_forward_have_the_bits_that_they_have_alone(checkpoint_d
 
 
 def test_a_forward_may_be_given_up_between_layers(checkpoint_dir: Callable[[str], Path]) -> None:
-    stage = IntegerStage.load(Checkpoint.open(checkpoint_dir("llama")), LayerRange(0, 4), "float32", 8)
+    stage = CompiledStage.load(Checkpoint.open(checkpoint_dir("llama")), LayerRange(0, 4), "float32", 8)
     wanted = run_alone(stage, [5, 6])
     cache = stage.open_cache()
     given_up = stage.steps([Part(torch.tensor([5]), cache.slots.append_prefix([0]), cache)])
@@ -184,7 +221,7 @@ def test_halves_on_the_way_are_the_same_for_every_partition(checkpoint_dir: Call
     for partition in ("0:6", "0:1,1:4,4:6"):
         rows = torch.tensor([3, 1, 4, 1, 5])
         for layers in Partition.parse(partition).stages:
-            stage = IntegerStage.load(checkpoint, layers, "bfloat16", 8)
+            stage = CompiledStage.load(checkpoint, layers, "bfloat16", 8)
             assert stage.dtype == torch.bfloat16 and stage.slot_bytes == 4 * 2 * 2 * 8 * len(layers)
             cache = stage.open_cache()
             rows = forward(stage, rows, cache.slots.append_prefix(range(5)), cache)
@@ -215,11 +252,23 @@ def test_every_schedule_gives_the_tokens_of_plain_decoding(
                 assert llm.generate(prompt, params, schedule=schedule).token_ids == wanted, schedule
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_schedule_gives_these_tokens_in_floats_too(dtype: Any, tmp_path: Path) -> None:
+    sizes: dict[str, Any] = {"hidden_size": 512, "num_hidden_layers": 3, "intermediate_size": 256}
+    directory = make_checkpoint(tmp_path, "qwen3", **sizes)
+    prompt = random.Random(0).choices(range(VOCAB_SIZE), k=15)
+    with LLM(directory, dtype=dtype, draft="ngram", partition="0:1,1:3", in_process=True) as llm:
+        for params in (SamplingParams(max_tokens=24), SamplingParams(max_tokens=24, temperature=0.8, seed=3)):
+            wanted = llm.generate(prompt, params, schedule="ar").token_ids
+            for schedule in SCHEDULES:
+                assert llm.generate(prompt, params, schedule=schedule).token_ids == wanted, schedule
+
+
 def test_what_the_kernels_cannot_take_is_an_error(tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(make_checkpoint(tmp_path, "llama", hidden_size=40, head_dim=10))
     with pytest.raises(ModelError, match="has 40 inputs, which 4-bit kernels cannot take in groups of 32; use int8"):
-        IntegerStage.load(checkpoint, LayerRange(0, 2), "float32", 4)
-    stage = IntegerStage.load(checkpoint, LayerRange(0, 2), "float32", 8)
+        CompiledStage.load(checkpoint, LayerRange(0, 2), "float32", 4)
+    stage = CompiledStage.load(checkpoint, LayerRange(0, 2), "float32", 8)
     rows = torch.tensor([1, 2, 3, 4, 5, 6, 7])
     cache = stage.open_cache()
     assert torch.equal(

@@ -1,4 +1,4 @@
-"""The mixture of experts of one layer on the integer kernel: it reads the weights of chosen experts alone.
+"""The mixture of experts of one layer on compiled kernels: it reads the weights of chosen experts alone.
 
 The router is in float32. What a row gets does not depend on the rows beside it, nor on the threads.
 """
@@ -12,16 +12,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flowspec.model import expert_kernel, row_kernel, shared_kernel
+from flowspec.model.compiled_matrix import CompiledRows, Floats, Lanes, blocks_of, groups_of
 from flowspec.model.expert_kernel import PART
-from flowspec.model.integer_kernel import LANES
-from flowspec.model.integer_matrix import Floats, IntegerRows, Lanes, blocks_of, groups_of
 from flowspec.model.layer_tensors import LayerTensors
-from flowspec.model.packed import GROUP, Bits, PackedWeight
+from flowspec.model.matrix_kernel import LANES
+from flowspec.model.packed import GROUP, Precision, Weight
 from flowspec.model.source import TensorSource
 from flowspec.model.team import Mailbox
 
 
-class IntegerExperts:
+class CompiledExperts:
     """Of one layer."""
 
     def __init__(self, tensors: LayerTensors, name: str, mixture: Any) -> None:
@@ -38,8 +38,8 @@ class IntegerExperts:
         self._router = _router(source, f"{prefix}gate.weight", tensors.shape(f"{name}.gate.weight"))
         self._up = blocks_of(inner_size) * LANES  # where a row's products with the second halves begin
         gate_up, down = tensors.shape(f"{name}.experts.gate_up_proj"), (num_experts, hidden_size, inner_size)
-        self._gate_up = _Matrices(source, f"{prefix}experts.gate_up_proj", gate_up, tensors.bits, 2)
-        self._down = _Matrices(source, f"{prefix}experts.down_proj", down, tensors.bits)
+        self._gate_up = _Matrices(source, f"{prefix}experts.gate_up_proj", gate_up, tensors.precision, 2)
+        self._down = _Matrices(source, f"{prefix}experts.down_proj", down, tensors.precision)
 
     @property
     def nbytes(self) -> int:
@@ -66,14 +66,16 @@ class IntegerExperts:
 class _Matrices:
     """One kind of matrix of all experts."""
 
-    def __init__(self, source: TensorSource, name: str, shape: tuple[int, ...], bits: Bits, num_parts: int = 1) -> None:
+    def __init__(
+        self, source: TensorSource, name: str, shape: tuple[int, ...], precision: Precision, num_parts: int = 1
+    ) -> None:
         """``shape`` [experts, N, K]: of the module's tensor ``name``. Its N are so many parts, each of whole blocks."""
         num_experts, num_outputs, num_inputs = shape
         height = num_outputs // num_parts
         self._size = num_inputs if num_inputs % GROUP else GROUP
         groups = num_inputs // self._size * groups_of(self._size)
         lanes: Lanes | None = None
-        for expert, first, weight in _rows_by_expert(source, name, shape, bits):
+        for expert, first, weight in _rows_by_expert(source, name, shape, precision):
             if lanes is None:
                 lanes = Lanes.like(weight, num_parts * blocks_of(height), groups, num_experts)
             for part in range(num_parts):
@@ -93,20 +95,22 @@ class _Matrices:
 
         Those from ``starts[j]`` to ``starts[j + 1]`` run through the matrix ``experts[j]``.
         """
-        pairs = IntegerRows.of(rows, self._lanes.codes.shape[2], self._size).picked(picked)
+        pairs = CompiledRows.of(rows, self._lanes.codes.shape[2], self._size, self._lanes.kind).picked(picked)
         products: Floats = shared_kernel.product_by_expert(mailbox, pairs, starts, experts, self._lanes)
         return products
 
 
 def _rows_by_expert(
-    source: TensorSource, name: str, shape: tuple[int, ...], bits: Bits
-) -> Iterator[tuple[int, int, PackedWeight]]:
+    source: TensorSource, name: str, shape: tuple[int, ...], precision: Precision
+) -> Iterator[tuple[int, int, Weight]]:
     """Of a module's tensor [experts, N, K], some rows of one expert at a time, and which of its rows is their first."""
-    for piece in source.pieces({name: shape})[name]:
+    pieces = source.pieces({name: shape})[name]
+    precision = source.precision_of([piece.name for piece in pieces], precision)
+    for piece in pieces:
         of_experts, of_rows = piece.place or (slice(None), slice(None))
         experts = range(shape[0])[of_experts] if isinstance(of_experts, slice) else [of_experts]
         rows = range(shape[1])[of_rows] if isinstance(of_rows, slice) else [of_rows]
-        weight = source.packed(piece.name, bits)
+        weight = source.weight(piece.name, precision)
         source.check_shape(piece.name, weight, (len(experts) * len(rows), shape[2]))
         for place, expert in enumerate(experts):
             yield expert, rows[0], weight.rows(np.arange(place * len(rows), (place + 1) * len(rows)))

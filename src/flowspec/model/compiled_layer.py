@@ -1,4 +1,4 @@
-"""One layer of a model on the integer kernel: all of it but its attention, for any rows, each by itself."""
+"""One layer of a model on compiled kernels: all of it but its attention, for any rows, each by itself."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from flowspec.model import layer_kernel, row_kernel
-from flowspec.model.integer_experts import IntegerExperts
-from flowspec.model.integer_matrix import Floats
+from flowspec.model.compiled_experts import CompiledExperts
+from flowspec.model.compiled_matrix import Floats
 from flowspec.model.layer_tensors import LayerTensors
-from flowspec.model.packed import Bits
+from flowspec.model.packed import Precision
 from flowspec.model.source import TensorSource
 from flowspec.model.team import Mailbox
 
@@ -25,15 +25,15 @@ class Heads(NamedTuple):
     value: Floats
 
 
-class IntegerLayer:
+class CompiledLayer:
     """Rows pass ``heads``, attention, and ``rest``."""
 
-    def __init__(self, source: TensorSource, prefix: str, layer: Any, bits: Bits) -> None:
+    def __init__(self, source: TensorSource, prefix: str, layer: Any, precision: Precision) -> None:
         """``layer``: transformers' module, without values; ``prefix``: of its tensors' names.
 
         Raises ``ModelError`` for what the source does not hold, or the kernel does not compute.
         """
-        tensors = LayerTensors(source, prefix, layer, bits)
+        tensors = LayerTensors(source, prefix, layer, precision)
         attention = layer.self_attn
         self.scaling: float = attention.scaling  # of attention's scores
         self._is_turned = bool(getattr(attention, "use_rope", True))  # of SmolLM3, some layers are not
@@ -55,7 +55,7 @@ class IntegerLayer:
             tensors.norm("post_feedforward_layernorm") if has_four else _NO_NORM,
         )
         has_experts = hasattr(layer.mlp, "experts")
-        self._inner = IntegerExperts(tensors, "mlp", layer.mlp) if has_experts else IntegerGate(tensors)
+        self._inner = CompiledExperts(tensors, "mlp", layer.mlp) if has_experts else CompiledGate(tensors)
         tensors.check_nothing_left()
         norms = sum(norm.nbytes for norm in (*self._norms, *self._head_norms))
         self.nbytes = self._heads.nbytes + self._output.nbytes + self._inner.nbytes + norms
@@ -70,7 +70,7 @@ class IntegerLayer:
         """Rows [n, H], which are written, and what they have attended to [n, heads * d]."""
         norms, eps, multiplier = self._norms, self._eps, self._multiplier
         output = self._output.lanes, self._output.size
-        if isinstance(self._inner, IntegerGate):
+        if isinstance(self._inner, CompiledGate):
             layer_kernel.add_rest(mailbox, hidden, attended, *output, *self._inner.weights, norms, eps, multiplier)
             return
         layer_kernel.add_attended(mailbox, hidden, attended, *output, norms, eps, multiplier)
@@ -87,11 +87,11 @@ class Norms(NamedTuple):
     given: Floats
 
 
-class IntegerGate:
+class CompiledGate:
     """What rows run through behind attention, where there are no experts: down(f(gate) * up)."""
 
     def __init__(self, tensors: LayerTensors) -> None:
-        """Raises as ``IntegerLayer`` does."""
+        """Raises as ``CompiledLayer`` does."""
         if tensors.has("mlp.gate_up_proj"):
             gate_up = tensors.matrix("mlp.gate_up_proj", heights=[tensors.source.config.intermediate_size] * 2)
         else:

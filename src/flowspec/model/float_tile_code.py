@@ -1,0 +1,120 @@
+"""Products of rows with weights in floats, in the language of numba's compiler, and what all tiles have in common.
+
+Of each output, inputs with even and with odd numbers add up one after the other, then both sums: so a row's bits are
+its own, and are the same on every processor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from llvmlite import ir
+from numba.core import cgutils
+
+from flowspec.model.packed import FLOAT16, FLOAT32, GROUP
+from flowspec.model.vector_code import (
+    F32,
+    FLOATS,
+    I16,
+    I32,
+    LANES,
+    WHOLE,
+    all_lanes,
+    data_of,
+    fuse,
+    load,
+    spread,
+    whole,
+)
+
+ROWS = 4  # for which a group's weights are read once
+
+_SUMS = 2  # of an output, so that they need not wait for one another
+_LINE = 64  # bytes that come from memory together
+
+
+class FloatTileCode:
+    """Writes what ``tile_code`` calls a tile, for weights of one kind."""
+
+    def __init__(self, code: Any, features: Sequence[str], num_rows: int, kind: int) -> None:
+        """``features``: of the processor, as LLVM names them."""
+        self._code = code
+        self._features = features
+        self._num_rows = num_rows
+        self._kind = kind
+
+    def write(self, arrays: Sequence[Any], row: Any, block: Any, ahead: Any) -> None:
+        code = self._code
+        rows, _, _, codes, _, _, _, biases, products = data_of(arrays, code)
+        groups, width = (cgutils.unpack_tuple(code, arrays[index].shape)[1] for index in (3, 8))
+        bias, zero = load(code, biases, block, FLOATS), ir.Constant(FLOATS, [0.0] * LANES)
+        totals = [[cgutils.alloca_once(code, FLOATS) for _ in range(_SUMS)] for _ in range(self._num_rows)]
+        for one, other in totals:
+            code.store(bias, one)
+            code.store(zero, other)
+        num_lines = GROUP * LANES * (4 if self._kind == FLOAT32 else 2) // _LINE
+        with cgutils.for_range(code, groups) as loop:
+            place = code.add(code.mul(block, groups), loop.index)
+            if self._num_rows == ROWS:
+                fetch_half(code, codes, code.add(code.mul(ahead, groups), loop.index), num_lines, half_of(code, row))
+            firsts = [
+                code.mul(code.add(code.mul(code.add(row, whole(index)), groups), loop.index), whole(GROUP))
+                for index in range(self._num_rows)
+            ]
+            sums = [[code.load(total) for total in of_row] for of_row in totals]
+            for k in range(GROUP):
+                weights = self._weights(codes, code.add(code.mul(place, whole(GROUP)), whole(k)))
+                for first, of_row in zip(firsts, sums, strict=True):
+                    inputs = spread(code, load(code, rows, code.add(first, whole(k)), F32))
+                    of_row[k % _SUMS] = fuse(code, inputs, weights, of_row[k % _SUMS])
+            for of_row, found in zip(totals, sums, strict=True):
+                for total, value in zip(of_row, found, strict=True):
+                    code.store(value, total)
+        found = [code.fadd(code.load(one), code.load(other)) for one, other in totals]
+        write_products(code, products, row, block, width, found)
+
+    def _weights(self, codes: Any, place: Any) -> Any:
+        """Of one input, for each output."""
+        code = self._code
+        if self._kind == FLOAT32:
+            return load(code, codes, place, FLOATS)
+        if self._kind == FLOAT16:
+            return halves(code, self._features, codes, place)
+        bits = code.zext(load(code, codes, place, ir.VectorType(I16, LANES)), WHOLE)
+        return code.bitcast(code.shl(bits, all_lanes(16)), FLOATS)
+
+
+def halves(code: Any, features: Sequence[str], bits: Any, place: Any) -> Any:
+    """float16 [LANES] as float32, finite ones. Not every processor has an instruction for it."""
+    if "+f16c" in features or "+neon" in features:
+        return code.fpext(load(code, bits, place, ir.VectorType(ir.HalfType(), LANES)), FLOATS)
+    wide = code.zext(load(code, bits, place, ir.VectorType(I16, LANES)), WHOLE)
+    size = code.bitcast(code.shl(code.and_(wide, all_lanes(0x7FFF)), all_lanes(13)), FLOATS)
+    size = code.fmul(size, ir.Constant(FLOATS, [2.0**112] * LANES))
+    sign = code.shl(code.and_(wide, all_lanes(0x8000)), all_lanes(16))
+    return code.bitcast(code.or_(code.bitcast(size, WHOLE), sign), FLOATS)
+
+
+def half_of(code: Any, row: Any) -> Any:
+    """Which half of a block comes from memory while ``ROWS`` rows are multiplied, from this one on."""
+    return code.and_(code.udiv(code.add(row, whole(ROWS - 1)), whole(ROWS)), whole(1))
+
+
+def fetch_half(code: Any, codes: Any, group: Any, num_lines: int, half: Any) -> None:
+    """Of a group's weights, which lie in so many of the cache's lines."""
+    count = num_lines // 2
+    kind = ir.FunctionType(ir.VoidType(), [codes.type, I32, I32, I32])
+    function = cgutils.get_or_insert_function(code.module, kind, "llvm.prefetch.p0")
+    first = code.add(code.mul(group, whole(num_lines)), code.mul(half, whole(count)))
+    for index in range(count):
+        where = code.gep(codes, [code.mul(code.add(first, whole(index)), whole(_LINE))])
+        code.call(function, [where, I32(0), I32(2), I32(1)])
+
+
+def write_products(code: Any, products: Any, row: Any, block: Any, width: Any, found: Sequence[Any]) -> None:
+    """Of rows from ``row`` on with a block."""
+    for index, values in enumerate(found):
+        first = code.add(code.mul(code.add(row, whole(index)), width), code.mul(block, whole(LANES)))
+        pointer = code.bitcast(code.gep(products, [code.mul(first, whole(4))]), FLOATS.as_pointer())
+        code.store(values, pointer, align=4)
