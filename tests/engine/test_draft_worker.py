@@ -20,6 +20,7 @@ from flowspec import LLM, SamplingParams
 from flowspec.cluster.membership import Membership
 from flowspec.config import LinkConfig
 from flowspec.draft import remote_passes
+from flowspec.draft.remote_passes import RemoteModelSource
 from flowspec.engine.telemetry import DraftWorkerStatus
 from flowspec.errors import UsageError, WorkerError
 from flowspec.model.loader import Checkpoint
@@ -198,6 +199,23 @@ def test_one_that_does_no_work_is_lost_at_last(
             for name in ("flow", "pipedec"):
                 assert llm.generate(PROMPT_IDS, params, schedule=name).token_ids == plain
             assert time.monotonic() - start_s < 20
+
+
+def test_one_that_is_slow_for_once_is_not_taken_for_a_broken_draft(
+    checkpoint_dir: Callable[[str], Path],
+    small_dir: Path,
+    workers: list[str],
+    own_cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nothing is kept of a check in which it has guessed nothing."""
+    monkeypatch.setattr(remote_passes, "PATIENCE_S", 0.2)
+    with idle_worker() as address:
+        for _ in range(2):
+            with open_llm(checkpoint_dir("qwen3"), small_dir, workers[0], address, draft_check="on") as llm:
+                assert isinstance(llm.engine.model.source, RemoteModelSource), "it is not switched off"
+    checks = own_cache / "flowspec" / "draft-checks"
+    assert not checks.exists() or not list(checks.iterdir())
 
 
 def test_one_that_is_not_there_is_an_error_in_time(

@@ -209,6 +209,11 @@ class RemoteModelSource:
             case _:
                 pass
 
+    @property
+    def is_lost(self) -> bool:
+        """Whether its drafts are n-grams from now on."""
+        return self._port.is_lost
+
     def renewed(self, port: Port) -> RemoteModelSource:
         """The same over another session."""
         return RemoteModelSource(port, self._tokens, self._max_positions, self._memory)

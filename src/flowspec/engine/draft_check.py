@@ -15,9 +15,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from flowspec.core import LayerRange, SamplingParams
-from flowspec.draft.acceptance import DEPTH, Acceptance, ReadText, Recorder, measure
+from flowspec.draft.acceptance import DEPTH, FEWEST, Acceptance, ReadText, Recorder, measure
 from flowspec.draft.base import DraftSource
 from flowspec.draft.ngram import NgramSource
+from flowspec.draft.remote_passes import RemoteModelSource
 from flowspec.draft.repairs import find_repair
 from flowspec.engine.engine import Engine
 from flowspec.errors import FlowspecError
@@ -61,7 +62,7 @@ def check_draft(
         start_s = time.perf_counter()
         found = _measure(engine, source)
         logger.debug("checking the draft took %.2f s", time.perf_counter() - start_s)
-        if found is None:
+        if found is None or not _is_telling(source, found.acceptance):
             logger.debug("the draft could not be checked; it is used as it is")
             return
         _store(path, found)
@@ -77,6 +78,11 @@ def check_draft(
             found.repair or _cause(source.name, step),
         )
         engine.use_source(NgramSource(memory=engine.model.memory))
+
+
+def _is_telling(source: DraftSource, acceptance: Acceptance) -> bool:
+    """A worker that is lost, or slow for once, says nothing of the draft that it runs."""
+    return not isinstance(source, RemoteModelSource) or (not source.is_lost and acceptance.num_made[0] >= FEWEST)
 
 
 def _wrong_step(source: DraftSource, acceptance: Acceptance) -> int | None:
