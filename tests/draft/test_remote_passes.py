@@ -96,7 +96,7 @@ def outputs(pump: Pump, prompt: list[int], params: SamplingParams, choose: Calla
 
 @pytest.mark.parametrize("patience_s", [1000.0, 0.0], ids=["waits", "goes on"])
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
-@pytest.mark.parametrize("schedule", ["flow", "serial", "lockstep", "auto"])
+@pytest.mark.parametrize("schedule", ["flow", "serial", "lockstep"])
 def test_any_order_of_events_gives_the_text_of_plain_decoding(
     checkpoint_dir: Callable[[str], Path],
     small_dir: Path,
@@ -111,11 +111,10 @@ def test_any_order_of_events_gives_the_text_of_plain_decoding(
     plain = outputs(Pump(target, 1, "none", "ar"), prompt_of(20), params, lambda num: 0)
     port = InprocPort(small_dir)
     source = remote_source(target, small_dir, port)
-    drafted = 0
-    for seed in range(2):
-        rng = np.random.default_rng(seed)
+    drafted, rng = 0, np.random.default_rng(1)
+    for _ in range(2):
         pump = Pump(target, 3, source, schedule, TREE, SMALL, apart=port)
-        assert outputs(pump, prompt_of(20), params, lambda num, rng=rng: int(rng.integers(num))) == plain
+        assert outputs(pump, prompt_of(20), params, lambda num: int(rng.integers(num))) == plain
         drafted += sum(generation.stats.drafted for generation in pump.generations)
         while port.has_work:
             port.work()

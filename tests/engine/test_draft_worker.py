@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,11 +17,14 @@ import pytest
 import zmq
 
 from command_line import Run
+from engines import Fault, engine_of
+from engines import run as run_jobs
 from flowspec import LLM, SamplingParams
 from flowspec.cluster.membership import Membership
 from flowspec.config import LinkConfig
 from flowspec.draft import remote_passes
 from flowspec.draft.remote_passes import RemoteModelSource
+from flowspec.engine import draft_worker as draft_worker_module
 from flowspec.engine.telemetry import DraftWorkerStatus
 from flowspec.errors import UsageError, WorkerError
 from flowspec.model.loader import Checkpoint
@@ -117,9 +121,11 @@ def test_a_draft_worker_that_is_lost_is_named_and_ngrams_go_on(
     small_dir: Path,
     workers: list[str],
     caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
     fault: str,
 ) -> None:
     """In the middle of a text, which stays what it is; so does the next one, which begins alike."""
+    monkeypatch.setattr(draft_worker_module, "_RETRY_S", 0.3)
     own = WorkerProcess("127.0.0.4")
     params = SamplingParams(max_tokens=150, temperature=0.8, seed=7)
     try:
@@ -151,6 +157,22 @@ def test_a_draft_worker_that_is_lost_is_named_and_ngrams_go_on(
     finally:
         own.go_on()
         own.end()
+
+
+def test_the_pipeline_may_be_lost_and_come_back_beside_it(
+    checkpoint_dir: Callable[[str], Path], small_dir: Path, workers: list[str]
+) -> None:
+    """What was under way there is closed at the draft worker, and begins again behind what was emitted."""
+    params = SamplingParams(max_tokens=60, temperature=0.8, seed=4)
+    with engine_of(checkpoint_dir("qwen3"), stages=1, draft=small_dir, draft_worker=workers[1], link=LINK) as engine:
+        jobs = [engine.submit(PROMPT_IDS, params, "ar")]
+        run_jobs(engine, jobs)
+        jobs += [engine.submit(PROMPT_IDS, params, "flow"), engine.submit(PROMPT_IDS[2:], params, "serial")]
+        run_jobs(engine, jobs[1:], [Fault(10, 1, signal.SIGKILL)])
+        assert jobs[1].output_ids == jobs[0].output_ids
+        status = engine.status()
+        assert status.num_recoveries == 1 and status.draft_worker == DraftWorkerStatus(workers[1], "up")
+        assert [job.draft for job in jobs] == ["none", "model", "model"]
 
 
 @contextmanager
