@@ -18,7 +18,6 @@ from flowspec.errors import ModelError
 from flowspec.llm import LLM
 from flowspec.model.backends import load_head, open_checkpoint
 from flowspec.model.eagle_head import EagleHead
-from flowspec.model.int8 import Int8Linear
 from flowspec.train.draft import MAX_VOCABULARY, draft_vocabulary
 from flowspec.train.eagle import head_config
 from tiny_gguf import write_text_gguf
@@ -52,8 +51,8 @@ def test_the_draft_guesses_these_tokens_as_the_target_would(model: Path, weights
     torch.testing.assert_close(few[:, kept], whole[:, kept], atol=1e-5, rtol=1e-5)
     others = torch.ones(checkpoint.vocab_size, dtype=torch.bool).index_fill_(0, kept, False)
     assert few.shape == whole.shape and (few[:, others] == -torch.inf).all()
-    is_quantised = any(isinstance(module, Int8Linear) for module in source.head.modules())
-    assert is_quantised == (weights == "int8")  # as the target is
+    is_float = any(isinstance(module, torch.nn.Linear) for module in source.head.modules())
+    assert is_float == (weights == "float")  # as the target is
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
