@@ -20,7 +20,7 @@ from flowspec.model.backends import load_head, open_checkpoint
 from flowspec.model.eagle_head import EagleHead
 from flowspec.model.int8 import Int8Linear
 from flowspec.train.draft import MAX_VOCABULARY, draft_vocabulary
-from flowspec.train.eagle import head_config
+from flowspec.train.frozen_target import head_config
 from tiny_gguf import write_text_gguf
 
 FEW = torch.arange(3, 300, 5)
