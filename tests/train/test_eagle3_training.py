@@ -29,9 +29,10 @@ from flowspec.model.taps import Taps, TapSum, TorchLinear
 from flowspec.model.target_head import LogitsHead, TargetHead
 from flowspec.sampling import Sampler
 from flowspec.train.corpus import Tokens
-from flowspec.train.draft import draft_vocabulary, train_draft
+from flowspec.train.draft import draft_vocabulary, frequencies_of, train_draft
 from flowspec.train.eagle3 import Eagle3Recipe, Eagle3Shape, Eagle3Trainee, level_losses, train_eagle3_head
 from flowspec.train.frozen_target import Target, head_config
+from flowspec.train.hints import HintRecipe
 from flowspec.train.unroll import unroll
 from flowspec.train.windows import DraftRecipe
 from flowspec.tree import DraftTree
@@ -334,11 +335,18 @@ def test_no_token_hangs_on_it(tmp_path: Path, name: str, temperature: float) -> 
             assert drafted.stats.draft == "eagle3"
 
 
-def test_it_knows_the_tokens_of_the_training_text(target: Target) -> None:
-    text = np.array([[90, 5, 5, 90], [7, 90, 5, 3]], dtype=np.int32)
-    known = draft_vocabulary(text, target, 6)
+def test_it_knows_the_tokens_of_the_training_text(tmp_path: Path) -> None:
+    frequencies = frequencies_of(np.array([[90, 5, 5, 90], [7, 90, 5, 3]], dtype=np.int32), VOCAB_SIZE)
+    assert frequencies[[5, 90, 7, 0]].tolist() == [0.375, 0.375, 0.125, 0]
+    known = draft_vocabulary(frequencies, 6)
     assert known is not None and known.tolist() == [0, 1, 3, 5, 7, 90]  # and the first by id
-    assert draft_vocabulary(text, target) is None and draft_vocabulary(text, target, VOCAB_SIZE) is None
+    assert draft_vocabulary(frequencies) is None and draft_vocabulary(frequencies, VOCAB_SIZE) is None
+    model, text = write_target_and_text(tmp_path)
+    text.write_text(" ".join(f"t{token_id}" for token_id in [*range(20, 40), *range(60, 70)] * 30))
+    recipe = replace(WINDOWS, num_tokens=128)
+    train_draft(model, tmp_path / "draft", [text], recipe, tmp_path / "work", shape=Eagle3Shape(num_tokens=30))
+    d2t = load_file(tmp_path / "draft" / "model.safetensors")["d2t"]
+    assert (torch.arange(30) + d2t).tolist() == [*range(20, 40), *range(60, 70)]
 
 
 def test_layers_to_read_are_the_authors_choice_where_there_are_so_many() -> None:
@@ -357,14 +365,20 @@ def test_what_cannot_be_trained_is_refused(tmp_path: Path) -> None:
     assert result.exit_code != 0 and "--draft-vocab is for EAGLE-3 heads" in result.output
 
 
-def test_the_command_trains_one(tmp_path: Path) -> None:
+def test_the_command_trains_one_with_hints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flowspec.train.hints.HintRecipe", lambda: HintRecipe(rank=2, num_tokens=512))
     model, text = write_target_and_text(tmp_path)
     command = ["train-draft", str(model), "--data", str(text), "--out", str(tmp_path / "draft"), "--kind", "eagle3"]
-    command += ["--tokens", "512", "--generated-share", "0", "--draft-vocab", "40"]
+    command += ["--tokens", "512", "--generated-share", "0", "--draft-vocab", "40", "--hints"]
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
     form, _ = load_source(model, tmp_path / "draft")
     assert form.shape("lm_head.weight") == (40, 32)
+    params = SamplingParams(20, temperature=0.8, seed=2, ignore_eos=True)
+    with LLM(model, draft=tmp_path / "draft", stages=4, in_process=True, draft_check="off", hints=True) as llm:
+        hinted = llm.generate([1, 4, 2, 3, 9], params, schedule="flow")
+        plain = llm.generate([1, 4, 2, 3, 9], params, schedule="ar")
+    assert hinted.token_ids == plain.token_ids and hinted.stats.drafted > 0
 
 
 def test_the_targets_distribution_is_that_of_its_family(tmp_path: Path) -> None:

@@ -150,24 +150,32 @@ class _Work:
         return new_text(self.target, self.tokens, self.recipe, self.plan)
 
     def _worth_a_guess(self, size: int | None = None) -> Tensor | None:
+        """The most frequent tokens of the windows that are trained on."""
         generated = generate_windows(self.target, self.tokens, self.recipe, self.work_dir / "generated", self.plan)
-        text = generated if len(generated) else self.tokens
-        return draft_vocabulary(text, self.target, size)
+        share = self.recipe.generated_share if len(generated) else 0.0
+        num_all = self.target.config.vocab_size
+        own, given = frequencies_of(generated, num_all), frequencies_of(self.tokens, num_all)
+        return draft_vocabulary(share * own + (1 - share) * given, size)
 
 
-def draft_vocabulary(text: Tokens, target: Target, size: int | None = None) -> Tensor | None:
-    """The tokens that are worth a guess, [N] ascending: the most frequent ones of ``text``, so many of them.
+def frequencies_of(text: Tokens, vocab_size: int) -> Tensor:
+    """Of each token, as a share of the tokens [...]: float64 [V]."""
+    counts = torch.bincount(torch.from_numpy(text).flatten().long(), minlength=vocab_size)
+    return counts.double() / max(1, text.size)
 
-    Of those that it does not have, the first by id: a tokenizer's early merges are the frequent ones. Without a
-    ``size``, ``MAX_VOCABULARY``; ``None``, which is all, where the vocabulary is not larger, or without one not much.
+
+def draft_vocabulary(frequencies: Tensor, size: int | None = None) -> Tensor | None:
+    """The tokens that are worth a guess, [N] ascending: so many, the most frequent ones by ``frequencies`` [V].
+
+    Of those that never occur, the first by id: a tokenizer's early merges are the frequent ones. Without a ``size``,
+    ``MAX_VOCABULARY``; ``None``, which is all, where the vocabulary is not larger, or without a ``size`` not much.
     """
-    num_all = target.config.vocab_size
+    num_all = len(frequencies)
     if size is None:
         size = MAX_VOCABULARY if num_all >= 2 * MAX_VOCABULARY else num_all
     if size >= num_all:
         return None
-    counts = torch.bincount(torch.from_numpy(text).flatten().long(), minlength=num_all)
-    return counts.argsort(descending=True, stable=True)[:size].sort().values
+    return frequencies.argsort(descending=True, stable=True)[:size].sort().values
 
 
 def _given_tokens(data: Sequence[Path], tokenizer: Any) -> Tokens:

@@ -179,7 +179,7 @@ def train_eagle3_head(
             streams, features = target.tapped_streams(rows, tapped)
             found, hits = losses(head, target.lm_head, rows, streams, features, recipe.num_levels)
         (weights * found).sum().backward()
-        return {"token": found.mean().item(), "top1": hits[0].item(), "top1 of the last": hits[-1].item()}
+        return {"token": found.mean().item(), "top1": hits[0].item(), "deepest": hits[-1].item()}
 
     identity = asdict(recipe) | data_identity(target, tokens)
     if token_ids is not None:
