@@ -308,6 +308,7 @@ def test_a_trained_head_drafts_and_passes_its_check(
     least = 0.85 * (num_tokens or VOCAB_SIZE) / VOCAB_SIZE
     assert len(config["hit_rates"]) == 8 and config["hit_rates"][0] > least
     assert config["draft_vocab_size"] == (num_tokens or VOCAB_SIZE)
+    assert load_source(clockwork, out)[1].hit_rates == config["hit_rates"]  # by which the check judges
     caplog.set_level(logging.WARNING, "flowspec.draft")
     for temperature in (0.0, 0.8):
         params = SamplingParams(24, temperature=temperature, seed=2, ignore_eos=True)
@@ -365,15 +366,17 @@ def test_what_cannot_be_trained_is_refused(tmp_path: Path) -> None:
     assert result.exit_code != 0 and "--draft-vocab is for EAGLE-3 heads" in result.output
 
 
-def test_the_command_trains_one_with_hints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", ["eagle3", "eagle3.1"])
+def test_the_command_trains_one_with_hints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     monkeypatch.setattr("flowspec.train.hints.HintRecipe", lambda: HintRecipe(rank=2, num_tokens=512))
     model, text = write_target_and_text(tmp_path)
-    command = ["train-draft", str(model), "--data", str(text), "--out", str(tmp_path / "draft"), "--kind", "eagle3"]
+    command = ["train-draft", str(model), "--data", str(text), "--out", str(tmp_path / "draft"), "--kind", kind]
     command += ["--tokens", "512", "--generated-share", "0", "--draft-vocab", "40", "--hints"]
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
     form, _ = load_source(model, tmp_path / "draft")
     assert form.shape("lm_head.weight") == (40, 32)
+    assert form.has_fc_norm == form.norm_output == (kind == "eagle3.1")
     params = SamplingParams(20, temperature=0.8, seed=2, ignore_eos=True)
     with LLM(model, draft=tmp_path / "draft", stages=4, in_process=True, draft_check="off", hints=True) as llm:
         hinted = llm.generate([1, 4, 2, 3, 9], params, schedule="flow")

@@ -16,6 +16,7 @@ from flowspec.cli.terminal import errors_in_one_line
 class Kind(str, Enum):
     eagle = "eagle"
     eagle3 = "eagle3"
+    eagle3_1 = "eagle3.1"
     block = "block"
 
 
@@ -35,8 +36,8 @@ def train_draft(
     kind: Annotated[
         Kind,
         typer.Option(
-            help="eagle3: an EAGLE-3 head, which reads three of the model's layers. block: a DSpark head, which "
-            "guesses several tokens in one pass."
+            help="eagle3: an EAGLE-3 head, which reads three of the model's layers. eagle3.1: one with more norms, "
+            "whose guesses get worse less with depth. block: a DSpark head, which guesses several tokens in one pass."
         ),
     ] = Kind.eagle,
     block_size: Annotated[int, typer.Option(help="Tokens that a block head guesses in a pass.")] = 8,
@@ -93,7 +94,7 @@ def train_draft(
         from flowspec.train.eagle3 import Eagle3Shape
         from flowspec.train.hints import HintRecipe
 
-        if draft_vocab is not None and kind != Kind.eagle3:
+        if draft_vocab is not None and kind not in (Kind.eagle3, Kind.eagle3_1):
             raise UsageError("--draft-vocab is for EAGLE-3 heads; leave it out, or add --kind eagle3")
         if threads:
             torch.set_num_threads(threads)
@@ -105,6 +106,8 @@ def train_draft(
                 shape = BlockShape(block_size, layers)
             case Kind.eagle3:
                 shape = Eagle3Shape(draft_vocab)
+            case Kind.eagle3_1:
+                shape = Eagle3Shape(draft_vocab, fc_norm=True, norm_output=True)
             case Kind.eagle:
                 pass
         where = work_dir or out / "training"
