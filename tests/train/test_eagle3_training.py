@@ -361,6 +361,10 @@ def test_layers_to_read_are_the_authors_choice_where_there_are_so_many() -> None
 def test_what_cannot_be_trained_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"cannot guess 0 tokens; name 1 at least \(--draft-vocab\)"):
         Eagle3Shape(0)
+    with pytest.raises(UsageError, match="num_levels is 32; it must lie between 0 and 32"):
+        replace(RECIPE, num_levels=32)
+    with pytest.raises(UsageError, match="decay is 0"):
+        replace(RECIPE, decay=0)
     command = ["train-draft", str(tmp_path), "--out", str(tmp_path), "--draft-vocab", "40", "--kind", "block"]
     result = CliRunner().invoke(app, command)
     assert result.exit_code != 0 and "--draft-vocab is for EAGLE-3 heads" in result.output

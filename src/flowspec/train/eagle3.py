@@ -64,6 +64,15 @@ class Eagle3Recipe:
     num_levels: int = 5  # draft levels that are trained together
     decay: float = 0.8  # a level's weight in the loss, of that of the level before it
 
+    def __post_init__(self) -> None:
+        if not 0 < self.num_levels < self.windows.context_len:
+            raise UsageError(
+                f"num_levels is {self.num_levels}; it must lie between 0 and {self.windows.context_len}, the length of "
+                "a window"
+            )
+        if not 0 < self.decay <= 1:
+            raise UsageError(f"decay is {self.decay}; it must lie in (0, 1]")
+
 
 class Eagle3Trainee(nn.Module):
     """A head in training: the one that drafts, with ``fc``, which stages have then, and an lm_head of target's rows."""
