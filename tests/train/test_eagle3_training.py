@@ -317,7 +317,7 @@ def test_a_trained_head_drafts_and_passes_its_check(
             plain = llm.generate([1, 4, 2, 3, 9], params, schedule="ar")
         assert drafted.token_ids == plain.token_ids
         assert drafted.stats.draft == "eagle3" and drafted.stats.accepted > 8
-    assert not caplog.records
+    assert not [record for record in caplog.records if record.name == "flowspec.draft"]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
