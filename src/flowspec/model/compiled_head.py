@@ -5,6 +5,7 @@ Everything else of the head stays torch's.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from flowspec.model.compiled_stage import CompiledLinear
@@ -36,5 +37,11 @@ def compile_head(head: nn.Module, precision: Precision) -> None:
 
 
 def weight_of(matrix: Tensor, precision: Precision) -> Weight:
-    """A float matrix [N, K], rounded to bits, or as it is."""
-    return FloatWeight(matrix.detach()) if isinstance(precision, str) else pack(matrix, precision)
+    """A float matrix [N, K], rounded to bits, or as it is, in the narrowest type that holds it."""
+    if not isinstance(precision, str):
+        return pack(matrix, precision)
+    matrix = matrix.detach()
+    for dtype in (torch.float16, torch.bfloat16):
+        if torch.equal(matrix.to(dtype).to(matrix.dtype), matrix):
+            return FloatWeight(matrix.to(dtype))
+    return FloatWeight(matrix)
