@@ -22,8 +22,8 @@ from flowspec.errors import UsageError
 from flowspec.model.backends import open_checkpoint
 from flowspec.model.eagle_head import EagleHead
 from flowspec.model.target_head import FewTokensHead, TargetHead
-from flowspec.train.eagle import embedding_of, load_model
 from flowspec.train.evaluate import EvaluationConfig, hit_rates, run_with_trees
+from flowspec.train.frozen_target import embedding_of, load_model
 from flowspec.train.own_text import continue_rows
 
 SHORTEST = 8  # tokens of an answer that counts

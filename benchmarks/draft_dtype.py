@@ -1,4 +1,4 @@
-"""What an int8 draft costs in guesses and gives in time. Prints one JSON object.
+"""What an int8 draft costs in guesses and gives in time, on torch's kernels and on ours. Prints one JSON object.
 
     python benchmarks/draft_dtype.py [--prompts 40] [--runs 9] [--threads 1]
 
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig
 
+from flowspec.model.compiled_head import KernelLinear, compile_head, weight_of
 from flowspec.model.eagle_head import EagleHead
 from flowspec.model.int8 import Int8Linear, quantize_head
 from flowspec.train.demo import open_shipped
@@ -42,11 +43,16 @@ def measure_guesses(num_prompts: int) -> dict[str, Any]:
 
 
 def variants(head: EagleHead, lm_head: Any) -> dict[str, Pass]:
-    """The head as it is, by its dtype, and in int8."""
-    dtype = str(head.embedding.dtype).removeprefix("torch.")
-    quantised = copy.deepcopy(head)
+    """The head as it is, by its dtype, and in int8; both on either's kernels."""
+    dtype: Any = str(head.embedding.dtype).removeprefix("torch.")
+    quantised, *compiled = (copy.deepcopy(head) for _ in range(3))
     quantize_head(quantised)
-    return {dtype: (head, lm_head), f"{dtype}, int8 weights": (quantised, Int8Linear(lm_head.weight))}
+    made = {dtype: (head, lm_head), f"{dtype}, int8 weights": (quantised, Int8Linear(lm_head.weight))}
+    for own, precision in zip(compiled, (dtype, 8), strict=True):
+        compile_head(own, precision)
+        name = f"{dtype}, {'int8 weights ' if precision == 8 else ''}on our kernels"
+        made[name] = own, KernelLinear(weight_of(lm_head.weight, precision))
+    return made
 
 
 @torch.inference_mode()

@@ -13,7 +13,7 @@ from gguf import GGMLQuantizationType as Kind
 from benchmark_script import run_benchmark
 from flowspec.model.backends import open_checkpoint
 from flowspec.model.eagle_head import EagleHead
-from flowspec.train.eagle import head_config
+from flowspec.train.frozen_target import head_config
 from tiny_gguf import write_text_gguf
 
 pytest.importorskip("numba")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,9 +17,8 @@ from flowspec.errors import ModelError
 from flowspec.llm import LLM
 from flowspec.model.backends import load_head, open_checkpoint
 from flowspec.model.eagle_head import EagleHead
-from flowspec.model.int8 import Int8Linear
-from flowspec.train.draft import MAX_VOCABULARY, draft_vocabulary
-from flowspec.train.eagle import head_config
+from flowspec.train.draft import MAX_VOCABULARY, draft_vocabulary, frequencies_of
+from flowspec.train.frozen_target import head_config
 from tiny_gguf import write_text_gguf
 
 FEW = torch.arange(3, 300, 5)
@@ -52,8 +50,8 @@ def test_the_draft_guesses_these_tokens_as_the_target_would(model: Path, weights
     torch.testing.assert_close(few[:, kept], whole[:, kept], atol=1e-5, rtol=1e-5)
     others = torch.ones(checkpoint.vocab_size, dtype=torch.bool).index_fill_(0, kept, False)
     assert few.shape == whole.shape and (few[:, others] == -torch.inf).all()
-    is_quantised = any(isinstance(module, Int8Linear) for module in source.head.modules())
-    assert is_quantised == (weights == "int8")  # as the target is
+    is_float = any(isinstance(module, torch.nn.Linear) for module in source.head.modules())
+    assert is_float == (weights == "float")  # as the target is
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
@@ -87,9 +85,8 @@ def test_a_broken_vocabulary_is_named(model: Path, tmp_path: Path, tensors: Any,
 
 
 def test_frequent_tokens_are_worth_a_guess_and_early_ones() -> None:
-    target: Any = SimpleNamespace(config=SimpleNamespace(vocab_size=50_000))
-    ids = draft_vocabulary(np.array([[49_000, 5], [49_000, 40_000]], dtype=np.int32), target)
+    text = np.array([[49_000, 5], [49_000, 40_000]], dtype=np.int32)
+    ids = draft_vocabulary(frequencies_of(text, 50_000))
     assert ids is not None and len(ids) == MAX_VOCABULARY
     assert ids.tolist() == [*range(MAX_VOCABULARY - 2), 40_000, 49_000]
-    target.config.vocab_size = 2048
-    assert draft_vocabulary(np.zeros((1, 4), np.int32), target) is None
+    assert draft_vocabulary(frequencies_of(np.zeros((1, 4), np.int32), 2048)) is None

@@ -93,7 +93,7 @@ def test_floats_are_those_of_torch(checkpoint_dir: Callable[[str], Path], family
     found = run_alone(CompiledStage.load(checkpoint, layers, "float32", "float32"), list(range(30)))
     wanted = run_alone(TorchStage.load(checkpoint, layers, "float32", "cpu"), list(range(30)))
     assert 0 < (found - wanted).norm() < 1e-5 * wanted.norm()
-    logits = CompiledHead(checkpoint, "float32").logits(wanted)
+    logits = CompiledHead.load(checkpoint, "float32").logits(wanted)
     assert torch.allclose(logits, wanted @ checkpoint.load_lm_head("float32", "cpu").T, rtol=1e-4, atol=1e-5)
 
 
@@ -170,7 +170,7 @@ def test_rows_do_not_change_each_others_bits(checkpoint_dir: Callable[[str], Pat
 def test_any_number_of_rows_has_the_same_bits(checkpoint_dir: Callable[[str], Path], family: str) -> None:
     checkpoint = Checkpoint.open(checkpoint_dir(family))
     stage = CompiledStage.load(checkpoint, LayerRange(2, 6), "float32", 8)
-    head = CompiledHead(checkpoint, 8)
+    head = CompiledHead.load(checkpoint, 8)
     torch.manual_seed(0)
     rows = torch.randn(70, stage.hidden_size)
     cache = stage.open_cache()

@@ -26,9 +26,10 @@ from flowspec.model.stage import forward
 from flowspec.model.torch_stage import TorchStage
 from flowspec.train.demo import load_hints
 from flowspec.train.draft import train_draft
-from flowspec.train.eagle import DraftRecipe, Target, embedding_of, head_config, load_model
 from flowspec.train.evaluate import EvaluationConfig, evaluate
+from flowspec.train.frozen_target import Target, embedding_of, head_config, load_model
 from flowspec.train.hints import HintRecipe, train_hints
+from flowspec.train.windows import DraftRecipe
 from tiny_models import FAMILIES, VOCAB_SIZE, make_checkpoint, make_model, random_stream, write_target_and_text
 
 HIDDEN, NUM_LAYERS, RANK = 32, 6, 3

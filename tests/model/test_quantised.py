@@ -20,7 +20,7 @@ from flowspec.model.backends import choose_weights, load_stage, open_checkpoint
 from flowspec.model.packed import Bits
 from flowspec.model.received import make_manifest, stage_shapes
 from flowspec.model.stage_size import stage_bytes
-from flowspec.train.eagle import load_model
+from flowspec.train.frozen_target import load_model
 from tiny_quantised import FORMS, write_quantised
 
 PROMPT = [5, 9, 2, 7, 7, 1]

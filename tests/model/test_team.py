@@ -76,7 +76,7 @@ def test_bits_are_those_of_one_thread(
     checkpoint = Checkpoint.open(checkpoint_dir(family))
 
     def load() -> tuple[CompiledStage, CompiledHead]:
-        return CompiledStage.load(checkpoint, LayerRange(0, 6), "float32", bits), CompiledHead(checkpoint, 8)
+        return CompiledStage.load(checkpoint, LayerRange(0, 6), "float32", bits), CompiledHead.load(checkpoint, 8)
 
     stage, head = load()
     shared_stage, shared_head = with_team(team, load)

@@ -21,11 +21,11 @@ from flowspec.train.block import (
     block_config,
     learn_blocks,
     level_rates,
-    tapped_streams,
     train_block_head,
 )
 from flowspec.train.draft import train_draft
-from flowspec.train.eagle import DraftRecipe, Target
+from flowspec.train.frozen_target import Target
+from flowspec.train.windows import DraftRecipe
 from tiny_models import VOCAB_SIZE, make_checkpoint, random_stream, write_target_and_text
 
 SHAPE = BlockShape(block_size=4, num_layers=2, num_taps=2, rank=8)
@@ -57,7 +57,7 @@ def test_the_trained_arithmetic_is_that_of_drafting(target: Target, tmp_path: Pa
     head = DSparkHead.load(form, target.embedding, "float32", "cpu")
     assert isinstance(head, DSparkHead)
     token_ids = torch.arange(3, 23)[None]
-    streams, _ = tapped_streams(target, token_ids, trainee.tapped)
+    streams, _ = target.tapped_streams(token_ids, trainee.tapped)
     anchors = torch.arange(1, 15)[None]
     rows = trainee(streams[:, :-1], token_ids, anchors)[0]
     above = trainee.tokens_above(token_ids, anchors)[0]
@@ -104,7 +104,7 @@ def test_rates_are_shares_of_right_guesses(target: Target) -> None:
 def test_a_trained_head_drafts(tmp_path: Path) -> None:
     model, text = write_target_and_text(tmp_path)
     recipe = replace(WINDOWS, num_tokens=256, generated_share=0.5, generation_batch=4)
-    train_draft(model, model / "draft", [text], recipe, tmp_path / "work", block=SHAPE)
+    train_draft(model, model / "draft", [text], recipe, tmp_path / "work", shape=SHAPE)
     params = SamplingParams(16, temperature=0.8, seed=2, ignore_eos=True)
     with LLM(model, stages=2, in_process=True, draft_check="off") as llm:
         drafted = llm.generate([1, 4, 2, 3, 9], params, schedule="flow")

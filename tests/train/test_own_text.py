@@ -17,9 +17,10 @@ from flowspec.errors import UsageError
 from flowspec.model.backends import open_checkpoint
 from flowspec.model.eagle_head import EagleHead
 from flowspec.train.draft import CHAT_RECIPE, recipe_for, train_draft
-from flowspec.train.eagle import DraftRecipe, load_model
+from flowspec.train.frozen_target import load_model
 from flowspec.train.hints import HintRecipe
 from flowspec.train.own_text import MAX_QUESTION_LEN, Conversations, converse
+from flowspec.train.windows import DraftRecipe
 from tiny_gguf import write_text_gguf
 from tiny_models import make_text_checkpoint, make_text_tokenizer
 

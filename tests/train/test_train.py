@@ -24,18 +24,13 @@ from flowspec.errors import ModelError, UsageError
 from flowspec.model.eagle_head import EagleHead
 from flowspec.train import corpus, demo
 from flowspec.train.draft import train_draft
-from flowspec.train.eagle import (
-    DraftRecipe,
-    Target,
-    embedding_of,
-    generate_windows,
-    head_config,
-    train_head,
-    unroll,
-)
+from flowspec.train.eagle import train_head
 from flowspec.train.evaluate import EvaluationConfig, draft_tree, evaluate
+from flowspec.train.frozen_target import Target, embedding_of, head_config
 from flowspec.train.losses import expected_rows, log_partition
 from flowspec.train.target import TargetData, TargetRecipe, save_target, save_tokenizer, train_target, train_tokenizer
+from flowspec.train.unroll import unroll
+from flowspec.train.windows import DraftRecipe, generate_windows
 
 TEXTS = [
     "def f(x):\n    return x + 1\n",

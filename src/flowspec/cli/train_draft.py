@@ -15,6 +15,8 @@ from flowspec.cli.terminal import errors_in_one_line
 
 class Kind(str, Enum):
     eagle = "eagle"
+    eagle3 = "eagle3"
+    eagle3_1 = "eagle3.1"
     block = "block"
 
 
@@ -32,10 +34,21 @@ def train_draft(
         ),
     ] = None,
     kind: Annotated[
-        Kind, typer.Option(help="block: a DSpark head, which guesses several tokens in one pass.")
+        Kind,
+        typer.Option(
+            help="eagle3: an EAGLE-3 head, which reads three of the model's layers. eagle3.1: one with more norms, "
+            "whose guesses get worse less with depth. block: a DSpark head, which guesses several tokens in one pass."
+        ),
     ] = Kind.eagle,
     block_size: Annotated[int, typer.Option(help="Tokens that a block head guesses in a pass.")] = 8,
     layers: Annotated[int, typer.Option(help="Of a block head.")] = 2,
+    draft_vocab: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens that an EAGLE-3 head guesses, the most frequent ones.",
+            show_default="all, of a large vocabulary 16,384",
+        ),
+    ] = None,
     tokens: Annotated[int, typer.Option(help="Training tokens.")] = 15_000_000,
     generated_share: Annotated[
         float | None,
@@ -74,15 +87,28 @@ def train_draft(
         logging.getLogger("flowspec").setLevel(logging.INFO)
         import torch
 
+        from flowspec.errors import UsageError
         from flowspec.train.block import BlockShape
         from flowspec.train.draft import recipe_for
         from flowspec.train.draft import train_draft as train
+        from flowspec.train.eagle3 import Eagle3Shape
         from flowspec.train.hints import HintRecipe
 
+        if draft_vocab is not None and kind not in (Kind.eagle3, Kind.eagle3_1):
+            raise UsageError("--draft-vocab is for EAGLE-3 heads; leave it out, or add --kind eagle3")
         if threads:
             torch.set_num_threads(threads)
         recipe = recipe_for(target, tokens, generated_share, generated_tokens, batch_tokens)
         hint_recipe = HintRecipe() if hints else None
-        block = BlockShape(block_size, layers) if kind == Kind.block else None
+        shape: BlockShape | Eagle3Shape | None = None
+        match kind:
+            case Kind.block:
+                shape = BlockShape(block_size, layers)
+            case Kind.eagle3:
+                shape = Eagle3Shape(draft_vocab)
+            case Kind.eagle3_1:
+                shape = Eagle3Shape(draft_vocab, fc_norm=True, norm_output=True)
+            case Kind.eagle:
+                pass
         where = work_dir or out / "training"
-        train(target, out, data or [], recipe, where, block=block, hints=hint_recipe, compiled=compiled)
+        train(target, out, data or [], recipe, where, shape=shape, hints=hint_recipe, compiled=compiled)

@@ -13,7 +13,7 @@ from flowspec.draft.base import DraftSource
 from flowspec.draft.dflash import DFlashSource
 from flowspec.draft.dspark import DSparkSource
 from flowspec.draft.eagle import EagleSource
-from flowspec.model.backends import load_head
+from flowspec.model.backends import has_kernels, is_compiled, load_head
 from flowspec.model.dflash2_format import DFlash2Format
 from flowspec.model.dflash2_head import DFlash2Head, ScaledHead
 from flowspec.model.dflash_format import DFlashFormat
@@ -26,6 +26,7 @@ from flowspec.model.eagle_head import EagleHead
 from flowspec.model.head_tensors import HEAD, HeadTensors
 from flowspec.model.int8 import Int8TargetHead, can_quantize, quantize_head
 from flowspec.model.loader import Checkpoint
+from flowspec.model.packed import Precision
 from flowspec.model.peagle_format import PEagleFormat
 from flowspec.model.peagle_head import PEagleHead
 from flowspec.model.target_head import FewTokensHead, LogitsHead, TargetHead
@@ -90,11 +91,24 @@ class HeadLoader:
 
     def _finished(self, draft_head: nn.Module, lm_head: LogitsHead, token_ids: Tensor | None) -> LogitsHead:
         """The lm_head: in integers where the draft head is made so, and over all of the target's tokens."""
-        if self.draft_dtype == "int8" or (self.weights != "float" and can_quantize(draft_head)):
+        is_int8 = self.draft_dtype == "int8" or self.weights != "float"
+        if has_kernels(self.device) and (is_int8 or is_compiled(self.checkpoint.hidden_size, self.device)):
+            lm_head = self._on_kernels(draft_head, lm_head, 8 if is_int8 else self.dtype, token_ids)
+        elif self.draft_dtype == "int8" or (is_int8 and can_quantize(draft_head)):
             quantize_head(draft_head)
-            if isinstance(lm_head, TargetHead):
+            if isinstance(lm_head, TargetHead):  # others are in integers themselves
                 lm_head = Int8TargetHead(lm_head.weight)
-            elif self.weights == "float":  # of compiled kernels; others are in integers themselves
-                matrix = self.checkpoint.load_lm_head("bfloat16", self.device)
-                lm_head = Int8TargetHead(matrix if token_ids is None else matrix[token_ids.to(self.device)])
         return lm_head if token_ids is None else FewTokensHead(lm_head, token_ids, self.checkpoint.vocab_size)
+
+    def _on_kernels(
+        self, draft_head: nn.Module, lm_head: LogitsHead, precision: Precision, token_ids: Tensor | None
+    ) -> LogitsHead:
+        from flowspec.model.compiled_head import compile_head, weight_of  # here: they are optional
+        from flowspec.model.compiled_stage import CompiledHead
+
+        compile_head(draft_head, precision)
+        if isinstance(lm_head, TargetHead):
+            return CompiledHead(weight_of(lm_head.weight, precision))
+        if precision == 8 and self.weights == "float":  # else it is as narrow itself
+            return CompiledHead.load(self.checkpoint, precision, token_ids)
+        return lm_head

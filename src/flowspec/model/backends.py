@@ -67,7 +67,7 @@ def choose_weights(checkpoint: Checkpoint, weights: Weights, device: str) -> Wei
     if weights == "auto":
         if checkpoint.own_bits is None or not is_cpu:
             return "float"
-        if not _has_kernels():
+        if not has_kernels(device):
             logger.warning(
                 "%s is quantised, but is computed in floats, more slowly; integer kernels come with flowspec[cpu]",
                 checkpoint.title,
@@ -80,12 +80,13 @@ def choose_weights(checkpoint: Checkpoint, weights: Weights, device: str) -> Wei
     return weights
 
 
-def _has_kernels() -> bool:
-    return importlib.util.find_spec("numba") is not None
+def has_kernels(device: str) -> bool:
+    """Whether there are compiled ones."""
+    return torch.device(device).type == "cpu" and importlib.util.find_spec("numba") is not None
 
 
 def _check_kernels(weights: Weights) -> None:
-    if weights in _BITS and not _has_kernels():
+    if weights in _BITS and not has_kernels("cpu"):
         raise UsageError(f"{weights} weights need numba, which is not installed; install flowspec[cpu]")
 
 
@@ -119,7 +120,7 @@ def load_stage(
 
 def is_compiled(hidden_size: int, device: str) -> bool:
     """Whether a model's weights in floats are on compiled kernels, too."""
-    return torch.device(device).type == "cpu" and hidden_size >= _COMPILED_WIDTH and _has_kernels()
+    return hidden_size >= _COMPILED_WIDTH and has_kernels(device)
 
 
 def make_taps(
@@ -164,4 +165,4 @@ def load_head(
     _check_kernels(weights)
     from flowspec.model.compiled_stage import CompiledHead  # here: it is optional
 
-    return CompiledHead(source, _BITS.get(weights, dtype), token_ids)
+    return CompiledHead.load(source, _BITS.get(weights, dtype), token_ids)

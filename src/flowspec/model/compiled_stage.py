@@ -200,14 +200,17 @@ class CompiledLinear:
 
 
 class CompiledHead:
-    """The target's lm_head in 8 or 4 bits; what a row's logits are does not depend on the rows beside it."""
+    """The target's lm_head, or a draft's; what a row's logits are does not depend on the rows beside it."""
 
-    def __init__(self, source: TensorSource, precision: Precision, token_ids: Tensor | None = None) -> None:
+    def __init__(self, weight: Weight) -> None:
+        """``weight`` [V, H]."""
+        self._linear = CompiledLinear(weight)
+
+    @classmethod
+    def load(cls, source: TensorSource, precision: Precision, token_ids: Tensor | None = None) -> CompiledHead:
         """``token_ids``: of these tokens alone. Raises as ``CompiledStage.load`` does."""
         weight = source.lm_head_weight(precision)
-        if token_ids is not None:
-            weight = weight.rows(token_ids.numpy())
-        self._linear = CompiledLinear(weight)
+        return cls(weight if token_ids is None else weight.rows(token_ids.numpy()))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[n, H] -> [n, V]."""

@@ -63,13 +63,18 @@ def find_layer_ids(
             if problem := _problem(entered, num_layers):
                 raise ModelError(f"{files.config_path}: {where} {problem}; or name them with --draft-layers")
             return tuple(entered)
-    default = own_choice or (2, num_layers // 2, num_layers - 3)
+    default = own_choice or eagles_choice(num_layers)
     if problem := _problem(default, num_layers):
         raise ModelError(
             f"{files.config_path} does not say which of the target's layers the head reads, and for {num_layers} "
             f"layers its authors' own choice {problem}; name them with draft_layers (--draft-layers)"
         )
     return default
+
+
+def eagles_choice(num_layers: int) -> tuple[int, ...]:
+    """What EAGLE-3's authors read of a target of so many layers, where a head does not say."""
+    return 2, num_layers // 2, num_layers - 3
 
 
 def _is_ids(ids: Any) -> bool:

@@ -137,7 +137,7 @@ class EagleHead(DraftHead):
         text = json.dumps(config, indent=2, sort_keys=True) + "\n"
         save_tensors(directory / SAFETENSORS, self.state_dict(), dtype)
         if self.token_ids is not None:
-            save_tensors(directory / _VOCABULARY, {_TOKEN_IDS: self.token_ids}, torch.int32)
+            save_tensors(directory / _VOCABULARY, {_TOKEN_IDS: self.token_ids.int()}, dtype)
         partial = directory / f".{CONFIG}.partial"
         partial.write_text(text, encoding="utf-8")
         os.replace(partial, directory / CONFIG)

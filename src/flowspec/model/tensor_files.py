@@ -119,10 +119,13 @@ def check_float(path: Path, what: str, dtype: torch.dtype) -> None:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
-    """Write a safetensors file, which is replaced at once or not at all."""
+    """Write a safetensors file, which is replaced at once or not at all; ``dtype``: of its floats."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    stored = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in tensors.items()}
+    stored = {
+        name: tensor.detach().to("cpu", dtype if tensor.is_floating_point() else tensor.dtype).contiguous()
+        for name, tensor in tensors.items()
+    }
     save_file(stored, partial, metadata={"format": "pt"})
     partial.chmod(0o644)  # safetensors makes files that only their owner may read
     os.replace(partial, path)

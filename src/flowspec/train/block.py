@@ -27,18 +27,11 @@ from flowspec.model.dflash_head import BlockLayer
 from flowspec.model.draft_files import CONFIG, SAFETENSORS
 from flowspec.model.tensor_files import save_tensors
 from flowspec.train.corpus import Tokens
-from flowspec.train.eagle import (
-    REFERENCE_WIDTH,
-    DraftRecipe,
-    Target,
-    batch_at,
-    data_identity,
-    generate_windows,
-    head_config,
-)
+from flowspec.train.frozen_target import Target, head_config, spread_layers
 from flowspec.train.loop import run_steps, write_json
 from flowspec.train.losses import rows_at_a_time
 from flowspec.train.own_text import Conversations
+from flowspec.train.windows import REFERENCE_WIDTH, DraftRecipe, batch_at, data_identity, generate_windows
 
 _LEAST_RATE = 1e-4  # of acceptance, whose logarithm is taken
 
@@ -58,17 +51,8 @@ class BlockShape:
                 raise UsageError(f"{name} is {getattr(self, name)}; it must be at least {least}")
 
     def tapped(self, num_target_layers: int) -> list[int]:
-        """k for the stream that enters layer k: spread from near the first layer to near the last.
-
-        Raises ``UsageError`` for a target of one layer, before and behind which is nothing to read.
-        """
-        if num_target_layers < 2:
-            raise UsageError("the target has a single layer, and a block head reads what goes from layer to layer")
-        first, last = 2, num_target_layers - 3
-        if last - first < self.num_taps - 1:
-            first, last = 1, num_target_layers - 1
-        step = (last - first) / max(1, self.num_taps - 1)
-        return sorted({round(first + place * step) for place in range(self.num_taps)})
+        """As of ``spread_layers``."""
+        return spread_layers(num_target_layers, self.num_taps)
 
 
 @dataclass(frozen=True)
@@ -271,7 +255,7 @@ def learn_blocks(
     Logits are made for some rows of blocks at a time: of all they would not fit into memory.
     """
     with torch.autocast(target.device.type, torch.bfloat16):
-        streams, features = tapped_streams(target, rows, head.tapped)
+        streams, features = target.tapped_streams(rows, head.tapped)
         states = head(streams[:, :-1], rows, anchors)
     flat = states.detach().float().flatten(0, 2).requires_grad_()
     places = head.places_of(anchors)
@@ -288,12 +272,6 @@ def learn_blocks(
     assert flat.grad is not None, "the parts have been taken back"
     states.backward(flat.grad.view_as(states).to(states.dtype))
     return dict(zip(("loss", "top1", "accepted", "confidence"), totals.tolist(), strict=True))
-
-
-def tapped_streams(target: Target, rows: Tensor, tapped: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """What enters the layers, float32 [B, T, n H], and the features [B, T, H], of tokens [B, T]."""
-    states = target.hidden_states(rows)
-    return torch.cat([states[layer - 1] for layer in tapped], dim=-1), states[-1]
 
 
 def _part_loss(
@@ -336,7 +314,7 @@ def level_rates(head: BlockTrainee, target: Target, token_ids: Tensor, counted: 
     right, made = torch.zeros(size), torch.zeros(size)
     anchors = torch.arange(1, token_ids.shape[1] - size, device=token_ids.device)
     for row, is_counted in zip(token_ids, counted, strict=True):
-        streams, _ = tapped_streams(target, row[None], head.tapped)
+        streams, _ = target.tapped_streams(row[None], head.tapped)
         for part in anchors.split(max(1, rows_at_a_time(target.lm_head) // size)):
             states = head(streams[:, :-1], row[None], part[None])[0]
             above = head.tokens_above(row[None], part[None])[0]

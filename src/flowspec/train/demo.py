@@ -23,8 +23,9 @@ from flowspec.model.demo_pair import demo_directory, demo_draft_directory
 from flowspec.model.eagle_head import EagleHead
 from flowspec.model.hint_head import HintHead
 from flowspec.train.corpus import Document, Tokens, encode_documents, read_stdlib, split_documents
-from flowspec.train.eagle import DraftRecipe, Target, embedding_of, load_model, train_head
+from flowspec.train.eagle import train_head
 from flowspec.train.evaluate import Evaluation, EvaluationConfig, evaluate
+from flowspec.train.frozen_target import Target, embedding_of, load_model
 from flowspec.train.hints import HintRecipe, train_hints
 from flowspec.train.loop import write_atomically, write_json
 from flowspec.train.target import (
@@ -37,6 +38,7 @@ from flowspec.train.target import (
     train_target,
     train_tokenizer,
 )
+from flowspec.train.windows import DraftRecipe
 
 logger = logging.getLogger("flowspec.train")
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -16,10 +16,13 @@ from flowspec.errors import ModelError, UsageError
 from flowspec.model.backends import open_checkpoint
 from flowspec.train.block import BlockRecipe, BlockShape, level_rates, train_block_head
 from flowspec.train.corpus import Tokens, encode_documents, read_documents
-from flowspec.train.eagle import DraftRecipe, Target, generate_windows, train_head
+from flowspec.train.eagle import train_head
+from flowspec.train.eagle3 import Eagle3Recipe, Eagle3Shape, train_eagle3_head
 from flowspec.train.evaluate import measure_steadiness, new_text
+from flowspec.train.frozen_target import Target
 from flowspec.train.hints import HintRecipe, train_hints
 from flowspec.train.own_text import Conversations
+from flowspec.train.windows import DraftRecipe, generate_windows
 
 logger = logging.getLogger("flowspec.train")
 
@@ -36,6 +39,8 @@ CHAT_RECIPE = DraftRecipe(
 )
 MAX_VOCABULARY = 16384  # tokens that a draft guesses at most
 _GPU_ROWS = 4096  # windows that a GPU writes at a time
+
+AnyRecipe = TypeVar("AnyRecipe", DraftRecipe, BlockRecipe, Eagle3Recipe)
 
 
 def recipe_for(
@@ -67,7 +72,7 @@ def train_draft(
     recipe: DraftRecipe,
     work_dir: Path,
     *,
-    block: BlockShape | None = None,
+    shape: BlockShape | Eagle3Shape | None = None,
     hints: HintRecipe | None = None,
     compiled: bool = False,
 ) -> None:
@@ -75,11 +80,11 @@ def train_draft(
 
     A target with a chat template converses with itself for the share of the text that it writes, and may do without
     ``data``. With ``hints``, hint heads too. Goes on from ``work_dir`` where an interrupted run with the same arguments
-    left off, and with the hints alone where the head is finished. ``block``: a block head of this shape, instead of an
-    EAGLE head. ``compiled``: faster, and needs a C++ compiler.
+    left off, and with the hints alone where the head is finished. ``shape``: of a block head or an EAGLE-3 head;
+    without one, an EAGLE head. ``compiled``: faster, and needs a C++ compiler.
     Raises ``ModelError`` for a target and ``UsageError`` for data that cannot be used.
     """
-    if block is not None and hints is not None:
+    if isinstance(shape, BlockShape) and hints is not None:
         raise UsageError("hint heads go with EAGLE heads; train a block head without hints")
     checkpoint = open_checkpoint(target)
     tokenizer: Any = checkpoint.load_tokenizer()
@@ -94,29 +99,83 @@ def train_draft(
     opened = Target.open(target, compiled=compiled)
     if opened.device.type == "cuda":
         recipe = replace(recipe, generation_batch=_GPU_ROWS)
-    if block is not None:
-        trainee = train_block_head(opened, tokens, BlockRecipe(recipe, block), work_dir, out, plan=plan)
-        trainee.save(out, level_rates(trainee, opened, *new_text(opened, tokens, recipe, plan)))
-        return
-    head = train_head(opened, tokens, recipe, work_dir, out, plan=plan, compiled=compiled)
-    head.note_hit_rates(measure_steadiness(opened, head, tokens, recipe, plan))
-    head.token_ids = draft_vocabulary(generate_windows(opened, tokens, recipe, work_dir / "generated", plan), opened)
-    head.save(out)
+    work = _Work(opened, tokens, recipe, work_dir, out, plan)
+    match shape:
+        case BlockShape():
+            work.make_block_head(shape)
+        case Eagle3Shape():
+            work.make_eagle3_head(shape, compiled)
+        case None:
+            work.make_eagle_head(compiled)
     if hints is not None:
         train_hints(opened, tokens, hints, recipe, work_dir, out, plan=plan)
 
 
-def draft_vocabulary(windows: Tokens, target: Target) -> Tensor | None:
-    """The tokens that are worth a guess, [N] ascending: the most frequent ones of the target's text ``windows`` [R, T].
+@dataclass(frozen=True)
+class _Work:
+    """What all kinds of heads are trained with, and how often the guesses of each are right on new text."""
 
-    Of those that it does not have, the first by id: a tokenizer's early merges are the frequent ones. ``None`` where
-    the vocabulary is not much larger.
+    target: Target
+    tokens: Tokens
+    recipe: DraftRecipe
+    work_dir: Path
+    out: Path
+    plan: Conversations | None
+
+    def make_block_head(self, shape: BlockShape) -> None:
+        head = train_block_head(*self._means(BlockRecipe(self.recipe, shape)), plan=self.plan)
+        head.save(self.out, level_rates(head, self.target, *self._new_text()))
+
+    def make_eagle3_head(self, shape: Eagle3Shape, compiled: bool) -> None:
+        known = self._worth_a_guess(shape.num_tokens)
+        means = self._means(Eagle3Recipe(self.recipe, shape))
+        head = train_eagle3_head(*means, token_ids=known, plan=self.plan, compiled=compiled)
+        token_ids, counted = self._new_text()
+        streams, _ = self.target.tapped_streams(token_ids, head.tapped)
+        rates = measure_steadiness(head.head, head.logits, token_ids, counted, head.read(streams))
+        head.save(self.out, rates)
+
+    def make_eagle_head(self, compiled: bool) -> None:
+        head = train_head(*self._means(self.recipe), plan=self.plan, compiled=compiled)
+        token_ids, counted = self._new_text()
+        features = self.target.features(token_ids)
+        head.note_hit_rates(measure_steadiness(head, self.target.logits, token_ids, counted, features))
+        head.token_ids = self._worth_a_guess()
+        head.save(self.out)
+
+    def _means(self, recipe: AnyRecipe) -> tuple[Target, Tokens, AnyRecipe, Path, Path]:
+        return self.target, self.tokens, recipe, self.work_dir, self.out
+
+    def _new_text(self) -> tuple[Tensor, Tensor]:
+        return new_text(self.target, self.tokens, self.recipe, self.plan)
+
+    def _worth_a_guess(self, size: int | None = None) -> Tensor | None:
+        """The most frequent tokens of the windows that are trained on."""
+        generated = generate_windows(self.target, self.tokens, self.recipe, self.work_dir / "generated", self.plan)
+        share = self.recipe.generated_share if len(generated) else 0.0
+        num_all = self.target.config.vocab_size
+        own, given = frequencies_of(generated, num_all), frequencies_of(self.tokens, num_all)
+        return draft_vocabulary(share * own + (1 - share) * given, size)
+
+
+def frequencies_of(text: Tokens, vocab_size: int) -> Tensor:
+    """Of each token, as a share of the tokens [...]: float64 [V]."""
+    counts = torch.bincount(torch.from_numpy(text).flatten().long(), minlength=vocab_size)
+    return counts.double() / max(1, text.size)
+
+
+def draft_vocabulary(frequencies: Tensor, size: int | None = None) -> Tensor | None:
+    """The tokens that are worth a guess, [N] ascending: so many, the most frequent ones by ``frequencies`` [V].
+
+    Of those that never occur, the first by id: a tokenizer's early merges are the frequent ones. Without a ``size``,
+    ``MAX_VOCABULARY``; ``None``, which is all, where the vocabulary is not larger, or without a ``size`` not much.
     """
-    size = target.config.vocab_size
-    if size < 2 * MAX_VOCABULARY:
+    num_all = len(frequencies)
+    if size is None:
+        size = MAX_VOCABULARY if num_all >= 2 * MAX_VOCABULARY else num_all
+    if size >= num_all:
         return None
-    counts = torch.bincount(torch.from_numpy(windows).flatten().long(), minlength=size)
-    return counts.argsort(descending=True, stable=True)[:MAX_VOCABULARY].sort().values
+    return frequencies.argsort(descending=True, stable=True)[:size].sort().values
 
 
 def _given_tokens(data: Sequence[Path], tokenizer: Any) -> Tokens:

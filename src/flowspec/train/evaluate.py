@@ -17,12 +17,15 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from flowspec.errors import UsageError
+from flowspec.model.draft_head import DraftHead
 from flowspec.model.eagle_head import EagleHead
 from flowspec.model.hint_head import HintHead
 from flowspec.train.corpus import Tokens, windows
-from flowspec.train.eagle import DraftRecipe, Target, unroll
+from flowspec.train.frozen_target import Target
 from flowspec.train.own_text import Conversations, continue_rows, converse
 from flowspec.train.target import held_out_loss
+from flowspec.train.unroll import unroll
+from flowspec.train.windows import DraftRecipe
 
 _NUM_STEADINESS_ROWS, _STEADINESS_LEN, _STEADINESS_LEVELS = 16, 128, 8
 
@@ -217,7 +220,7 @@ def _measure(
 
 
 def hit_rates(
-    head: EagleHead,
+    head: DraftHead,
     lm_head: Callable[[Tensor], Tensor],
     token_ids: Tensor,
     features: Tensor,
@@ -226,7 +229,7 @@ def hit_rates(
 ) -> list[float]:
     """How often the head's first guess is right at draft level 1, 2, ...: true tokens, its own features.
 
-    ``token_ids`` [B, T] with the target's ``features`` [B, T, H]; tokens from ``prompt_len`` on are counted.
+    ``token_ids`` [B, T] with the target's ``features`` [B, T, D]; tokens from ``prompt_len`` on are counted.
     """
     return [
         (guesses[:, prompt_len - 2 :] == token_ids[:, prompt_len:]).float().mean().item()
@@ -235,7 +238,7 @@ def hit_rates(
 
 
 def first_guesses(
-    head: EagleHead, lm_head: Callable[[Tensor], Tensor], token_ids: Tensor, features: Tensor, num_levels: int
+    head: DraftHead, lm_head: Callable[[Tensor], Tensor], token_ids: Tensor, features: Tensor, num_levels: int
 ) -> Iterator[Tensor]:
     """The head's first guesses [B, T - 2] at tokens 2, 3, ... of ``token_ids`` [B, T], by draft level."""
     for predicted in unroll(head, token_ids, features[:, :-1], num_levels):
@@ -245,12 +248,10 @@ def first_guesses(
 
 @torch.inference_mode()
 def measure_steadiness(
-    target: Target, head: EagleHead, tokens: Tokens, recipe: DraftRecipe, plan: Conversations | None = None
+    head: DraftHead, lm_head: Callable[[Tensor], Tensor], token_ids: Tensor, counted: Tensor, features: Tensor
 ) -> list[float]:
-    """Hit rates on ``new_text``, for the head's config."""
-    token_ids, counted = new_text(target, tokens, recipe, plan)
-    features = target.features(token_ids)
-    levels = first_guesses(head.float(), target.logits, token_ids, features, _STEADINESS_LEVELS)
+    """Hit rates on ``new_text`` [B, T], for the head's config; ``features`` [B, T, D]: the target's of that text."""
+    levels = first_guesses(head.float(), lm_head, token_ids, features, _STEADINESS_LEVELS)
     return [_share((guesses == token_ids[:, 2:])[counted[:, 2:]]) for guesses in levels]
 
 
@@ -314,7 +315,7 @@ def _share(hits: Tensor) -> float:
 
 
 def run_with_trees(
-    head: EagleHead, lm_head: torch.nn.Module, token_ids: Tensor, features: Tensor, config: EvaluationConfig
+    head: DraftHead, lm_head: Callable[[Tensor], Tensor], token_ids: Tensor, features: Tensor, config: EvaluationConfig
 ) -> tuple[int, int]:
     """New tokens and target passes of one text [T] with features [T, H], a fresh tree for every pass."""
     prefilled = DynamicCache()
@@ -341,8 +342,8 @@ def run_with_trees(
 
 
 def draft_tree(
-    head: EagleHead,
-    lm_head: torch.nn.Module,
+    head: DraftHead,
+    lm_head: Callable[[Tensor], Tensor],
     cache: DynamicCache,
     root_feature: Tensor,
     root_position: int,

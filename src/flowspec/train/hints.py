@@ -16,17 +16,11 @@ from torch import nn
 from flowspec.errors import ModelError, UsageError
 from flowspec.model.hint_head import HintHead, save_hints
 from flowspec.train.corpus import Tokens
-from flowspec.train.eagle import (
-    REFERENCE_WIDTH,
-    DraftRecipe,
-    Target,
-    batch_at,
-    data_identity,
-    generate_windows,
-)
+from flowspec.train.frozen_target import Target
 from flowspec.train.loop import run_steps
 from flowspec.train.losses import rows_at_a_time
 from flowspec.train.own_text import Conversations
+from flowspec.train.windows import REFERENCE_WIDTH, DraftRecipe, batch_at, data_identity, generate_windows
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,15 @@ def expected_rows(features: Tensor, lm_head: Tensor) -> tuple[Tensor, Tensor]:
     return means, best
 
 
+def cross_entropy(estimates: Tensor, expected: Tensor, lm_head: Tensor) -> tuple[Tensor, Tensor]:
+    """Of estimated features [N, H] against the target's whole distributions, float32 [N], and the likeliest tokens [N].
+
+    ``expected`` [N, H]: what ``expected_rows`` made of the true features. Differentiable in the estimates.
+    """
+    sums, best = log_partition(estimates, lm_head)
+    return sums - (estimates * expected).sum(-1), best
+
+
 def log_partition(estimates: Tensor, lm_head: Tensor) -> tuple[Tensor, Tensor]:
     """Log of the sum of ``exp(logits)``, float32 [N], and the likeliest tokens [N], of estimated features [N, H].
 
