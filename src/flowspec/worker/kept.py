@@ -78,17 +78,17 @@ class StageLoader:
             wide = frozenset(name for name in shapes if source.bits_of([name], 4) == 8)
             narrow = frozenset(name for name, found in stored.items() if found is not None and found.kind in NARROW)
             self.check_fits(configure, StageShapes(shapes, wide, narrow))
-        # Compiled kernels have threads of their own, and the attention between them is too small to be shared.
         torch.set_num_threads(self._threads)
         stage = load_stage(source, layers, configure.dtype, configure.weights, self.device, progress)
-        if not isinstance(stage, TorchStage):
-            torch.set_num_threads(1)
         hinter = None
         if configure.hints is not None:
             hinter = load_hinter(configure.hints, source, layers.end, configure.dtype, self.device)
         guesser = None
         if configure.num_best:
             guesser = BestTokens(load_head(source, configure.dtype, configure.weights, self.device))
+        # Compiled kernels have threads of their own, and what is between them is too small to be shared.
+        if not isinstance(stage, TorchStage):
+            torch.set_num_threads(1)
         forward_s = measure_forward(stage, source.vocab_size) if configure.emulation is None else []
         loaded = Loaded(stage, hinter, guesser, forward_s, Limits.of(source), fingerprint(source, layers))
         self._kept = key, loaded
