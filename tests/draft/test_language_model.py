@@ -20,7 +20,7 @@ from flowspec.draft.base import Accepted
 from flowspec.draft.catalogue import choose_draft, load_draft
 from flowspec.draft.eagle import GREEDY
 from flowspec.draft.language_model import MAX_KEPT, ModelSource
-from flowspec.draft.model_passes import CHUNK
+from flowspec.draft.model_passes import CHUNK, LocalPasses
 from flowspec.draft.token_map import TokenMap
 from flowspec.errors import ModelError, UsageError
 from flowspec.model.loader import Checkpoint
@@ -119,6 +119,7 @@ def test_every_node_is_guessed_as_the_model_alone_guesses_behind_its_path(
         tree.reroot(path[-1])
         text = [*text[:-1], *accepted.token_ids, int(tree.token_ids[0])]
         draft.commit(accepted, tree)
+        assert isinstance(draft.passes, LocalPasses)
         draft.passes.check_integrity()
         draft.expand(tree, ROOT)
     tree.restart(7)  # a token that nobody has guessed
