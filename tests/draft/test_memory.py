@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from engines import engine_of, run
@@ -31,6 +31,7 @@ def places_by_hand(text: list[int], first: int, context: list[int], width: int) 
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=9), min_size=1, max_size=12), st.integers(12, 40))
+@example([[0], [0], [0] * 5, [0], [0, 1, 1, 0, 0], [0], [0] * 3], 12)
 def test_a_search_finds_what_a_comparison_of_all_places_finds(pieces: list[list[int]], capacity: int) -> None:
     index, text, width = Suffixes(capacity, (3,)), [], 3
     for number, piece in enumerate(pieces):

@@ -116,7 +116,8 @@ class Suffixes:
             window = np.array(context[-width:], dtype=np.int64)
             numbers = self._walk(int(heads[self._hash(window[None])[0]]), chains, width)
             lengths = self._match(numbers, np.array(context[::-1], dtype=np.int64))
-            is_real = lengths >= width
+            # A chain may lead to where a text has ended since: what followed there was overwritten.
+            is_real = (lengths >= width) & (self._at(numbers) != BETWEEN)
             if is_real.any():
                 return Places(lengths[is_real], self._following(numbers[is_real], steps, behind))
         return None
