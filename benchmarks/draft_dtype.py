@@ -50,7 +50,7 @@ def variants(head: EagleHead, lm_head: Any) -> dict[str, Pass]:
     made = {dtype: (head, lm_head), f"{dtype}, int8 weights": (quantised, Int8Linear(lm_head.weight))}
     for own, precision in zip(compiled, (dtype, 8), strict=True):
         compile_head(own, precision)
-        name = f"{dtype}, {'int8 weights ' if precision == 8 else ''}on our kernels"
+        name = f"{dtype}{', int8 weights' if precision == 8 else ''} on our kernels"
         made[name] = own, KernelLinear(weight_of(lm_head.weight, precision))
     return made
 

@@ -67,7 +67,7 @@ def test_the_draft_dtype_benchmark_prints_json() -> None:
     assert done.returncode == 0, done.stderr
     guesses = json.loads(done.stdout)["guesses"]
     on_torch = ["float32", "float32, int8 weights"]
-    assert list(guesses) == [*on_torch, "float32, on our kernels", "float32, int8 weights on our kernels"]
+    assert list(guesses) == [*on_torch, *(f"{name} on our kernels" for name in on_torch)]
     assert all(figures["sampled"]["tokens_per_pass"] > 1 for figures in guesses.values())
 
 
