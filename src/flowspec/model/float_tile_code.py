@@ -47,7 +47,8 @@ class FloatTileCode:
     def write(self, arrays: Sequence[Any], row: Any, block: Any, ahead: Any) -> None:
         code = self._code
         rows, _, _, codes, _, _, _, biases, products = data_of(arrays, code)
-        groups, width = (cgutils.unpack_tuple(code, arrays[index].shape)[1] for index in (3, 8))
+        count, width = cgutils.unpack_tuple(code, arrays[8].shape)
+        groups = cgutils.unpack_tuple(code, arrays[3].shape)[1]
         bias, zero = load(code, biases, block, FLOATS), ir.Constant(FLOATS, [0.0] * LANES)
         totals = [[cgutils.alloca_once(code, FLOATS) for _ in range(_SUMS)] for _ in range(self._num_rows)]
         for one, other in totals:
@@ -56,8 +57,8 @@ class FloatTileCode:
         num_lines = GROUP * LANES * (4 if self._kind == FLOAT32 else 2) // _LINE
         with cgutils.for_range(code, groups) as loop:
             place = code.add(code.mul(block, groups), loop.index)
-            if self._num_rows == ROWS:
-                fetch_half(code, codes, code.add(code.mul(ahead, groups), loop.index), num_lines, half_of(code, row))
+            if self._num_rows > 1:  # the processor sees one row's need itself
+                fetch(code, codes, code.add(code.mul(ahead, groups), loop.index), num_lines, row, count)
             firsts = [
                 code.mul(code.add(code.mul(code.add(row, whole(index)), groups), loop.index), whole(GROUP))
                 for index in range(self._num_rows)
@@ -96,13 +97,18 @@ def halves(code: Any, features: Sequence[str], bits: Any, place: Any) -> Any:
     return code.bitcast(code.or_(code.bitcast(size, WHOLE), sign), FLOATS)
 
 
-def half_of(code: Any, row: Any) -> Any:
-    """Which half of a block comes from memory while ``ROWS`` rows are multiplied, from this one on."""
-    return code.and_(code.udiv(code.add(row, whole(ROWS - 1)), whole(ROWS)), whole(1))
+def fetch(code: Any, codes: Any, group: Any, num_lines: int, row: Any, num_rows: Any) -> None:
+    """Let a group's weights, in so many lines of the cache, come from memory while rows from ``row`` on are multiplied.
+
+    One half of them if there are more of the ``num_rows``, which fetch the other one in their turn.
+    """
+    turn = code.and_(code.udiv(code.add(row, whole(ROWS - 1)), whole(ROWS)), whole(1))
+    _fetch_half(code, codes, group, num_lines, turn)
+    with code.if_then(code.icmp_signed("<=", num_rows, whole(ROWS))):
+        _fetch_half(code, codes, group, num_lines, whole(1))
 
 
-def fetch_half(code: Any, codes: Any, group: Any, num_lines: int, half: Any) -> None:
-    """Of a group's weights, which lie in so many of the cache's lines."""
+def _fetch_half(code: Any, codes: Any, group: Any, num_lines: int, half: Any) -> None:
     count = num_lines // 2
     kind = ir.FunctionType(ir.VoidType(), [codes.type, I32, I32, I32])
     function = cgutils.get_or_insert_function(code.module, kind, "llvm.prefetch.p0")

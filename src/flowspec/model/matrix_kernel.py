@@ -31,8 +31,7 @@ def multiply(rows, scales, sums, begin, end, matrix, first, last, products):
     codes, of_codes, zeros, offsets, biases, kind = matrix
     count = end - begin
     for block in range(first, last):
-        # While many rows are multiplied with a block, the next one comes from memory.
-        ahead = block + 1 if count > ROWS else block
+        ahead = block + 1  # comes from memory meanwhile
         row = begin
         while row < end:
             if count >= ROWS:

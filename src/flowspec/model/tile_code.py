@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from llvmlite import ir
 from numba.core import cgutils, types
 
-from flowspec.model.float_tile_code import ROWS, FloatTileCode, fetch_half, half_of, halves, write_products
+from flowspec.model.float_tile_code import ROWS, FloatTileCode, fetch, halves, write_products
 from flowspec.model.packed import EIGHT_BITS, FLOAT_KINDS, GROUP, NUM_KINDS, WITH_OFFSETS, WITH_ZEROS
 from flowspec.model.vector_code import (
     F32,
@@ -112,17 +112,15 @@ class _TileCode:
     def write(self, arrays: Sequence[Any], row: Any, block: Any, ahead: Any) -> None:
         code = self._code
         rows, scales, sums, codes, of_codes, zeros, offsets, biases, products = data_of(arrays, code)
-        groups, width = (cgutils.unpack_tuple(code, arrays[index].shape)[1] for index in (0, 8))
+        count, width = cgutils.unpack_tuple(code, arrays[8].shape)
+        groups = cgutils.unpack_tuple(code, arrays[0].shape)[1]
         bias = load(code, biases, block, FLOATS)
         totals = [cgutils.alloca_once(code, FLOATS) for _ in range(self._num_rows)]
         for total in totals:
             code.store(bias, total)
-        first_ahead = code.mul(ahead, groups)
-        half = half_of(code, row)
         with cgutils.for_range(code, groups) as loop:
             place = code.add(code.mul(block, groups), loop.index)
-            if self._num_rows == ROWS:
-                fetch_half(code, codes, code.add(first_ahead, loop.index), self._vectors, half)
+            fetch(code, codes, code.add(code.mul(ahead, groups), loop.index), self._vectors, row, count)
             weights = self._weights(codes, place)
             of_weights, added = halves(code, self._features, of_codes, place), None
             if self._kind == WITH_OFFSETS:
