@@ -52,6 +52,7 @@ RUN_SMALL_BY = {
     "kernels.py": "bench/test_benchmarks_kernels.py",
     "overhead.py": "test_demo.py",
     "stage_memory.py": "model/test_loader.py",
+    "draft_dtype.py": "test_demo.py",
 }
 
 # What stands for what the text says.
