@@ -101,11 +101,14 @@ def test_floats_are_as_narrow_as_the_files_have_them(tmp_path: Path) -> None:
     sizes: dict[str, Any] = {"hidden_size": 512, "num_hidden_layers": 2, "intermediate_size": 256}
     make_checkpoint(tmp_path, "llama", **sizes)
     model: Any = make_model("llama", **sizes)
-    model.to(torch.bfloat16).save_pretrained(tmp_path, max_shard_size="20KB")
+    model.to(torch.bfloat16)
+    query = model.model.layers[1].self_attn.q_proj
+    query.weight.data = torch.randn(query.weight.shape) / 20  # a file may mix them, among what is one matrix here
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
     halves, layers = Checkpoint.open(tmp_path), LayerRange(0, 2)
     found = load_stage(halves, layers, "float32", "float", "cpu")
     wanted = TorchStage.load(halves, layers, "float32", "cpu")
-    assert isinstance(found, CompiledStage) and found.weights_bytes < 0.6 * wanted.weights_bytes
+    assert isinstance(found, CompiledStage) and found.weights_bytes < 0.65 * wanted.weights_bytes
     manifest, _ = make_manifest(halves, layers, lambda stored: f"{stored.offset:064x}")
     expected = stage_bytes(stage_shapes(manifest), "float32", "float", is_compiled(512, "cpu"))
     assert found.weights_bytes == pytest.approx(expected, rel=0.01)

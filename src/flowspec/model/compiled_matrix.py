@@ -71,7 +71,8 @@ class Lanes(NamedTuple):
         """
         num_outputs, blocks = weight.shape[0], slice(first, first + blocks_of(weight.shape[0]))
         if isinstance(weight, FloatWeight):
-            self.codes[blocks] = _float_lanes(weight.as_kind(self.kind)).reshape(self.codes[blocks].shape)
+            assert weight.kind == self.kind, "none is rounded here"
+            self.codes[blocks] = _float_lanes(weight).reshape(self.codes[blocks].shape)
         else:
             self._fill_packed(weight, blocks)
         if bias is not None:
@@ -115,8 +116,8 @@ class CompiledMatrix:
     """The weights of one linear layer, or of several that read the same rows."""
 
     def __init__(self, parts: Sequence[Weight], biases: Sequence[Floats | None] = ()) -> None:
-        """``parts`` [N, K] each, of as many bits or in floats: the outputs of each begin at its one of ``starts``."""
-        first = _widest(parts)
+        """``parts`` [N, K] each, of as many bits or one type: the outputs of each begin at its one of ``starts``."""
+        first = next((part for part in parts if part.kind == WITH_OFFSETS), parts[0])
         self.num_inputs = first.shape[1]
         heights = [blocks_of(part.shape[0]) for part in parts]
         blocks = [sum(heights[:index]) for index in range(len(parts))]
@@ -134,14 +135,6 @@ class CompiledMatrix:
         """[n, K] -> [n, N], each part's outputs filled up to a block."""
         products: Floats = layer_kernel.product_of(mailbox, rows, self.size, self.lanes)
         return products
-
-
-def _widest(parts: Sequence[Weight]) -> Weight:
-    """The one whose kind holds what all of them are."""
-    floats = [part for part in parts if isinstance(part, FloatWeight)]
-    if not floats:
-        return next((part for part in parts if part.kind == WITH_OFFSETS), parts[0])
-    return floats[0] if len({part.kind for part in floats}) == 1 else floats[0].as_kind(FLOAT32)
 
 
 def blocks_of(num_outputs: int) -> int:

@@ -118,9 +118,6 @@ class FloatWeight:
         """As if there were scales."""
         return self.shape[1] if self.shape[1] % GROUP else GROUP
 
-    def as_kind(self, kind: int) -> FloatWeight:
-        return FloatWeight(self.values.to(_FLOATS[kind]))
-
     def rows(self, indices: NDArray[np.int64]) -> FloatWeight:
         """Some of them."""
         return FloatWeight(self.values[torch.from_numpy(indices)])

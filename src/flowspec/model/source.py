@@ -109,16 +109,18 @@ class TensorSource(Protocol):
         return "float32"
 
     def weight(self, name: str, precision: Precision) -> Weight:
-        """As ``packed``, or in floats: in float32 as narrow as the source has them."""
+        """As ``packed``, or in floats."""
         if not isinstance(precision, str):
             return self.packed(name, precision)
-        dtype = self.float_dtype(name) if precision == "float32" else precision
-        ((_, tensor),) = self.tensors([name], dtype, "cpu")
+        ((_, tensor),) = self.tensors([name], precision, "cpu")
         return FloatWeight(tensor.flatten(0, -2))
 
     def precision_of(self, names: Iterable[str], precision: Precision) -> Precision:
-        """As ``bits_of``; floats stay as they are."""
-        return precision if isinstance(precision, str) else self.bits_of(names, precision)
+        """As ``bits_of``; or, of floats, float32 as narrow as the source has all of these weights."""
+        if not isinstance(precision, str):
+            return self.bits_of(names, precision)
+        stored: set[DType] = {self.float_dtype(name) for name in names} if precision == "float32" else {precision}
+        return stored.pop() if len(stored) == 1 else "float32"
 
     def load_embedding(self, dtype: DType, device: torch.device | str) -> Tensor:
         """The token embedding [vocab_size, hidden_size]."""

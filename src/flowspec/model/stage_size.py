@@ -45,7 +45,8 @@ def stage_bytes(shapes: StageShapes, dtype: DType, weights: Weights, is_compiled
     ``is_compiled``: whether floats are as narrow as they are stored.
     """
     if is_compiled and weights not in _NUM_BITS and dtype == "float32":
-        narrow = {name: shape for name, shape in shapes.by_name.items() if name in shapes.narrow and len(shape) > 1}
+        full = {_SAME_ROWS.sub("", name) for name in shapes.by_name.keys() - shapes.narrow}
+        narrow = {name: shape for name, shape in shapes.by_name.items() if _SAME_ROWS.sub("", name) not in full}
         rest = {name: shape for name, shape in shapes.by_name.items() if name not in narrow}
         return stage_bytes(StageShapes(narrow), "bfloat16", weights) + stage_bytes(StageShapes(rest), dtype, weights)
     wide = {_SAME_ROWS.sub("", name) for name in shapes.wide}
