@@ -5,16 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import httpx
 import pytest
-import zmq
 
 from command_line import Run
 from engines import Fault, engine_of
@@ -28,9 +25,8 @@ from flowspec.engine import draft_worker as draft_worker_module
 from flowspec.engine.telemetry import DraftWorkerStatus
 from flowspec.errors import UsageError, WorkerError
 from flowspec.model.loader import Checkpoint
-from flowspec.wire.codec import Codec
 from flowspec.wire.key_file import STATE_VARIABLE
-from flowspec.wire.messages import Alive, Configure, Ready
+from idle_worker import idle_worker
 from server_process import ServerProcess
 from tiny_models import make_checkpoint
 from worker_process import WorkerProcess
@@ -175,35 +171,6 @@ def test_the_pipeline_may_be_lost_and_come_back_beside_it(
         assert [job.draft for job in jobs] == ["none", "model", "model"]
 
 
-@contextmanager
-def idle_worker() -> Iterator[str]:
-    """It is ready at once, lives, and does no work."""
-    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    router, codec, is_over = context.socket(zmq.ROUTER), Codec(), threading.Event()
-    port = router.bind_to_random_port("tcp://127.0.0.1")
-
-    def serve() -> None:
-        drivers: set[bytes] = set()
-        while not is_over.is_set():
-            if router.poll(20):
-                identity, *frames = router.recv_multipart()
-                if isinstance(codec.decode_to_worker(frames), Configure):
-                    drivers.add(identity)
-                    router.send_multipart([identity, *codec.encode(Ready(1, 0, 0, [(1, 0.001)]))])
-            for driver in drivers:
-                router.send_multipart([driver, *codec.encode(Alive())])
-        router.close(linger=0)
-
-    thread = threading.Thread(target=serve)
-    thread.start()
-    try:
-        yield f"127.0.0.1:{port}"
-    finally:
-        is_over.set()
-        thread.join()
-        context.term()
-
-
 def test_one_that_does_no_work_is_lost_at_last(
     checkpoint_dir: Callable[[str], Path],
     small_dir: Path,
@@ -214,7 +181,10 @@ def test_one_that_does_no_work_is_lost_at_last(
     """However short the requests are that wait for it, and each of them for a while alone."""
     monkeypatch.setattr(remote_passes, "PATIENCE_S", 0.3)
     link, params = replace(LINK, stall_timeout_s=2.0), SamplingParams(max_tokens=8)
-    with idle_worker() as address, open_llm(checkpoint_dir("qwen3"), small_dir, workers[0], address, link=link) as llm:
+    with (
+        idle_worker([(1, 0.001)]) as address,
+        open_llm(checkpoint_dir("qwen3"), small_dir, workers[0], address, link=link) as llm,
+    ):
         plain = llm.generate(PROMPT_IDS, params, schedule="ar").token_ids
         start_s = time.monotonic()
         while "the draft worker has answered nothing for 2 s; n-grams draft" not in caplog.text:
@@ -232,7 +202,7 @@ def test_one_that_is_slow_for_once_is_not_taken_for_a_broken_draft(
 ) -> None:
     """Nothing is kept of a check in which it has guessed nothing."""
     monkeypatch.setattr(remote_passes, "PATIENCE_S", 0.2)
-    with idle_worker() as address:
+    with idle_worker([(1, 0.001)]) as address:
         for _ in range(2):
             with open_llm(checkpoint_dir("qwen3"), small_dir, workers[0], address, draft_check="on") as llm:
                 assert isinstance(llm.engine.model.source, RemoteModelSource), "it is not switched off"

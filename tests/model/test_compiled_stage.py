@@ -112,6 +112,8 @@ def test_floats_are_as_narrow_as_the_files_have_them(tmp_path: Path) -> None:
     manifest, _ = make_manifest(halves, layers, lambda stored: f"{stored.offset:064x}")
     expected = stage_bytes(stage_shapes(manifest), "float32", "float", is_compiled(512, "cpu"))
     assert found.weights_bytes == pytest.approx(expected, rel=0.01)
+    packed = load_stage(halves, layers, "float32", "int8", "cpu").weights_bytes
+    assert packed == pytest.approx(stage_bytes(stage_shapes(manifest), "float32", "int8"), rel=0.01)
     rows = [run_alone(stage, list(range(20))) for stage in (found, wanted)]
     assert 0 < (rows[0] - rows[1]).norm() < 1e-5 * rows[1].norm()
     other = Checkpoint.open(make_checkpoint(tmp_path / "gelu", "llama", hidden_act="gelu", **sizes))

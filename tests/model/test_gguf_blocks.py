@@ -50,9 +50,13 @@ def test_any_codes_are_read_as_they_are(kind: Kind, bits: Bits) -> None:
 
 
 def test_most_of_the_values_say_how_many_bits_a_file_has() -> None:
-    assert own_bits([(Kind.Q4_K, 200), (Kind.Q6_K, 100), (Kind.F32, 900)]) == 4
-    assert own_bits([(Kind.Q4_K, 100), (Kind.Q3_K, 200)]) == 8
-    assert own_bits([(Kind.F16, 100), (Kind.F32, 1)]) is None
+    def of_layers(*matrices: tuple[Kind, int]) -> Bits | None:
+        return own_bits({f"model.layers.0.{number}": matrix for number, matrix in enumerate(matrices)})
+
+    assert of_layers((Kind.Q4_K, 200), (Kind.Q6_K, 100), (Kind.F32, 900)) == 4
+    assert of_layers((Kind.Q4_K, 100), (Kind.Q3_K, 200)) == 8
+    assert of_layers((Kind.F16, 100), (Kind.F32, 1)) is None
+    assert own_bits({"lm_head": (Kind.Q8_0, 900), "model.layers.0.mlp": (Kind.Q4_0, 1)}) == 4
 
 
 @pytest.fixture(scope="module", params=["qwen3", "qwen3moe"])

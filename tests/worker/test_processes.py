@@ -5,7 +5,6 @@ from __future__ import annotations
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -35,6 +34,7 @@ from flowspec.wire.messages import (
     ToDriver,
     WantManifest,
 )
+from idle_worker import idle_worker
 from pump import Pump
 from server_process import forked_workers
 from tiny_models import make_checkpoint
@@ -228,44 +228,12 @@ def test_a_worker_that_never_comes_up_is_an_error_in_time(checkpoint_dir: Callab
         LLM(checkpoint_dir("llama"), workers=[address], link=LinkConfig(start_timeout_s=1.0))
 
 
-@contextmanager
-def ready_worker() -> Iterator[str]:
-    """What is ready at once and says so again and again, as a worker does that waits for the others."""
-    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    router, codec, is_over = context.socket(zmq.ROUTER), Codec(), threading.Event()
-    port = router.bind_to_random_port("tcp://127.0.0.1")
-
-    def serve() -> None:
-        driver: bytes | None = None
-        while not is_over.is_set():
-            if router.poll(20):
-                identity, *frames = router.recv_multipart()
-                match codec.decode_to_worker(frames):
-                    case Configure(stage=stage):
-                        driver = identity
-                        router.send_multipart([driver, *codec.encode(Ready(stage, 0, 0))])
-                    case _:
-                        pass
-            if driver is not None:
-                router.send_multipart([driver, *codec.encode(Alive())])
-        router.close(linger=0)
-
-    thread = threading.Thread(target=serve)
-    thread.start()
-    try:
-        yield f"127.0.0.1:{port}"
-    finally:
-        is_over.set()
-        thread.join()
-        context.term()
-
-
 def test_a_worker_that_is_missing_is_an_error_in_time_though_another_is_ready(
     checkpoint_dir: Callable[[str], Path],
 ) -> None:
     with (
         closed_port() as missing,
-        ready_worker() as ready,
+        idle_worker() as ready,
         pytest.raises(WorkerError, match=f"no sign of worker 1 .{missing}. for 1 s; is 'flowspec worker' r"),
     ):
         LLM(checkpoint_dir("llama"), workers=[missing, ready], link=LinkConfig(start_timeout_s=1.0))
@@ -277,7 +245,7 @@ def test_a_worker_that_hangs_while_it_loads_is_an_error_in_time(checkpoint_dir: 
     silent = context.socket(zmq.ROUTER)
     address = f"127.0.0.1:{silent.bind_to_random_port('tcp://127.0.0.1')}"
     told = f"no sign of worker 1 .{address}. for 1 s; does it hang while it loads"
-    with ready_worker() as ready, pytest.raises(WorkerError, match=told):
+    with idle_worker() as ready, pytest.raises(WorkerError, match=told):
         LLM(checkpoint_dir("llama"), workers=[address, ready], link=LinkConfig(start_timeout_s=1.0))
     silent.close(linger=0)
     context.term()

@@ -12,11 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flowspec.model import expert_kernel, row_kernel, shared_kernel
-from flowspec.model.compiled_matrix import CompiledRows, Floats, Lanes, blocks_of, groups_of
+from flowspec.model.compiled_matrix import CompiledRows, Floats, Lanes, blocks_of
 from flowspec.model.expert_kernel import PART
 from flowspec.model.layer_tensors import LayerTensors
 from flowspec.model.matrix_kernel import LANES
-from flowspec.model.packed import GROUP, Precision, Weight
+from flowspec.model.packed import Precision, Weight
 from flowspec.model.source import TensorSource
 from flowspec.model.team import Mailbox
 
@@ -70,14 +70,11 @@ class _Matrices:
         self, source: TensorSource, name: str, shape: tuple[int, ...], precision: Precision, num_parts: int = 1
     ) -> None:
         """``shape`` [experts, N, K]: of the module's tensor ``name``. Its N are so many parts, each of whole blocks."""
-        num_experts, num_outputs, num_inputs = shape
-        height = num_outputs // num_parts
-        self._size = num_inputs if num_inputs % GROUP else GROUP
-        groups = num_inputs // self._size * groups_of(self._size)
+        height = shape[1] // num_parts
         lanes: Lanes | None = None
         for expert, first, weight in _rows_by_expert(source, name, shape, precision):
             if lanes is None:
-                lanes = Lanes.like(weight, num_parts * blocks_of(height), groups, num_experts)
+                lanes, self._size = Lanes.like(weight, num_parts * blocks_of(height), shape[0]), weight.group_size
             for part in range(num_parts):
                 begin = part * height - first
                 if 0 <= begin < weight.shape[0]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from flowspec.model.compiled_stage import CompiledLinear
+from flowspec.model.draft_head import replace_linears
 from flowspec.model.packed import FloatWeight, Precision, Weight, pack
 
 
@@ -31,9 +32,7 @@ class KernelLinear(nn.Module):
 
 def compile_head(head: nn.Module, precision: Precision) -> None:
     """Replace ``fc`` and all projections of a loaded head; in floats they stay as they are."""
-    linears = [(name, module) for name, module in head.named_modules() if isinstance(module, nn.Linear)]
-    for name, linear in linears:
-        head.set_submodule(name, KernelLinear(weight_of(linear.weight, precision), linear.bias))
+    replace_linears(head, lambda linear: KernelLinear(weight_of(linear.weight, precision), linear.bias))
 
 
 def weight_of(matrix: Tensor, precision: Precision) -> Weight:

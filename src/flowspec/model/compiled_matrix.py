@@ -13,10 +13,7 @@ from flowspec.errors import ModelError
 from flowspec.model import layer_kernel, matrix_kernel
 from flowspec.model.matrix_kernel import LANES
 from flowspec.model.packed import (
-    BFLOAT16,
     EIGHT_BITS,
-    FLOAT16,
-    FLOAT32,
     FLOAT_KINDS,
     GROUP,
     WITH_OFFSETS,
@@ -28,8 +25,6 @@ from flowspec.model.packed import (
 from flowspec.model.team import Mailbox
 
 Floats = NDArray[np.float32]
-
-_BITS = {WITH_ZEROS: 4, WITH_OFFSETS: 4, EIGHT_BITS: 8, BFLOAT16: 16, FLOAT16: 16, FLOAT32: 32}
 
 
 class Lanes(NamedTuple):
@@ -43,11 +38,12 @@ class Lanes(NamedTuple):
     kind: int  # of ``packed``'s
 
     @classmethod
-    def like(cls, weight: Weight, num_blocks: int, num_groups: int, *front: int) -> Lanes:
+    def like(cls, weight: Weight, num_blocks: int, *front: int) -> Lanes:
         """Of zeros, for such weights. ``front``: how many."""
+        num_groups = weight.shape[1] // weight.group_size * groups_of(weight.group_size)
         lanes, none = (*front, num_blocks, num_groups, LANES), (*front, 0, 0, 0)
         return cls(
-            _zeros((*front, num_blocks, num_groups, LANES * GROUP * _BITS[weight.kind] // 8), np.uint8),
+            _zeros((*front, num_blocks, num_groups, LANES * GROUP * weight.bits // 8), np.uint8),
             _zeros(none if weight.kind in FLOAT_KINDS else lanes, np.uint16),
             _zeros(lanes if weight.kind == WITH_ZEROS else none, np.uint8),
             _zeros(lanes if weight.kind == WITH_OFFSETS else none, np.uint16),
@@ -123,7 +119,7 @@ class CompiledMatrix:
         blocks = [sum(heights[:index]) for index in range(len(parts))]
         self.starts = tuple(block * LANES for block in blocks)
         self.size = first.group_size
-        self.lanes = Lanes.like(first, sum(heights), self.num_inputs // self.size * groups_of(self.size))
+        self.lanes = Lanes.like(first, sum(heights))
         for part, block, bias in zip(parts, blocks, biases or [None] * len(parts), strict=True):
             self.lanes.fill(part, block, bias)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Callable, Set
 from typing import Any, Protocol
 
 import torch.nn.functional as F
@@ -20,6 +20,13 @@ class DraftCache(Protocol):
     ) -> tuple[Tensor, Tensor]:
         """Take the new rows; return all that the mask's columns speak of."""
         ...
+
+
+def replace_linears(head: nn.Module, made: Callable[[nn.Linear], nn.Module]) -> None:
+    """Put what is ``made`` of them in the place of ``fc`` and all projections of a loaded head."""
+    linears = [(name, module) for name, module in head.named_modules() if isinstance(module, nn.Linear)]
+    for name, linear in linears:
+        head.set_submodule(name, made(linear))
 
 
 class DraftHead(nn.Module):

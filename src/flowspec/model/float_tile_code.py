@@ -44,7 +44,7 @@ class FloatTileCode:
         self._num_rows = num_rows
         self._kind = kind
 
-    def write(self, arrays: Sequence[Any], row: Any, block: Any, ahead: Any) -> None:
+    def write(self, arrays: Sequence[Any], row: Any, block: Any) -> None:
         code = self._code
         rows, _, _, codes, _, _, _, biases, products = data_of(arrays, code)
         count, width = cgutils.unpack_tuple(code, arrays[8].shape)
@@ -58,7 +58,7 @@ class FloatTileCode:
         with cgutils.for_range(code, groups) as loop:
             place = code.add(code.mul(block, groups), loop.index)
             if self._num_rows > 1:  # the processor sees one row's need itself
-                fetch(code, codes, code.add(code.mul(ahead, groups), loop.index), num_lines, row, count)
+                fetch(code, codes, code.add(place, groups), num_lines, row, count)
             firsts = [
                 code.mul(code.add(code.mul(code.add(row, whole(index)), groups), loop.index), whole(GROUP))
                 for index in range(self._num_rows)

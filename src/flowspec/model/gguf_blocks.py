@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 
 import gguf
 import numpy as np
@@ -23,12 +23,14 @@ def is_held(kind: Kind, bits: Bits) -> bool:
     return kind in _HELD[bits]
 
 
-def own_bits(matrices: Iterable[tuple[Kind, int]]) -> Bits | None:
-    """Of the kernels that lose next to nothing of most of these: their kinds, and how many values they have.
+def own_bits(tensors: Mapping[str, tuple[Kind, int]]) -> Bits | None:
+    """Of the kernels that lose next to nothing of most of what layers have. ``tensors``: kinds, and numbers of values.
 
     ``None`` where all are floats. Files of 4 bits, such as Q4_K_M, have some of their matrices in more.
     """
-    quantised = [(kind, num_values) for kind, num_values in matrices if kind not in _FLOATS]
+    quantised = [
+        (kind, num_values) for name, (kind, num_values) in tensors.items() if ".layers." in name and kind not in _FLOATS
+    ]
     if not quantised:
         return None
     num_four = sum(num_values for kind, num_values in quantised if is_held(kind, 4))

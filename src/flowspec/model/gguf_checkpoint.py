@@ -99,11 +99,10 @@ class GGUFCheckpoint(Checkpoint):
     def draft_directory(self) -> Path:
         return draft_directory_of(self._path)
 
-    @property
+    @cached_property
     def own_bits(self) -> Bits | None:
         """Of the kernels that lose next to nothing of the file's numbers; ``None`` where it has floats."""
-        places = [place for name, place in self._places.items() if ".layers." in name]
-        return own_bits((place.kind, math.prod(place.shape)) for place in places)
+        return own_bits({name: (place.kind, math.prod(place.shape)) for name, place in self._places.items()})
 
     def has_four_bits(self, name: str) -> bool:
         return is_held(self._place(name).kind, 4)

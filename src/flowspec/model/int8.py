@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from flowspec.errors import UsageError
+from flowspec.model.draft_head import replace_linears
 
 _DTYPE = torch.bfloat16
 _BLOCK = 16  # columns that the kernel takes at a time; beyond the last whole block it reads other memory
@@ -80,9 +81,7 @@ def quantize_head(head: nn.Module) -> None:
 
     Raises ``UsageError`` as ``Int8Linear`` does.
     """
-    linears = [(name, module) for name, module in head.named_modules() if isinstance(module, nn.Linear)]
-    for name, linear in linears:
-        head.set_submodule(name, Int8Linear(linear.weight, linear.bias))
+    replace_linears(head, lambda linear: Int8Linear(linear.weight, linear.bias))
 
 
 def _check_kernel(weight: Tensor, scales: Tensor) -> None:

@@ -81,7 +81,7 @@ class Checkpoint(TensorSource):
         """Where the model's own draft head would be."""
         return demo_draft_directory() if self.name == DEMO else Path(self.name) / "draft"
 
-    @property
+    @cached_property
     def own_bits(self) -> Bits | None:
         """Of the integer kernels that lose next to nothing of the model's own numbers; ``None``: they are floats."""
         return None if self.layout is None else self.layout.own_bits

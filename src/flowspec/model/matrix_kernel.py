@@ -31,20 +31,17 @@ def multiply(rows, scales, sums, begin, end, matrix, first, last, products):
     codes, of_codes, zeros, offsets, biases, kind = matrix
     count = end - begin
     for block in range(first, last):
-        ahead = block + 1  # comes from memory meanwhile
         row = begin
         while row < end:
             if count >= ROWS:
                 row = min(row, end - ROWS)  # some rows are multiplied twice, which is less than one by one
-                four_rows(
-                    rows, scales, sums, codes, of_codes, zeros, offsets, biases, kind, products, row, block, ahead
-                )
+                four_rows(rows, scales, sums, codes, of_codes, zeros, offsets, biases, kind, products, row, block)
                 row += ROWS
             elif end - row >= 2:
-                two_rows(rows, scales, sums, codes, of_codes, zeros, offsets, biases, kind, products, row, block, ahead)
+                two_rows(rows, scales, sums, codes, of_codes, zeros, offsets, biases, kind, products, row, block)
                 row += 2
             else:
-                one_row(rows, scales, sums, codes, of_codes, zeros, offsets, biases, kind, products, row, block, ahead)
+                one_row(rows, scales, sums, codes, of_codes, zeros, offsets, biases, kind, products, row, block)
                 row += 1
 
 

@@ -114,9 +114,13 @@ class FloatWeight:
         return next(kind for kind, dtype in _FLOATS.items() if dtype == self.values.dtype)
 
     @property
+    def bits(self) -> int:
+        return 8 * self.values.itemsize
+
+    @property
     def group_size(self) -> int:
         """As if there were scales."""
-        return self.shape[1] if self.shape[1] % GROUP else GROUP
+        return _group_size(self.shape[1])
 
     def rows(self, indices: NDArray[np.int64]) -> FloatWeight:
         """Some of them."""
@@ -136,13 +140,18 @@ def pack(weight: Tensor, bits: Bits, name: str = "weight") -> PackedWeight:
         raise ModelError(
             f"{name} has {num_inputs} inputs, which 4-bit kernels cannot take in groups of {GROUP}; use int8 weights"
         )
-    size = num_inputs if num_inputs % GROUP else GROUP
+    size = _group_size(num_inputs)
     rounded = _rounded_8 if bits == 8 else _rounded_4
     parts = [rounded(rows.detach().float().reshape(len(rows), -1, size)) for rows in weight.split(_CHUNK)]
     codes, scales, zero_points = zip(*parts, strict=True)
     return PackedWeight(
         np.concatenate(codes), np.concatenate(scales), None if bits == 8 else np.concatenate(zero_points)
     )
+
+
+def _group_size(num_inputs: int) -> int:
+    """What shares a scale where nobody has said so: all inputs that are no whole groups."""
+    return num_inputs if num_inputs % GROUP else GROUP
 
 
 def _rounded_8(groups: Tensor) -> tuple[Any, Any, Any]:

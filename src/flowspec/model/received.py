@@ -103,11 +103,9 @@ def stage_shapes(manifest: StageManifest) -> StageShapes:
     stored = {entry.name: entry.shape for entry in own}
     narrow = frozenset(entry.name for entry in own if entry.kind in NARROW)
     if manifest.format == "gguf":
-        kinds = {entry.name: GGMLQuantizationType[entry.kind] for entry in manifest.tensors}
-        of_layers = [entry for entry in manifest.tensors if ".layers." in entry.name]
-        has_four = own_bits((kinds[entry.name], math.prod(entry.shape)) for entry in of_layers) == 4
-        wide = frozenset(name for name in stored if has_four and not is_held(kinds[name], 4))
-        return StageShapes(stored, wide, narrow)
+        of_file = {e.name: (GGMLQuantizationType[e.kind], math.prod(e.shape)) for e in manifest.tensors}
+        names = stored if own_bits(of_file) == 4 else ()
+        return StageShapes(stored, frozenset(name for name in names if not is_held(of_file[name][0], 4)), narrow)
     try:
         quantised = json.loads(manifest.config).get("quantization_config")
     except (ValueError, AttributeError, RecursionError) as error:

@@ -44,16 +44,15 @@ def stage_bytes(shapes: StageShapes, dtype: DType, weights: Weights, is_compiled
 
     ``is_compiled``: whether floats are as narrow as they are stored.
     """
-    if is_compiled and weights not in _NUM_BITS and dtype == "float32":
-        full = {_SAME_ROWS.sub("", name) for name in shapes.by_name.keys() - shapes.narrow}
-        narrow = {name: shape for name, shape in shapes.by_name.items() if _SAME_ROWS.sub("", name) not in full}
-        rest = {name: shape for name, shape in shapes.by_name.items() if name not in narrow}
-        return stage_bytes(StageShapes(narrow), "bfloat16", weights) + stage_bytes(StageShapes(rest), dtype, weights)
     wide = {_SAME_ROWS.sub("", name) for name in shapes.wide}
+    full = {_SAME_ROWS.sub("", name) for name in shapes.by_name.keys() - shapes.narrow}
+    may_be_narrow = dtype == "float32" and (is_compiled or weights in _NUM_BITS)  # the embedding of integers, too
     total = 0
     for name, shape in shapes.by_name.items():
-        is_wide = _SAME_ROWS.sub("", name) in wide
-        total += _tensor_bytes(name, shape, dtype, "int8" if is_wide and weights == "int4" else weights)
+        together = _SAME_ROWS.sub("", name)
+        own_weights: Weights = "int8" if weights == "int4" and together in wide else weights
+        own_dtype: DType = "bfloat16" if may_be_narrow and together not in full else dtype
+        total += _tensor_bytes(name, shape, own_dtype, own_weights)
     return total
 
 

@@ -72,13 +72,13 @@ def _write_round(context: Any, code: Any, signature: Any, given: Sequence[Any]) 
 def _tile(num_rows: int) -> Any:
     """The products of ``num_rows`` rows, from ``row`` on, with one block: a function for compiled ones.
 
-    Meanwhile a part of the block ``ahead`` comes from memory.
+    Meanwhile the next block, or a part of it, comes from memory.
     """
 
     @intrinsic
-    def tile(typing, rows, scales, sums, codes, of_codes, zeros, offsets, biases, kind, products, row, block, ahead):
+    def tile(typing, rows, scales, sums, codes, of_codes, zeros, offsets, biases, kind, products, row, block):
         arrays = rows, scales, sums, codes, of_codes, zeros, offsets, biases
-        signature = types.void(*arrays, types.intp, products, *[types.intp] * 3)
+        signature = types.void(*arrays, types.intp, products, *[types.intp] * 2)
         return signature, partial(_write_tile, num_rows)
 
     return tile
@@ -109,7 +109,7 @@ class _TileCode:
         self._vectors = QUADS if kind == EIGHT_BITS else QUADS // 2  # of codes, in a group
         self._dot = _dot_of(features)
 
-    def write(self, arrays: Sequence[Any], row: Any, block: Any, ahead: Any) -> None:
+    def write(self, arrays: Sequence[Any], row: Any, block: Any) -> None:
         code = self._code
         rows, scales, sums, codes, of_codes, zeros, offsets, biases, products = data_of(arrays, code)
         count, width = cgutils.unpack_tuple(code, arrays[8].shape)
@@ -120,7 +120,7 @@ class _TileCode:
             code.store(bias, total)
         with cgutils.for_range(code, groups) as loop:
             place = code.add(code.mul(block, groups), loop.index)
-            fetch(code, codes, code.add(code.mul(ahead, groups), loop.index), self._vectors, row, count)
+            fetch(code, codes, code.add(place, groups), self._vectors, row, count)
             weights = self._weights(codes, place)
             of_weights, added = halves(code, self._features, of_codes, place), None
             if self._kind == WITH_OFFSETS:

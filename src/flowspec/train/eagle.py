@@ -21,7 +21,7 @@ from flowspec.train.loop import run_steps
 from flowspec.train.losses import cross_entropy, expected_rows
 from flowspec.train.own_text import Conversations
 from flowspec.train.unroll import unroll
-from flowspec.train.windows import REFERENCE_WIDTH, DraftRecipe, batch_at, data_identity, generate_windows
+from flowspec.train.windows import DraftRecipe, batch_at, data_identity, generate_windows, optimiser_of
 
 
 def train_head(
@@ -61,7 +61,7 @@ def train_head(
     run_steps(
         "draft head",
         head,
-        torch.optim.AdamW(head.parameters(), lr=recipe.learning_rate * REFERENCE_WIDTH / size, betas=(0.9, 0.95)),
+        optimiser_of(head, recipe, size),
         recipe,
         learn,
         work_dir / "draft.pt",

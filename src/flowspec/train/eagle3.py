@@ -33,7 +33,7 @@ from flowspec.train.loop import run_steps, write_json
 from flowspec.train.losses import cross_entropy, expected_rows, log_partition
 from flowspec.train.own_text import Conversations
 from flowspec.train.unroll import unroll
-from flowspec.train.windows import REFERENCE_WIDTH, DraftRecipe, batch_at, data_identity, generate_windows
+from flowspec.train.windows import DraftRecipe, batch_at, data_identity, generate_windows, optimiser_of
 
 
 @dataclass(frozen=True)
@@ -196,9 +196,7 @@ def train_eagle3_head(
     run_steps(
         "EAGLE-3 head",
         head,
-        torch.optim.AdamW(
-            head.parameters(), lr=windows.learning_rate * REFERENCE_WIDTH / config.hidden_size, betas=(0.9, 0.95)
-        ),
+        optimiser_of(head, windows, config.hidden_size),
         windows,
         learn,
         work_dir / "eagle3.pt",

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flowspec.errors import UsageError
 from flowspec.train.corpus import Tokens, shuffled_rows, windows
@@ -68,6 +68,12 @@ class DraftRecipe:
         """Enough for ``num_generated_tokens``, but no more than are read once."""
         wanted = min(self.num_generated_tokens, round(self.num_tokens * self.generated_share))
         return -(-wanted // (self.generation_batch * self.context_len))
+
+
+def optimiser_of(head: nn.Module, recipe: DraftRecipe, hidden_size: int) -> torch.optim.AdamW:
+    """Of EAGLE heads of all versions."""
+    rate = recipe.learning_rate * REFERENCE_WIDTH / hidden_size
+    return torch.optim.AdamW(head.parameters(), lr=rate, betas=(0.9, 0.95))
 
 
 def data_identity(target: Target, tokens: Tokens) -> dict[str, str]:
