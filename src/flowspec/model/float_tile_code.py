@@ -23,6 +23,7 @@ from flowspec.model.vector_code import (
     all_lanes,
     data_of,
     fuse,
+    halves,
     load,
     spread,
     whole,
@@ -84,17 +85,6 @@ class FloatTileCode:
             return halves(code, self._features, codes, place)
         bits = code.zext(load(code, codes, place, ir.VectorType(I16, LANES)), WHOLE)
         return code.bitcast(code.shl(bits, all_lanes(16)), FLOATS)
-
-
-def halves(code: Any, features: Sequence[str], bits: Any, place: Any) -> Any:
-    """float16 [LANES] as float32, finite ones. Not every processor has an instruction for it."""
-    if "+f16c" in features or "+neon" in features:
-        return code.fpext(load(code, bits, place, ir.VectorType(ir.HalfType(), LANES)), FLOATS)
-    wide = code.zext(load(code, bits, place, ir.VectorType(I16, LANES)), WHOLE)
-    size = code.bitcast(code.shl(code.and_(wide, all_lanes(0x7FFF)), all_lanes(13)), FLOATS)
-    size = code.fmul(size, ir.Constant(FLOATS, [2.0**112] * LANES))
-    sign = code.shl(code.and_(wide, all_lanes(0x8000)), all_lanes(16))
-    return code.bitcast(code.or_(code.bitcast(size, WHOLE), sign), FLOATS)
 
 
 def fetch(code: Any, codes: Any, group: Any, num_lines: int, row: Any, num_rows: Any) -> None:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from llvmlite import ir
 from numba.core import cgutils, types
 
-from flowspec.model.float_tile_code import ROWS, FloatTileCode, fetch, halves, write_products
+from flowspec.model.float_tile_code import ROWS, FloatTileCode, fetch, write_products
 from flowspec.model.packed import EIGHT_BITS, FLOAT_KINDS, GROUP, NUM_KINDS, WITH_OFFSETS, WITH_ZEROS
 from flowspec.model.vector_code import (
     F32,
@@ -27,7 +27,9 @@ from flowspec.model.vector_code import (
     arrays_of,
     call,
     data_of,
+    features_of,
     fuse,
+    halves,
     intrinsic,
     load,
     spread,
@@ -87,7 +89,7 @@ def _tile(num_rows: int) -> Any:
 def _write_tile(num_rows: int, context: Any, code: Any, signature: Any, given: Sequence[Any]) -> Any:
     """numba's interface of code generators."""
     arrays = arrays_of(context, code, signature, given, (*range(8), 9))
-    features = context.codegen().magic_tuple()[2].split(",")
+    features = features_of(context)
     for kind in range(NUM_KINDS):
         with code.if_then(code.icmp_signed("==", given[8], whole(kind))):
             if kind in FLOAT_KINDS:

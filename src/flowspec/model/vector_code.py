@@ -117,6 +117,24 @@ def _write_accumulate(
     return context.get_dummy_value()
 
 
+@intrinsic
+def widen(typing: Any, halves_: Any, at: Any, found: Any, to: Any, count: Any) -> Any:
+    """Write so many float16, in whole lanes, from ``at`` on in their memory, as float32, from ``to`` on."""
+    return types.void(halves_, types.intp, found, types.intp, types.intp), _write_widen
+
+
+def _write_widen(context: Any, code: Any, signature: Any, given: Sequence[Any]) -> Any:
+    """numba's interface of code generators."""
+    bits, floats = data_of(arrays_of(context, code, signature, given, (0, 2)), code)
+    at, to, count = given[1], *given[3:]
+    features = features_of(context)
+    with cgutils.for_range_slice(code, whole(0), count, whole(LANES), I64) as (index, _):
+        pointer = code.gep(floats, [code.mul(code.add(to, index), whole(4))])
+        wide = halves(code, features, bits, code.add(at, index), 2)
+        code.store(wide, code.bitcast(pointer, FLOATS.as_pointer()), align=4)
+    return context.get_dummy_value()
+
+
 def call(code: Any, name: str, given: Sequence[Any], element: Any = None) -> Any:
     """An instruction of the processor, or of LLVM; what it gives is as the first argument, or has ``element``s."""
     kinds = [each.type for each in given]
@@ -127,6 +145,11 @@ def call(code: Any, name: str, given: Sequence[Any], element: Any = None) -> Any
 
 def fuse(code: Any, factor: Any, other: Any, total: Any) -> Any:
     return call(code, f"fma.v{LANES}f32", [factor, other, total])
+
+
+def features_of(context: Any) -> list[str]:
+    """Of the processor, as LLVM names them."""
+    return context.codegen().magic_tuple()[2].split(",")
 
 
 def arrays_of(context: Any, code: Any, signature: Any, given: Sequence[Any], places: Iterable[int]) -> list[Any]:
@@ -147,6 +170,17 @@ def load(code: Any, data: Any, place: Any, kind: Any, stride: int = 0) -> Any:
 
 def _bytes(kind: Any) -> int:
     return {F32: 4, ir.HalfType(): 2}.get(kind) or kind.width // 8
+
+
+def halves(code: Any, features: Sequence[str], bits: Any, place: Any, stride: int = 0) -> Any:
+    """float16 [LANES] as float32, finite ones, from where ``load`` has them. Not every processor has an instruction."""
+    if "+f16c" in features or "+neon" in features:
+        return code.fpext(load(code, bits, place, ir.VectorType(ir.HalfType(), LANES), stride), FLOATS)
+    wide = code.zext(load(code, bits, place, ir.VectorType(I16, LANES), stride), WHOLE)
+    size = code.bitcast(code.shl(code.and_(wide, all_lanes(0x7FFF)), all_lanes(13)), FLOATS)
+    size = code.fmul(size, ir.Constant(FLOATS, [2.0**112] * LANES))
+    sign = code.shl(code.and_(wide, all_lanes(0x8000)), all_lanes(16))
+    return code.bitcast(code.or_(code.bitcast(size, WHOLE), sign), FLOATS)
 
 
 def spread(code: Any, value: Any) -> Any:
