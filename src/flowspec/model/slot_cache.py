@@ -12,7 +12,7 @@ from flowspec.model.slot_kernel import BLOCK, KEYS, NUM_FIELDS
 from flowspec.model.slots import SlotTable
 from flowspec.model.vector_code import LANES
 
-Floats = NDArray[np.float32] | NDArray[np.float16]
+Floats = NDArray[np.float32 | np.float16]
 
 
 class Paths(NamedTuple):
