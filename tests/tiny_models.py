@@ -31,7 +31,19 @@ from flowspec.train.corpus import Tokens
 from tiny_mtp import write_as_mimo
 
 VOCAB_SIZE = 96
-FAMILIES = ("llama", "mistral", "qwen2", "gemma3_text", "smollm3", "phi3", "granite", "mixtral", "qwen3_moe", "mimo", "qwen3")
+FAMILIES = (
+    "llama",
+    "mistral",
+    "qwen2",
+    "gemma3_text",
+    "smollm3",
+    "phi3",
+    "granite",
+    "mixtral",
+    "qwen3_moe",
+    "mimo",
+    "qwen3",
+)
 
 _SIZES: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
