@@ -28,7 +28,7 @@ from transformers import (
 
 from flowspec.model.eagle_head import EagleHead
 from flowspec.train.corpus import Tokens
-from tiny_mtp import write_as_mimo
+from tiny_mtp import write_as_mimo, write_characters
 
 VOCAB_SIZE = 96
 FAMILIES = (
@@ -198,7 +198,9 @@ def make_checkpoint(
     model.save_pretrained(directory, max_shard_size=max_shard_size)
     if family == "mimo":
         write_as_mimo(directory)
-    make_tokenizer_files(directory, model.config.vocab_size)
+        write_characters(directory)
+    else:
+        make_tokenizer_files(directory, model.config.vocab_size)
     return directory
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
 PREFIX = "model.mtp_layers."
@@ -72,6 +73,17 @@ def write_as_mimo(directory: Path, num_mtp_layers: int = 1) -> None:
     (directory / "configuration_mimo.py").write_text("raise SystemExit('the code of a checkpoint was run')\n")
     (directory / "modeling_mimo.py").write_text("raise SystemExit('the code of a checkpoint was run')\n")
     write_mtp(directory, num_mtp_layers)
+
+
+def write_characters(directory: Path) -> None:
+    """A tokenizer of MiMo's kind, Qwen2's, with 96 tokens: ASCII's characters, a space and the end of a line."""
+    vocabulary = {character: place for place, character in enumerate([*map(chr, range(33, 127)), "Ġ", "Ċ"])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(directory / "tokenizer.json"))
+    settings = {"tokenizer_class": "Qwen2Tokenizer", "model_max_length": 256}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
 def write_mtp(directory: Path, num_layers: int = 1, changes: Mapping[str, Tensor | None] | None = None) -> None:
