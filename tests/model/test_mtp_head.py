@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from gguf import GGMLQuantizationType as Kind
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -20,6 +21,7 @@ from flowspec.draft.base import Accepted
 from flowspec.draft.catalogue import choose_draft, load_draft, read_taps
 from flowspec.draft.eagle import EagleSource
 from flowspec.errors import ModelError, UsageError
+from flowspec.model.backends import open_checkpoint
 from flowspec.model.draft_files import DraftFiles
 from flowspec.model.head_kind import kind_of
 from flowspec.model.loader import Checkpoint
@@ -27,8 +29,10 @@ from flowspec.model.mtp_head import MtpHead, MtpLayers
 from flowspec.model.target_head import TargetHead
 from flowspec.sampling import Sampler
 from flowspec.tree import DraftTree
+from tiny_gguf import write_text_gguf
 from tiny_models import VOCAB_SIZE, make_checkpoint, make_draft_head, plain_model
-from tiny_mtp import PREFIX, MtpReference, make_mtp_weights, write_mtp
+from tiny_mtp import PREFIX, MtpReference, make_mtp_weights, write_as_mimo, write_mtp
+from tiny_quantised import FORMS, write_quantised
 
 HEADS = ("draft", "eagle3", "peagle", "dflash", "dflash2", "dspark")  # folders of the others
 
@@ -154,6 +158,22 @@ def test_a_layer_loads_in_half_precision(model: Path, dtype: Any) -> None:
     assert 0 < (found - wanted).norm() < 0.05 * wanted.norm()
 
 
+@pytest.mark.parametrize("form", ["gptq", "awq", "fp8"])
+def test_a_quantised_layer_is_what_its_codes_mean(tmp_path: Path, form: str) -> None:
+    """Its norms are floats there, as the model's own."""
+    write_quantised(tmp_path, form, "mimo", hidden_size=64, intermediate_size=128)
+    write_as_mimo(tmp_path)
+    weights = make_mtp_weights(json.loads((tmp_path / "config.json").read_text()))
+    meant, changes = dict(weights), {}
+    for name in (name for name in weights if name.endswith("_proj.weight")):
+        meant[name], parts = FORMS[form][1](weights[name])
+        changes |= {f"0.{name}": None} | {f"0.{name.removesuffix('weight')}{end}": part for end, part in parts.items()}
+    write_mtp(tmp_path, changes=changes)
+    head = load(tmp_path).head.state_dict()
+    for name, tensor in meant.items():
+        torch.testing.assert_close(head.get(name, head.get(f"layers.0.{name}")), tensor.float(), atol=1e-6, rtol=1e-5)
+
+
 # --- which model's ---
 
 
@@ -183,6 +203,20 @@ def test_a_copy_without_layers_takes_those_of_another_copy(
         choose_draft(Checkpoint.open(model), str(model))
     found, wanted = load(model, str(other)).head.state_dict(), load(other).head.state_dict()
     assert all(torch.equal(tensor, found[name]) for name, tensor in wanted.items())
+
+
+def test_a_gguf_file_takes_those_of_the_original(tmp_path: Path) -> None:
+    """Such a file calls itself Qwen2's, and has none."""
+    model = write_text_gguf(tmp_path / "model.gguf", Kind.Q8_0, family="qwen2")
+    sizes = {name: getattr(model.config, name) for name in ("vocab_size", "hidden_size")}
+    original = make_checkpoint(tmp_path / "original", "mimo", **sizes)
+    target = open_checkpoint(tmp_path / "model.gguf")
+    assert choose_draft(target, "auto") == "ngram"
+    chosen = choose_draft(target, str(original))
+    assert isinstance(chosen, MtpLayers)
+    head = MtpHead.load(chosen, target, target.load_embedding("float32", "cpu"), "float32", "cpu")
+    assert torch.equal(head.embedding, target.load_embedding("float32", "cpu"))
+    torch.testing.assert_close(head.scale, head.hidden_layernorm.weight / model.model.norm.weight)
 
 
 def test_another_model_with_layers_drafts_as_a_whole(model: Path, tmp_path: Path) -> None:
