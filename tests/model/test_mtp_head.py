@@ -160,7 +160,7 @@ def test_a_layer_loads_in_half_precision(model: Path, dtype: Any) -> None:
 
 @pytest.mark.parametrize("form", ["gptq", "awq", "fp8"])
 def test_a_quantised_layer_is_what_its_codes_mean(tmp_path: Path, form: str) -> None:
-    """Its norms are floats there, as the model's own."""
+    """Its norms are floats there, as the model's own. The model is in one file."""
     write_quantised(tmp_path, form, "mimo", hidden_size=64, intermediate_size=128)
     write_as_mimo(tmp_path)
     weights = make_mtp_weights(json.loads((tmp_path / "config.json").read_text()))
@@ -169,7 +169,7 @@ def test_a_quantised_layer_is_what_its_codes_mean(tmp_path: Path, form: str) -> 
         meant[name], parts = FORMS[form][1](weights[name])
         changes |= {f"0.{name}": None} | {f"0.{name.removesuffix('weight')}{end}": part for end, part in parts.items()}
     write_mtp(tmp_path, changes=changes)
-    head = load(tmp_path).head.state_dict()
+    head = load(tmp_path, str(tmp_path)).head.state_dict()
     for name, tensor in meant.items():
         torch.testing.assert_close(head.get(name, head.get(f"layers.0.{name}")), tensor.float(), atol=1e-6, rtol=1e-5)
 
@@ -290,6 +290,15 @@ def test_a_number_of_layers_that_is_none_is_one_line(model: Path, num_layers: ob
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize("changes", [{"hidden_act": "magic"}, {"rope_scaling": {"rope_type": "magic", "factor": 2.0}}])
+def test_a_config_of_which_no_layer_can_be_made_is_one_line(model: Path, changes: dict[str, Any]) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(ModelError, match=r"no MTP layer can be made by config\.json .*magic") as raised:
+        choose_draft(Checkpoint.open(model), "auto")
+    assert "\n" not in str(raised.value)
+
+
 def test_a_channel_that_the_targets_norm_leaves_out_is_nothing(model: Path) -> None:
     """What it was before cannot be told, and no guess becomes NaN."""
     index = json.loads((model / "model.safetensors.index.json").read_text())
@@ -299,6 +308,16 @@ def test_a_channel_that_the_targets_norm_leaves_out_is_nothing(model: Path) -> N
     save_file(tensors, shard, {"format": "pt"})
     features = load(model).head.features_of(torch.tensor([[0.0, 1.0, 2.0, 0.0] * 8]))
     assert features.isfinite().all() and features[0, 3] == 0 and features[0, 1] != 0
+
+
+def test_no_code_of_the_checkpoint_is_run_and_nobody_is_bothered(
+    model: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """What lies beside the weights would end the process."""
+    assert (model / "configuration_mimo.py").is_file()
+    tokenizer = Checkpoint.open(model).load_tokenizer()
+    assert tokenizer("t3", verbose=False).input_ids == [83, 18]
+    assert "mimo" not in caplog.text + "".join(capfd.readouterr())
 
 
 def test_stages_read_nothing_of_it(model: Path) -> None:

@@ -49,9 +49,7 @@ class Family:
     logits_divisor: Callable[[PreTrainedConfig], float] = lambda config: 1.0
     norm_offset: float = 0.0  # of RMS norms: rows are multiplied by it and the weight together
     experts: ExpertNames | None = None  # of families in which a row runs through a few experts of many
-    read_as: str | None = (
-        None  # another model_type, where transformers does not know this one: of the same config and layers
-    )
+    read_as: str | None = None  # a model_type with the same config and layers, where transformers does not know this
 
     def check(self, config: PreTrainedConfig, name: str) -> None:
         """Raise ``ModelError`` for a model, called ``name``, whose stages would not add up to it."""

@@ -269,8 +269,9 @@ class Checkpoint(TensorSource):
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         try:
-            where, config = self._directory or self.name, self.config  # which may be read as another family's
-            tokenizer = AutoTokenizer.from_pretrained(where, config=config, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(
+                self._directory or self.name, **self._renamed_config, trust_remote_code=False
+            )
             assert tokenizer.is_fast, "tokenizers of transformers' older kind are not read"
             return tokenizer
         except BaseException as error:  # a panic in the tokenizers library is no Exception
@@ -280,6 +281,12 @@ class Checkpoint(TensorSource):
                 f"{self.name}: its tokenizer cannot be loaded ({first_line(error)}); tokenizer.json and "
                 "tokenizer_config.json belong beside config.json"
             ) from error
+
+    @property
+    def _renamed_config(self) -> dict[str, Any]:
+        """For what would read config.json itself: where that has a ``model_type`` that transformers does not know."""
+        own = _read_json(self.path("config.json")).get("model_type")
+        return {} if own == self.config.model_type else {"config": self.config}
 
     @cached_property
     def _parts(self) -> dict[str, tuple[str, ...]]:

@@ -21,11 +21,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, Qwen2Config
+from transformers import Qwen2Config
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2RMSNorm, Qwen2RotaryEmbedding
 
 from flowspec.core import DType
-from flowspec.errors import ModelError
+from flowspec.errors import ModelError, first_line
 from flowspec.model.draft_head import DraftHead
 from flowspec.model.families import FULL, PREFIX, norm_scale
 from flowspec.model.loader import Checkpoint
@@ -70,17 +70,23 @@ class MtpLayers:
         """That lie on this device."""
         return self.source.files()
 
-    def config(self) -> PreTrainedConfig:
-        """Of the layer that is used."""
+    def bare_head(self, embedding: Tensor) -> MtpHead:
+        """Of the layer that is used, without values. Raises ``ModelError``."""
         config = copy.deepcopy(self.source.config)
         config.num_hidden_layers, config.layer_types = 1, [FULL]
-        return config
+        try:
+            with torch.device("meta"):
+                return MtpHead(config, embedding)
+        except Exception as error:  # whatever transformers meets in what somebody has written
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            raise ModelError(
+                f"{self.source.name}: no MTP layer can be made by config.json ({reason}); download or mend the file"
+            ) from error
 
     def _check(self) -> None:
         """Raises ``ModelError`` for tensors that are missing, unknown, or of other shapes."""
         source = self.source
-        with torch.device("meta"):
-            head = MtpHead(self.config(), torch.empty(0, source.hidden_size))
+        head = self.bare_head(torch.empty(0, source.hidden_size))
         wanted = {_stored_name(name): tuple(tensor.shape) for name, tensor in head.state_dict().items()}
         stored = {name for name in source.tensor_names() if name.startswith(_FIRST)}
         for problem, names in (("lack", wanted.keys() - stored), ("have unknown tensors", stored - wanted.keys())):
@@ -149,15 +155,13 @@ class MtpHead(DraftHead):
     def _run_layers(self, embedded: Tensor, rows: Tensor, attention: dict[str, Any]) -> Tensor:
         return self.final_layernorm(self.layers[0](rows, **attention))
 
-    @classmethod
+    @staticmethod
     def load(
-        cls, layers: MtpLayers, target: TensorSource, embedding: Tensor, dtype: DType, device: torch.device | str
+        layers: MtpLayers, target: TensorSource, embedding: Tensor, dtype: DType, device: torch.device | str
     ) -> MtpHead:
         """``embedding`` [V, H]: the target's. Raises ``ModelError``."""
-        config, source = layers.config(), layers.source
-        with torch.device("meta"):
-            head = cls(config, embedding)
-        head.rotary_emb = Qwen2RotaryEmbedding(config).to(device)  # type: ignore[arg-type]
+        head, source = layers.bare_head(embedding), layers.source
+        head.rotary_emb = Qwen2RotaryEmbedding(head.config).to(device)
         places = {_stored_name(name): name for name in head.state_dict()}
         weights: dict[str, Tensor] = {}
         for stored, tensor in source.tensors(places, dtype, device):
