@@ -15,7 +15,7 @@ import torch
 from flowspec.config import LockstepConfig, PipelineConfig, ScheduleConfig, TreeConfig
 from flowspec.core import LayerRange, Partition, SamplingParams
 from flowspec.draft.base import DraftSource, Levels
-from flowspec.draft.catalogue import load_draft, read_taps
+from flowspec.draft.catalogue import choose_draft, load_draft, read_taps
 from flowspec.draft.eagle import EagleSource
 from flowspec.draft.memory import Memory
 from flowspec.draft.ngram import NgramSource
@@ -195,6 +195,8 @@ def _source(
             return None
         case "ngram":
             return NgramSource(memory=memory)
+        case "mtp":
+            return load_draft(choose_draft(checkpoint, str(directory)), checkpoint, head, "float32", "cpu")
         case _:
             embedding = checkpoint.load_embedding("float32", "cpu")
             return EagleSource(EagleHead.load(directory / "draft", embedding, "float32", "cpu"), head)

@@ -1,10 +1,12 @@
-"""What the exactness of all heads that read several of the target's layers is tried with."""
+"""What the exactness of all heads that read the target's layers is tried with."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
+
+from torch import Tensor
 
 from flowspec.config import PipelineConfig
 from flowspec.core import SamplingParams
@@ -35,3 +37,20 @@ def check_that_a_kept_prompt_is_taken_over(directory: Path, draft: str) -> None:
     expected = alone.submit(longer, params_at(0.0))
     alone.run()
     assert second.output_ids == expected.output_ids
+
+
+class Recorder:
+    """A head, and the features that it was given of the prompt and the accepted tokens, in their order."""
+
+    def __init__(self, head: Any) -> None:
+        self._head = head
+        self.config, self.embedding, self.fed_back = head.config, head.embedding, head.fed_back
+        self.seen: list[Tensor] = []
+
+    def __call__(self, *arguments: Any) -> Tensor:
+        return self._head(*arguments)
+
+    def features_of(self, read: Tensor) -> Tensor:
+        features = self._head.features_of(read)
+        self.seen.append(features)
+        return features

@@ -29,6 +29,7 @@ from house import LEVELS, diagram
 from logged_process import LoggedProcess
 from tiny_eagle3 import write_eagle3
 from tiny_models import make_checkpoint, make_draft_head, write_target_and_text
+from tiny_mtp import write_mtp
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -123,6 +124,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_draft_head(place / "EAGLE-head")
     make_checkpoint(place / "Llama-tiny", "llama", num_hidden_layers=2)
     write_eagle3(place / "EAGLE-3-head")
+    for name in ("MiMo-7B-RL", "MiMo-7B-RL-AWQ"):
+        make_checkpoint(place / name, "mimo")
+    write_mtp(place / "MiMo-7B-RL-AWQ", num_layers=0)
     (place / "prompt.txt").write_text("t1 t4 t2")
     (place / "made").mkdir()
     target, text = write_target_and_text(place / "made")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,22 @@ from transformers import (
 
 from flowspec.model.eagle_head import EagleHead
 from flowspec.train.corpus import Tokens
+from tiny_mtp import write_as_mimo, write_characters
 
 VOCAB_SIZE = 96
-FAMILIES = ("llama", "mistral", "qwen2", "gemma3_text", "smollm3", "phi3", "granite", "mixtral", "qwen3_moe", "qwen3")
+FAMILIES = (
+    "llama",
+    "mistral",
+    "qwen2",
+    "gemma3_text",
+    "smollm3",
+    "phi3",
+    "granite",
+    "mixtral",
+    "qwen3_moe",
+    "mimo",
+    "qwen3",
+)
 
 _SIZES: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
@@ -66,6 +80,8 @@ def make_config(family: str, **overrides: Any) -> PreTrainedConfig:
         case "qwen2":
             windows = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 3}
             return Qwen2Config(**{"tie_word_embeddings": True, **windows, **sizes})
+        case "mimo":  # whose configs say that they are Qwen2's
+            return Qwen2Config(**{"tie_word_embeddings": False, "rope_theta": 640000.0, "rms_norm_eps": 1e-5, **sizes})
         case "qwen3":
             return Qwen3Config(**{"head_dim": 16, "tie_word_embeddings": True, **sizes})
         case "gemma3_text":
@@ -180,8 +196,21 @@ def make_checkpoint(
     model = make_model(family, seed, **overrides)
     model.generation_config.eos_token_id = None
     model.save_pretrained(directory, max_shard_size=max_shard_size)
-    make_tokenizer_files(directory, model.config.vocab_size)
+    if family == "mimo":
+        write_as_mimo(directory)
+        write_characters(directory)
+    else:
+        make_tokenizer_files(directory, model.config.vocab_size)
     return directory
+
+
+def plain_model(directory: str | Path, dtype: torch.dtype | str = torch.float32, **settings: Any) -> Any:
+    """A saved model of any family, as transformers runs it."""
+    values = json.loads((Path(directory) / "config.json").read_text())
+    if values.pop("model_type") == "mimo":  # which it does not know
+        values.pop("auto_map")
+        settings["config"] = Qwen2Config.from_dict(values)
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, **settings).eval()
 
 
 def make_text_checkpoint(directory: Path, kind: str = "byte-fallback", chat_template: Any = None, **more: Any) -> Path:

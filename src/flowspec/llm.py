@@ -69,9 +69,9 @@ class LLM:
     Args:
         model: a directory, a .gguf file, a hub name (``owner/model``), ``"smollm2"`` once that was fetched, or
             ``"demo"``.
-        draft: ``"auto"`` (the head that belongs to the model where it pays, else n-grams), ``"none"``, ``"ngram"``, the
-            directory of an EAGLE head, a smaller language model (a directory, a .gguf file, a hub name, ``"smollm2"``),
-            or a draft source of your own.
+        draft: ``"auto"`` (the head that belongs to the model where it pays, or its MTP layer, else n-grams),
+            ``"none"``, ``"ngram"``, the directory of an EAGLE head, a smaller language model (a directory, a .gguf
+            file, a hub name, ``"smollm2"``), another copy of the model with an MTP layer, or a source of your own.
         draft_dtype: ``"int8"`` quantises the weights of a draft head, which are then read faster; guesses may get
             slightly worse, the text stays the same. ``"auto"`` is ``dtype``, or int8 where ``weights`` are integers.
         draft_layers: the target's layers that a head reads (EAGLE-3, P-EAGLE, DFlash, DSpark), where its config is

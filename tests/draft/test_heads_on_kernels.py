@@ -16,6 +16,7 @@ from flowspec.draft.catalogue import load_draft
 from flowspec.draft.eagle import EagleSource
 from flowspec.model.backends import load_head, open_checkpoint
 from flowspec.model.eagle_head import EagleHead
+from flowspec.model.mtp_head import MtpHead, MtpLayers
 from tiny_models import VOCAB_SIZE, make_checkpoint, make_draft_head
 
 pytest.importorskip("numba")
@@ -65,6 +66,23 @@ def test_a_wide_models_head_is_on_them(wide: Path, draft_dtype: Any, precision: 
     rows = torch.randn(5, 512)
     error = (source.lm_head.logits(rows) - head.logits(rows)).norm() / head.logits(rows).norm()
     assert error < 0.03 and head.logits(rows).shape == (5, VOCAB_SIZE)
+
+
+@pytest.mark.parametrize(("draft_dtype", "most"), [("auto", 1e-5), ("int8", 0.06)])
+def test_a_wide_models_mtp_layer_is_on_them(tmp_path: Path, draft_dtype: Any, most: float) -> None:
+    checkpoint = open_checkpoint(make_checkpoint(tmp_path, "mimo", **SIZES))
+    head, layers = load_head(checkpoint, "float32", "float", "cpu"), MtpLayers.read(checkpoint)
+    source = load_draft(layers, checkpoint, head, "float32", "cpu", draft_dtype=draft_dtype)
+    assert isinstance(source, EagleSource) and isinstance(source.head, MtpHead)
+    assert isinstance(source.head.input_proj, KernelLinear) and isinstance(source.lm_head, CompiledHead)
+    assert not any(isinstance(module, nn.Linear) for module in source.head.modules())
+    plain = MtpHead.load(layers, checkpoint, source.head.embedding, "float32", "cpu")
+    torch.manual_seed(0)
+    given = torch.arange(6)[None], plain.features_of(torch.randn(6, 512))[None], torch.arange(6)[None]
+    mask = torch.ones(6, 6, dtype=torch.bool).tril()[None, None]
+    with torch.inference_mode():
+        found, wanted = source.head(*given, mask), plain(*given, mask)
+    assert 0 < (found - wanted).norm() < most * wanted.norm()
 
 
 @pytest.mark.parametrize("draft_dtype", ["auto", "int8"])

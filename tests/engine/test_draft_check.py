@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import clockwork_mtp
 import echo
 from clockwork import COLUMN, TAPPED, TURN, VOCAB, codes, head_weights, turn, write_head, write_target
 from engines import engine_of, run
@@ -209,6 +210,67 @@ def test_a_broken_head_of_blocks_is_switched_off(
         (told,) = warnings()
         assert f"the draft head in {head} is switched off" in told and cause in told
         assert engine.model.source is not None and engine.model.source.name == "ngram"
+
+
+# --- MTP layers ---
+
+
+@pytest.fixture
+def with_layer(tmp_path: Path) -> Path:
+    return clockwork_mtp.write_target(tmp_path / "target")
+
+
+def test_a_good_mtp_layer_passes(with_layer: Path, own_cache: Path, warnings: Callable[[], list[str]]) -> None:
+    with engine_of(with_layer, stages=3, in_process=True, draft_check="on") as engine:
+        assert engine.model.source is not None and engine.model.source.name == "mtp" and not warnings()
+    (kept,) = own_cache.iterdir()
+    found = draft_check._load(kept)
+    assert found is not None and found.acceptance.num_made[0] > 20
+    # It is built to be always right, where a token is the successor of the one before it.
+    num_made = found.acceptance.num_made
+    assert found.acceptance.num_right == [num_made[0] - 1, *num_made[1:]]
+
+
+def swapped(weights: dict[str, Tensor]) -> None:
+    weights["input_proj.weight"] = clockwork_mtp.first_matrix(COLUMN, turn(1))
+
+
+def older_states(weights: dict[str, Tensor]) -> None:
+    """As if it had been trained with the hidden state of the token before."""
+    weights["input_proj.weight"] = clockwork_mtp.first_matrix(turn(2), COLUMN)
+
+
+def hidden_norm_ignored(weights: dict[str, Tensor]) -> None:
+    weights["hidden_layernorm.weight"] = torch.ones_like(weights["hidden_layernorm.weight"])
+
+
+def token_norm_ignored(weights: dict[str, Tensor]) -> None:
+    weights["token_layernorm.weight"] = torch.ones_like(weights["token_layernorm.weight"])
+
+
+@pytest.mark.parametrize(
+    ("plant", "cause"),
+    [
+        (swapped, "It was trained for another model, or its weights are damaged"),
+        (older_states, "It guesses well with the features of the token before in each one's place"),
+        (hidden_norm_ignored, "its weights are damaged"),
+        (token_norm_ignored, "its weights are damaged"),
+    ],
+)
+def test_a_broken_mtp_layer_is_switched_off(
+    with_layer: Path, warnings: Callable[[], list[str]], plant: Plant, cause: str
+) -> None:
+    weights = clockwork_mtp.mtp_weights()
+    plant(weights)
+    clockwork_mtp.write_layer(with_layer, weights)
+    with engine_of(with_layer, stages=2, in_process=True, draft="none") as engine:
+        expected = text_of(engine)
+    with engine_of(with_layer, stages=2, in_process=True, draft_check="on") as engine:
+        (told,) = warnings()
+        assert "the draft by the MTP layer of target is switched off, and n-grams draft instead" in told
+        assert "first guesses are right" in told and "--draft-check off" in told and cause in told
+        assert engine.model.source is not None and engine.model.source.name == "ngram"
+        assert text_of(engine) == expected
 
 
 # --- EAGLE-1 ---

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from flowspec.core import DType, Partition
 from flowspec.model import forward_rows
@@ -23,7 +22,7 @@ from flowspec.model.loader import Checkpoint
 from flowspec.model.slots import SlotTable
 from flowspec.model.stage import Part, forward
 from flowspec.model.torch_stage import TorchStage
-from tiny_models import FAMILIES, VOCAB_SIZE, make_checkpoint
+from tiny_models import FAMILIES, VOCAB_SIZE, make_checkpoint, plain_model
 
 NUM_LAYERS = 6
 TOLERANCE = 1e-4  # of logits whose standard deviation is about 1.7; float32 leaves 1e-5 of it
@@ -43,7 +42,7 @@ class Reference:
 
 
 def read_reference(directory: Path) -> Reference:
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    model = plain_model(directory)
     return Reference(Checkpoint.open(directory), model)
 
 
@@ -234,7 +233,7 @@ def test_a_one_row_segment_that_saw_its_siblings_would_be_noticed(
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_stages_equal_transformers_in_that_precision(reference: Reference, dtype: DType) -> None:
     token_ids = random_tokens(20, seed=5)
-    model = AutoModelForCausalLM.from_pretrained(reference.checkpoint.name, dtype=dtype, experts_implementation="eager")
+    model = plain_model(reference.checkpoint.name, dtype, experts_implementation="eager")
     with torch.no_grad():
         wanted = model.model(torch.tensor([token_ids])).last_hidden_state[0]
     hidden = torch.tensor(token_ids)

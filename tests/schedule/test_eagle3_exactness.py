@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from flowspec.config import ScheduleConfig
 from flowspec.schedule.catalogue import AUTO, SCHEDULES, make_schedule
 from pump import Pump, prompt_of
-from tapped import NUM_TOKENS, SMALL, Plain, check_that_a_kept_prompt_is_taken_over, params_at
+from tapped import NUM_TOKENS, SMALL, Plain, Recorder, check_that_a_kept_prompt_is_taken_over, params_at
 from tiny_eagle3 import Eagle3Form, Reference, make_weights
 
 TEMPERATURES = (0.0, 0.8)
@@ -74,23 +74,6 @@ def test_several_requests_and_those_without_a_draft_share_forwards(checkpoint_di
 
 def test_a_prompt_that_was_kept_is_taken_over_with_its_features(checkpoint_dir: Callable[[str], Path]) -> None:
     check_that_a_kept_prompt_is_taken_over(checkpoint_dir("qwen3"), "eagle3")
-
-
-class Recorder:
-    """A head, and the features that it was given of the prompt and the accepted tokens, in their order."""
-
-    def __init__(self, head: Any) -> None:
-        self._head = head
-        self.config, self.embedding = head.config, head.embedding
-        self.seen: list[torch.Tensor] = []
-
-    def __call__(self, *arguments: Any) -> torch.Tensor:
-        return self._head(*arguments)
-
-    def features_of(self, sums: torch.Tensor) -> torch.Tensor:
-        features = self._head.features_of(sums)
-        self.seen.append(features)
-        return features
 
 
 @pytest.mark.parametrize("schedule", ["flow", "serial", "lockstep"])

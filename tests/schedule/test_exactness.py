@@ -5,26 +5,25 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from scipy import stats
-from transformers import AutoModelForCausalLM
 
 from flowspec.config import PipelineConfig, TreeConfig
 from flowspec.core import SamplingParams
 from flowspec.schedule.catalogue import ABLATIONS, AUTO, SCHEDULES
 from plain_sampling import filtered_logprobs
 from pump import Pump, prompt_of
-from tiny_models import FAMILIES, make_checkpoint, make_draft_head
+from tiny_models import FAMILIES, make_checkpoint, make_draft_head, plain_model
 
 NUM_TOKENS = 24
 MORE_TOKENS = {
     "qwen2": 40,
     "mixtral": 40,
     "qwen3_moe": 32,
+    "mimo": 40,
 }  # of greedy texts: these have nothing for the n-gram draft before
 DRAFTS = ("eagle", "ngram", "none")
 STAGES = (1, 2, 3, 5)
@@ -36,7 +35,7 @@ LADDER = [name for name in ABLATIONS if name.startswith("lockstep") or name == "
 
 def generate_greedily(directory: Path, prompt: list[int], num_tokens: int) -> list[int]:
     """transformers' own answer."""
-    model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    model = plain_model(directory)
     output = model.generate(
         torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=num_tokens, do_sample=False
     )
@@ -168,7 +167,7 @@ def test_samples_follow_the_exact_distribution(tmp_path: Path) -> None:
         generations.append(pump.submit(prompt, params))
         if len(generations) % num_at_once == 0:
             pump.run()
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    model = plain_model(directory)
     params = generations[0].request.params
 
     @torch.inference_mode()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,13 +28,16 @@ from flowspec.model.eagle3_format import Eagle3Format
 from flowspec.model.fetched import FETCHED, is_for_own_devices
 from flowspec.model.gguf_checkpoint import GGUF_SUFFIX
 from flowspec.model.head_kind import Kind, kind_of
-from flowspec.model.head_tensors import HeadTensors
+from flowspec.model.head_tensors import HeadTensors, TargetSizes
 from flowspec.model.loader import Checkpoint
+from flowspec.model.mtp_head import LostMtpError, MtpLayers, has_mtp
 from flowspec.model.peagle_format import PEagleFormat
 from flowspec.model.target_head import LogitsHead
 
-# A head's directory, a language model, or the caller's own source.
-ChosenDraft: TypeAlias = Literal["none", "ngram"] | Path | Checkpoint | DraftSource
+logger = logging.getLogger("flowspec.draft")
+
+# A head's directory, MTP layers, a language model, or the caller's own source.
+ChosenDraft: TypeAlias = Literal["none", "ngram"] | Path | MtpLayers | Checkpoint | DraftSource
 
 _FORMS: Final[Mapping[Kind, type[Eagle3Format | DFlashFormat]]] = {
     "eagle3": Eagle3Format,
@@ -48,15 +52,16 @@ _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 def choose_draft(
     checkpoint: Checkpoint, draft: str | Path | DraftSource, draft_dtype: DraftDType = "auto", is_local: bool = False
 ) -> ChosenDraft:
-    """Find what is meant, without loading it; ``auto`` is the head that belongs to the model, else n-grams.
+    """Find what is meant, without loading it.
 
-    ``is_local``: all workers are on the driver's machine, where not every head pays.
+    ``auto`` is the head that belongs to the model, else the MTP layers that are part of it, else n-grams. ``is_local``:
+    all workers are on the driver's machine, where not every head pays.
     Raises ``UsageError``, also for int8 where there is no head.
     """
     if draft_dtype not in get_args(DraftDType):
         raise UsageError(f"draft_dtype is {draft_dtype!r}; it must be 'auto' or 'int8'")
     chosen = _find_draft(checkpoint, draft, is_local)
-    if draft_dtype == "int8" and not isinstance(chosen, (Path, Checkpoint)):
+    if draft_dtype == "int8" and not isinstance(chosen, (Path, MtpLayers, Checkpoint)):
         name = chosen if isinstance(chosen, str) else chosen.name
         raise UsageError(
             f"int8 is for draft heads, and the draft is {name}; name a head's directory, or leave int8 out"
@@ -75,18 +80,36 @@ def _find_draft(checkpoint: Checkpoint, draft: str | Path | DraftSource, is_loca
         case "auto":
             own = checkpoint.draft_directory
             is_of_use = (own / "config.json").is_file() and not (is_local and is_for_own_devices(own))
-            return own if is_of_use else "ngram"
+            return own if is_of_use else _own_layers(checkpoint)
         case name:
             directory = Path(name).expanduser()
             is_known = name in (DEMO, *FETCHED) or name.endswith(GGUF_SUFFIX) or _HUB_NAME.fullmatch(name)
             if is_known and not directory.is_dir():
-                return open_checkpoint(name)
+                return _part_or_whole(open_checkpoint(name), checkpoint)
             if not directory.is_dir():
                 raise UsageError(
                     f"no draft in {name!r}; give the directory of a head or a small model, a .gguf file, a hub name "
                     "(owner/model), or one of auto, none, ngram"
                 )
-            return open_checkpoint(name) if holds_model(DraftFiles(directory)) else directory
+            is_model = holds_model(DraftFiles(directory))
+            return _part_or_whole(open_checkpoint(name), checkpoint) if is_model else directory
+
+
+def _own_layers(checkpoint: Checkpoint) -> MtpLayers | Literal["ngram"]:
+    """What a model brings along. Raises ``ModelError`` for half of it."""
+    if not has_mtp(checkpoint):
+        return "ngram"
+    try:
+        return MtpLayers.read(checkpoint)
+    except LostMtpError as error:
+        logger.warning("%s. N-grams draft instead", error)
+        return "ngram"
+
+
+def _part_or_whole(model: Checkpoint, target: Checkpoint) -> MtpLayers | Checkpoint:
+    """The MTP layers of a model that is the target, or another copy of it; else it drafts as it is."""
+    is_copy = all(getattr(model, size) == getattr(target, size) for size in TargetSizes._fields)
+    return MtpLayers.read(model) if is_copy and has_mtp(model) else model
 
 
 def read_taps(
@@ -147,6 +170,8 @@ def load_draft(
             return ModelSource(
                 lambda root_id: LocalPasses(stage, own_head, root_id), tokens, chosen.max_positions, is_coupled
             )
+        case MtpLayers():
+            return HeadLoader(checkpoint, head, dtype, device, is_coupled, draft_dtype, weights).load_mtp(chosen)
         case Path():
             loader = HeadLoader(checkpoint, head, dtype, device, is_coupled, draft_dtype, weights)
             return loader.load_eagle(chosen) if taps is None else loader.load_tapped(taps)

@@ -5,7 +5,7 @@ parent's feature, gives n's own feature, and the target's lm_head turns that int
 true feature; else it is the head's prediction, and n's staleness counts the predictions since the last true one.
 
 An EAGLE-3 head is no prediction of features: it is fed with its own output all the same, and its true features are sums
-that the target's stages have made.
+that the target's stages have made. A model's own MTP layer predicts hidden states, and reads the target's.
 """
 
 from __future__ import annotations
@@ -175,7 +175,7 @@ class EagleDraft:
             grown = predicted.new_zeros(table.capacity, predicted.shape[1])
             grown[: len(self._features)] = self._features
             self._features = grown
-        self._features[rows] = predicted
+        self._features[rows] = self._head.fed_back(predicted)
         return predicted
 
     def _grow(self, tree: DraftTree, rows: Ints, features: Tensor, staleness: Ints) -> None:

@@ -26,6 +26,7 @@ from flowspec.model.eagle_head import EagleHead
 from flowspec.model.head_tensors import HEAD, HeadTensors
 from flowspec.model.int8 import Int8TargetHead, can_quantize, quantize_head
 from flowspec.model.loader import Checkpoint
+from flowspec.model.mtp_head import MtpHead, MtpLayers
 from flowspec.model.packed import Precision
 from flowspec.model.peagle_format import PEagleFormat
 from flowspec.model.peagle_head import PEagleHead
@@ -52,6 +53,12 @@ class HeadLoader:
         if token_ids is not None:
             head = load_head(self.checkpoint, self.dtype, self.weights, self.device, token_ids)
         return EagleSource(draft_head, self._finished(draft_head, head, token_ids), self.is_coupled)
+
+    def load_mtp(self, layers: MtpLayers) -> DraftSource:
+        """The model's own layer, or another copy's."""
+        embedding = self.checkpoint.load_embedding(self.dtype, self.device)
+        draft_head = MtpHead.load(layers, self.checkpoint, embedding, self.dtype, self.device)
+        return EagleSource(draft_head, self._finished(draft_head, self.head, None), self.is_coupled, "mtp")
 
     def load_tapped(self, taps: HeadTensors) -> DraftSource:
         """A head that reads several layers."""

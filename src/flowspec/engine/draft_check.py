@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 from flowspec.core import LayerRange, SamplingParams
 from flowspec.draft.acceptance import DEPTH, FEWEST, Acceptance, ReadText, Recorder, measure
@@ -24,10 +25,12 @@ from flowspec.engine.engine import Engine
 from flowspec.errors import FlowspecError
 from flowspec.model.fingerprint import files_fingerprint, fingerprint
 from flowspec.model.loader import Checkpoint
+from flowspec.model.mtp_head import MtpLayers
 from flowspec.model.user_cache import cache_directory, keep
 
 logger = logging.getLogger("flowspec.draft")
 
+CheckedDraft: TypeAlias = Path | MtpLayers | Checkpoint
 Progress = Callable[[str, float], None]
 
 QUESTION = "Tell me a long story about a farmer and his three sons."  # what a chat model is asked
@@ -44,11 +47,11 @@ class _Found:
 
 
 def check_draft(
-    engine: Engine, draft: Path | Checkpoint, draft_layers: Sequence[int] | None, draft_dtype: str, progress: Progress
+    engine: Engine, draft: CheckedDraft, draft_layers: Sequence[int] | None, draft_dtype: str, progress: Progress
 ) -> None:
     """Measure the draft of the engine, or look up what it was; one that is broken is switched off.
 
-    ``draft``: the directory of a head, or a language model.
+    ``draft``: the directory of a head, MTP layers, or a language model.
 
     Raises ``WorkerError`` when a worker fails meanwhile.
     """
@@ -73,7 +76,7 @@ def check_draft(
         logger.warning(
             "the draft %s is switched off, and n-grams draft instead: along a text of the model %s. %s; use it "
             "all the same with --draft-check off",
-            f"head in {draft}" if isinstance(draft, Path) else f"model {draft.title}",
+            _title(draft),
             acceptance.told(step),
             found.repair or _cause(source.name, step),
         )
@@ -100,7 +103,7 @@ def _cause(kind: str, step: int) -> str:
         return "Its rows below the first are not what it was trained with: look at mask_token_id in its config"
     if step:
         return "What it feeds back to itself is not what it was trained with: look at norm_output in its config"
-    if kind != "eagle":
+    if kind not in ("eagle", "mtp"):
         return (
             "It reads other layers than it was trained with (--draft-layers says which), or its lm_head, its "
             "embedding, a norm or another part of it is missing or another model's"
@@ -108,7 +111,17 @@ def _cause(kind: str, step: int) -> str:
     return "It was trained for another model, or its weights are damaged: fetch or train it again"
 
 
-def _digest(engine: Engine, draft: Path | Checkpoint, settings: tuple[object, ...]) -> str:
+def _title(draft: CheckedDraft) -> str:
+    match draft:
+        case Path():
+            return f"head in {draft}"
+        case MtpLayers():
+            return f"by the MTP layer of {draft.source.title}"
+        case _:
+            return f"model {draft.title}"
+
+
+def _digest(engine: Engine, draft: CheckedDraft, settings: tuple[object, ...]) -> str:
     """Of all that the guesses hang on."""
     checkpoint = engine.model.checkpoint
     model = fingerprint(checkpoint, LayerRange(0, checkpoint.num_layers)) or checkpoint.full_name

@@ -26,6 +26,7 @@ from flowspec.errors import DoesNotFitError, UsageError
 from flowspec.model.backends import check_fits, open_checkpoint, weights_to_try
 from flowspec.model.demo_pair import DEMO, draft_for_workers
 from flowspec.model.loader import Checkpoint, check_device
+from flowspec.model.mtp_head import MtpLayers
 from flowspec.schedule.catalogue import AUTO, check_schedule
 from flowspec.worker.memory import free_bytes
 
@@ -118,7 +119,7 @@ def _open_engine(spec: EngineSpec, where: PipelineSpec, draft: ChosenDraft) -> E
         if draft_worker is not None:
             ngrams = NgramSource(memory=model.memory)
             draft_worker.on_change = lambda source: engine.use_source(source or ngrams)
-        if spec.draft_check == "on" and isinstance(draft, (Path, Checkpoint)):
+        if spec.draft_check == "on" and isinstance(draft, (Path, MtpLayers, Checkpoint)):
             check_draft(engine, draft, spec.draft_layers, spec.draft_dtype, spec.progress)
         if draft_worker is not None and engine.model.source is not model.source:
             draft_worker.close()  # its guesses are of no use

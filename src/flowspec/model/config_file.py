@@ -30,7 +30,7 @@ _MOST_OPTIONAL = {
     "moe_intermediate_size": 2**22,
     "decoder_sparse_step": 2**12,
 }
-_COUNTS_FROM_0 = {"max_window_layers": 2**12}
+_COUNTS_FROM_0 = {"max_window_layers": 2**12, "num_nextn_predict_layers": 2**6}
 _POSITIVE = (
     "rms_norm_eps", "rope_theta", "factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow",
     "embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling",

@@ -7,7 +7,6 @@ from typing import Any, Protocol
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from flowspec.model.kv_cache import CACHE_ARGUMENT
 
@@ -34,7 +33,7 @@ class DraftHead(nn.Module):
 
     embedding: Tensor  # [V, D]
     layers: nn.ModuleList
-    rotary_emb: LlamaRotaryEmbedding
+    rotary_emb: nn.Module
 
     def __init__(self, config: Any, embedding: Tensor) -> None:
         """``config``: transformers', of the layers. ``embedding`` [V, D] is shared and never trained."""
@@ -51,13 +50,13 @@ class DraftHead(nn.Module):
         attention_mask: Tensor,
         cache: DraftCache | None = None,
     ) -> Tensor:
-        """What the head says of the rows, [B, T, D]: their lm_head's input, and the features of the rows behind them.
+        """What the head says of the rows, [B, T, D]: their lm_head's input, of which the rows behind them are fed.
 
         ``token_ids`` [B, T]; ``features`` [B, T, D], of the token before each; ``position_ids`` [B, T], the token's
         position less one; ``attention_mask`` bool, [B or 1, 1, T, KV], true where a row sees a key. ``cache``:
         anything with transformers' ``update(keys, values, layer_idx)``; it gets the new keys and values.
         """
-        embedded = F.embedding(token_ids, self.embedding).to(features.dtype)
+        embedded = self._embed(token_ids, position_ids).to(features.dtype)
         rows = self._join(embedded, features)
         attention = {
             "attention_mask": attention_mask,
@@ -71,6 +70,14 @@ class DraftHead(nn.Module):
     def features_of(self, read: Tensor) -> Tensor:
         """What came of the target's layers [n, width] -> features [n, D]."""
         raise NotImplementedError
+
+    def fed_back(self, states: Tensor) -> Tensor:
+        """What the head says of rows [n, D] -> the features of the rows behind them [n, D]."""
+        return states
+
+    def _embed(self, token_ids: Tensor, position_ids: Tensor) -> Tensor:
+        """[B, T] each -> [B, T, D]."""
+        return F.embedding(token_ids, self.embedding)
 
     def _join(self, embedded: Tensor, features: Tensor) -> Tensor:
         """What the layers take, [B, T, D]."""

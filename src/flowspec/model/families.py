@@ -49,6 +49,7 @@ class Family:
     logits_divisor: Callable[[PreTrainedConfig], float] = lambda config: 1.0
     norm_offset: float = 0.0  # of RMS norms: rows are multiplied by it and the weight together
     experts: ExpertNames | None = None  # of families in which a row runs through a few experts of many
+    read_as: str | None = None  # a model_type with the same config and layers, where transformers does not know this
 
     def check(self, config: PreTrainedConfig, name: str) -> None:
         """Raise ``ModelError`` for a model, called ``name``, whose stages would not add up to it."""
@@ -137,6 +138,7 @@ _ROWS = (
     Family("qwen3", "Qwen3", _as_listed),
     Family("qwen3_moe", "Qwen3-MoE", _all_alike, experts=ExpertNames("mlp", "gate_proj", "up_proj", "down_proj")),
     Family("mixtral", "Mixtral", _all_alike, experts=ExpertNames("block_sparse_moe", "w1", "w3", "w2")),
+    Family("mimo", "MiMo", _as_listed, read_as="qwen2"),
     Family("smollm3", "SmolLM3", _as_listed),
     Family("phi3", "Phi-3/4", _all_alike, (*STATIC_ROPE_TYPES, SHORT_ROPE)),
     Family(

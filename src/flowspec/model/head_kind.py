@@ -22,7 +22,7 @@ NAMES: Final[Mapping[Kind, str]] = {
 
 
 # Layers of a model that guess what comes behind its next token (multi-token prediction), by themselves.
-_MTP = re.compile(r"mtp\.|layers\.\d+\.(eh_proj|enorm|hnorm|shared_head)\.|blk\.\d+\.nextn\.")
+_MTP = re.compile(r"mtp(_layers)?\.|layers\.\d+\.(eh_proj|enorm|hnorm|shared_head)\.|blk\.\d+\.nextn\.")
 
 
 def kind_of(files: DraftFiles) -> Kind:

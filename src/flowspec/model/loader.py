@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from flowspec.core import DType, LayerRange, SamplingParams
 from flowspec.errors import ModelError, UsageError, first_line, shortened
@@ -269,7 +269,9 @@ class Checkpoint(TensorSource):
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         try:
-            tokenizer = AutoTokenizer.from_pretrained(self._directory or self.name, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(
+                self._directory or self.name, **self._renamed_config, trust_remote_code=False
+            )
             assert tokenizer.is_fast, "tokenizers of transformers' older kind are not read"
             return tokenizer
         except BaseException as error:  # a panic in the tokenizers library is no Exception
@@ -279,6 +281,12 @@ class Checkpoint(TensorSource):
                 f"{self.name}: its tokenizer cannot be loaded ({first_line(error)}); tokenizer.json and "
                 "tokenizer_config.json belong beside config.json"
             ) from error
+
+    @property
+    def _renamed_config(self) -> dict[str, Any]:
+        """For what would read config.json itself: where that has a ``model_type`` that transformers does not know."""
+        own = _read_json(self.path("config.json")).get("model_type")
+        return {} if own == self.config.model_type else {"config": self.config}
 
     @cached_property
     def _parts(self) -> dict[str, tuple[str, ...]]:
@@ -366,7 +374,11 @@ def read_config(path: Path) -> PreTrainedConfig:
         layout_of(quantised, str(path))
     check_config(content, str(path))
     try:
-        config = AutoConfig.from_pretrained(path.parent, trust_remote_code=False)
+        if family.read_as is None:
+            config = AutoConfig.from_pretrained(path.parent, trust_remote_code=False)
+        else:  # the code beside it is not run
+            known = {name: value for name, value in content.items() if name not in ("model_type", "auto_map")}
+            config = CONFIG_MAPPING[family.read_as].from_dict(known)
     except Exception as error:  # whatever transformers meets in what somebody has written
         raise ModelError(f"{path} is no valid {family.title} config ({first_line(error)})") from error
     check_config(config.to_dict(), str(path))  # what the file leaves out

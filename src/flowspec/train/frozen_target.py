@@ -85,6 +85,7 @@ def load_model(name: str | Path, dtype: torch.dtype) -> PreTrainedModel:
     try:
         return AutoModelForCausalLM.from_pretrained(
             directory if directory.is_dir() else str(name),
+            config=checkpoint.config,
             dtype=dtype,
             experts_implementation=EXPERTS,
             trust_remote_code=False,
