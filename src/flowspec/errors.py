@@ -46,6 +46,10 @@ class ModelError(UsageError):
     """A model or draft directory cannot be used: missing, truncated, unsupported, or not fitting together."""
 
 
+class DoesNotFitError(UsageError):
+    """Weights are larger than the memory of the device that is to hold them."""
+
+
 class ProtocolError(FlowspecError):
     """A peer sent bytes that are no message of ours, or a message that breaks the protocol."""
 

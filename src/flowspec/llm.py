@@ -86,7 +86,8 @@ class LLM:
         names: of these workers' devices, for messages; ``worker 1`` and so on by default.
         schedule: ``"auto"``, or the name of one of the schedules in the README.
         weights: ``"int8"`` and ``"int4"`` run the matrices on a processor's integer kernels, and the text is exact;
-            ``"float"`` has them in ``dtype``. ``"auto"`` takes integers for quantised files.
+            ``"float"`` has them in ``dtype``. ``"auto"`` takes integers for quantised files, and for models that are
+            larger than the devices' memory otherwise.
         dtype: type of weights and arithmetic; the text is exact in ``"float32"``.
         device: torch device of the driver and the workers here, ``"cpu"`` or ``"cuda:0"``.
         schedule_config: the settings of all schedules: what their draft trees may look like, and how a request is cut

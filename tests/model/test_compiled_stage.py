@@ -75,7 +75,7 @@ def test_a_stage_is_as_close_as_activations_of_8_bits_are(directory: Path) -> No
     layers = LayerRange(1, 2)
     wanted = TorchStage.load(Rounded.open(directory), layers, "float32", "cpu")
     stage = CompiledStage.load(Checkpoint.open(directory), layers, "float32", 8)
-    assert (stage.slot_bytes, stage.is_first, stage.is_last) == (wanted.slot_bytes, False, False)
+    assert (2 * stage.slot_bytes, stage.is_first, stage.is_last) == (wanted.slot_bytes, False, False)
     torch.manual_seed(0)
     rows = torch.randn(20, stage.hidden_size)
     found = []
@@ -227,7 +227,7 @@ def test_halves_on_the_way_are_the_same_for_every_partition(checkpoint_dir: Call
         rows = torch.tensor([3, 1, 4, 1, 5])
         for layers in Partition.parse(partition).stages:
             stage = CompiledStage.load(checkpoint, layers, "bfloat16", 8)
-            assert stage.dtype == torch.bfloat16 and stage.slot_bytes == 4 * 2 * 2 * 8 * len(layers)
+            assert stage.dtype == torch.bfloat16 and stage.slot_bytes == 2 * 2 * 2 * 8 * len(layers)
             cache = stage.open_cache()
             rows = forward(stage, rows, cache.slots.append_prefix(range(5)), cache)
         texts.append(rows)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from flowspec.model.families import FULL
 from flowspec.model.shared_kernel import write_and_attend
 from flowspec.model.slot_cache import Paths, RequestRows, SlotCache
-from flowspec.model.slot_kernel import BLOCK, compiled
+from flowspec.model.slot_kernel import BLOCK, compiled, half_of
 from flowspec.model.team import Team
 
 Floats = NDArray[np.float32]
@@ -26,14 +26,17 @@ NOBODY = Team(1)  # helps
 class Rows:
     """Random queries, keys and values of tokens, by position, and a cache that they go to."""
 
-    def __init__(self, count: int, num_heads: int = 6, num_kv_heads: int = 2, head_dim: int = 16) -> None:
+    def __init__(
+        self, count: int, num_heads: int = 6, num_kv_heads: int = 2, head_dim: int = 16, is_half: bool = False
+    ) -> None:
         draw = np.random.default_rng(0)
         self.scaling = head_dim**-0.5
         self.query, self.key, self.value = (
             draw.standard_normal((count, heads, head_dim), dtype=np.float32)
             for heads in (num_heads, num_kv_heads, num_kv_heads)
         )
-        self.cache = SlotCache(1, num_kv_heads, head_dim)
+        self.cache = SlotCache(1, num_kv_heads, head_dim, is_half)
+        self.kept_as: Any = np.float16 if is_half else np.float32
 
     def attend(self, rows: list[int], slots: NDArray[np.int64], paths: Paths) -> Floats:
         heads = self.query[rows], self.key[rows], self.value[rows]
@@ -45,10 +48,11 @@ class Rows:
     def wanted(self, row: int, seen: list[int]) -> NDArray[np.float64]:
         group = self.query.shape[1] // self.key.shape[1]
         results = []
+        keys, values = (kept.astype(self.kept_as).astype(np.float64) for kept in (self.key, self.value))
         for head, query in enumerate(self.query[row].astype(np.float64)):
-            scores = self.key[seen, head // group] @ query * self.scaling
+            scores = keys[seen, head // group] @ query * self.scaling
             weights = np.exp(scores - scores.max())
-            results.append(weights / weights.sum() @ self.value[seen, head // group])
+            results.append(weights / weights.sum() @ values[seen, head // group])
         return np.concatenate(results)
 
 
@@ -57,9 +61,10 @@ def chain(count: int) -> Paths:
     return Paths.of(np.tri(count, dtype=bool), np.arange(count))
 
 
+@pytest.mark.parametrize("is_half", [False, True])
 @pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim"), [(6, 2, 16), (4, 4, 10), (3, 1, 7), (8, 1, 256)])
-def test_it_is_attention(num_heads: int, num_kv_heads: int, head_dim: int) -> None:
-    rows = Rows(150, num_heads, num_kv_heads, head_dim)
+def test_it_is_attention(num_heads: int, num_kv_heads: int, head_dim: int, is_half: bool) -> None:
+    rows = Rows(150, num_heads, num_kv_heads, head_dim, is_half)
     slots = rows.cache.slots.append_prefix(range(150))
     attended = rows.attend(list(range(150)), slots, chain(150))
     for row in (0, 1, 7, 8, 63, 64, 65, 149):
@@ -77,12 +82,38 @@ def test_scores_of_any_size_are_weighed(factor: float) -> None:
     assert np.isfinite(attended).all() and np.median(errors) < 1e-6 * max(1, factor)
 
 
+def test_a_window_far_behind_the_first_slots() -> None:
+    rows = Rows(400)
+    rows.cache.slots.append_prefix(range(400))
+    everything = list(range(400))
+    rows.attend(everything, np.arange(400), chain(400))
+    mask = np.tri(400, dtype=bool) & ~np.tri(400, k=-100, dtype=bool)
+    attended = rows.attend([398, 399], np.array([398, 399]), Paths.of(mask[398:], np.arange(400)))
+    for found, row in zip(attended, (398, 399), strict=True):
+        assert np.abs(found - rows.wanted(row, everything[row - 99 : row + 1])).max() < 2e-6
+
+
+def test_floats_are_halved_as_numpy_does_it() -> None:
+    """All that float16 has, what lies between two of these, and beyond."""
+    exact = np.arange(0x7C00, dtype=np.uint16).view(np.float16).astype(np.float32)
+    between = (exact[1:] + exact[:-1]) / 2
+    values = np.concatenate(
+        [exact, between, np.nextafter(between, np.float32(0)), np.nextafter(between, np.float32(1e9))]
+    )
+    for x in (*values, *-values[:40000:7]):
+        assert half_of(x) == x.astype(np.float16).view(np.uint16)
+    highest = np.float16(65504).view(np.uint16)
+    assert half_of(np.float32(1e9)) == half_of(np.float32(np.inf)) == half_of(np.float32(65520)) == highest
+    assert np.isnan(np.uint16(half_of(np.float32(np.nan))).view(np.float16))
+
+
+@pytest.mark.parametrize("is_half", [False, True])
 @pytest.mark.parametrize("seed", range(4))
-def test_a_rows_bits_depend_on_its_own_path_alone(seed: int) -> None:
+def test_a_rows_bits_depend_on_its_own_path_alone(seed: int, is_half: bool) -> None:
     """Tokens of a random tree: at random slots, in random segments, against each path on its own, in order."""
     draw = np.random.default_rng(seed)
     count = 170
-    rows = Rows(count)
+    rows = Rows(count, is_half=is_half)
     parents = [-1, *(int(draw.integers(max(0, i - 9), i)) if i > 100 else i - 1 for i in range(1, count))]
     above: list[list[int]] = []
     for row, parent in enumerate(parents):
@@ -102,7 +133,7 @@ def test_a_rows_bits_depend_on_its_own_path_alone(seed: int) -> None:
             mask[i, slot_of[above[row]]] = True
         found[segment] = rows.attend(segment, slot_of[segment], Paths.of(mask, position_of))
     for row in draw.choice(count, 12, replace=False):
-        alone, result = Rows(count), np.empty(0)
+        alone, result = Rows(count, is_half=is_half), np.empty(0)
         for length in range(1, len(above[row]) + 1):
             slots = alone.cache.slots.append_prefix([length - 1])
             seen = Paths.of(np.ones((1, length), bool), np.arange(length))

@@ -18,7 +18,7 @@ from flowspec.model.compiled_stage import CompiledHead, CompiledStage
 from flowspec.model.loader import Checkpoint
 from flowspec.model.mailbox_kernel import ALONE, DONE, OWNER
 from flowspec.model.shared_kernel import write_and_attend
-from flowspec.model.slot_kernel import NUM_FIELDS, NUM_KV_HEADS, NUM_SEEN
+from flowspec.model.slot_kernel import NUM_FIELDS, NUM_KV_HEADS, SEEN_END
 from flowspec.model.stage import Part, forward
 from flowspec.model.team import Team
 from tiny_models import FAMILIES, VOCAB_SIZE
@@ -131,7 +131,7 @@ def test_whoever_finds_the_mailbox_taken_works_alone(checkpoint_dir: Callable[[s
 def test_no_memory_is_an_error_of_the_caller(team: Team) -> None:
     """Whoever of the team finds none; and the mailbox is free again."""
     table = np.zeros((1, NUM_FIELDS), np.int64)
-    table[0, [1, NUM_SEEN, NUM_KV_HEADS]] = 2, 1 << 50, 2
+    table[0, [1, SEEN_END, NUM_KV_HEADS]] = 2, 1 << 50, 2
     # STARTS of two empty paths; nothing is written to slots, as no key has any width.
     starts, slots = np.zeros(3, np.int64), np.zeros(2, np.int64)
     table[0, 2:4] = slots.ctypes.data, starts.ctypes.data

@@ -17,10 +17,11 @@ from command_line import Run
 from flowspec import LLM
 from flowspec.config import LinkConfig
 from flowspec.core import DType, LayerRange, Weights
-from flowspec.errors import UsageError
+from flowspec.engine import spec
+from flowspec.errors import DoesNotFitError, UsageError
 from flowspec.model.backends import load_stage, open_checkpoint
 from flowspec.model.loader import Checkpoint
-from flowspec.model.stage_size import StageShapes, stage_bytes
+from flowspec.model.stage_size import shapes_of, stage_bytes
 from flowspec.wire.messages import PROTOCOL_VERSION, Configure
 from flowspec.worker.kept import StageLoader
 from flowspec.worker.memory import Allowance, free_bytes, total_bytes, used_bytes
@@ -30,11 +31,6 @@ from tiny_models import make_checkpoint
 from worker_process import WorkerProcess
 
 CPU = torch.device("cpu")
-
-
-def shapes_of(checkpoint: Checkpoint, layers: LayerRange) -> StageShapes:
-    stored = {name: checkpoint.stored(name) for name in checkpoint.names_of_stage(layers)}
-    return StageShapes({name: found.shape for name, found in stored.items() if found is not None})
 
 
 @pytest.fixture(scope="module")
@@ -129,13 +125,31 @@ def test_a_draft_model_takes_its_lm_head_too(wide: Path) -> None:
     assert told[1:] == [without + head], "a model whose embedding is its lm_head holds it twice"
 
 
+def test_a_model_is_no_larger_than_what_is_free(wide: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And ``auto`` takes the widest weights that are not."""
+    with pytest.raises(DoesNotFitError, match=r"^x take 1e\+06 GB, and \S+ GB of its memory are free; give it fewer"):
+        Allowance().check_fits(10**15, "x")
+    sizes = {"float": 47e6, "int8": 14e6, "int4": 8e6}
+    for weights, size in sizes.items():
+        monkeypatch.setattr(spec, "free_bytes", lambda device, free=int(1.2 * size): free)
+        with LLM(wide, in_process=True) as llm:
+            assert llm.engine.pipeline.spec.weights == weights
+    monkeypatch.setattr(spec, "free_bytes", lambda device: 40_000_000)
+    with pytest.raises(
+        DoesNotFitError, match=r"takes 0\.04\d* GB in float, and 0\.038 GB are free here; use --weights"
+    ):
+        LLM(wide, in_process=True, weights="float")
+
+
 @pytest.mark.parametrize("given", ["0", "-1", "nan", "inf", "1e12", "0.001", "4096000", "much"])
 def test_what_is_no_size_is_said_to_be_none(run: Run, given: str) -> None:
     refused = run("worker", "--listen", "127.0.0.1:0", "--max-memory", given)
     assert refused.code == 2 and "max-memory" in refused.err and "Traceback" not in refused.err
 
 
-def test_a_worker_keeps_to_what_it_may_use(wide: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_keeps_to_what_it_may_use(
+    wide: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """It refuses a stage before it fetches a byte of it, and serves the next driver; what it tells bounds caches."""
     small = LoggedProcess(["worker", "--threads", "1", "--listen", "127.0.0.1:0", "--max-memory", "0.01"], "GB; give")
     assert small.wait(60) == 2
@@ -146,8 +160,11 @@ def test_a_worker_keeps_to_what_it_may_use(wide: Path, monkeypatch: pytest.Monke
     try:
         with monkeypatch.context() as patch:
             patch.setattr(Checkpoint, "full_name", property(lambda self: "/not/on/that/device"))
-            with pytest.raises(UsageError, match=r"layers 0:6 take 0\.04\d* GB, and it may use .* fewer layers"):
-                LLM(wide, workers=[worker.address], link=link)
+            with pytest.raises(DoesNotFitError, match=r"layers 0:6 take 0\.04\d* GB, and it may use .* fewer layers"):
+                LLM(wide, workers=[worker.address], link=link, weights="float")
+        with LLM(wide, workers=[worker.address], link=link) as llm:
+            assert llm.engine.pipeline.spec.weights == "int8"
+        assert "it may use" in caplog.text and "as --weights is auto, they are to be int8" in caplog.text
         with LLM(wide, workers=[worker.address], dtype="bfloat16", link=link) as llm:
             (ready,) = llm.engine.pipeline.ready
             assert 1 <= ready.free_bytes < 0.04e9

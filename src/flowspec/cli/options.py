@@ -105,7 +105,7 @@ WeightsOption = Annotated[
     WeightsChoice,
     typer.Option(
         help="Of the layers' matrices: int8 and int4 are fast on a CPU, and exact whatever the schedule; float is of "
-        "--dtype; auto takes integers for quantised files.",
+        "--dtype; auto takes integers for quantised files, and for models that do not fit otherwise.",
     ),
 ]
 Int8Wire = Annotated[

@@ -19,7 +19,7 @@ from flowspec.cluster.tap_blocks import Blocks, tap_blocks
 from flowspec.cluster.trips import Trip, Trips
 from flowspec.config import LinkConfig
 from flowspec.core import DType, Partition, TapShape, Weights
-from flowspec.errors import BusyError, ProtocolError, UsageError, WorkerError
+from flowspec.errors import BusyError, DoesNotFitError, ProtocolError, UsageError, WorkerError
 from flowspec.wire.actor import Route, Send
 from flowspec.wire.messages import (
     PROTOCOL_VERSION,
@@ -333,7 +333,7 @@ class RemoteConnections:
             return message
         logger.debug("%s: %s", self._name(stage), message.traceback)
         if message.user_error:
-            raise UsageError(message.text)
+            raise DoesNotFitError(message.text) if message.does_not_fit else UsageError(message.text)
         if message.lost_next:
             raise WorkerError(f"lost worker {stage + 1}, as {self._name(stage)} says", [stage + 1])
         raise WorkerError(f"{self._name(stage)} failed: {message.text}", [stage])

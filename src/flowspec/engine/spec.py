@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import KW_ONLY, dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
+
+import torch
 
 from flowspec.config import EngineConfig, LinkConfig, ScheduleConfig
 from flowspec.core import DraftCheck, DraftDType, DType, Partition, Weights
@@ -18,11 +22,16 @@ from flowspec.engine.draft_worker import DraftWorker, open_draft_worker
 from flowspec.engine.driver_model import DriverModel
 from flowspec.engine.engine import Engine
 from flowspec.engine.pipeline import PipelineSpec, choose_partition, open_pipeline
-from flowspec.errors import UsageError
-from flowspec.model.backends import choose_weights, open_checkpoint
+from flowspec.errors import DoesNotFitError, UsageError
+from flowspec.model.backends import check_fits, open_checkpoint, weights_to_try
 from flowspec.model.demo_pair import DEMO, draft_for_workers
 from flowspec.model.loader import Checkpoint, check_device
 from flowspec.schedule.catalogue import AUTO, check_schedule
+from flowspec.worker.memory import free_bytes
+
+logger = logging.getLogger("flowspec.engine")
+
+_WEIGHTS_SHARE = 0.95  # at most, of the memory that is free on this machine
 
 Progress = Callable[[str, float], None]  # what is being done, and the share that is done
 
@@ -69,14 +78,29 @@ def open_engine(spec: EngineSpec) -> Engine:
     _ = checkpoint.sampling_defaults  # bad ones are an error before anything starts
     num_workers = None if spec.workers is None else len(spec.workers)
     partition = choose_partition(checkpoint, spec.stages, spec.partition, num_workers)
-    weights = choose_weights(checkpoint, spec.weights, spec.device)
+    weights_in_turn = weights_to_try(checkpoint, spec.weights, spec.device)
     draft = choose_draft(checkpoint, spec.draft, spec.draft_dtype, is_local=spec.workers is None)
     taps = read_taps(draft, checkpoint, spec.draft_layers)
     places = spec.workers, spec.in_process
-    where = PipelineSpec(checkpoint, partition, *places, spec.dtype, spec.device, weights, spec.link, spec.names, taps)
+    where = PipelineSpec(
+        checkpoint, partition, *places, spec.dtype, spec.device, weights_in_turn[-1], spec.link, spec.names, taps
+    )
     hints = where.num_parallel == len(partition) if spec.hints is None else spec.hints
     if hints and isinstance(draft, Path):
         where = replace(where, hints=draft_for_workers(draft))
+    for weights, smaller in pairwise(weights_in_turn):
+        try:
+            return _open_engine(spec, replace(where, weights=weights), draft)
+        except DoesNotFitError as error:
+            logger.warning("%s; as --weights is auto, they are to be %s", error, smaller)
+    return _open_engine(spec, where, draft)
+
+
+def _open_engine(spec: EngineSpec, where: PipelineSpec, draft: ChosenDraft) -> Engine:
+    """Raises as ``open_engine`` does, and ``DoesNotFitError`` where weights of this kind are too large."""
+    checkpoint, weights, taps = where.checkpoint, where.weights, where.taps
+    if where.workers is None and (free := free_bytes(torch.device("cpu"))) and spec.device == "cpu":
+        check_fits(checkpoint, spec.dtype, weights, spec.device, int(_WEIGHTS_SHARE * free))
     with ExitStack() as undo:
         draft_worker = _open_draft_worker(spec, draft)
         if draft_worker is not None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from flowspec.core import DType, LayerRange, TapShape, Weights
-from flowspec.errors import ModelError, UsageError
+from flowspec.errors import DoesNotFitError, ModelError, UsageError
 from flowspec.model.demo_pair import DEMO
 from flowspec.model.fetched import FETCHED, path_of
 from flowspec.model.gguf_checkpoint import GGUF_SUFFIX, GGUFCheckpoint
@@ -19,6 +19,7 @@ from flowspec.model.loader import Checkpoint, is_hub_name
 from flowspec.model.packed import Bits, pack
 from flowspec.model.source import TensorSource
 from flowspec.model.stage import Stage
+from flowspec.model.stage_size import shapes_of, stage_bytes
 from flowspec.model.taps import Linear, Taps, TorchLinear
 from flowspec.model.target_head import LogitsHead, TargetHead
 from flowspec.model.torch_stage import TorchStage
@@ -26,6 +27,7 @@ from flowspec.model.torch_stage import TorchStage
 logger = logging.getLogger("flowspec.model")
 
 _BITS: dict[Weights, Bits] = {"int8": 8, "int4": 4}
+_BY_SIZE: tuple[Weights, ...] = ("float", "int8", "int4")  # the largest ones first
 _COMPILED_WIDTH = 512  # from which on a model's floats are worth the start of numba
 
 
@@ -78,6 +80,25 @@ def choose_weights(checkpoint: Checkpoint, weights: Weights, device: str) -> Wei
         raise UsageError(f"{weights} weights are for processors, and the device is {device}; leave them at auto")
     _check_kernels(weights)
     return weights
+
+
+def weights_to_try(checkpoint: Checkpoint, weights: Weights, device: str) -> Sequence[Weights]:
+    """As ``choose_weights``, and behind it what ``auto`` takes in turn where that does not fit."""
+    chosen = choose_weights(checkpoint, weights, device)
+    if weights != "auto" or not has_kernels(device):
+        return [chosen]
+    return _BY_SIZE[_BY_SIZE.index(chosen) :]
+
+
+def check_fits(checkpoint: Checkpoint, dtype: DType, weights: Weights, device: str, num_bytes: int) -> None:
+    """Raise ``DoesNotFitError`` for a model that is larger, in all."""
+    shapes = shapes_of(checkpoint, LayerRange(0, checkpoint.num_layers), with_lm_head=True).with_lm_head()
+    wanted = stage_bytes(shapes, dtype, weights, is_compiled(checkpoint.hidden_size, device))
+    if wanted > num_bytes:
+        raise DoesNotFitError(
+            f"{checkpoint.title} takes {wanted / 1e9:.3g} GB in {weights}, and {num_bytes / 1e9:.3g} GB are free here; "
+            "use --weights int4 or a smaller model, or share it with other devices (--workers)"
+        )
 
 
 def has_kernels(device: str) -> bool:

@@ -47,10 +47,15 @@ class CompiledStage(LayersStage):
         embedding: Tensor | None,
         norm: Floats | None,
         rotary: nn.Module,
+        is_half: bool,
     ) -> None:
-        """Use ``load`` to make a stage. ``embedding`` [V, H]: of the first one; ``norm`` [H]: of the last one."""
+        """Use ``load`` to make a stage. ``embedding`` [V, H]: of the first one; ``norm`` [H]: of the last one.
+
+        ``is_half``: whether keys and values are kept in float16.
+        """
         super().__init__(config, layers, getattr(torch, dtype))
-        self.slot_bytes = self.attention.slot_bytes(torch.float32)
+        self.slot_bytes = self.attention.slot_bytes(torch.float16 if is_half else torch.float32)
+        self._is_half = is_half
         ends = sum(end.nbytes for end in (embedding, norm) if end is not None)
         self.weights_bytes = sum(part.nbytes for part in parts) + ends
         self._layers = parts
@@ -94,7 +99,7 @@ class CompiledStage(LayersStage):
             stored = source.float_dtype(EMBEDDING) if dtype == "float32" else dtype
             embedding = source.load_embedding(stored, "cpu")
         with one_at_a_time():
-            stage = cls(config, layers, dtype, parts, embedding, norm, rotary_of(model, config))
+            stage = cls(config, layers, dtype, parts, embedding, norm, rotary_of(model, config), precision in (8, 4))
             stage._warm_up()
         if progress is not None:
             progress(1.0)
@@ -102,7 +107,8 @@ class CompiledStage(LayersStage):
 
     def open_cache(self, root_id: int | None = None) -> SlotCache:
         """An empty cache for one request."""
-        return SlotCache(len(self.layers), self.attention.num_kv_heads, self.attention.head_dim, root_id)
+        shape = self.attention
+        return SlotCache(len(self.layers), shape.num_kv_heads, shape.head_dim, self._is_half, root_id)
 
     @torch.inference_mode()
     def steps(self, parts: Sequence[Part], watch: Watch | None = None) -> Generator[Tensor | None]:

@@ -23,6 +23,7 @@ from flowspec.model.vector_code import (
     all_lanes,
     data_of,
     fuse,
+    halves,
     is_narrow,
     load,
     spread,
@@ -129,21 +130,9 @@ class FloatTileCode:
         if self._kind == FLOAT32:
             return load(code, codes, place, ir.VectorType(F32, count))
         if self._kind == FLOAT16:
-            return halves(code, self._features, codes, place, count)
+            return halves(code, self._features, codes, place, count=count)
         bits = code.zext(load(code, codes, place, ir.VectorType(I16, count)), ir.VectorType(I32, count))
         return code.bitcast(code.shl(bits, all_lanes(16, count)), ir.VectorType(F32, count))
-
-
-def halves(code: Any, features: Sequence[str], bits: Any, place: Any, count: int = LANES) -> Any:
-    """float16 [count] as float32, finite ones. Not every processor has an instruction for it."""
-    numbers, floats = ir.VectorType(I32, count), ir.VectorType(F32, count)
-    if "+f16c" in features or is_narrow(features):
-        return code.fpext(load(code, bits, place, ir.VectorType(ir.HalfType(), count)), floats)
-    wide = code.zext(load(code, bits, place, ir.VectorType(I16, count)), numbers)
-    size = code.bitcast(code.shl(code.and_(wide, all_lanes(0x7FFF, count)), all_lanes(13, count)), floats)
-    size = code.fmul(size, ir.Constant(floats, [2.0**112] * count))
-    sign = code.shl(code.and_(wide, all_lanes(0x8000, count)), all_lanes(16, count))
-    return code.bitcast(code.or_(code.bitcast(size, numbers), sign), floats)
 
 
 def fetch(code: Any, codes: Any, group: Any, num_lines: int, row: Any, num_rows: Any) -> None:

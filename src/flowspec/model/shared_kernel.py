@@ -12,7 +12,7 @@ from flowspec.model.mailbox_kernel import open_phase, put, put_float, put_number
 from flowspec.model.matrix_kernel import multiply, multiply_by_expert, take
 from flowspec.model.packed import BFLOAT16, GROUP
 from flowspec.model.row_kernel import LOG2_E, add, gated, turn
-from flowspec.model.slot_kernel import END, FIRST, NUM_KV_HEADS, NUM_SEEN, attend, write
+from flowspec.model.slot_kernel import END, FIRST, IS_HALF, NUM_KV_HEADS, SEEN, SEEN_END, attend, write
 from flowspec.model.team_kernel import (
     ADD,
     ATTEND,
@@ -225,9 +225,11 @@ def _share_plan(box, kind, num_units, table, plan, given, found):
 
 @compiled
 def _cost(request, query):
-    """Nanoseconds."""
+    """Nanoseconds: keys and values are read, and multiplied with."""
     num_rows = request[END] - request[FIRST]
-    return 2.0 * num_rows * query.shape[1] * query.shape[2] * request[NUM_SEEN] / _SCORED
+    num_values = 2.0 * (request[SEEN_END] - request[SEEN]) * query.shape[2]
+    num_bytes = request[NUM_KV_HEADS] * (2 if request[IS_HALF] else 4)
+    return num_values * (num_bytes / _BYTES + num_rows * query.shape[1] / _SCORED)
 
 
 @compiled

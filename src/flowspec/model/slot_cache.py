@@ -12,7 +12,7 @@ from flowspec.model.slot_kernel import BLOCK, KEYS, NUM_FIELDS
 from flowspec.model.slots import SlotTable
 from flowspec.model.vector_code import LANES
 
-Floats = NDArray[np.float32]
+Floats = NDArray[np.float32 | np.float16]
 
 
 class Paths(NamedTuple):
@@ -37,25 +37,30 @@ class Paths(NamedTuple):
 
 
 class SlotCache:
-    """Keys and values of one request in the layers of one stage, in float32, in the form that the kernel reads.
+    """Keys and values of one request in the layers of one stage, in the form that the kernel reads.
 
     The table decides which slot a row has. Arrays are made at the first row and grown with the table; dead slots
     are reused and never given back.
     """
 
-    def __init__(self, num_layers: int, num_kv_heads: int, head_dim: int, root_id: int | None = None) -> None:
+    def __init__(
+        self, num_layers: int, num_kv_heads: int, head_dim: int, is_half: bool = False, root_id: int | None = None
+    ) -> None:
+        """``is_half``: in float16, instead of float32."""
         self.slots = SlotTable(root_id)
         width = -(-head_dim // LANES) * LANES
-        self._keys: list[Floats] = [np.zeros((num_kv_heads, 0, head_dim, BLOCK), np.float32)] * num_layers
-        self._values: list[Floats] = [np.zeros((num_kv_heads, 0, width), np.float32)] * num_layers
-        self._places = np.array([[0, 0, 0, num_kv_heads]] * num_layers, np.int64)
+        dtype = np.float16 if is_half else np.float32
+        self._keys: list[Floats] = [np.zeros((num_kv_heads, 0, head_dim, BLOCK), dtype)] * num_layers
+        self._values: list[Floats] = [np.zeros((num_kv_heads, 0, width), dtype)] * num_layers
+        self._places = np.array([[0, 0, 0, num_kv_heads, is_half]] * num_layers, np.int64)
 
     @property
     def num_bytes(self) -> int:
         return sum(array.nbytes for array in (*self._keys, *self._values))
 
     def places(self) -> NDArray[np.int64]:
-        """For each layer the addresses of its keys and values, and their blocks and heads, with room for all slots.
+        """For each layer the addresses of its keys and values, and their blocks and heads, with room for all slots; and
+        whether they are float16.
 
         They hold until slots are placed.
         """
@@ -86,10 +91,10 @@ class RequestRows:
         table = np.empty((len(types), NUM_FIELDS), np.int64)
         for name, paths in self._paths.items():
             starts, slots = paths.starts.ctypes.data, paths.slots.ctypes.data
-            num_seen = (int(paths.slots.max()) // BLOCK + 1) * BLOCK
+            seen = int(paths.slots.min()) // BLOCK * BLOCK, (int(paths.slots.max()) // BLOCK + 1) * BLOCK
             where = self._first, self._first + len(self._slots), self._slots.ctypes.data
             table[[each == name for each in types], :KEYS] = (
-                *where, starts, slots, len(paths.slots), paths.num_shared, num_seen,
+                *where, starts, slots, len(paths.slots), paths.num_shared, *seen,
             )  # fmt: skip
         table[:, KEYS:] = self._cache.places()
         return table

@@ -9,9 +9,11 @@ from typing import NamedTuple
 
 import torch
 
-from flowspec.core import DType, Weights
+from flowspec.core import DType, LayerRange, Weights
 from flowspec.model.families import EMBEDDING, LM_HEAD
+from flowspec.model.loader import Checkpoint
 from flowspec.model.packed import GROUP
+from flowspec.model.tensor_files import NARROW
 
 _ROUTER = ".gate.weight"  # in names of a mixture's tensors, in files and modules
 _LANES = 16  # that outputs are filled up to, as ``vector_code`` has them, which needs numba
@@ -37,6 +39,20 @@ class StageShapes(NamedTuple):
             return self
         narrow = self.narrow | {LM_HEAD} if EMBEDDING in self.narrow else self.narrow
         return self._replace(by_name={**self.by_name, LM_HEAD: self.by_name[EMBEDDING]}, narrow=narrow)
+
+
+def shapes_of(checkpoint: Checkpoint, layers: LayerRange, with_lm_head: bool = False) -> StageShapes:
+    """Of a stage whose files are here. Raises ``ModelError`` as reading them does."""
+    names = checkpoint.names_of_stage(layers)
+    if with_lm_head:
+        names += checkpoint.parts_of(checkpoint.lm_head_name)
+    found = {name: checkpoint.stored(name) for name in names}
+    stored = {name: tensor for name, tensor in found.items() if tensor is not None}
+    shapes = {name: tensor.shape for name, tensor in stored.items()}
+    shapes = shapes if checkpoint.layout is None else checkpoint.layout.weight_shapes(shapes)
+    wide = frozenset(name for name in shapes if checkpoint.bits_of([name], 4) == 8)
+    narrow = frozenset(name for name, tensor in stored.items() if tensor.kind in NARROW)
+    return StageShapes(shapes, wide, narrow)
 
 
 def stage_bytes(shapes: StageShapes, dtype: DType, weights: Weights, is_compiled: bool = False) -> int:

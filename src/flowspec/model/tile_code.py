@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from llvmlite import ir
 from numba.core import cgutils, types
 
-from flowspec.model.float_tile_code import ROWS, FloatTileCode, fetch, halves, write_products
+from flowspec.model.float_tile_code import ROWS, FloatTileCode, fetch, write_products
 from flowspec.model.packed import EIGHT_BITS, FLOAT_KINDS, GROUP, NUM_KINDS, WITH_OFFSETS, WITH_ZEROS
 from flowspec.model.vector_code import (
     F32,
@@ -29,6 +29,7 @@ from flowspec.model.vector_code import (
     data_of,
     features_of,
     fuse,
+    halves,
     intrinsic,
     is_narrow,
     load,

@@ -130,14 +130,22 @@ def _write_sums(code: Any, data: Sequence[Any], given: Sequence[Any], num_lines:
             code.store(code.load(total), pointer, align=4)
 
 
-def features_of(context: Any) -> list[str]:
-    """Of the processor, as LLVM names them."""
-    return context.codegen().magic_tuple()[2].split(",")
+@intrinsic
+def widen(typing: Any, halves_: Any, at: Any, found: Any, to: Any, count: Any) -> Any:
+    """Write so many float16, in whole lanes, from ``at`` on in their memory, as float32, from ``to`` on."""
+    return types.void(halves_, types.intp, found, types.intp, types.intp), _write_widen
 
 
-def is_narrow(features: Sequence[str]) -> bool:
-    """Whether a processor is an ARM: ``LANES`` are four of its registers, of which it has 32."""
-    return "+neon" in features
+def _write_widen(context: Any, code: Any, signature: Any, given: Sequence[Any]) -> Any:
+    """numba's interface of code generators."""
+    bits, floats = data_of(arrays_of(context, code, signature, given, (0, 2)), code)
+    at, to, count = given[1], *given[3:]
+    features = features_of(context)
+    with cgutils.for_range_slice(code, whole(0), count, whole(LANES), I64) as (index, _):
+        pointer = code.gep(floats, [code.mul(code.add(to, index), whole(4))])
+        wide = halves(code, features, bits, code.add(at, index), 2)
+        code.store(wide, code.bitcast(pointer, FLOATS.as_pointer()), align=4)
+    return context.get_dummy_value()
 
 
 def call(code: Any, name: str, given: Sequence[Any], element: Any = None) -> Any:
@@ -150,6 +158,16 @@ def call(code: Any, name: str, given: Sequence[Any], element: Any = None) -> Any
 
 def fuse(code: Any, factor: Any, other: Any, total: Any) -> Any:
     return call(code, f"fma.v{total.type.count}f32", [factor, other, total])
+
+
+def features_of(context: Any) -> list[str]:
+    """Of the processor, as LLVM names them."""
+    return context.codegen().magic_tuple()[2].split(",")
+
+
+def is_narrow(features: Sequence[str]) -> bool:
+    """Whether a processor is an ARM: ``LANES`` are four of its registers, of which it has 32."""
+    return "+neon" in features
 
 
 def arrays_of(context: Any, code: Any, signature: Any, given: Sequence[Any], places: Iterable[int]) -> list[Any]:
@@ -170,6 +188,18 @@ def load(code: Any, data: Any, place: Any, kind: Any, stride: int = 0) -> Any:
 
 def _bytes(kind: Any) -> int:
     return {F32: 4, ir.HalfType(): 2}.get(kind) or kind.width // 8
+
+
+def halves(code: Any, features: Sequence[str], bits: Any, place: Any, stride: int = 0, count: int = LANES) -> Any:
+    """float16 [count] as float32, finite ones, from where ``load`` has them. Not every processor has an instruction."""
+    numbers, floats = ir.VectorType(I32, count), ir.VectorType(F32, count)
+    if "+f16c" in features or is_narrow(features):
+        return code.fpext(load(code, bits, place, ir.VectorType(ir.HalfType(), count), stride), floats)
+    wide = code.zext(load(code, bits, place, ir.VectorType(I16, count), stride), numbers)
+    size = code.bitcast(code.shl(code.and_(wide, all_lanes(0x7FFF, count)), all_lanes(13, count)), floats)
+    size = code.fmul(size, ir.Constant(floats, [2.0**112] * count))
+    sign = code.shl(code.and_(wide, all_lanes(0x8000, count)), all_lanes(16, count))
+    return code.bitcast(code.or_(code.bitcast(size, numbers), sign), floats)
 
 
 def spread(code: Any, value: Any, count: int = LANES) -> Any:

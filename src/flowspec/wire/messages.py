@@ -364,13 +364,14 @@ class Busy(Message, frozen=True):
 class Failure(Message, frozen=True):
     """A worker cannot go on with this session.
 
-    ``user_error``: the user's mistake, not a crash. ``lost_next``: it is the next worker that is gone.
+    ``user_error``: it is no crash. ``lost_next``: the next worker is gone. ``does_not_fit``: its memory is too small.
     """
 
     text: str
     traceback: str
     user_error: bool
     lost_next: bool = False
+    does_not_fit: bool = False
 
 
 class Echo(Message, frozen=True):

@@ -18,9 +18,8 @@ from flowspec.model.fingerprint import fingerprint
 from flowspec.model.hint_head import gives_hints, load_hinter
 from flowspec.model.loader import Checkpoint
 from flowspec.model.stage import Stage
-from flowspec.model.stage_size import StageShapes, stage_bytes
+from flowspec.model.stage_size import StageShapes, shapes_of, stage_bytes
 from flowspec.model.target_head import BestTokens
-from flowspec.model.tensor_files import NARROW
 from flowspec.model.torch_stage import TorchStage
 from flowspec.wire.messages import Configure
 from flowspec.worker.checks import Limits
@@ -67,17 +66,8 @@ class StageLoader:
             return self._kept[1]
         self._kept = None  # there may be no room for both
         layers = LayerRange(configure.start_layer, configure.end_layer)
-        if self.memory.has_limit:
-            names = source.names_of_stage(layers)
-            has_hints = configure.hints is not None and gives_hints(configure.hints, source, layers.end)
-            if has_hints or configure.num_best:
-                names += source.parts_of(source.lm_head_name)
-            stored = {name: source.stored(name) for name in names}
-            shapes = {name: found.shape for name, found in stored.items() if found is not None}
-            shapes = shapes if source.layout is None else source.layout.weight_shapes(shapes)
-            wide = frozenset(name for name in shapes if source.bits_of([name], 4) == 8)
-            narrow = frozenset(name for name, found in stored.items() if found is not None and found.kind in NARROW)
-            self.check_fits(configure, StageShapes(shapes, wide, narrow))
+        has_hints = configure.hints is not None and gives_hints(configure.hints, source, layers.end)
+        self.check_fits(configure, shapes_of(source, layers, with_lm_head=has_hints or configure.num_best > 0))
         torch.set_num_threads(self._threads)
         stage = load_stage(source, layers, configure.dtype, configure.weights, self.device, progress)
         hinter = None
@@ -95,7 +85,7 @@ class StageLoader:
         return loaded
 
     def check_fits(self, configure: Configure, shapes: StageShapes) -> None:
-        """Before anything is loaded, or fetched. Raises ``UsageError``."""
+        """Before anything is loaded, or fetched. Raises ``DoesNotFitError``."""
         shapes = shapes.with_lm_head() if configure.num_best else shapes
         where = f"worker {configure.stage} ({socket.gethostname()}, {self.device})"
         compiled = is_compiled(shapes.hidden_size, self.device)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from flowspec.errors import UsageError
+from flowspec.errors import DoesNotFitError, UsageError
 
 CGROUP = Path("/sys/fs/cgroup")  # of this process, in a container (version 2)
 
@@ -49,13 +49,21 @@ class Allowance:
         return min(free, left) if free else left
 
     def check_fits(self, num_bytes: int, what: str) -> None:
-        """Raises ``UsageError`` for what can be no part of all that is allowed; the rest of it counts as empty."""
-        if self._most_gb is None or num_bytes <= self._most_gb * 1e9 - self._base:
-            return
-        raise UsageError(
-            f"{what} take {num_bytes / 1e9:.3g} GB, and it may use {self._most_gb:g} GB, {self._base / 1e9:.2g} GB of "
-            "them for itself; give it fewer layers (--partition), int4 weights, or a larger --max-memory"
-        )
+        """Raises ``DoesNotFitError`` for more than is free, or can be no part of what is allowed.
+
+        The rest of what is allowed counts as empty.
+        """
+        if self._most_gb is not None and num_bytes > self._most_gb * 1e9 - self._base:
+            raise DoesNotFitError(
+                f"{what} take {num_bytes / 1e9:.3g} GB, and it may use {self._most_gb:g} GB, {self._base / 1e9:.2g} "
+                "GB of them for itself; give it fewer layers (--partition), int4 weights, or a larger --max-memory"
+            )
+        free = free_bytes(self._device)
+        if free and num_bytes > free:
+            raise DoesNotFitError(
+                f"{what} take {num_bytes / 1e9:.3g} GB, and {free / 1e9:.3g} GB of its memory are free; give it fewer "
+                "layers (--partition) or int4 weights, or end what else is there"
+            )
 
 
 def used_bytes(device: torch.device) -> int:

@@ -19,7 +19,7 @@ from msgspec.structs import replace
 
 from flowspec.complaints import Complaints
 from flowspec.core import interpolate
-from flowspec.errors import FlowspecError, ProtocolError, UsageError, described, shortened
+from flowspec.errors import DoesNotFitError, FlowspecError, ProtocolError, UsageError, described, shortened
 from flowspec.model.loader import Checkpoint
 from flowspec.model.received import stage_shapes
 from flowspec.wire.actor import Route, Send
@@ -356,10 +356,9 @@ class WorkerProcess:
         self._complaints.warn(f"session failed: {text}")
         logger.debug("", exc_info=error)
         if self._session is not None:
-            is_usage, lost_next = isinstance(error, UsageError), isinstance(error, LinkLostError)
-            self._listener.reply(
-                self._session.driver, Failure(text, traceback.format_exc(), is_usage, lost_next=lost_next)
-            )
+            kinds = UsageError, LinkLostError, DoesNotFitError
+            failure = Failure(text, traceback.format_exc(), *(isinstance(error, kind) for kind in kinds))
+            self._listener.reply(self._session.driver, failure)
         if not isinstance(error, FlowspecError):
             self._loader.forget()
 
