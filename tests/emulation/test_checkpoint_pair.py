@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from flowspec.emulation.checkpoint_pair import CheckpointPair
 from flowspec.emulation.description import ClusterDescription
 from flowspec.emulation.experiment import Experiment
 from flowspec.emulation.simulator import simulate
+from flowspec.errors import UsageError
 from flowspec.request.records import RequestRecord
 from tiny_gguf import write_text_gguf
 from tiny_models import make_text_checkpoint
@@ -62,6 +64,24 @@ def test_features_are_on_the_links_and_in_the_forwards(pair_of: Callable[[str], 
     assert one_row[0] == pytest.approx(one_row[1], rel=0.02), "only the context differs"
     stage = NANO.with_stages(3).stage_s(0, 8, 0)
     assert stage < NANO.with_stages(3).stage_s(0, 8, 0, num_taps=1) < 1.02 * stage
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_a_language_model_drafts_at_the_cost_of_its_passes(tmp_path: Path, temperature: float) -> None:
+    """The same model, which is right as long as nothing is drawn."""
+    model = str(make_text_checkpoint(tmp_path / "model"))
+    pair = CheckpointPair(model, str(make_text_checkpoint(tmp_path / "draft")))
+    plain = simulated(pair, "ar", temperature, prompt="the sea and the wind")
+    for schedule in ("serial", "lockstep", "flow"):
+        record = simulated(pair, schedule, temperature, prompt="the sea and the wind")
+        assert record.token_ids == plain.token_ids
+        passes = [span for span in record.spans if span.place == 0 and span.work == "draft pass"]
+        assert passes and all(s.end_s - s.start_s == pytest.approx(0.0328) for s in passes)
+        assert record.accepted > 0
+    silent = replace(NANO, ours=replace(NANO.ours, model_pass_ms=None))
+    experiment = Experiment(silent, ScheduleConfig(), SamplingParams(max_tokens=4))
+    with pytest.raises(UsageError, match="has no model_pass_ms for each driver; add it, or simulate another draft"):
+        simulate(experiment, pair, "flow", [(0, "the sea")])
 
 
 def test_integer_weights_and_n_grams_run_too(tmp_path: Path) -> None:

@@ -110,6 +110,18 @@ def test_a_block_pass_reads_five_layers_a_matrix_and_the_lm_head(path: Path) -> 
     assert ours.grow_ms < published.grow_ms < ours.draft_pass_ms / 4
 
 
+@pytest.mark.parametrize("path", FILES, ids=[path.stem for path in FILES])
+def test_a_language_model_pass_reads_half_a_billion_weights(path: Path) -> None:
+    cluster = ClusterDescription.load(path)
+    ours, published = cluster.ours, cluster.published
+    gb_s, launch_ms, python_ms = (49.0, 0.5, 0.6) if "nano" in path.stem else (150.0, 0.25, 0.3)
+    read_ms = 2 * 0.494e3 / gb_s
+    assert ours.model_pass_ms is not None and published.model_pass_ms is not None
+    assert ours.model_pass_ms == pytest.approx(read_ms + 24 * launch_ms + python_ms, abs=0.06)
+    assert ours.int8_model_pass_ms == pytest.approx(ours.model_pass_ms - read_ms / 2, abs=0.11)
+    assert published.model_pass_ms > ours.model_pass_ms
+
+
 def test_all_kinds_of_clusters_are_shipped() -> None:
     assert {path.stem for path in FILES} >= {"7b-nano-150m", "7b-agx-1g", "13b-4bit-nano-150m", "7b-agx-wan-20ms"}
 

@@ -19,7 +19,7 @@ from numba.core.registry import cpu_target
 from flowspec.errors import ModelError
 from flowspec.model import compiled, row_kernel
 from flowspec.model.compiled_matrix import CompiledMatrix, CompiledRows, groups_of
-from flowspec.model.matrix_kernel import multiply
+from flowspec.model.matrix_kernel import lay_out
 from flowspec.model.packed import GROUP, FloatWeight, PackedWeight, pack
 from flowspec.model.rotation_kernel import rotations
 from flowspec.model.team import Team
@@ -238,7 +238,7 @@ def test_one_process_at_a_time_compiles(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_a_kernel_on_disk_is_old_once_another_one_has_changed() -> None:
     stamp = compiled._stamp()
-    assert multiply._cache._cache_file._version.endswith(stamp)
+    assert lay_out._cache._cache_file._version.endswith(stamp)
     kernels = {path.name for pattern in compiled._SOURCES for path in Path(compiled.__file__).parent.glob(pattern)}
     assert kernels >= {
         "matrix_kernel.py",

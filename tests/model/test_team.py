@@ -136,10 +136,10 @@ def test_no_memory_is_an_error_of_the_caller(team: Team) -> None:
     starts, slots = np.zeros(3, np.int64), np.zeros(2, np.int64)
     table[0, 2:4] = slots.ctypes.data, starts.ctypes.data
     query, key = np.ones((2, 2, 16), np.float32), np.ones((2, 2, 0), np.float32)
-    for _ in range(3):
+    for members in (team, Team(1), team, team):
         with pytest.raises(MemoryError):
-            write_and_attend(team.mailbox, table, query, key, key, 1.0, np.ones((2, 32), np.float32))
-        assert team.mailbox[OWNER] == 0
+            write_and_attend(members.mailbox, table, query, key, key, 1.0, np.ones((2, 32), np.float32))
+        assert members.mailbox[OWNER] == 0
 
 
 def test_a_closed_team_has_no_threads_and_work_is_still_done(checkpoint_dir: Callable[[str], Path]) -> None:

@@ -14,7 +14,6 @@ from flowspec.draft.catalogue import choose_draft, load_draft, read_taps
 from flowspec.errors import UsageError
 from flowspec.model.backends import choose_weights, load_head, load_stage, open_checkpoint, stage_taps
 from flowspec.model.hint_head import load_hinter
-from flowspec.model.loader import Checkpoint
 from flowspec.model.stage import Stage
 from flowspec.model.taps import Taps
 from flowspec.worker.hints import Hinter
@@ -28,11 +27,6 @@ class CheckpointPair:
         self.checkpoint = open_checkpoint(model)
         self.weights: Weights = choose_weights(self.checkpoint, "auto", "cpu")
         chosen = choose_draft(self.checkpoint, draft, draft_dtype)
-        if isinstance(chosen, Checkpoint):
-            raise UsageError(
-                f"{chosen.title} is a language model, and no cluster file says what its passes cost; give a head, "
-                "ngram or none, or measure in real time with bench"
-            )
         self.head = load_head(self.checkpoint, "float32", self.weights, "cpu")
         self.form = read_taps(chosen, self.checkpoint)
         how = is_coupled, draft_dtype, self.weights, self.form

@@ -151,6 +151,8 @@ class DriverCosts:
     int8_draft_pass_ms: float = 0.0  # a draft pass with head and lm_head in int8; 0: not given
     block_pass_ms: float | None = None  # one forward of a block draft, for all levels; ``None``: not given
     int8_block_pass_ms: float = 0.0  # the same in int8; 0: not given
+    model_pass_ms: float | None = None  # one forward of a language model as draft; ``None``: not given
+    int8_model_pass_ms: float = 0.0  # the same in int8; 0: not given
     grow_ms: float = 0.0  # giving nodes children from a block draft's guesses, for each such step
     hop_ms: float = 0.0  # codec, copies and sockets, for each hop of a segment
     broadcast: Broadcast = "direct"  # one message to every worker, or handed on along a binary tree
@@ -158,9 +160,9 @@ class DriverCosts:
 
     def __post_init__(self) -> None:
         check_not_negative(self, "draft_pass_ms", "lm_head_ms", "verify_ms", "merge_ms", "send_ms", "hop_ms")
-        check_not_negative(self, "hint_ms", "int8_draft_pass_ms", "int8_block_pass_ms", "grow_ms")
-        if self.block_pass_ms is not None:
-            check_not_negative(self, "block_pass_ms")
+        check_not_negative(self, "hint_ms", "int8_draft_pass_ms", "int8_block_pass_ms", "int8_model_pass_ms", "grow_ms")
+        given = [name for name in ("block_pass_ms", "model_pass_ms") if getattr(self, name) is not None]
+        check_not_negative(self, *given)
         check_positive(self, "broadcast_messages")
         if self.broadcast not in get_args(Broadcast):
             raise FieldError("broadcast", f"is {self.broadcast!r}; it must be 'direct' or 'tree'")

@@ -8,6 +8,7 @@ from functools import partial
 from flowspec.config import ScheduleConfig
 from flowspec.core import MAX_SEED, SamplingParams
 from flowspec.draft.base import DraftSource, Levels
+from flowspec.draft.language_model import ModelSource
 from flowspec.driver import Driver
 from flowspec.emulation.costs import DriverCosts
 from flowspec.emulation.description import ClusterDescription
@@ -82,8 +83,9 @@ class Experiment:
         ours = self.cluster.ours
         if not self.int8_draft:
             return ours
-        block_pass_ms = ours.int8_block_pass_ms or None
-        return replace(ours, draft_pass_ms=ours.int8_draft_pass_ms, block_pass_ms=block_pass_ms)
+        block_pass_ms, model_pass_ms = ours.int8_block_pass_ms or None, ours.int8_model_pass_ms or None
+        pass_ms = ours.int8_draft_pass_ms
+        return replace(ours, draft_pass_ms=pass_ms, block_pass_ms=block_pass_ms, model_pass_ms=model_pass_ms)
 
     def measured_costs(self, index: int, has_taps: bool) -> MeasuredCosts:
         """What the driver believes of the cluster's costs when it has just been started for that prompt.
@@ -109,17 +111,26 @@ class Experiment:
                 return lambda rows, context, now, taps: stage_s(rows, context, taps)
 
 
+def _pass_ms(experiment: Experiment, source: DraftSource | None, costs: DriverCosts) -> float:
+    """What a forward of the draft costs. Raises ``UsageError``."""
+    if source is not None and source.block_len > 1:
+        key, pass_ms, what = "block_pass_ms", costs.block_pass_ms, "a block draft"
+    elif isinstance(source, ModelSource):
+        key, pass_ms, what = "model_pass_ms", costs.model_pass_ms, "a language model"
+    else:
+        return costs.draft_pass_ms
+    if pass_ms is None:
+        key = f"int8_{key}" if experiment.int8_draft else key
+        raise UsageError(
+            f"the cluster file {experiment.cluster.name} has no {key} for each driver; add it, or simulate another "
+            f"draft than {what}"
+        )
+    return pass_ms
+
+
 def make_driver(experiment: Experiment, pair: ModelPair, costs: DriverCosts, clock: Clock) -> Driver:
     """A driver whose work costs time on ``clock``. Raises ``UsageError`` where the cluster file lacks a cost."""
-    pass_ms = costs.draft_pass_ms
-    if pair.source is not None and pair.source.block_len > 1:
-        if costs.block_pass_ms is None:
-            key = "int8_block_pass_ms" if experiment.int8_draft else "block_pass_ms"
-            raise UsageError(
-                f"the cluster file {experiment.cluster.name} has no {key} for each driver; add it, or simulate "
-                "another draft than a block draft"
-            )
-        pass_ms = costs.block_pass_ms
+    pass_ms = _pass_ms(experiment, pair.source, costs)
     costs_ms = {
         Work.DRAFT_PASS: pass_ms,
         Work.MERGE_PASS: pass_ms + costs.merge_ms,

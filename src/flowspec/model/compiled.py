@@ -45,10 +45,10 @@ def compiled(function: Callable[..., Any]) -> Any:
 def one_at_a_time() -> Iterator[None]:
     """Of the processes of one user: what the first of them compiles here, the others read."""
     path = cache_directory("kernels") / "lock"
-    lock = FileLock(path, timeout=_PATIENCE_S)
+    lock = _lock(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
+        lock.acquire(timeout=_PATIENCE_S)
     except (OSError, Timeout):  # no folder for it; or somebody stands still
         pass
     try:
@@ -58,19 +58,31 @@ def one_at_a_time() -> Iterator[None]:
 
 
 @cache
-def callback(kernel: Any) -> Any:
-    """A kernel of an int64, which gives nothing, as other languages call it: its ``address``.
+def _lock(path: Path) -> FileLock:
+    """Of this process, whose thread that has it may take it again."""
+    return FileLock(path)
 
-    Who calls it by that is compiled without it.
+
+def inlined(function: Callable[..., Any]) -> Any:
+    """As ``compiled``, into whatever calls it: what is a constant there is one here."""
+    return numba.njit(inline="always", error_model="numpy")(function)
+
+
+@cache
+def callback(function: Callable[[int, int, int], None]) -> Any:
+    """A kernel of three int64, as other languages call it: its ``address``.
+
+    Who calls it by that is compiled without it. What the function finds around it are constants.
     """
-    signature = types.void(types.int64)
-    found: Any = ccallback.CFunc(kernel.py_func, (signature.args, signature.return_type), {}, {"error_model": "numpy"})
+    signature = types.void(*[types.int64] * 3)
+    found: Any = ccallback.CFunc(function, (signature.args, signature.return_type), {}, {"error_model": "numpy"})
     try:
         found.enable_caching()
         found._cache._cache_file._version += _stamp()
     except (RuntimeError, AttributeError):  # as above
         pass
-    found.compile()
+    with one_at_a_time():
+        found.compile()
     return found
 
 

@@ -23,6 +23,7 @@ from flowspec.model.packed import (
     Weight,
 )
 from flowspec.model.team import Mailbox
+from flowspec.model.team_kernel import multiplier, multiplier_by_expert
 
 Floats = NDArray[np.float32]
 
@@ -36,6 +37,7 @@ class Lanes(NamedTuple):
     offsets: NDArray[np.uint16]  # the same, as float16: what is added to the products of codes and scales, if any
     biases: Floats  # [blocks, LANES]
     kind: int  # of ``packed``'s
+    multiplier: int  # the address of the kernel that multiplies with them
 
     @classmethod
     def like(cls, weight: Weight, num_blocks: int, *front: int) -> Lanes:
@@ -49,16 +51,17 @@ class Lanes(NamedTuple):
             _zeros(lanes if weight.kind == WITH_OFFSETS else none, np.uint16),
             _zeros((*front, num_blocks, LANES), np.float32),
             weight.kind,
+            multiplier_by_expert(weight.kind) if front else multiplier(weight.kind),
         )
 
     @property
     def nbytes(self) -> int:
-        return sum(array.nbytes for array in self[:-1])
+        return sum(array.nbytes for array in self[:-2])
 
     def of(self, index: int) -> Lanes:
         """One of several."""
-        codes, scales, zeros, offsets, biases, kind = self
-        return Lanes(codes[index], scales[index], zeros[index], offsets[index], biases[index], kind)
+        codes, scales, zeros, offsets, biases, *rest = self
+        return Lanes(codes[index], scales[index], zeros[index], offsets[index], biases[index], *rest)
 
     def fill(self, weight: Weight, first: int = 0, bias: Floats | None = None) -> None:
         """Write a weight's rows into the blocks from ``first`` on, and their biases.

@@ -98,11 +98,13 @@ class CompiledStage(LayersStage):
         if layers.start == 0:
             stored = source.float_dtype(EMBEDDING) if dtype == "float32" else dtype
             embedding = source.load_embedding(stored, "cpu")
-        with one_at_a_time():
+        tell = progress or (lambda done: None)
+        with one_at_a_time():  # which may take minutes on a small device, the first time
             stage = cls(config, layers, dtype, parts, embedding, norm, rotary_of(model, config), precision in (8, 4))
-            stage._warm_up()
-        if progress is not None:
-            progress(1.0)
+            for count in (1, 2):
+                tell(len(parts) / (len(own) + 1))
+                stage._warm_up(count)
+        tell(1.0)
         return stage
 
     def open_cache(self, root_id: int | None = None) -> SlotCache:
@@ -160,12 +162,11 @@ class CompiledStage(LayersStage):
     def _attended(self, num_rows: int) -> Floats:
         return np.empty((num_rows, self.attention.num_heads * self.attention.head_dim), np.float32)
 
-    def _warm_up(self) -> None:
-        """Have the kernels compiled, or read."""
-        for count in (1, 2):
-            rows = torch.zeros(count, self.hidden_size) if self.layers.start else torch.zeros(count, dtype=torch.long)
-            cache = self.open_cache()
-            forward(self, rows, cache.slots.append_prefix(range(count)), cache)
+    def _warm_up(self, count: int) -> None:
+        """Have the kernels compiled, or read, that so many rows need."""
+        rows = torch.zeros(count, self.hidden_size) if self.layers.start else torch.zeros(count, dtype=torch.long)
+        cache = self.open_cache()
+        forward(self, rows, cache.slots.append_prefix(range(count)), cache)
 
 
 class _Rows(NamedTuple):

@@ -2,7 +2,7 @@
 
 A phase is a kind of work, what it works on, and some units, each of which one thread claims and does. Whoever needs the
 work done takes the mailbox, describes the phase, and does units too: it waits for units that others have claimed, and
-never for a thread to come. Without a team the mailbox is empty.
+never for a thread to come. Who works alone describes the phase in words of its own.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from flowspec.model.compiled import compiled
-from flowspec.model.team_code import carray, give_way, load, pause, pointer, store, swap
+from flowspec.model.team_code import ARRAYS, WORDS_EACH, give_way, load, pause, store, swap
 from flowspec.model.vector_code import as_bits, as_float
 
 # What changes often lies in a line of the processor's cache of its own.
@@ -22,17 +22,16 @@ LEAVE = 32  # whether helpers are to go for good
 WANTED = 33  # whether there was work for helpers that were away
 HELPERS = 34  # how many there are
 UNIT_NS = 35  # what a unit takes at least, roughly
-KIND = 36
+WORK = 36  # the address of what does a unit of the phase, a function of the mailbox's address, the unit, and how many
 FAILED = 37  # whether a unit found no memory
 SPINS = 38  # looks in vain before the core is left to others
 COST_NS = 39  # of a unit, roughly
 ALONE = 40  # phases that are not shared, since a helper came too late
 PENALTY = 41  # how many that are next time
-WORK = 42  # the address of what does units as long as there are any
-_NUMBERS = 48
-_ARRAYS = 64
-_WORDS_EACH = 5  # an address, and up to four lengths
-NUM_WORDS = _ARRAYS + 16 * _WORDS_EACH
+IS_SHARED = 42  # whether this is a team's mailbox, and not one thread's words
+TAKE, GATE, ADD, TURN, WRITE, ATTEND = range(43, 49)  # the addresses of what does their units
+_NUMBERS = 56
+NUM_WORDS = ARRAYS + 16 * WORDS_EACH
 
 SPIN_NS = 100_000  # what ``SPINS`` looks take
 _TICKET_BITS, _CLAIMED = 32, (1 << 32) - 1
@@ -43,11 +42,23 @@ _PENALTIES = 256, 32768  # phases
 
 @compiled
 def open_phase(box, cost_ns, most):
-    """How many units, of ``most``, work is to be cut into that takes one thread so long.
+    """Where a phase is to be described, and how many units, of ``most``, it is to have; it takes one thread so long.
 
-    More than one: the mailbox is the caller's, until ``close_phase``.
+    Of a mailbox it is the caller's until ``close_phase``.
     """
-    if not len(box):
+    count = _num_units(box, cost_ns, most)
+    if count > 1:
+        box[COST_NS] = np.int64(cost_ns) // count
+        return box, count
+    own = np.empty(NUM_WORDS, np.int64)
+    own[IS_SHARED] = own[FAILED] = 0
+    return own, 1
+
+
+@compiled
+def _num_units(box, cost_ns, most):
+    """More than one: the mailbox is taken."""
+    if not box[HELPERS]:
         return 1
     num_threads = box[HELPERS] + 1
     count = min(np.int64(cost_ns) // box[UNIT_NS], _UNITS_EACH * num_threads, most)
@@ -63,7 +74,6 @@ def open_phase(box, cost_ns, most):
         store(box, WANTED, 1)
     if not called or not swap(box, OWNER, 0, 1):
         return 1
-    box[COST_NS] = np.int64(cost_ns) // count
     return count
 
 
@@ -75,9 +85,9 @@ def spin(looks):
 
 
 @compiled
-def begin_phase(box, kind, count):
-    """Let units be claimed of a phase that is described."""
-    box[KIND] = kind
+def begin_phase(box, work, count):
+    """Let units be claimed of a phase that is described; ``work``: see ``WORK``."""
+    box[WORK] = work
     store(box, FAILED, 0)
     store(box, DONE, 0)
     store(box, TICKET, count << _TICKET_BITS)
@@ -146,37 +156,3 @@ def put_float(box, place, value):
 @compiled
 def float_of(box, place):
     return as_float(np.int32(box[_NUMBERS + place]))
-
-
-@compiled
-def put(box, place, array):
-    """Say where an array without gaps is; its owner keeps it until the phase ends."""
-    first = _ARRAYS + place * _WORDS_EACH
-    box[first] = array.ctypes.data
-    for axis in range(array.ndim):
-        box[first + 1 + axis] = array.shape[axis]
-
-
-@compiled
-def array_1(box, place, dtype):
-    first = _ARRAYS + place * _WORDS_EACH
-    return carray(pointer(box[first]), (box[first + 1],), dtype)
-
-
-@compiled
-def array_2(box, place, dtype):
-    first = _ARRAYS + place * _WORDS_EACH
-    return carray(pointer(box[first]), (box[first + 1], box[first + 2]), dtype)
-
-
-@compiled
-def array_3(box, place, dtype):
-    first = _ARRAYS + place * _WORDS_EACH
-    return carray(pointer(box[first]), (box[first + 1], box[first + 2], box[first + 3]), dtype)
-
-
-@compiled
-def array_4(box, place, dtype):
-    first = _ARRAYS + place * _WORDS_EACH
-    shape = box[first + 1], box[first + 2], box[first + 3], box[first + 4]
-    return carray(pointer(box[first]), shape, dtype)

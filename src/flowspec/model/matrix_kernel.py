@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from flowspec.model.compiled import compiled
+from flowspec.model.compiled import compiled, inlined
 from flowspec.model.packed import GROUP
 from flowspec.model.tile_code import MIDDLE, QUAD, QUADS, ROWS, four_rows, one_row, round_group, two_rows
 from flowspec.model.vector_code import LANES
@@ -21,14 +21,14 @@ from flowspec.model.vector_code import LANES
 _ZERO = np.float32(0)
 
 
-@compiled
-def multiply(rows, scales, sums, begin, end, matrix, first, last, products):
+@inlined
+def multiply(rows, scales, sums, begin, end, matrix, kind, first, last, products):
     """The products of the rows ``[begin, end)`` with the blocks ``[first, last)`` of a matrix.
 
-    ``rows`` [n, groups, bytes], ``scales`` and ``sums`` [n, groups]: as ``take`` makes them. ``matrix``:
-    ``Lanes``. ``products`` [n, blocks * LANES] is written.
+    ``rows`` [n, groups, bytes], ``scales`` and ``sums`` [n, groups]: as ``take`` makes them. ``matrix``: the arrays of
+    ``Lanes``; ``kind``: theirs, a constant. ``products`` [n, blocks * LANES] is written.
     """
-    codes, of_codes, zeros, offsets, biases, kind = matrix
+    codes, of_codes, zeros, offsets, biases = matrix
     count = end - begin
     for block in range(first, last):
         row = begin
@@ -43,16 +43,6 @@ def multiply(rows, scales, sums, begin, end, matrix, first, last, products):
             else:
                 one_row(rows, scales, sums, codes, of_codes, zeros, offsets, biases, kind, products, row, block)
                 row += 1
-
-
-@compiled
-def multiply_by_expert(rows, scales, sums, starts, experts, matrices, first, last, products):
-    """As ``multiply``, of the rows ``[starts[j], starts[j + 1])`` with the ``experts[j]``-th of some matrices."""
-    codes, of_codes, zeros, offsets, biases, kind = matrices
-    for j in range(len(experts)):
-        expert = experts[j]
-        matrix = codes[expert], of_codes[expert], zeros[expert], offsets[expert], biases[expert], kind
-        multiply(rows, scales, sums, starts[j], starts[j + 1], matrix, first, last, products)
 
 
 @compiled

@@ -8,24 +8,22 @@ from __future__ import annotations
 import numpy as np
 
 from flowspec.model.compiled import compiled
-from flowspec.model.mailbox_kernel import open_phase, put, put_float, put_number
-from flowspec.model.matrix_kernel import multiply, multiply_by_expert, take
-from flowspec.model.packed import BFLOAT16, GROUP
-from flowspec.model.row_kernel import LOG2_E, add, gated, turn
-from flowspec.model.slot_kernel import END, FIRST, IS_HALF, NUM_KV_HEADS, SEEN, SEEN_END, attend, write
-from flowspec.model.team_kernel import (
+from flowspec.model.mailbox_kernel import (
     ADD,
     ATTEND,
     GATE,
-    MULTIPLY,
-    MULTIPLY_BY_EXPERT,
     TAKE,
     TURN,
     WRITE,
-    share,
-    share_of,
-    take_rows,
+    open_phase,
+    put_float,
+    put_number,
 )
+from flowspec.model.packed import BFLOAT16, GROUP
+from flowspec.model.row_kernel import LOG2_E
+from flowspec.model.slot_kernel import END, FIRST, IS_HALF, NUM_KV_HEADS, SEEN, SEEN_END
+from flowspec.model.team_code import put_array
+from flowspec.model.team_kernel import share, share_of
 from flowspec.model.vector_code import LANES
 
 # What one core does in a nanosecond, roughly.
@@ -36,20 +34,20 @@ _ROWS = 4  # of a request, that attend at least to their paths together
 
 @compiled
 def taken(box, rows, norm, eps, size, matrix):
-    """Rows [n, K] as ``multiply`` reads them: codes, scales, sums. ``norm``, ``size``: as of ``take_rows``."""
+    """Rows [n, K] as ``multiply`` reads them: codes, scales, sums.
+
+    They are normalised before if ``norm`` has their width. ``size``: as of ``take``.
+    """
     codes, scales, sums = _empty(len(rows), matrix)
-    count = open_phase(box, rows.size / _TAKEN, len(rows))
-    if count == 1:
-        take_rows(rows, norm, eps, size, codes, scales, sums)
-        return codes, scales, sums
-    put(box, 0, rows)
-    put(box, 1, norm)
-    put(box, 2, codes)
-    put(box, 3, scales)
-    put(box, 4, sums)
-    put_float(box, 0, eps)
-    put_number(box, 1, size)
-    share(box, TAKE, count)
+    phase, count = open_phase(box, rows.size / _TAKEN, len(rows))
+    put_array(phase, 0, rows)
+    put_array(phase, 1, norm)
+    put_array(phase, 2, codes)
+    put_array(phase, 3, scales)
+    put_array(phase, 4, sums)
+    put_float(phase, 0, eps)
+    put_number(phase, 1, size)
+    share(phase, box[TAKE], count)
     return codes, scales, sums
 
 
@@ -57,19 +55,16 @@ def taken(box, rows, norm, eps, size, matrix):
 def taken_gates(box, products, inner_size, up, is_gelu, size, matrix):
     """``gated`` rows, as ``taken``."""
     codes, scales, sums = _empty(len(products), matrix)
-    count = open_phase(box, len(products) * inner_size / _GATED, len(products))
-    if count == 1:
-        take(gated(products, inner_size, up, is_gelu), size, codes, scales, sums)
-        return codes, scales, sums
-    put(box, 0, products)
-    put(box, 1, codes)
-    put(box, 2, scales)
-    put(box, 3, sums)
-    put_number(box, 0, inner_size)
-    put_number(box, 1, up)
-    put_number(box, 2, 1 if is_gelu else 0)
-    put_number(box, 3, size)
-    share(box, GATE, count)
+    phase, count = open_phase(box, len(products) * inner_size / _GATED, len(products))
+    put_array(phase, 0, products)
+    put_array(phase, 1, codes)
+    put_array(phase, 2, scales)
+    put_array(phase, 3, sums)
+    put_number(phase, 0, inner_size)
+    put_number(phase, 1, up)
+    put_number(phase, 2, 1 if is_gelu else 0)
+    put_number(phase, 3, size)
+    share(phase, box[GATE], count)
     return codes, scales, sums
 
 
@@ -83,37 +78,29 @@ def _empty(num_rows, matrix):
 @compiled
 def product(box, rows, matrix):
     """Rounded rows times a matrix -> [n, blocks * LANES]."""
-    codes, scales, sums = rows
-    of_matrix = matrix[0]
+    codes, of_matrix = rows[0], matrix[0]
     num_rows, num_blocks = len(codes), len(of_matrix)
     products = np.empty((num_rows, num_blocks * LANES), np.float32)
     cost_ns = of_matrix.size / _BYTES + _products_ns(num_rows * num_blocks * LANES * codes.shape[1] * GROUP, matrix)
-    count = open_phase(box, cost_ns, num_blocks)
-    if count == 1:
-        multiply(codes, scales, sums, 0, num_rows, matrix, 0, num_blocks, products)
-        return products
-    _put_product(box, rows, matrix, products)
-    share(box, MULTIPLY, count)
+    phase, count = open_phase(box, cost_ns, num_blocks)
+    _put_product(phase, rows, matrix, products)
+    share(phase, matrix[6], count)
     return products
 
 
 @compiled
 def product_by_expert(box, rows, starts, experts, matrices):
-    """As ``product``, by the experts' ones: as ``multiply_by_expert``."""
-    codes, scales, sums = rows
-    of_matrices = matrices[0]
+    """As ``product``, by the experts' ones: the rows ``[starts[j], starts[j + 1])`` with the ``experts[j]``-th one."""
+    codes, of_matrices = rows[0], matrices[0]
     num_rows, num_blocks = len(codes), of_matrices.shape[1]
     products = np.empty((num_rows, num_blocks * LANES), np.float32)
     num_bytes = len(experts) * (of_matrices.size // len(of_matrices))
     cost_ns = num_bytes / _BYTES + _products_ns(num_rows * num_blocks * LANES * codes.shape[1] * GROUP, matrices)
-    count = open_phase(box, cost_ns, num_blocks)
-    if count == 1:
-        multiply_by_expert(codes, scales, sums, starts, experts, matrices, 0, num_blocks, products)
-        return products
-    _put_product(box, rows, matrices, products)
-    put(box, 9, starts)
-    put(box, 10, experts)
-    share(box, MULTIPLY_BY_EXPERT, count)
+    phase, count = open_phase(box, cost_ns, num_blocks)
+    _put_product(phase, rows, matrices, products)
+    put_array(phase, 9, starts)
+    put_array(phase, 10, experts)
+    share(phase, matrices[6], count)
     return products
 
 
@@ -124,50 +111,43 @@ def _products_ns(count, matrix):
 
 @compiled
 def _put_product(box, rows, matrix, products):
-    put(box, 0, rows[0])
-    put(box, 1, rows[1])
-    put(box, 2, rows[2])
-    put(box, 3, matrix[0])
-    put(box, 4, matrix[1])
-    put(box, 5, matrix[2])
-    put(box, 6, matrix[3])
-    put(box, 7, matrix[4])
-    put_number(box, 0, matrix[5])
-    put(box, 8, products)
+    put_array(box, 0, rows[0])
+    put_array(box, 1, rows[1])
+    put_array(box, 2, rows[2])
+    put_array(box, 3, matrix[0])
+    put_array(box, 4, matrix[1])
+    put_array(box, 5, matrix[2])
+    put_array(box, 6, matrix[3])
+    put_array(box, 7, matrix[4])
+    put_array(box, 8, products)
 
 
 @compiled
 def add_rows(box, products, weight, eps, multiplier, hidden):
     """As ``row_kernel.add``."""
-    count = open_phase(box, hidden.size / _ADDED, len(hidden))
-    if count == 1:
-        add(products, weight, eps, multiplier, hidden)
-        return
-    put(box, 0, products)
-    put(box, 1, weight)
-    put(box, 2, hidden)
-    put_float(box, 0, eps)
-    put_float(box, 1, multiplier)
-    share(box, ADD, count)
+    phase, count = open_phase(box, hidden.size / _ADDED, len(hidden))
+    put_array(phase, 0, products)
+    put_array(phase, 1, weight)
+    put_array(phase, 2, hidden)
+    put_float(phase, 0, eps)
+    put_float(phase, 1, multiplier)
+    share(phase, box[ADD], count)
 
 
 @compiled
 def turn_rows(box, products, starts, norms, eps, cos, sin, width, heads):
     """As ``row_kernel.turn``."""
-    count = open_phase(box, products.size / _TURNED, len(products))
-    if count == 1:
-        turn(products, starts, norms, eps, cos, sin, width, heads)
-        return
-    put(box, 0, products)
+    phase, count = open_phase(box, products.size / _TURNED, len(products))
+    put_array(phase, 0, products)
     for place in range(3):
-        put(box, 1 + place, norms[place])
-        put(box, 6 + place, heads[place])
-        put_number(box, place, starts[place])
-    put(box, 4, cos)
-    put(box, 5, sin)
-    put_float(box, 3, eps)
-    put_number(box, 4, width)
-    share(box, TURN, count)
+        put_array(phase, 1 + place, norms[place])
+        put_array(phase, 6 + place, heads[place])
+        put_number(phase, place, starts[place])
+    put_array(phase, 4, cos)
+    put_array(phase, 5, sin)
+    put_float(phase, 3, eps)
+    put_number(phase, 4, width)
+    share(phase, box[TURN], count)
 
 
 @compiled
@@ -177,30 +157,21 @@ def write_and_attend(box, table, query, key, value, scaling, attended):
     ``table`` [requests, fields]: as ``slot_kernel`` describes a request; the rest: as of its functions.
     """
     _write(box, table, key, value)
-    factor = np.float32(scaling * LOG2_E)
     cost_ns = 0.0
     for r in range(len(table)):
         cost_ns += _cost(table[r], query)
-    count = open_phase(box, cost_ns, len(query) * query.shape[1])
-    if count == 1:
-        for r in range(len(table)):
-            attend(table[r], 0, table[r, END] - table[r, FIRST], 0, table[r, NUM_KV_HEADS], query, factor, attended)
-        return
+    phase, count = open_phase(box, cost_ns, len(query) * query.shape[1])
     plan = np.empty((3 * (count + len(table)), 5), np.int64)
     num_units = 0
     for r in range(len(table)):
         num_units = _cut(table[r], r, max(1, round(count * _cost(table[r], query) / cost_ns)), plan, num_units)
-    put_float(box, 0, factor)
-    _share_plan(box, ATTEND, num_units, table, plan, query, attended)
+    put_float(phase, 0, np.float32(scaling * LOG2_E))
+    _share_plan(phase, box[ATTEND], num_units, table, plan, query, attended)
 
 
 @compiled
 def _write(box, table, key, value):
-    count = open_phase(box, 2 * key.size / _WRITTEN, len(key))
-    if count == 1:
-        for r in range(len(table)):
-            write(table[r], 0, table[r, END] - table[r, FIRST], key, value)
-        return
+    phase, count = open_phase(box, 2 * key.size / _WRITTEN, len(key))
     plan = np.empty((count + len(table), 5), np.int64)
     num_units = 0
     for r in range(len(table)):
@@ -210,17 +181,17 @@ def _write(box, table, key, value):
             plan[num_units, 0] = r
             plan[num_units, 1], plan[num_units, 2] = share_of(part, parts, num_rows)
             num_units += 1
-    _share_plan(box, WRITE, num_units, table, plan, key, value)
+    _share_plan(phase, box[WRITE], num_units, table, plan, key, value)
 
 
 @compiled
-def _share_plan(box, kind, num_units, table, plan, given, found):
+def _share_plan(box, work, num_units, table, plan, given, found):
     """A function of its own: an array lives until a call that it is passed to returns, and else until its last use."""
-    put(box, 0, table)
-    put(box, 1, plan)
-    put(box, 2, given)
-    put(box, 3, found)
-    share(box, kind, num_units)
+    put_array(box, 0, table)
+    put_array(box, 1, plan)
+    put_array(box, 2, given)
+    put_array(box, 3, found)
+    share(box, work, num_units)
 
 
 @compiled

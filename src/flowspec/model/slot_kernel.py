@@ -14,7 +14,7 @@ import numpy as np
 
 from flowspec.model.compiled import compiled
 from flowspec.model.row_kernel import LOWEST, power_of_2
-from flowspec.model.team_code import carray, pointer
+from flowspec.model.team_code import array_at
 from flowspec.model.vector_code import (
     LANES,
     as_bits,
@@ -50,9 +50,9 @@ _NO_NUMBER = np.int32(0x7E00)
 def _cache(request, head_dim, dtype):
     """Keys and values."""
     num_kv_heads, num_blocks = request[NUM_KV_HEADS], request[NUM_BLOCKS]
-    keys = carray(pointer(request[KEYS]), (num_kv_heads, num_blocks, head_dim, BLOCK), dtype)
+    keys = array_at(request[KEYS], (num_kv_heads, num_blocks, head_dim, BLOCK), dtype)
     width = (head_dim + LANES - 1) // LANES * LANES
-    return keys, carray(pointer(request[VALUES]), (num_kv_heads, num_blocks * BLOCK, width), dtype)
+    return keys, array_at(request[VALUES], (num_kv_heads, num_blocks * BLOCK, width), dtype)
 
 
 @compiled
@@ -64,7 +64,7 @@ def write(request, begin, end, key, value):
     first, num_kv_heads, head_dim = request[FIRST], key.shape[1], key.shape[2]
     keys, values = _cache(request, head_dim, np.float32)
     half_keys, half_values = _cache(request, head_dim, np.uint16)
-    slots = carray(pointer(request[SLOTS]), (request[END] - first,), np.int64)
+    slots = array_at(request[SLOTS], (request[END] - first,), np.int64)
     for i in range(begin, end):
         slot, block, lane = slots[i], slots[i] // BLOCK, slots[i] % BLOCK
         for kv_head in range(num_kv_heads):
@@ -105,8 +105,8 @@ def attend(request, begin, end, kv_begin, kv_end, all_queries, factor, all_atten
     first = request[FIRST]
     query, attended = all_queries[first + begin : first + end], all_attended[first + begin : first + end]
     num_rows, num_heads, head_dim = query.shape
-    path = carray(pointer(request[PATH]), (request[PATH_LEN],), np.int32)
-    starts = carray(pointer(request[STARTS]), (request[END] - first + 1,), np.int64)[begin : end + 1]
+    path = array_at(request[PATH], (request[PATH_LEN],), np.int32)
+    starts = array_at(request[STARTS], (request[END] - first + 1,), np.int64)[begin : end + 1]
     group = num_heads // request[NUM_KV_HEADS]
     num_lines = num_rows * group  # for each row, one of each head that reads the same keys
     width, longest = (head_dim + LANES - 1) // LANES * LANES, 0

@@ -16,14 +16,35 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from flowspec.model import mailbox_kernel, team_kernel
 from flowspec.model.compiled import callback
-from flowspec.model.mailbox_kernel import CALLED, HELPERS, LEAVE, NUM_WORDS, SPIN_NS, SPINS, UNIT_NS, WANTED, WORK, spin
-from flowspec.model.team_kernel import call_helpers, serve, work
+from flowspec.model.mailbox_kernel import (
+    CALLED,
+    HELPERS,
+    IS_SHARED,
+    LEAVE,
+    NUM_WORDS,
+    SPIN_NS,
+    SPINS,
+    UNIT_NS,
+    WANTED,
+    spin,
+)
+from flowspec.model.team_kernel import call_helpers, serve
 
 # What is worth to be handed over; that takes well below a microsecond.
 _UNIT_NS = 10_000
 
 Mailbox = NDArray[np.int64]
+
+_WORK = {
+    mailbox_kernel.TAKE: team_kernel.take_rows,
+    mailbox_kernel.GATE: team_kernel.gate_rows,
+    mailbox_kernel.ADD: team_kernel.add_rows,
+    mailbox_kernel.TURN: team_kernel.turn_rows,
+    mailbox_kernel.WRITE: team_kernel.write_rows,
+    mailbox_kernel.ATTEND: team_kernel.attend_rows,
+}
 
 
 class Team:
@@ -31,12 +52,14 @@ class Team:
 
     def __init__(self, num_threads: int, unit_ns: int = _UNIT_NS) -> None:
         """``unit_ns``: what a part of the work takes at least, roughly, to be shared out. Call ``close`` in the end."""
-        self._box: Mailbox = np.zeros(NUM_WORDS if num_threads > 1 else 0, np.int64)
+        self._box: Mailbox = np.zeros(NUM_WORDS, np.int64)
+        self._box[IS_SHARED] = 1
+        for place, work in _WORK.items():
+            self._box[place] = callback(work).address
         self._called = Semaphore(0)
         self._helpers: list[Thread] = []
         if num_threads > 1:
             self._box[HELPERS], self._box[UNIT_NS], self._box[CALLED] = num_threads - 1, unit_ns, 1
-            self._box[WORK] = callback(work).address
             self._box[SPINS] = _looks_in(SPIN_NS)
             serve(self._box)  # so that it is compiled
             call: Any = self._help
@@ -65,7 +88,7 @@ class Team:
             for helper in self._helpers:
                 helper.join()
             self._helpers = []
-            self._box = self._box[:0]
+            self._box[HELPERS] = 0
 
     def _help(self) -> None:
         box = self._box

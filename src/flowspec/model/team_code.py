@@ -12,12 +12,14 @@ from typing import Any
 
 from llvmlite import ir
 from numba.core import cgutils, types
-from numba.np import numpy_support
+from numba.np import arrayobj
 
 from flowspec.model.vector_code import intrinsic
 
 _I32, _I64 = ir.IntType(32), ir.IntType(64)
-carray: Any = numpy_support.carray  # an array of a pointer and a shape
+
+ARRAYS = 64  # the first word in which a mailbox tells of arrays
+WORDS_EACH = 5  # an address, and up to four lengths
 
 _HAS_YIELD = hasattr(os, "sched_yield")
 
@@ -92,25 +94,78 @@ def give_way(typing: Any) -> Any:
 
 
 @intrinsic
-def pointer(typing: Any, address: Any) -> Any:
-    """What ``carray`` makes an array of."""
+def array_at(typing: Any, address: Any, shape: Any, dtype: Any) -> Any:
+    """An array without gaps, whose numbers begin at this address."""
+    kind = types.Array(dtype.dtype, len(shape), "C")
 
     def write(context: Any, code: Any, signature: Any, given: Sequence[Any]) -> Any:
-        return code.inttoptr(given[0], context.get_value_type(types.voidptr))
+        return _array(context, code, kind, given[0], cgutils.unpack_tuple(code, given[1]))
 
-    return types.voidptr(types.int64), write
+    return kind(types.int64, shape, dtype), write
 
 
 @intrinsic
-def call(typing: Any, function: Any, value: Any) -> Any:
-    """The function of an int64 that is at this address."""
+def address_of(typing: Any, array: Any) -> Any:
+    """Where an array's numbers begin."""
 
     def write(context: Any, code: Any, signature: Any, given: Sequence[Any]) -> Any:
-        kind = ir.FunctionType(ir.VoidType(), [_I64]).as_pointer()
-        code.call(code.inttoptr(given[0], kind), [given[1]])
+        return code.ptrtoint(context.make_array(array)(context, code, given[0]).data, _I64)
+
+    return types.int64(array), write
+
+
+@intrinsic
+def put_array(typing: Any, words: Any, place: Any, array: Any) -> Any:
+    """Tell in a mailbox where the ``place``-th array of a phase is, without gaps; its owner keeps it till that ends."""
+
+    def write(context: Any, code: Any, signature: Any, given: Sequence[Any]) -> Any:
+        found = context.make_array(array)(context, code, given[2])
+        values = [code.ptrtoint(found.data, _I64), *cgutils.unpack_tuple(code, found.shape)]
+        for index, value in enumerate(values):
+            code.store(value, _word_of_array(context, code, signature, given, index))
         return context.get_dummy_value()
 
-    return types.void(types.int64, types.int64), write
+    return types.void(words, types.intp, array), write
+
+
+def _array_from(ndim: int) -> Any:
+    """The array that ``put_array`` has written of: a function for compiled ones."""
+
+    @intrinsic
+    def array(typing: Any, words: Any, place: Any, dtype: Any) -> Any:
+        kind = types.Array(dtype.dtype, ndim, "C")
+
+        def write(context: Any, code: Any, signature: Any, given: Sequence[Any]) -> Any:
+            words = [_word_of_array(context, code, signature, given, index) for index in range(1 + ndim)]
+            address, *shape = map(code.load, words)
+            return _array(context, code, kind, address, shape)
+
+        return kind(words, types.intp, dtype), write
+
+    return array
+
+
+def _array(context: Any, code: Any, kind: Any, address: Any, shape: Sequence[Any]) -> Any:
+    found = context.make_array(kind)(context, code)
+    width = context.get_abi_sizeof(context.get_data_type(kind.dtype))
+    strides = [_I64(width)]
+    for length in reversed(shape[1:]):
+        strides.insert(0, code.mul(strides[0], length))
+    data = code.inttoptr(address, found.data.type)
+    arrayobj.populate_array(found, data, list(shape), strides, width, None)
+    return found._getvalue()
+
+
+@intrinsic
+def call(typing: Any, function: Any, address: Any, unit: Any, count: Any) -> Any:
+    """The function of three int64 that is at this address."""
+
+    def write(context: Any, code: Any, signature: Any, given: Sequence[Any]) -> Any:
+        kind = ir.FunctionType(ir.VoidType(), [_I64] * 3).as_pointer()
+        code.call(code.inttoptr(given[0], kind), given[1:])
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 4), write
 
 
 def _word(context: Any, code: Any, signature: Any, given: Sequence[Any]) -> Any:
@@ -118,5 +173,13 @@ def _word(context: Any, code: Any, signature: Any, given: Sequence[Any]) -> Any:
     return code.gep(code.bitcast(words.data, _I64.as_pointer()), [given[1]])
 
 
+def _word_of_array(context: Any, code: Any, signature: Any, given: Sequence[Any], index: int) -> Any:
+    place = code.add(code.mul(given[1], _I64(WORDS_EACH)), _I64(ARRAYS + index))
+    return _word(context, code, signature, [given[0], place])
+
+
 def _function(code: Any, result: Any, kinds: Sequence[Any], name: str) -> Any:
     return cgutils.get_or_insert_function(code.module, ir.FunctionType(result, kinds), name)
+
+
+array_1, array_2, array_3, array_4 = (_array_from(ndim) for ndim in range(1, 5))

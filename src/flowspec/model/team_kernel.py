@@ -1,28 +1,27 @@
 """What the threads of a team do in one phase of a stage's work, compiled by numba: the same as one thread does alone.
 
-A phase is described in the mailbox; the functions that describe phases are those of ``shared_kernel``.
+A phase is described in words, as ``shared_kernel`` does, and the functions that do its units are called by their
+addresses: so each kernel is compiled once, and only if it is needed, instead of into all that need it.
 """
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 
-from flowspec.model.compiled import compiled
+from flowspec.model.compiled import callback, compiled, inlined
 from flowspec.model.mailbox_kernel import (
     CALLED,
     DONE,
     FAILED,
     HELPERS,
-    KIND,
+    IS_SHARED,
     LEAVE,
     NUM_WORDS,
     SPINS,
     WANTED,
     WORK,
-    array_1,
-    array_2,
-    array_3,
-    array_4,
     begin_phase,
     claim,
     close_phase,
@@ -31,13 +30,23 @@ from flowspec.model.mailbox_kernel import (
     look_away,
     number,
 )
-from flowspec.model.matrix_kernel import multiply, multiply_by_expert, take
+from flowspec.model.matrix_kernel import multiply, take
 from flowspec.model.row_kernel import add as add_products
 from flowspec.model.row_kernel import gated, normalised, turn
 from flowspec.model.slot_kernel import attend, write
-from flowspec.model.team_code import add, call, carray, load, pointer, store, swap
-
-MULTIPLY, MULTIPLY_BY_EXPERT, TAKE, GATE, ADD, TURN, WRITE, ATTEND = range(8)
+from flowspec.model.team_code import (
+    add,
+    address_of,
+    array_1,
+    array_2,
+    array_3,
+    array_4,
+    array_at,
+    call,
+    load,
+    store,
+    swap,
+)
 
 _YIELDS = 2000  # of a helper, before it leaves: about a millisecond
 
@@ -48,130 +57,159 @@ def share_of(part, count, length):
     return part * length // count, (part + 1) * length // count
 
 
-@compiled
-def take_rows(rows, norm, eps, size, codes, scales, sums):
-    """As ``take``, of rows that are normalised before if ``norm`` has their width."""
-    if len(norm):
-        take(normalised(rows, norm, eps), size, codes, scales, sums)
-    else:
-        take(rows, size, codes, scales, sums)
+@inlined
+def _taken(box, place):
+    """Rows as ``multiply`` reads them, or they are to be written: codes, scales, sums."""
+    scales, sums = array_2(box, place + 1, np.float32), array_2(box, place + 2, np.int32)
+    return array_3(box, place, np.int8), scales, sums
 
 
-@compiled
-def _multiply(box, unit, count):
-    products = array_2(box, 8, np.float32)
-    codes, zeros, offsets = array_3(box, 3, np.uint8), array_3(box, 5, np.uint8), array_3(box, 6, np.uint16)
-    matrix = codes, array_3(box, 4, np.uint16), zeros, offsets, array_2(box, 7, np.float32), number(box, 0)
-    rows, scales, sums = array_3(box, 0, np.int8), array_2(box, 1, np.float32), array_2(box, 2, np.int32)
-    first, last = share_of(unit, count, len(codes))
-    multiply(rows, scales, sums, 0, len(rows), matrix, first, last, products)
+@inlined
+def _norm(box, place):
+    return array_1(box, place, np.float32)
 
 
-@compiled
-def _multiply_by_expert(box, unit, count):
-    products = array_2(box, 8, np.float32)
-    codes, zeros, offsets = array_4(box, 3, np.uint8), array_4(box, 5, np.uint8), array_4(box, 6, np.uint16)
-    matrices = codes, array_4(box, 4, np.uint16), zeros, offsets, array_3(box, 7, np.float32), number(box, 0)
-    rows, scales, sums = array_3(box, 0, np.int8), array_2(box, 1, np.float32), array_2(box, 2, np.int32)
-    starts, experts = array_1(box, 9, np.int64), array_1(box, 10, np.int64)
-    first, last = share_of(unit, count, codes.shape[1])
-    multiply_by_expert(rows, scales, sums, starts, experts, matrices, first, last, products)
+@inlined
+def _heads(box, place):
+    return array_3(box, place, np.float32)
 
 
-@compiled
-def _take(box, unit, count):
-    rows, norm = array_2(box, 0, np.float32), array_1(box, 1, np.float32)
-    codes, scales, sums = array_3(box, 2, np.int8), array_2(box, 3, np.float32), array_2(box, 4, np.int32)
+@cache
+def multiplier(kind: int) -> int:
+    """The address of what multiplies rows with a matrix of some kind; see ``mailbox_kernel.WORK``."""
+
+    def multiply_rows(address, unit, count):
+        box = array_at(address, (NUM_WORDS,), np.int64)
+        products = array_2(box, 8, np.float32)
+        codes, of_codes = array_3(box, 3, np.uint8), array_3(box, 4, np.uint16)
+        zeros, offsets = array_3(box, 5, np.uint8), array_3(box, 6, np.uint16)
+        matrix = codes, of_codes, zeros, offsets, array_2(box, 7, np.float32)
+        rows, scales, sums = _taken(box, 0)
+        first, last = share_of(unit, count, len(codes))
+        multiply(rows, scales, sums, 0, len(rows), matrix, kind, first, last, products)
+
+    return callback(multiply_rows).address
+
+
+@cache
+def multiplier_by_expert(kind: int) -> int:
+    """As ``multiplier``, of rows that lie by the experts whose matrices they run through."""
+
+    def multiply_by_expert(address, unit, count):
+        box = array_at(address, (NUM_WORDS,), np.int64)
+        products = array_2(box, 8, np.float32)
+        codes, of_codes = array_4(box, 3, np.uint8), array_4(box, 4, np.uint16)
+        zeros, offsets = array_4(box, 5, np.uint8), array_4(box, 6, np.uint16)
+        biases = array_3(box, 7, np.float32)
+        rows, scales, sums = _taken(box, 0)
+        starts, experts = array_1(box, 9, np.int64), array_1(box, 10, np.int64)
+        first, last = share_of(unit, count, codes.shape[1])
+        for j in range(len(experts)):
+            expert = experts[j]
+            matrix = codes[expert], of_codes[expert], zeros[expert], offsets[expert], biases[expert]
+            multiply(rows, scales, sums, starts[j], starts[j + 1], matrix, kind, first, last, products)
+
+    return callback(multiply_by_expert).address
+
+
+def take_rows(address, unit, count):
+    """Rows as ``multiply`` reads them, normalised before if a norm has their width."""
+    box = array_at(address, (NUM_WORDS,), np.int64)
+    rows, norm = array_2(box, 0, np.float32), _norm(box, 1)
+    codes, scales, sums = _taken(box, 2)
     begin, end = share_of(unit, count, len(rows))
-    eps, size = float_of(box, 0), number(box, 1)
-    take_rows(rows[begin:end], norm, eps, size, codes[begin:end], scales[begin:end], sums[begin:end])
+    try:
+        own = normalised(rows[begin:end], norm, float_of(box, 0)) if len(norm) else rows[begin:end]
+        take(own, number(box, 1), codes[begin:end], scales[begin:end], sums[begin:end])
+    except Exception:  # there is no memory
+        store(box, FAILED, 1)
 
 
-@compiled
-def _gate(box, unit, count):
+def gate_rows(address, unit, count):
+    """``gated`` rows as ``multiply`` reads them."""
+    box = array_at(address, (NUM_WORDS,), np.int64)
     products = array_2(box, 0, np.float32)
-    codes, scales, sums = array_3(box, 1, np.int8), array_2(box, 2, np.float32), array_2(box, 3, np.int32)
+    codes, scales, sums = _taken(box, 1)
     begin, end = share_of(unit, count, len(products))
-    inner = gated(products[begin:end], number(box, 0), number(box, 1), number(box, 2) != 0)
-    take(inner, number(box, 3), codes[begin:end], scales[begin:end], sums[begin:end])
+    try:
+        inner = gated(products[begin:end], number(box, 0), number(box, 1), number(box, 2) != 0)
+        take(inner, number(box, 3), codes[begin:end], scales[begin:end], sums[begin:end])
+    except Exception:
+        store(box, FAILED, 1)
 
 
-@compiled
-def _add(box, unit, count):
-    products, weight, hidden = array_2(box, 0, np.float32), array_1(box, 1, np.float32), array_2(box, 2, np.float32)
+def add_rows(address, unit, count):
+    """As ``row_kernel.add``."""
+    box = array_at(address, (NUM_WORDS,), np.int64)
+    products, hidden = array_2(box, 0, np.float32), array_2(box, 2, np.float32)
     begin, end = share_of(unit, count, len(hidden))
-    add_products(products[begin:end], weight, float_of(box, 0), float_of(box, 1), hidden[begin:end])
+    weight, eps, factor = _norm(box, 1), float_of(box, 0), float_of(box, 1)
+    try:
+        add_products(products[begin:end], weight, eps, factor, hidden[begin:end])
+    except Exception:
+        store(box, FAILED, 1)
 
 
-@compiled
-def _turn(box, unit, count):
-    products, cos, sin = array_2(box, 0, np.float32), array_2(box, 4, np.float32), array_2(box, 5, np.float32)
-    norms = array_1(box, 1, np.float32), array_1(box, 2, np.float32), array_1(box, 3, np.float32)
-    query, key, value = array_3(box, 6, np.float32), array_3(box, 7, np.float32), array_3(box, 8, np.float32)
+def turn_rows(address, unit, count):
+    """As ``row_kernel.turn``."""
+    box = array_at(address, (NUM_WORDS,), np.int64)
+    products = array_2(box, 0, np.float32)
+    norms = _norm(box, 1), _norm(box, 2), _norm(box, 3)
+    cos, sin = array_2(box, 4, np.float32), array_2(box, 5, np.float32)
+    query, key, value = _heads(box, 6), _heads(box, 7), _heads(box, 8)
     begin, end = share_of(unit, count, len(products))
     heads = query[begin:end], key[begin:end], value[begin:end]
     starts = number(box, 0), number(box, 1), number(box, 2)
     eps, width = float_of(box, 3), number(box, 4)
-    turn(products[begin:end], starts, norms, eps, cos[begin:end], sin[begin:end], width, heads)
+    try:
+        turn(products[begin:end], starts, norms, eps, cos[begin:end], sin[begin:end], width, heads)
+    except Exception:
+        store(box, FAILED, 1)
 
 
-@compiled
-def _write(box, unit):
+def write_rows(address, unit, count):
+    """As ``slot_kernel.write``, what a plan says."""
+    box = array_at(address, (NUM_WORDS,), np.int64)
     table, plan = array_2(box, 0, np.int64), array_2(box, 1, np.int64)
     key, value = array_3(box, 2, np.float32), array_3(box, 3, np.float32)
     write(table[plan[unit, 0]], plan[unit, 1], plan[unit, 2], key, value)
 
 
-@compiled
-def _attend(box, unit):
+def attend_rows(address, unit, count):
+    """As ``slot_kernel.attend``, what a plan says."""
+    box = array_at(address, (NUM_WORDS,), np.int64)
     table, plan = array_2(box, 0, np.int64), array_2(box, 1, np.int64)
     query, attended = array_3(box, 2, np.float32), array_2(box, 3, np.float32)
     rows, heads = (plan[unit, 1], plan[unit, 2]), (plan[unit, 3], plan[unit, 4])
-    attend(table[plan[unit, 0]], rows[0], rows[1], heads[0], heads[1], query, float_of(box, 0), attended)
+    try:
+        attend(table[plan[unit, 0]], rows[0], rows[1], heads[0], heads[1], query, float_of(box, 0), attended)
+    except Exception:
+        store(box, FAILED, 1)
 
 
 @compiled
-def _perform(box, unit, count):
-    kind = box[KIND]
-    if kind == MULTIPLY:
-        _multiply(box, unit, count)
-    elif kind == MULTIPLY_BY_EXPERT:
-        _multiply_by_expert(box, unit, count)
-    elif kind == TAKE:
-        _take(box, unit, count)
-    elif kind == GATE:
-        _gate(box, unit, count)
-    elif kind == ADD:
-        _add(box, unit, count)
-    elif kind == TURN:
-        _turn(box, unit, count)
-    elif kind == WRITE:
-        _write(box, unit)
-    else:
-        _attend(box, unit)
-
-
-@compiled
-def work(address):
-    """Do units as long as there are any, of the mailbox at an address."""
-    box = carray(pointer(address), (NUM_WORDS,), np.int64)
+def _work(box):
+    """Do units as long as there are any."""
     while True:
         unit, count = claim(box)
         if unit < 0:
             return
-        try:
-            _perform(box, unit, count)
-        except Exception:
-            store(box, FAILED, 1)
+        call(box[WORK], address_of(box), unit, count)
         add(box, DONE, 1)
 
 
 @compiled
-def share(box, kind, count):
-    """Have a phase done whose units are described; for whom ``open_phase`` has given the mailbox to."""
-    begin_phase(box, kind, count)
-    call(box[WORK], box.ctypes.data)
-    if not close_phase(box, count):
+def share(box, work, count):
+    """Have a phase done that is described, in so many units; ``work``: see ``WORK``."""
+    if box[IS_SHARED]:
+        begin_phase(box, work, count)
+        _work(box)
+        is_whole = close_phase(box, count)
+    else:
+        for unit in range(count):
+            call(work, address_of(box), unit, count)
+        is_whole = box[FAILED] == 0
+    if not is_whole:
         raise MemoryError("a stage's rows do not fit into memory; send fewer at once")
 
 
@@ -191,7 +229,7 @@ def serve(box):
     looks, patience = 0, box[SPINS]
     while looks < patience + _YIELDS and not load(box, LEAVE):
         if has_units(box):
-            call(box[WORK], box.ctypes.data)
+            _work(box)
             looks = 0
         looks += 1
         look_away(looks, patience)

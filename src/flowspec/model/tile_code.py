@@ -14,7 +14,7 @@ from llvmlite import ir
 from numba.core import cgutils, types
 
 from flowspec.model.float_tile_code import ROWS, FloatTileCode, fetch, write_products
-from flowspec.model.packed import EIGHT_BITS, FLOAT_KINDS, GROUP, NUM_KINDS, WITH_OFFSETS, WITH_ZEROS
+from flowspec.model.packed import EIGHT_BITS, FLOAT_KINDS, GROUP, WITH_OFFSETS, WITH_ZEROS
 from flowspec.model.vector_code import (
     F32,
     FLOATS,
@@ -26,6 +26,7 @@ from flowspec.model.vector_code import (
     all_lanes,
     arrays_of,
     call,
+    constant_intrinsic,
     data_of,
     features_of,
     fuse,
@@ -79,25 +80,21 @@ def _tile(num_rows: int) -> Any:
     Meanwhile the next block, or a part of it, comes from memory.
     """
 
-    @intrinsic
+    @constant_intrinsic
     def tile(typing, rows, scales, sums, codes, of_codes, zeros, offsets, biases, kind, products, row, block):
+        assert isinstance(kind, types.IntegerLiteral), "it is compiled for one kind"
         arrays = rows, scales, sums, codes, of_codes, zeros, offsets, biases
-        signature = types.void(*arrays, types.intp, products, *[types.intp] * 2)
-        return signature, partial(_write_tile, num_rows)
+        signature = types.void(*arrays, kind, products, *[types.intp] * 2)
+        return signature, partial(_write_tile, num_rows, kind.literal_value)
 
     return tile
 
 
-def _write_tile(num_rows: int, context: Any, code: Any, signature: Any, given: Sequence[Any]) -> Any:
+def _write_tile(num_rows: int, kind: int, context: Any, code: Any, signature: Any, given: Sequence[Any]) -> Any:
     """numba's interface of code generators."""
     arrays = arrays_of(context, code, signature, given, (*range(8), 9))
-    features = features_of(context)
-    for kind in range(NUM_KINDS):
-        with code.if_then(code.icmp_signed("==", given[8], whole(kind))):
-            if kind in FLOAT_KINDS:
-                FloatTileCode(code, features, num_rows, kind).write(arrays, *given[10:])
-            else:
-                _TileCode(code, features, num_rows, kind).write(arrays, *given[10:])
+    writer = FloatTileCode if kind in FLOAT_KINDS else _TileCode
+    writer(code, features_of(context), num_rows, kind).write(arrays, *given[10:])
     return context.get_dummy_value()
 
 

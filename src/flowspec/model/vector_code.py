@@ -21,6 +21,8 @@ WHOLE, FLOATS = ir.VectorType(I32, LANES), ir.VectorType(F32, LANES)
 
 intrinsic: Any = extending.intrinsic  # what it makes takes neither the first argument nor gives what is returned here
 
+constant_intrinsic: Any = extending.intrinsic(prefer_literal=True)  # what is known when it is compiled, it is told
+
 
 @intrinsic
 def as_float(typing: Any, bits: Any) -> Any:
