@@ -15,6 +15,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,11 +31,6 @@ from logged_process import LoggedProcess
 from tiny_eagle3 import write_eagle3
 from tiny_models import make_checkpoint, make_draft_head, write_target_and_text
 from tiny_mtp import write_mtp
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib  # pyright: ignore[reportMissingImports]
 
 ROOT = Path(__file__).parent.parent
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 import sys
+import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
@@ -17,15 +18,9 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypeVar, Union, cast, get_
 
 from flowspec.errors import FieldError, UsageError
 
-if sys.version_info >= (3, 11):
-    from tomllib import loads
-else:
-    from tomli import loads  # pyright: ignore[reportMissingImports, reportUnknownVariableType]
-
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-_parse_toml = cast("Callable[[str], dict[str, object]]", loads)
 _Fields = TypeVar("_Fields", bound="DataclassInstance")
 _Named = TypeVar("_Named")
 
@@ -56,7 +51,7 @@ class Table:
         """The root of a text; ``source_name`` stands in errors."""
         text = text.replace("\r\n", "\n")
         try:
-            return cls(source_name, text, (), _parse_toml(text))
+            return cls(source_name, text, (), tomllib.loads(text))
         except (ValueError, RecursionError) as error:
             found = re.search(r" \(at line (\d+), column \d+\)", str(error))
             line = int(found[1]) if found else text.count("\n") + 1
@@ -143,7 +138,7 @@ def _line_of(text: str, path: _Path) -> int | None:
     start = 1
     for end in range(1, len(lines) + 1):
         try:
-            values = _parse_toml("\n".join(lines[:end]))
+            values = tomllib.loads("\n".join(lines[:end]))
         except ValueError:
             continue  # within a statement of several lines
         if _has(values, path):

@@ -21,6 +21,7 @@ from flowspec.model import compiled, row_kernel
 from flowspec.model.compiled_matrix import CompiledMatrix, CompiledRows, groups_of
 from flowspec.model.matrix_kernel import lay_out
 from flowspec.model.packed import GROUP, FloatWeight, PackedWeight, pack
+from flowspec.model.rotation_kernel import rotations
 from flowspec.model.team import Team
 
 ALONE = Team(1).mailbox
@@ -42,6 +43,10 @@ print(test_matrix_kernel.digest())
 FLOATS = torch.float32, torch.bfloat16, torch.float16
 
 
+# Of ``digest``, from whatever processor: a device of another kind is to continue a text as this one would.
+DIGEST = "306be8a09fd73f39c0a8778b4369c70bc53c8659821f140809641c29243eb7ec"
+
+
 def random_rows(count: int, width: int, seed: int = 0) -> Any:
     return np.random.default_rng(seed).standard_normal((count, width), dtype=np.float32)
 
@@ -54,17 +59,29 @@ def floats_of(num_outputs: int, num_inputs: int, dtype: torch.dtype) -> FloatWei
     return FloatWeight(torch.from_numpy(random_rows(num_outputs, num_inputs, 1)).to(dtype))
 
 
+def drawn(count: int, width: int, seed: int) -> Any:
+    """Rows whose bits are the same everywhere."""
+    return (np.random.RandomState(seed).randint(-4000, 4000, (count, width)) / np.float32(1024)).astype(np.float32)
+
+
 def digest() -> str:
+    rows, weight = drawn(7, 96, 0), torch.from_numpy(drawn(70, 96, 1))
+    parts: list[list[Any]] = [
+        [pack(weight, 8)],
+        [pack(weight, 4)],
+        [pack(weight, 4).with_offsets(), pack(weight[:1], 4)],
+    ]
+    parts += [[FloatWeight(weight.to(dtype))] for dtype in FLOATS]
     found = hashlib.sha256()
-    for bits in (8, 4):
-        matrix = CompiledMatrix([weight_of(70, 96, bits)])
-        found.update(matrix(random_rows(7, 96), ALONE).tobytes())
-    found.update(
-        CompiledMatrix([weight_of(70, 96, 4).with_offsets(), weight_of(1, 96, 4)])(random_rows(7, 96), ALONE).tobytes()
-    )
-    for dtype in FLOATS:
-        found.update(CompiledMatrix([floats_of(70, 96, dtype)])(random_rows(7, 96), ALONE).tobytes())
-    found.update(row_kernel.gated(random_rows(3, 80), 40, 40, True).tobytes())
+    for weights in parts:
+        matrix = CompiledMatrix(weights)
+        for count in (1, 2, 7):
+            found.update(matrix(rows[:count], ALONE).tobytes())
+    found.update(row_kernel.gated(rows, 40, 40, True).tobytes())
+    found.update(row_kernel.normalised(rows, weight[0].numpy(), np.float32(1e-5)).tobytes())
+    frequencies = np.array([0.75**n for n in range(16)], np.float32)
+    for turned in rotations(np.arange(0, 90_000, 999), frequencies, np.float32(1)):
+        found.update(turned.tobytes())
     return found.hexdigest()
 
 
@@ -168,7 +185,10 @@ def test_other_processors_make_the_same_bits() -> None:
         others.append(({"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": without_512}, []))
     if {"+avx512vnni", "+avx512vl"} <= set(features):
         others.append(({}, ["+avxvnni"]))
+    if "+neon" in features:
+        others.append(({}, ["+neon"]))
     wanted = digest()
+    assert wanted == DIGEST
     for variables, chosen in others:
         environment = os.environ | variables | {"NUMBA_CACHE_DIR": os.devnull}
         command = [sys.executable, "-c", PRODUCTS, *chosen]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -31,7 +31,7 @@ QUESTION = "Explain in simple words why the sky is blue."
 _DEFAULTS = SamplingOptions(seed=3)
 
 
-class DemoModel(str, Enum):
+class DemoModel(StrEnum):
     smollm2 = SMOLLM2
     demo = DEMO
 

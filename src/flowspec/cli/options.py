@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import textwrap
 from dataclasses import dataclass, fields
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,22 +34,22 @@ SCHEDULES_BELOW = "\b\nSchedules:\n" + textwrap.indent(textwrap.fill(_NAMES, 76,
 _MODELS_OWN = "the model's own"  # where the default is ``None``: generation_config.json of the model
 
 
-class Dtype(str, Enum):
+class Dtype(StrEnum):
     float32 = "float32"
     bfloat16 = "bfloat16"
 
 
-class DraftDtype(str, Enum):
+class DraftDtype(StrEnum):
     auto = "auto"
     int8 = "int8"
 
 
-class OnOff(str, Enum):
+class OnOff(StrEnum):
     on = "on"
     off = "off"
 
 
-class WeightsChoice(str, Enum):
+class WeightsChoice(StrEnum):
     auto = "auto"
     float = "float"
     int8 = "int8"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -13,7 +13,7 @@ from flowspec.cli.options import Threads, Verbose
 from flowspec.cli.terminal import errors_in_one_line
 
 
-class Kind(str, Enum):
+class Kind(StrEnum):
     eagle = "eagle"
     eagle3 = "eagle3"
     eagle3_1 = "eagle3.1"

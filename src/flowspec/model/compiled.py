@@ -11,12 +11,18 @@ from typing import Any
 
 import numba
 from filelock import FileLock, Timeout
-from numba.core import ccallback, types
+from numba.core import ccallback, config, types
+from numba.core.codegen import get_host_cpu_features
 
+from flowspec.model.arm_features import arm_features
 from flowspec.model.user_cache import cache_directory
 
 _PATIENCE_S = 180.0
 _SOURCES = ("*_kernel.py", "*_code.py", "compiled*.py", "packed.py")  # of kernels, and of what they take
+
+_settings: Any = config
+if _settings.CPU_FEATURES is None and arm_features():  # the user has named none
+    _settings.CPU_FEATURES = ",".join(filter(None, [get_host_cpu_features(), arm_features()]))
 
 
 def compiled(function: Callable[..., Any]) -> Any:

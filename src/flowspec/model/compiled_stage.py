@@ -21,8 +21,9 @@ from flowspec.model.compiled import one_at_a_time
 from flowspec.model.compiled_layer import CompiledLayer, Heads
 from flowspec.model.compiled_matrix import CompiledMatrix, Floats
 from flowspec.model.families import EMBEDDING, PREFIX, embedding_scale, layer_prefix, norm_scale
-from flowspec.model.forward_rows import LayersStage, masks_of, rotations_of
+from flowspec.model.forward_rows import LayersStage, frequencies_of, masks_of
 from flowspec.model.packed import Precision, Weight
+from flowspec.model.rotation_kernel import rotations
 from flowspec.model.shared_kernel import write_and_attend
 from flowspec.model.slot_cache import Paths, RequestRows, SlotCache
 from flowspec.model.source import TensorSource
@@ -62,7 +63,7 @@ class CompiledStage(LayersStage):
         self._embedding_scale = torch.tensor(embedding_scale(config))
         self._norm = norm
         self._eps = np.float32(config.rms_norm_eps)
-        self._rotary = rotary
+        self._frequencies = frequencies_of(rotary, self.attention.types)
         self._team = team_of(torch.get_num_threads())
 
     @classmethod
@@ -151,9 +152,7 @@ class CompiledStage(LayersStage):
 
     def _rotations(self, parts: Sequence[Part]) -> dict[str, tuple[Floats, Floats]]:
         positions = np.concatenate([part.cache.slots.positions[part.slots] for part in parts])
-        like = torch.empty(0)
-        found = rotations_of(self._rotary, like, torch.from_numpy(positions)[None], self.attention.types)
-        return {kind: (cos[0].contiguous().numpy(), sin[0].contiguous().numpy()) for kind, (cos, sin) in found.items()}
+        return {kind: rotations(positions, *turned) for kind, turned in self._frequencies.items()}
 
     def _heads(self, num_rows: int) -> Heads:
         shape = self.attention

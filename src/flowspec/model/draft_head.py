@@ -33,7 +33,7 @@ class DraftHead(nn.Module):
 
     embedding: Tensor  # [V, D]
     layers: nn.ModuleList
-    rotary_emb: nn.Module
+    rotary_emb: Any  # transformers', of the layers' family
 
     def __init__(self, config: Any, embedding: Tensor) -> None:
         """``config``: transformers', of the layers. ``embedding`` [V, D] is shared and never trained."""

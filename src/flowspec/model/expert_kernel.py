@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from flowspec.model.compiled import compiled
+from flowspec.model.row_kernel import exp
 from flowspec.model.vector_code import fused
 
 LANES = 64  # outputs of one block
@@ -33,7 +34,7 @@ def route(rows, router, num_experts, is_normed, chosen, shares):
             highest = max(highest, scores[expert])
         total = _ZERO
         for expert in range(num_experts):
-            scores[expert] = np.exp(scores[expert] - highest)
+            scores[expert] = exp(scores[expert] - highest)
             total += scores[expert]
         of_chosen = _ZERO
         for place in range(chosen.shape[1]):

@@ -24,6 +24,7 @@ from flowspec.model.vector_code import (
     data_of,
     fuse,
     halves,
+    is_narrow,
     load,
     spread,
     whole,
@@ -32,6 +33,7 @@ from flowspec.model.vector_code import (
 ROWS = 4  # for which a group's weights are read once
 
 _SUMS = 2  # of an output, so that they need not wait for one another
+_FEW = 4  # inputs that are multiplied at a time where there are few registers
 _LINE = 64  # bytes that come from memory together
 
 
@@ -44,17 +46,16 @@ class FloatTileCode:
         self._features = features
         self._num_rows = num_rows
         self._kind = kind
+        # Twice the sums of four rows would be all registers of a narrow processor.
+        self._parts = 2 if is_narrow(features) and num_rows == ROWS else 1
+        self._lanes = LANES // self._parts
 
     def write(self, arrays: Sequence[Any], row: Any, block: Any) -> None:
         code = self._code
         rows, _, _, codes, _, _, _, biases, products = data_of(arrays, code)
         count, width = cgutils.unpack_tuple(code, arrays[8].shape)
         groups = cgutils.unpack_tuple(code, arrays[3].shape)[1]
-        bias, zero = load(code, biases, block, FLOATS), ir.Constant(FLOATS, [0.0] * LANES)
-        totals = [[cgutils.alloca_once(code, FLOATS) for _ in range(_SUMS)] for _ in range(self._num_rows)]
-        for one, other in totals:
-            code.store(bias, one)
-            code.store(zero, other)
+        totals = [self._first_sums(biases, block, part) for part in range(self._parts)]
         num_lines = GROUP * LANES * (4 if self._kind == FLOAT32 else 2) // _LINE
         with cgutils.for_range(code, groups) as loop:
             place = code.add(code.mul(block, groups), loop.index)
@@ -64,27 +65,74 @@ class FloatTileCode:
                 code.mul(code.add(code.mul(code.add(row, whole(index)), groups), loop.index), whole(GROUP))
                 for index in range(self._num_rows)
             ]
+            if self._parts == 1:
+                self._add_products(totals[0], rows, firsts, codes, place)
+            else:
+                for part, of_part in enumerate(totals):
+                    self._add_part(of_part, rows, firsts, codes, place, part)
+        found = [[code.fadd(code.load(one), code.load(other)) for one, other in of_part] for of_part in totals]
+        write_products(code, products, row, block, width, [self._joined(parts) for parts in zip(*found, strict=True)])
+
+    def _first_sums(self, biases: Any, block: Any, part: int) -> list[list[Any]]:
+        """For each row, in so many of a block's lanes."""
+        code, kind = self._code, ir.VectorType(F32, self._lanes)
+        bias = load(code, biases, code.add(code.mul(block, whole(self._parts)), whole(part)), kind)
+        totals = [[cgutils.alloca_once(code, kind) for _ in range(_SUMS)] for _ in range(self._num_rows)]
+        for one, other in totals:
+            code.store(bias, one)
+            code.store(ir.Constant(kind, [0.0] * self._lanes), other)
+        return totals
+
+    def _add_products(
+        self, totals: Sequence[Sequence[Any]], rows: Any, firsts: Sequence[Any], codes: Any, place: Any
+    ) -> None:
+        """Of a group of each row, from its one of ``firsts`` on, with the weights at ``place``."""
+        code = self._code
+        sums = [[code.load(total) for total in of_row] for of_row in totals]
+        for k in range(GROUP):
+            weights = self._weights(codes, code.add(code.mul(place, whole(GROUP)), whole(k)))
+            for first, of_row in zip(firsts, sums, strict=True):
+                inputs = spread(code, load(code, rows, code.add(first, whole(k)), F32))
+                of_row[k % _SUMS] = fuse(code, inputs, weights, of_row[k % _SUMS])
+        self._store(totals, sums)
+
+    def _add_part(
+        self, totals: Sequence[Sequence[Any]], rows: Any, firsts: Sequence[Any], codes: Any, place: Any, part: int
+    ) -> None:
+        """The same in some lanes, a few inputs after the others: where registers do not hold all sums."""
+        code, few = self._code, ir.VectorType(F32, _FEW)
+        with cgutils.for_range(code, whole(GROUP // _FEW)) as loop:
             sums = [[code.load(total) for total in of_row] for of_row in totals]
-            for k in range(GROUP):
-                weights = self._weights(codes, code.add(code.mul(place, whole(GROUP)), whole(k)))
-                for first, of_row in zip(firsts, sums, strict=True):
-                    inputs = spread(code, load(code, rows, code.add(first, whole(k)), F32))
-                    of_row[k % _SUMS] = fuse(code, inputs, weights, of_row[k % _SUMS])
-            for of_row, found in zip(totals, sums, strict=True):
-                for total, value in zip(of_row, found, strict=True):
-                    code.store(value, total)
-        found = [code.fadd(code.load(one), code.load(other)) for one, other in totals]
-        write_products(code, products, row, block, width, found)
+            step = code.mul(loop.index, whole(_FEW))
+            inputs = [load(code, rows, code.add(first, step), few, 4) for first in firsts]
+            for k in range(_FEW):
+                of_input = code.add(code.add(code.mul(place, whole(GROUP)), step), whole(k))
+                weights = self._weights(codes, code.add(code.mul(of_input, whole(self._parts)), whole(part)))
+                for of_few, of_row in zip(inputs, sums, strict=True):
+                    factors = code.shuffle_vector(of_few, of_few, all_lanes(k, self._lanes))
+                    of_row[k % _SUMS] = fuse(code, factors, weights, of_row[k % _SUMS])
+            self._store(totals, sums)
+
+    def _store(self, totals: Sequence[Sequence[Any]], sums: Sequence[Sequence[Any]]) -> None:
+        for of_row, found in zip(totals, sums, strict=True):
+            for total, value in zip(of_row, found, strict=True):
+                self._code.store(value, total)
+
+    def _joined(self, parts: Sequence[Any]) -> Any:
+        """[LANES]."""
+        if len(parts) == 1:
+            return parts[0]
+        return self._code.shuffle_vector(*parts, ir.Constant(WHOLE, list(range(LANES))))
 
     def _weights(self, codes: Any, place: Any) -> Any:
-        """Of one input, for each output."""
-        code = self._code
+        """Of one input, for as many outputs as there are in a part."""
+        code, count = self._code, self._lanes
         if self._kind == FLOAT32:
-            return load(code, codes, place, FLOATS)
+            return load(code, codes, place, ir.VectorType(F32, count))
         if self._kind == FLOAT16:
-            return halves(code, self._features, codes, place)
-        bits = code.zext(load(code, codes, place, ir.VectorType(I16, LANES)), WHOLE)
-        return code.bitcast(code.shl(bits, all_lanes(16)), FLOATS)
+            return halves(code, self._features, codes, place, count=count)
+        bits = code.zext(load(code, codes, place, ir.VectorType(I16, count)), ir.VectorType(I32, count))
+        return code.bitcast(code.shl(bits, all_lanes(16, count)), ir.VectorType(F32, count))
 
 
 def fetch(code: Any, codes: Any, group: Any, num_lines: int, row: Any, num_rows: Any) -> None:

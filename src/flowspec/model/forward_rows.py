@@ -103,6 +103,18 @@ def rotations_of(
     return dict.fromkeys(types, rotation)
 
 
+def frequencies_of(rotary: Any, types: Iterable[str]) -> dict[str, tuple[NDArray[np.float32], np.float32]]:
+    """By type of layer: by what positions are multiplied [r], and cosines and sines then. ``rotary``: as above."""
+    prefixes = {kind: f"{kind}_" if hasattr(rotary, "layer_types") else "" for kind in types}
+    return {
+        kind: (
+            getattr(rotary, f"{prefix}inv_freq").float().numpy(),
+            np.float32(getattr(rotary, f"{prefix}attention_scaling")),
+        )
+        for kind, prefix in prefixes.items()
+    }
+
+
 def masks_of(part: Part, window: int | None) -> dict[str, NDArray[np.bool_]]:
     """By type of layer [n, high_water]; a window counts positions, since slots have no order."""
     table: SlotTable = part.cache.slots

@@ -75,7 +75,8 @@ def power_of_2(x):
 
 
 @compiled
-def _exp(x):
+def exp(x):
+    """e ** x, x up to 87; below -87 as of that."""
     return power_of_2(min(max(x * np.float32(LOG2_E), LOWEST), -LOWEST))
 
 
@@ -92,7 +93,7 @@ def gated(products, size, up, is_gelu):
             t = x
             if is_gelu:  # x * (1 + tanh(t / 2)) / 2, which is x / (1 + exp(-t))
                 t = np.float32(1.5957691216057308) * (x + np.float32(0.044715) * x * x * x)
-            found[i, j] = x / (_ONE + _exp(-t)) * products[i, up + j]
+            found[i, j] = x / (_ONE + exp(-t)) * products[i, up + j]
     return found
 
 

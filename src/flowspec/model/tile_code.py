@@ -32,6 +32,7 @@ from flowspec.model.vector_code import (
     fuse,
     halves,
     intrinsic,
+    is_narrow,
     load,
     spread,
     whole,
@@ -42,6 +43,7 @@ QUADS = GROUP // QUAD  # of one group
 MIDDLE = 128  # what is added to codes of 8 bits, so that none is negative
 
 _HIGHEST = 127  # of rows' codes
+_BYTES = ir.VectorType(I8, 16)  # what a vector of ARM's holds
 
 
 @intrinsic
@@ -107,6 +109,7 @@ class _TileCode:
         self._kind = kind
         self._vectors = QUADS if kind == EIGHT_BITS else QUADS // 2  # of codes, in a group
         self._dot = _dot_of(features)
+        self._is_narrow = is_narrow(features)
 
     def write(self, arrays: Sequence[Any], row: Any, block: Any) -> None:
         code = self._code
@@ -120,18 +123,20 @@ class _TileCode:
         with cgutils.for_range(code, groups) as loop:
             place = code.add(code.mul(block, groups), loop.index)
             fetch(code, codes, code.add(place, groups), self._vectors, row, count)
-            weights = self._weights(codes, place)
+            weights = [] if self._is_narrow else self._weights(codes, place, [whole(i) for i in range(self._vectors)])
             of_weights, added = halves(code, self._features, of_codes, place), None
             if self._kind == WITH_OFFSETS:
                 added = halves(code, self._features, offsets, place)
             zero = self._zeros(zeros, place)
-            for index, total in enumerate(totals):
-                group = code.add(code.mul(code.add(row, whole(index)), groups), loop.index)
+            of_rows = [
+                code.add(code.mul(code.add(row, whole(index)), groups), loop.index) for index in range(self._num_rows)
+            ]
+            added_up = self._in_turn(rows, of_rows, codes, place) if self._is_narrow else [all_lanes(0)] * len(of_rows)
+            for group, numbers, total in zip(of_rows, added_up, totals, strict=True):
                 of_row, sum_of_row = load(code, scales, group, F32), load(code, sums, group, I32)
-                found = code.mul(zero, spread(code, sum_of_row))
+                found = code.add(code.mul(zero, spread(code, sum_of_row)), numbers)
                 for quad, weight in enumerate(weights):
-                    inputs = load(code, rows, code.add(code.mul(group, whole(QUADS)), whole(quad)), I32)
-                    found = self._dot.write(code, found, weight, spread(code, inputs))
+                    found = self._with_product(found, rows, group, whole(quad), weight)
                 scale = code.fmul(of_weights, spread(code, of_row))
                 found = fuse(code, code.sitofp(found, FLOATS), scale, code.load(total))
                 if added is not None:
@@ -140,10 +145,28 @@ class _TileCode:
                 code.store(found, total)
         write_products(code, products, row, block, width, [code.load(total) for total in totals])
 
-    def _weights(self, codes: Any, place: Any) -> list[Any]:
-        """Four codes for each output and quad of a group."""
+    def _in_turn(self, rows: Any, of_rows: Sequence[Any], codes: Any, place: Any) -> list[Any]:
+        """The products of a group of each row with the weights at ``place``, of which few are held at a time."""
+        code = self._code
+        totals = [cgutils.alloca_once(code, WHOLE) for _ in of_rows]
+        for total in totals:
+            code.store(all_lanes(0), total)
+        with cgutils.for_range(code, whole(self._vectors)) as loop:
+            for part, weight in enumerate(self._weights(codes, place, [loop.index])):
+                quad = code.add(loop.index, whole(part * self._vectors))
+                for group, total in zip(of_rows, totals, strict=True):
+                    code.store(self._with_product(code.load(total), rows, group, quad, weight), total)
+        return [code.load(total) for total in totals]
+
+    def _with_product(self, numbers: Any, rows: Any, group: Any, quad: Any, weight: Any) -> Any:
+        code = self._code
+        inputs = load(code, rows, code.add(code.mul(group, whole(QUADS)), quad), I32)
+        return self._dot.write(code, numbers, weight, spread(code, inputs))
+
+    def _weights(self, codes: Any, place: Any, indices: Sequence[Any]) -> list[Any]:
+        """Four codes for each output, of the quads with these indices, with 4 bits then of those as far behind."""
         code, first = self._code, self._code.mul(place, whole(self._vectors))
-        loaded = [load(code, codes, code.add(first, whole(index)), WHOLE) for index in range(self._vectors)]
+        loaded = [load(code, codes, code.add(first, index), WHOLE) for index in indices]
         if self._kind == EIGHT_BITS:
             return [code.xor(four, all_lanes(0x80808080)) for four in loaded] if self._dot.is_signed else loaded
         low = [code.and_(pairs, all_lanes(0x0F0F0F0F)) for pairs in loaded]
@@ -170,7 +193,9 @@ def _dot_of(features: Sequence[str]) -> _Dot:
     if "+avxvnni" in features:
         return _Dot(_dot_by("x86.avx512.vpdpbusd.256", 2))
     if "+dotprod" in features:
-        return _Dot(_dot_by("aarch64.neon.sdot.v4i32.v16i8", 4, ir.VectorType(I8, LANES)), is_signed=True)
+        return _Dot(_dot_by("aarch64.neon.sdot.v4i32.v16i8", 4, _BYTES), is_signed=True)
+    if is_narrow(features):
+        return _Dot(_dot_by_halves, is_signed=True)
     return _Dot(_dot_by_pairs if "+avx2" in features else _dot_by_one)
 
 
@@ -197,6 +222,21 @@ def _dot_by_pairs(code: Any, numbers: Any, codes: Any, inputs: Any) -> Any:
         products = _in_parts(code, 2, lambda *halves: call(code, "x86.avx2.pmadd.wd", halves, I32), *part)
         numbers = code.add(numbers, products)
     return numbers
+
+
+def _dot_by_halves(code: Any, numbers: Any, codes: Any, inputs: Any) -> Any:
+    """With ARM's vectors: products of 16 bits, which two of still fit into, added in pairs, and then in pairs again."""
+
+    def one(numbers: Any, *quads: Any) -> Any:
+        factors = [code.bitcast(part, _BYTES) for part in quads]
+        halves = [
+            [code.sext(code.shuffle_vector(part, part, _indices(half, 8)), ir.VectorType(I16, 8)) for part in factors]
+            for half in range(2)
+        ]
+        pairs = call(code, "aarch64.neon.addp.v8i16", [code.mul(*half) for half in halves])
+        return code.add(numbers, call(code, "aarch64.neon.saddlp.v4i32.v8i16", [pairs], I32))
+
+    return _in_parts(code, 4, one, numbers, codes, inputs)
 
 
 def _dot_by_one(code: Any, numbers: Any, codes: Any, inputs: Any) -> Any:

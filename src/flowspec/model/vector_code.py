@@ -97,16 +97,30 @@ def _write_accumulate(
 ) -> Any:
     """numba's interface of code generators."""
     factors, rows, sums = data_of(arrays_of(context, code, signature, given, (0, 3, 6)), code)
+    at_once = vectors_at_once(num_lines, num_vectors, features_of(context))
+    for vector in range(0, num_vectors, at_once):
+        _write_sums(code, (factors, rows, sums), given, num_lines, range(vector, vector + at_once))
+    return context.get_dummy_value()
+
+
+def vectors_at_once(num_lines: int, num_vectors: int, features: Sequence[str]) -> int:
+    """Of each of so many lines, a part of whose sums registers hold."""
+    return min(num_vectors, 4 // num_lines) if is_narrow(features) else num_vectors
+
+
+def _write_sums(code: Any, data: Sequence[Any], given: Sequence[Any], num_lines: int, of_lines: Sequence[int]) -> None:
+    """Of so many lines, in some vectors of each. ``data``: of the arrays that are ``given``."""
+    factors, rows, sums = data
     (at, apart), (rows_at, rows_apart), (sums_at, sums_apart) = given[1:3], given[4:6], given[7:9]
     firsts = [code.add(sums_at, code.mul(sums_apart, whole(line))) for line in range(num_lines)]
-    places = [[code.add(first, whole(LANES * vector)) for vector in range(num_vectors)] for first in firsts]
+    places = [[code.add(first, whole(LANES * vector)) for vector in of_lines] for first in firsts]
     totals = [[cgutils.alloca_once(code, FLOATS) for _ in line] for line in places]
     for line, of_line in zip(places, totals, strict=True):
         for place, total in zip(line, of_line, strict=True):
             code.store(load(code, sums, place, FLOATS, 4), total)
     with cgutils.for_range(code, given[9]) as loop:
         first = code.add(rows_at, code.mul(rows_apart, loop.index))
-        vectors = [load(code, rows, code.add(first, whole(LANES * vector)), FLOATS, 4) for vector in range(num_vectors)]
+        vectors = [load(code, rows, code.add(first, whole(LANES * vector)), FLOATS, 4) for vector in of_lines]
         for line, of_line in enumerate(totals):
             place = code.add(code.add(at, code.mul(apart, whole(line))), loop.index)
             factor = spread(code, load(code, factors, place, F32))
@@ -116,7 +130,6 @@ def _write_accumulate(
         for place, total in zip(line, of_line, strict=True):
             pointer = code.bitcast(code.gep(sums, [code.mul(place, whole(4))]), FLOATS.as_pointer())
             code.store(code.load(total), pointer, align=4)
-    return context.get_dummy_value()
 
 
 @intrinsic
@@ -146,12 +159,17 @@ def call(code: Any, name: str, given: Sequence[Any], element: Any = None) -> Any
 
 
 def fuse(code: Any, factor: Any, other: Any, total: Any) -> Any:
-    return call(code, f"fma.v{LANES}f32", [factor, other, total])
+    return call(code, f"fma.v{total.type.count}f32", [factor, other, total])
 
 
 def features_of(context: Any) -> list[str]:
     """Of the processor, as LLVM names them."""
     return context.codegen().magic_tuple()[2].split(",")
+
+
+def is_narrow(features: Sequence[str]) -> bool:
+    """Whether a processor is an ARM: ``LANES`` are four of its registers, of which it has 32."""
+    return "+neon" in features
 
 
 def arrays_of(context: Any, code: Any, signature: Any, given: Sequence[Any], places: Iterable[int]) -> list[Any]:
@@ -174,30 +192,31 @@ def _bytes(kind: Any) -> int:
     return {F32: 4, ir.HalfType(): 2}.get(kind) or kind.width // 8
 
 
-def halves(code: Any, features: Sequence[str], bits: Any, place: Any, stride: int = 0) -> Any:
-    """float16 [LANES] as float32, finite ones, from where ``load`` has them. Not every processor has an instruction."""
-    if "+f16c" in features or "+neon" in features:
-        return code.fpext(load(code, bits, place, ir.VectorType(ir.HalfType(), LANES), stride), FLOATS)
-    wide = code.zext(load(code, bits, place, ir.VectorType(I16, LANES), stride), WHOLE)
-    size = code.bitcast(code.shl(code.and_(wide, all_lanes(0x7FFF)), all_lanes(13)), FLOATS)
-    size = code.fmul(size, ir.Constant(FLOATS, [2.0**112] * LANES))
-    sign = code.shl(code.and_(wide, all_lanes(0x8000)), all_lanes(16))
-    return code.bitcast(code.or_(code.bitcast(size, WHOLE), sign), FLOATS)
+def halves(code: Any, features: Sequence[str], bits: Any, place: Any, stride: int = 0, count: int = LANES) -> Any:
+    """float16 [count] as float32, finite ones, from where ``load`` has them. Not every processor has an instruction."""
+    numbers, floats = ir.VectorType(I32, count), ir.VectorType(F32, count)
+    if "+f16c" in features or is_narrow(features):
+        return code.fpext(load(code, bits, place, ir.VectorType(ir.HalfType(), count), stride), floats)
+    wide = code.zext(load(code, bits, place, ir.VectorType(I16, count), stride), numbers)
+    size = code.bitcast(code.shl(code.and_(wide, all_lanes(0x7FFF, count)), all_lanes(13, count)), floats)
+    size = code.fmul(size, ir.Constant(floats, [2.0**112] * count))
+    sign = code.shl(code.and_(wide, all_lanes(0x8000, count)), all_lanes(16, count))
+    return code.bitcast(code.or_(code.bitcast(size, numbers), sign), floats)
 
 
-def spread(code: Any, value: Any) -> Any:
-    """To all lanes."""
-    kind = ir.VectorType(value.type, LANES)
+def spread(code: Any, value: Any, count: int = LANES) -> Any:
+    """To so many lanes."""
+    kind = ir.VectorType(value.type, count)
     one = code.insert_element(ir.Constant(kind, ir.Undefined), value, I32(0))
-    return code.shuffle_vector(one, ir.Constant(kind, ir.Undefined), ir.Constant(WHOLE, [0] * LANES))
+    return code.shuffle_vector(one, ir.Constant(kind, ir.Undefined), all_lanes(0, count))
 
 
 def whole(value: int) -> Any:
     return I64(value)
 
 
-def all_lanes(value: int) -> Any:
-    return ir.Constant(WHOLE, [value] * LANES)
+def all_lanes(value: int, count: int = LANES) -> Any:
+    return ir.Constant(ir.VectorType(I32, count), [value] * count)
 
 
 four_by_four, two_by_four, one_by_four = _accumulate(4, 4), _accumulate(2, 4), _accumulate(1, 4)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from enum import Enum
+from enum import StrEnum
 from types import TracebackType
 from typing import Protocol
 
 
-class Work(str, Enum):
+class Work(StrEnum):
     """The driver's own work, by kind."""
 
     DRAFT_PASS = "draft pass"
