@@ -126,6 +126,9 @@ class Levels:
         return cls() if source is None else cls(source.steady_steps, source.block_len)
 
 
+LANGUAGE_MODEL = "model"  # the name of sources that are small ones
+
+
 class DraftSource(Protocol):
     """Opens drafts; shared by all requests."""
 

@@ -16,7 +16,7 @@ from itertools import takewhile
 import numpy as np
 from torch import Tensor
 
-from flowspec.draft.base import Accepted, ReusableDraft
+from flowspec.draft.base import LANGUAGE_MODEL, Accepted, ReusableDraft
 from flowspec.draft.eagle import GREEDY
 from flowspec.draft.model_passes import Answer, Passes, Rows
 from flowspec.draft.token_map import TokenMap
@@ -31,7 +31,7 @@ MAX_KEPT = 2  # ended requests whose caches stay: they are as deep as the model,
 class ModelSource:
     """A loaded model, shared by all requests."""
 
-    name = "model"
+    name = LANGUAGE_MODEL
     steady_steps = STEADY_STEPS
     block_len = 1
     feature_layers: tuple[int, ...] = ()

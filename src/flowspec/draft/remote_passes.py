@@ -18,7 +18,7 @@ from typing import Protocol
 import numpy as np
 from torch import Tensor
 
-from flowspec.draft.base import Accepted, ReusableDraft
+from flowspec.draft.base import LANGUAGE_MODEL, Accepted, ReusableDraft
 from flowspec.draft.language_model import STEADY_STEPS, ModelDraft, ModelSource
 from flowspec.draft.memory import Memory
 from flowspec.draft.model_passes import NamedTokens, Rows
@@ -175,7 +175,7 @@ class RemotePasses:
 class RemoteModelSource:
     """A small model on a worker, shared by all requests. Drafts whose passes are lost go on with n-grams."""
 
-    name = "model"
+    name = LANGUAGE_MODEL
     steady_steps = STEADY_STEPS
     block_len = 1
     feature_layers: tuple[int, ...] = ()

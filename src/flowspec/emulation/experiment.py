@@ -7,8 +7,7 @@ from functools import partial
 
 from flowspec.config import ScheduleConfig
 from flowspec.core import MAX_SEED, SamplingParams
-from flowspec.draft.base import DraftSource, Levels
-from flowspec.draft.language_model import ModelSource
+from flowspec.draft.base import LANGUAGE_MODEL, DraftSource, Levels
 from flowspec.driver import Driver
 from flowspec.emulation.costs import DriverCosts
 from flowspec.emulation.description import ClusterDescription
@@ -115,7 +114,7 @@ def _pass_ms(experiment: Experiment, source: DraftSource | None, costs: DriverCo
     """What a forward of the draft costs. Raises ``UsageError``."""
     if source is not None and source.block_len > 1:
         key, pass_ms, what = "block_pass_ms", costs.block_pass_ms, "a block draft"
-    elif isinstance(source, ModelSource):
+    elif source is not None and source.name == LANGUAGE_MODEL:
         key, pass_ms, what = "model_pass_ms", costs.model_pass_ms, "a language model"
     else:
         return costs.draft_pass_ms

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from flowspec.core import DType
+from flowspec.core import DType, LayerRange
 from flowspec.errors import ModelError
 from flowspec.model.families import EMBEDDING, LM_HEAD, PREFIX, expert_names, logits_divisor
 from flowspec.model.packed import Bits, FloatWeight, PackedWeight, Precision, Weight, pack
@@ -175,6 +175,11 @@ class TensorSource(Protocol):
                 f"{self.name}: config.json says {self.num_layers} layers, but the safetensors files hold "
                 f"{len(found)}; files and config do not belong together, download or save the model again"
             )
+
+    def check_range(self, layers: LayerRange) -> None:
+        """Raise for layers that there are not."""
+        if layers.end > self.num_layers:
+            raise ModelError(f"{self.name} has {self.num_layers} layers; there is no layer range {layers}")
 
     def check_shape(self, name: str, tensor: Tensor | Weight, shape: tuple[int, ...]) -> None:
         """Raise if a tensor has not the shape that the config asks for."""

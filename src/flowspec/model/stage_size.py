@@ -42,7 +42,8 @@ class StageShapes(NamedTuple):
 
 
 def shapes_of(checkpoint: Checkpoint, layers: LayerRange, with_lm_head: bool = False) -> StageShapes:
-    """Of a stage whose files are here. Raises ``ModelError`` as reading them does."""
+    """Of a stage whose files are here. Raises ``ModelError`` as reading them does, and for layers it has not."""
+    checkpoint.check_range(layers)
     names = checkpoint.names_of_stage(layers)
     if with_lm_head:
         names += checkpoint.parts_of(checkpoint.lm_head_name)

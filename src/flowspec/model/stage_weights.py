@@ -24,8 +24,7 @@ EXPERTS = "eager"
 def checked_config(source: TensorSource, layers: LayerRange) -> PreTrainedConfig:
     """A copy of the config; raises ``ModelError`` for what cannot be run as a stage."""
     config = copy.deepcopy(source.config)
-    if layers.end > source.num_layers:
-        raise ModelError(f"{source.name} has {source.num_layers} layers; there is no layer range {layers}")
+    source.check_range(layers)
     family_of(config.model_type, source.name).check(config, source.name)
     source.check_layers()
     return config
