@@ -22,7 +22,7 @@ from flowspec.model.mailbox_kernel import (
 from flowspec.model.packed import BFLOAT16, GROUP
 from flowspec.model.row_kernel import LOG2_E
 from flowspec.model.slot_kernel import END, FIRST, IS_HALF, NUM_KV_HEADS, SEEN, SEEN_END
-from flowspec.model.team_code import put_array
+from flowspec.model.team_code import put_arrays
 from flowspec.model.team_kernel import share, share_of
 from flowspec.model.vector_code import LANES
 
@@ -40,11 +40,7 @@ def taken(box, rows, norm, eps, size, matrix):
     """
     codes, scales, sums = _empty(len(rows), matrix)
     phase, count = open_phase(box, rows.size / _TAKEN, len(rows))
-    put_array(phase, 0, rows)
-    put_array(phase, 1, norm)
-    put_array(phase, 2, codes)
-    put_array(phase, 3, scales)
-    put_array(phase, 4, sums)
+    put_arrays(phase, 0, (rows, norm, codes, scales, sums))
     put_float(phase, 0, eps)
     put_number(phase, 1, size)
     share(phase, box[TAKE], count)
@@ -56,10 +52,7 @@ def taken_gates(box, products, inner_size, up, is_gelu, size, matrix):
     """``gated`` rows, as ``taken``."""
     codes, scales, sums = _empty(len(products), matrix)
     phase, count = open_phase(box, len(products) * inner_size / _GATED, len(products))
-    put_array(phase, 0, products)
-    put_array(phase, 1, codes)
-    put_array(phase, 2, scales)
-    put_array(phase, 3, sums)
+    put_arrays(phase, 0, (products, codes, scales, sums))
     put_number(phase, 0, inner_size)
     put_number(phase, 1, up)
     put_number(phase, 2, 1 if is_gelu else 0)
@@ -98,8 +91,7 @@ def product_by_expert(box, rows, starts, experts, matrices):
     cost_ns = num_bytes / _BYTES + _products_ns(num_rows * num_blocks * LANES * codes.shape[1] * GROUP, matrices)
     phase, count = open_phase(box, cost_ns, num_blocks)
     _put_product(phase, rows, matrices, products)
-    put_array(phase, 9, starts)
-    put_array(phase, 10, experts)
+    put_arrays(phase, 9, (starts, experts))
     share(phase, matrices[6], count)
     return products
 
@@ -111,24 +103,15 @@ def _products_ns(count, matrix):
 
 @compiled
 def _put_product(box, rows, matrix, products):
-    put_array(box, 0, rows[0])
-    put_array(box, 1, rows[1])
-    put_array(box, 2, rows[2])
-    put_array(box, 3, matrix[0])
-    put_array(box, 4, matrix[1])
-    put_array(box, 5, matrix[2])
-    put_array(box, 6, matrix[3])
-    put_array(box, 7, matrix[4])
-    put_array(box, 8, products)
+    put_arrays(box, 0, rows)
+    put_arrays(box, 3, (matrix[0], matrix[1], matrix[2], matrix[3], matrix[4], products))
 
 
 @compiled
 def add_rows(box, products, weight, eps, multiplier, hidden):
     """As ``row_kernel.add``."""
     phase, count = open_phase(box, hidden.size / _ADDED, len(hidden))
-    put_array(phase, 0, products)
-    put_array(phase, 1, weight)
-    put_array(phase, 2, hidden)
+    put_arrays(phase, 0, (products, weight, hidden))
     put_float(phase, 0, eps)
     put_float(phase, 1, multiplier)
     share(phase, box[ADD], count)
@@ -138,13 +121,9 @@ def add_rows(box, products, weight, eps, multiplier, hidden):
 def turn_rows(box, products, starts, norms, eps, cos, sin, width, heads):
     """As ``row_kernel.turn``."""
     phase, count = open_phase(box, products.size / _TURNED, len(products))
-    put_array(phase, 0, products)
+    put_arrays(phase, 0, (products, norms[0], norms[1], norms[2], cos, sin, heads[0], heads[1], heads[2]))
     for place in range(3):
-        put_array(phase, 1 + place, norms[place])
-        put_array(phase, 6 + place, heads[place])
         put_number(phase, place, starts[place])
-    put_array(phase, 4, cos)
-    put_array(phase, 5, sin)
     put_float(phase, 3, eps)
     put_number(phase, 4, width)
     share(phase, box[TURN], count)
@@ -187,10 +166,7 @@ def _write(box, table, key, value):
 @compiled
 def _share_plan(box, work, num_units, table, plan, given, found):
     """A function of its own: an array lives until a call that it is passed to returns, and else until its last use."""
-    put_array(box, 0, table)
-    put_array(box, 1, plan)
-    put_array(box, 2, given)
-    put_array(box, 3, found)
+    put_arrays(box, 0, (table, plan, given, found))
     share(box, work, num_units)
 
 

@@ -115,21 +115,26 @@ def address_of(typing: Any, array: Any) -> Any:
 
 
 @intrinsic
-def put_array(typing: Any, words: Any, place: Any, array: Any) -> Any:
-    """Tell in a mailbox where the ``place``-th array of a phase is, without gaps; its owner keeps it till that ends."""
+def put_arrays(typing: Any, words: Any, place: Any, arrays: Any) -> Any:
+    """Tell in a mailbox where arrays of a phase are, from the ``place``-th on; their owner keeps them until that ends.
+
+    They have no gaps.
+    """
 
     def write(context: Any, code: Any, signature: Any, given: Sequence[Any]) -> Any:
-        found = context.make_array(array)(context, code, given[2])
-        values = [code.ptrtoint(found.data, _I64), *cgutils.unpack_tuple(code, found.shape)]
-        for index, value in enumerate(values):
-            code.store(value, _word_of_array(context, code, signature, given, index))
+        for number, kind in enumerate(arrays):
+            found = context.make_array(kind)(context, code, code.extract_value(given[2], number))
+            values = [code.ptrtoint(found.data, _I64), *cgutils.unpack_tuple(code, found.shape)]
+            own = [given[0], code.add(given[1], _I64(number))]
+            for index, value in enumerate(values):
+                code.store(value, _word_of_array(context, code, signature, own, index))
         return context.get_dummy_value()
 
-    return types.void(words, types.intp, array), write
+    return types.void(words, types.intp, arrays), write
 
 
 def _array_from(ndim: int) -> Any:
-    """The array that ``put_array`` has written of: a function for compiled ones."""
+    """An array that ``put_arrays`` has written of: a function for compiled ones."""
 
     @intrinsic
     def array(typing: Any, words: Any, place: Any, dtype: Any) -> Any:
