@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,7 +15,6 @@ from flowspec import LLM, SamplingParams
 from flowspec.config import LinkConfig
 from flowspec.errors import ModelError, UsageError
 from tiny_eagle3 import Eagle3Form, write_eagle3
-from worker_process import WorkerProcess
 
 LINK = LinkConfig(start_timeout_s=60, stall_timeout_s=60, heartbeat_timeout_s=1.5, rejoin_timeout_s=60)
 PROMPT = (1, 4, 2, 1, 4, 2, 3, 9, 9)
@@ -86,14 +85,6 @@ def test_requests_go_on_when_a_worker_has_died(checkpoint_dir: Callable[[str], P
         again = engine.submit(PROMPT, PARAMS)
         run(engine, [again])
         assert again.output_ids == expected
-
-
-@pytest.fixture
-def remote_workers() -> Iterator[list[str]]:
-    workers = [WorkerProcess() for _ in range(2)]
-    yield [worker.address for worker in workers]
-    for worker in workers:
-        worker.end()
 
 
 def test_remote_workers_serve_drivers_with_different_drafts_in_turn(

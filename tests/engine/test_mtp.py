@@ -6,7 +6,7 @@ import importlib.util
 import json
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ from flowspec import LLM, SamplingParams
 from flowspec.config import LinkConfig
 from flowspec.errors import ModelError, UsageError
 from tiny_mtp import write_mtp
-from worker_process import WorkerProcess
 
 LINK = LinkConfig(start_timeout_s=60, stall_timeout_s=60, heartbeat_timeout_s=1.5, rejoin_timeout_s=60)
 PROMPT = (1, 4, 2, 1, 4, 2, 3, 9, 9)
@@ -68,14 +67,6 @@ def test_requests_go_on_when_a_worker_has_died(model: Path, expected: list[int])
         job = engine.submit(PROMPT, PARAMS)
         engines.run(engine, [job], [engines.Fault(8, 2, signal.SIGKILL)])
         assert job.output_ids == expected
-
-
-@pytest.fixture
-def remote_workers() -> Iterator[list[str]]:
-    workers = [WorkerProcess() for _ in range(2)]
-    yield [worker.address for worker in workers]
-    for worker in workers:
-        worker.end()
 
 
 def test_remote_workers_without_the_model_serve_it(
