@@ -8,15 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from flowspec.core import SamplingParams
-from flowspec.draft.base import Accepted
 from flowspec.draft.catalogue import load_draft, read_taps
 from flowspec.draft.eagle import EagleSource
 from flowspec.errors import ModelError, UsageError
@@ -26,9 +23,8 @@ from flowspec.model.eagle3_layers import find_layer_ids
 from flowspec.model.loader import Checkpoint
 from flowspec.model.taps import Taps, TapSum, TorchLinear
 from flowspec.model.target_head import TargetHead
-from flowspec.sampling import Sampler
-from flowspec.tree import DraftTree
 from tiny_eagle3 import LAYERS, TAPPED, TARGET, VOCAB, Eagle3Form, Reference, write_eagle3
+from tree_growth import check_that_a_tree_grows
 
 FORMS = {
     "eagle": Eagle3Form(),
@@ -134,40 +130,17 @@ def test_a_draft_grows_its_tree_from_true_features_and_its_own(target: Path, tmp
     model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32).eval().requires_grad_(False)
     reference = Reference(form, weights, model.model.embed_tokens.weight, model.lm_head.weight)
     text = torch.randint(VOCAB, (9,), generator=torch.Generator().manual_seed(1))
-    streams = streams_of(model, text)
-    sums, fused = sums_of(found, streams), reference.fused([streams[layer] for layer in form.tapped])
+
+    def read(tokens: Tensor) -> tuple[Tensor, Tensor]:
+        streams = streams_of(model, tokens)
+        return sums_of(found, streams), reference.fused([streams[layer] for layer in form.tapped])
 
     def wanted(tokens: list[int], features: Tensor) -> tuple[Tensor, Tensor]:
         """Of the last row: log-probabilities, and what is fed back."""
         states = reference.states(torch.tensor(tokens), features)
         return reference.logits(states)[-1].log_softmax(-1), reference.fed_back(states)[-1:]
 
-    prompt = text[:6].tolist()
-    draft = source.open(prompt, Sampler(SamplingParams()), top_k=4)
-    draft.read_prompt([0, 1, 2], sums[:3])
-    draft.read_prompt([3, 4], sums[3:5])
-    tree = DraftTree(5, prompt[-1], 40)
-    root = np.zeros(1, dtype=np.int64)
-    assert draft.expand(tree, root)
-    logprobs, fed = wanted(prompt[1:], fused[:5])
-    best = logprobs.topk(4)
-    assert tree.token_ids[1:].tolist() == best.indices.tolist()
-    np.testing.assert_allclose(tree.logprobs[1:], best.values.numpy(), atol=1e-4)
-    child = int(best.indices[0])
-    assert draft.expand(tree, np.array([1]))
-    below, _ = wanted([*prompt[1:], child], torch.cat([fused[:5], fed]))
-    grown = [row for row in range(len(tree)) if tree.parents[row] == 1]
-    np.testing.assert_allclose(tree.logprobs[grown], below.topk(4).values.numpy(), atol=1e-4)
-
-    # The root and its first child turn out to be right, and another token follows.
-    accepted = [int(tree.node_ids[0]), int(tree.node_ids[1])]
-    streams = streams_of(model, torch.tensor([*prompt, child, 11]))
-    sums, fused = sums_of(found, streams), reference.fused([streams[layer] for layer in form.tapped])
-    tree.restart(11)
-    draft.commit(Accepted(accepted, [prompt[-1], child], sums[5:7]), tree)
-    assert draft.expand(tree, root)
-    logprobs, _ = wanted([*prompt[1:], child, 11], fused[:7])
-    np.testing.assert_allclose(tree.logprobs[1:], logprobs.topk(4).values.numpy(), atol=1e-4)
+    check_that_a_tree_grows(source, text, read, wanted)
 
 
 # --- which layers ---

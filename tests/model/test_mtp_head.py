@@ -9,15 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from flowspec.core import LayerRange, SamplingParams
-from flowspec.draft.base import Accepted
+from flowspec.core import LayerRange
 from flowspec.draft.catalogue import choose_draft, load_draft, read_taps
 from flowspec.draft.eagle import EagleSource
 from flowspec.errors import ModelError, UsageError
@@ -27,12 +25,11 @@ from flowspec.model.head_kind import kind_of
 from flowspec.model.loader import Checkpoint
 from flowspec.model.mtp_head import MtpHead, MtpLayers
 from flowspec.model.target_head import TargetHead
-from flowspec.sampling import Sampler
-from flowspec.tree import DraftTree
 from tiny_gguf import write_text_gguf
 from tiny_models import VOCAB_SIZE, make_checkpoint, make_draft_head, plain_model
 from tiny_mtp import PREFIX, MtpReference, make_mtp_weights, write_as_mimo, write_mtp
 from tiny_quantised import FORMS, write_quantised
+from tree_growth import check_that_a_tree_grows
 
 HEADS = ("draft", "eagle3", "peagle", "dflash", "dflash2", "dspark")  # folders of the others
 
@@ -102,38 +99,17 @@ def test_a_draft_grows_its_tree_from_true_states_and_its_own(model: Path) -> Non
     """Prompt, a pass of the root, one below it, a commit, and a pass from the new root."""
     source, published = load(model), Published(model)
     text = torch.randint(VOCAB_SIZE, (9,), generator=torch.Generator().manual_seed(1))
-    hidden, normed = published.hidden(text)
+
+    def read(tokens: Tensor) -> tuple[Tensor, Tensor]:
+        hidden, normed = published.hidden(tokens)
+        return normed, hidden
 
     def wanted(tokens: list[int], hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Of the last row: log-probabilities, and what is fed back."""
         states = published.reference.states(torch.tensor(tokens), hidden)
         return published.logits(states)[-1].log_softmax(-1), states[-1:]
 
-    prompt = text[:6].tolist()
-    draft = source.open(prompt, Sampler(SamplingParams()), top_k=4)
-    draft.read_prompt([0, 1, 2], normed[:3])
-    draft.read_prompt([3, 4], normed[3:5])
-    tree = DraftTree(5, prompt[-1], 40)
-    root = np.zeros(1, dtype=np.int64)
-    assert draft.expand(tree, root)
-    logprobs, fed = wanted(prompt[1:], hidden[:5])
-    best = logprobs.topk(4)
-    assert tree.token_ids[1:].tolist() == best.indices.tolist()
-    np.testing.assert_allclose(tree.logprobs[1:], best.values.numpy(), atol=1e-4)
-    child = int(best.indices[0])
-    assert draft.expand(tree, np.array([1]))
-    below, _ = wanted([*prompt[1:], child], torch.cat([hidden[:5], fed]))
-    grown = [row for row in range(len(tree)) if tree.parents[row] == 1]
-    np.testing.assert_allclose(tree.logprobs[grown], below.topk(4).values.numpy(), atol=1e-4)
-
-    # The root and its first child turn out to be right, and another token follows.
-    accepted = [int(tree.node_ids[0]), int(tree.node_ids[1])]
-    hidden, normed = published.hidden(torch.tensor([*prompt, child, 11]))
-    tree.restart(11)
-    draft.commit(Accepted(accepted, [prompt[-1], child], normed[5:7]), tree)
-    assert draft.expand(tree, root)
-    logprobs, _ = wanted([*prompt[1:], child, 11], hidden[:7])
-    np.testing.assert_allclose(tree.logprobs[1:], logprobs.topk(4).values.numpy(), atol=1e-4)
+    check_that_a_tree_grows(source, text, read, wanted)
 
 
 def test_several_layers_draft_with_the_first(model: Path) -> None:
