@@ -23,6 +23,7 @@ from flowspec.bench.report import markdown_table
 from flowspec.model.families import FULL
 from flowspec.model.shared_kernel import write_and_attend
 from flowspec.model.slot_cache import Paths, RequestRows, SlotCache
+from flowspec.model.slot_kernel import factor_of
 from flowspec.model.team import team_of
 
 _SUMMED_BYTES = 2**29
@@ -53,12 +54,12 @@ def measure(arguments: argparse.Namespace, num_slots: int, num_rows: int, is_hal
             draw.standard_normal((count, heads, arguments.head_dim), np.float32)
             for heads in (arguments.heads, arguments.kv_heads, arguments.kv_heads)
         )
-        attended = np.empty((count, query[0].size), np.float32)
+        attended, factor = np.empty((count, query[0].size), np.float32), factor_of(arguments.head_dim**-0.5)
         seconds = []
         for _ in range(repeat):
             begin = time.perf_counter()
             for of_layer in table[:, None]:
-                write_and_attend(team.mailbox, of_layer, query, key, value, arguments.head_dim**-0.5, attended)
+                write_and_attend(team.mailbox, of_layer, query, key, value, factor, attended)
             seconds.append(time.perf_counter() - begin)
         return seconds
 

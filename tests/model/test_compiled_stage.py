@@ -215,7 +215,7 @@ def test_a_forward_may_be_given_up_between_layers(checkpoint_dir: Callable[[str]
     wanted = run_alone(stage, [5, 6])
     cache = stage.open_cache()
     given_up = stage.steps([Part(torch.tensor([5]), cache.slots.append_prefix([0]), cache)])
-    assert [next(given_up), next(given_up)] == [None, None]
+    assert next(given_up) is None
     given_up.close()
     assert torch.equal(run_alone(stage, [5, 6]), wanted)
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from flowspec.model.families import FULL
 from flowspec.model.shared_kernel import write_and_attend
 from flowspec.model.slot_cache import Paths, RequestRows, SlotCache
-from flowspec.model.slot_kernel import BLOCK, compiled, half_of
+from flowspec.model.slot_kernel import BLOCK, compiled, factor_of, half_of
 from flowspec.model.team import Team
 
 Floats = NDArray[np.float32]
@@ -42,7 +42,7 @@ class Rows:
         heads = self.query[rows], self.key[rows], self.value[rows]
         attended = np.full((len(rows), self.query[0].size), np.nan, np.float32)
         request = RequestRows(0, slots, {FULL: paths}, self.cache)
-        write_and_attend(NOBODY.mailbox, request.described([FULL]), *heads, self.scaling, attended)
+        write_and_attend(NOBODY.mailbox, request.described([FULL]), *heads, factor_of(self.scaling), attended)
         return attended
 
     def wanted(self, row: int, seen: list[int]) -> NDArray[np.float64]:

@@ -109,7 +109,7 @@ def test_helpers_come_when_there_is_work_and_leave_also_what_is_given_up(
     wait_until(lambda: team.num_called == 0)
     cache = stage.open_cache()
     given_up = stage.steps([Part(torch.tensor([5]), cache.slots.append_prefix([0]), cache)])
-    assert [next(given_up), next(given_up)] == [None, None]
+    assert next(given_up) is None
     given_up.close()
     wait_until(lambda: team.num_called == 0)
     wait_until(lambda: torch.equal(run(stage, [2, 3]), run(stage, [5])) and team.num_called > 0)
@@ -138,7 +138,7 @@ def test_no_memory_is_an_error_of_the_caller(team: Team) -> None:
     query, key = np.ones((2, 2, 16), np.float32), np.ones((2, 2, 0), np.float32)
     for members in (team, Team(1), team, team):
         with pytest.raises(MemoryError):
-            write_and_attend(members.mailbox, table, query, key, key, 1.0, np.ones((2, 32), np.float32))
+            write_and_attend(members.mailbox, table, query, key, key, np.float32(1), np.ones((2, 32), np.float32))
         assert members.mailbox[OWNER] == 0
 
 

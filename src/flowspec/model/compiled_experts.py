@@ -93,7 +93,7 @@ class _Matrices:
         Those from ``starts[j]`` to ``starts[j + 1]`` run through the matrix ``experts[j]``.
         """
         pairs = CompiledRows.of(rows, self._lanes.codes.shape[2], self._size, self._lanes.kind).picked(picked)
-        products: Floats = shared_kernel.product_by_expert(mailbox, pairs, starts, experts, self._lanes)
+        products: Floats = shared_kernel.product_by_expert(mailbox, pairs, starts, experts, tuple(self._lanes))
         return products
 
 

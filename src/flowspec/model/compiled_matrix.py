@@ -132,7 +132,7 @@ class CompiledMatrix:
 
     def __call__(self, rows: Floats, mailbox: Mailbox) -> Floats:
         """[n, K] -> [n, N], each part's outputs filled up to a block."""
-        products: Floats = layer_kernel.product_of(mailbox, rows, self.size, self.lanes)
+        products: Floats = layer_kernel.product_of(mailbox, rows, self.size, tuple(self.lanes))
         return products
 
 

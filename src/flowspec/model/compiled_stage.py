@@ -7,24 +7,25 @@ stages.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Generator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from flowspec.core import DType, LayerRange
-from flowspec.model import row_kernel
+from flowspec.model import layer_kernel, row_kernel
 from flowspec.model.attention import ATTENTION
 from flowspec.model.compiled import one_at_a_time
-from flowspec.model.compiled_layer import CompiledLayer, Heads
+from flowspec.model.compiled_layer import CompiledLayer
 from flowspec.model.compiled_matrix import CompiledMatrix, Floats
 from flowspec.model.families import EMBEDDING, PREFIX, embedding_scale, layer_prefix, norm_scale
 from flowspec.model.forward_rows import LayersStage, frequencies_of, masks_of
 from flowspec.model.packed import Precision, Weight
 from flowspec.model.rotation_kernel import rotations
-from flowspec.model.shared_kernel import write_and_attend
 from flowspec.model.slot_cache import Paths, RequestRows, SlotCache
 from flowspec.model.source import TensorSource
 from flowspec.model.stage import Part, Watch, forward
@@ -33,6 +34,10 @@ from flowspec.model.team import team_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
+
+Heads: TypeAlias = tuple[Floats, Floats, Floats]  # [n, heads, d], [n, kv_heads, d] twice: queries, keys and values
+
+_PAUSE_S = 0.001  # how often, at most, a forward of several layers pauses
 
 
 class CompiledStage(LayersStage):
@@ -64,6 +69,10 @@ class CompiledStage(LayersStage):
         self._norm = norm
         self._eps = np.float32(config.rms_norm_eps)
         self._frequencies = frequencies_of(rotary, self.attention.types)
+        self._with_experts = [index for index, part in enumerate(parts) if part.has_experts]
+        self._records = np.stack([part.record for part in parts])
+        turned = list(self._frequencies)
+        self._records[:, layer_kernel.ROTATION] = [turned.index(kind) for kind in self.attention.types]
         self._team = team_of(torch.get_num_threads())
 
     @classmethod
@@ -112,52 +121,63 @@ class CompiledStage(LayersStage):
         shape = self.attention
         return SlotCache(len(self.layers), shape.num_kv_heads, shape.head_dim, self._is_half, root_id)
 
-    @torch.inference_mode()
     def steps(self, parts: Sequence[Part], watch: Watch | None = None) -> Generator[Tensor | None]:
-        """With a pause before each attention but the first."""
+        """With a pause before an attention about every millisecond; before each one if somebody watches."""
         if not len(parts[0].slots):
             yield torch.empty(0, self.hidden_size, dtype=self.dtype)
             return
         requests = _rows_of(parts, self.attention.window)
-        inputs = torch.cat([part.inputs for part in parts])
-        hidden = (inputs.to(torch.float32, copy=True) if self._embedding is None else self._embed(inputs)).numpy()
-        rows = _Rows(hidden, self._rotations(parts), self._heads(len(hidden)), self._attended(len(hidden)))
+        rows = self._begin(parts)
         tables = np.stack([request.described(self.attention.types) for request in requests], axis=1)
-        self._between(rows, None, 0)
-        for index in range(len(self._layers)):
-            if index:
+        layer_kernel.write_heads(self._team.mailbox, self._records[0], rows.hidden, *rows.rotations, rows.heads)
+        begin, count = 0, 1
+        while begin < len(self._layers):
+            if begin:
                 yield None
             if watch is not None:
-                watch(self.layers.start + index, torch.from_numpy(hidden))
-            scaling = self._layers[index].scaling
-            write_and_attend(self._team.mailbox, tables[index], *rows.heads, scaling, rows.attended)
-            self._between(rows, index, index + 1)
+                watch(self.layers.start + begin, torch.from_numpy(rows.hidden))
+            begin_s, before = time.perf_counter(), begin
+            begin = self._run(rows, tables, begin, begin + count)
+            layer_s = (time.perf_counter() - begin_s) / (begin - before)
+            count = 1 if watch is not None else max(1, int(_PAUSE_S / layer_s))
+        hidden = rows.hidden
         if watch is not None and self.is_last:
             watch(self.layers.end, torch.from_numpy(hidden))
         if self._norm is not None:
             hidden = row_kernel.normalised(hidden, self._norm, self._eps)
         yield torch.from_numpy(hidden).to(self.dtype)
 
-    def _between(self, rows: _Rows, before: int | None, after: int) -> None:
-        """What is left of a layer behind its attention, and what the next one has before its own."""
-        if before is not None:
-            self._layers[before].rest(rows.hidden, rows.attended, self._team.mailbox)
-        if after < len(self._layers):
-            rotation = rows.rotations[self.attention.types[after]]
-            self._layers[after].heads(rows.hidden, rotation, rows.heads, self._team.mailbox)
+    def _begin(self, parts: Sequence[Part]) -> _Rows:
+        inputs = torch.cat([part.inputs for part in parts])
+        hidden = (inputs.to(torch.float32, copy=True) if self._embedding is None else self._embed(inputs)).numpy()
+        positions = np.concatenate([part.cache.slots.positions[part.slots] for part in parts])
+        turns = [rotations(positions, *turned) for turned in self._frequencies.values()]
+        cos, sin = (np.stack(each) for each in zip(*turns, strict=True))
+        return _Rows(hidden, (cos, sin), self._heads(len(hidden)), self._attended(len(hidden)))
+
+    def _run(self, rows: _Rows, tables: NDArray[np.int64], begin: int, end: int) -> int:
+        """From one layer's attention to that of ``end``, or of an earlier one: layers with experts run alone."""
+        box, records, (hidden, rotations, heads, attended) = self._team.mailbox, self._records, rows
+        end = min(end, next((i for i in self._with_experts if i >= begin), len(records)))
+        if end > begin:
+            layer_kernel.run_layers(box, records, begin, end, tables, *rotations, heads, attended, hidden)
+            return end
+        layer_kernel.attend(box, records[begin], tables[begin], heads, attended, hidden)
+        self._layers[begin].add_experts(hidden, box)
+        if begin + 1 < len(records):
+            layer_kernel.write_heads(box, records[begin + 1], hidden, *rotations, heads)
+        return begin + 1
 
     def _embed(self, token_ids: Tensor) -> Tensor:
         assert self._embedding is not None, "the first stage has it"
         return (self._embedding[token_ids].to(self.dtype) * self._embedding_scale.to(self.dtype)).float()
 
-    def _rotations(self, parts: Sequence[Part]) -> dict[str, tuple[Floats, Floats]]:
-        positions = np.concatenate([part.cache.slots.positions[part.slots] for part in parts])
-        return {kind: rotations(positions, *turned) for kind, turned in self._frequencies.items()}
-
     def _heads(self, num_rows: int) -> Heads:
-        shape = self.attention
-        counts = shape.num_heads, shape.num_kv_heads, shape.num_kv_heads
-        return Heads(*(np.empty((num_rows, count, shape.head_dim), np.float32) for count in counts))
+        query, key, value = (
+            np.empty((num_rows, count, self.attention.head_dim), np.float32)
+            for count in (self.attention.num_heads, self.attention.num_kv_heads, self.attention.num_kv_heads)
+        )
+        return query, key, value
 
     def _attended(self, num_rows: int) -> Floats:
         return np.empty((num_rows, self.attention.num_heads * self.attention.head_dim), np.float32)
@@ -173,7 +193,7 @@ class _Rows(NamedTuple):
     """Of a forward."""
 
     hidden: Floats  # [n, H]
-    rotations: dict[str, tuple[Floats, Floats]]  # cosines and sines [n, r], by type of layer
+    rotations: tuple[Floats, Floats]  # cosines and sines [rotations, n, r]
     heads: Heads
     attended: Floats  # [n, heads * d]
 

@@ -1,35 +1,94 @@
-"""All of a layer but attention and experts, compiled by numba: as few calls as there can be."""
+"""The layers of a stage, compiled by numba: many in one call, since one from Python takes as long as a small product.
+
+A layer is described by a record of int64, which ``compiled_layer`` writes: numbers, the bits of float32, and where its
+arrays are, as a mailbox tells of them.
+"""
 
 from __future__ import annotations
 
+import numpy as np
+
 from flowspec.model.compiled import compiled
-from flowspec.model.shared_kernel import add_rows, product, taken, taken_gates, turn_rows
+from flowspec.model.shared_kernel import add_rows, product, taken, taken_gates, turn_rows, write_and_attend
+from flowspec.model.team_code import ARRAYS, WORDS_EACH, array_1, array_2, array_3
+from flowspec.model.vector_code import as_float
+
+# Numbers of a record: flags, and what the kernels that are called have as arguments.
+EPS, MULTIPLIER, FACTOR, IS_TURNED, ROTATION, IS_GELU, UP, NUM_INNER = range(8)
+STARTS = 8  # of queries, keys and values in a row's products
+MATRICES = 12  # of each: inputs that share a scale, its kind, and the address of what multiplies with it
+NUMBERS_EACH = 3
+# Arrays of a record: five of each matrix, then what norms multiply by.
+HEADS, OUTPUT, GATE_UP, DOWN = range(4)
+ARRAYS_EACH = 5
+BEFORE, ATTENDED, INNER, GIVEN, OF_QUERIES, OF_KEYS = range(20, 26)
+NUM_FIELDS = ARRAYS + 26 * WORDS_EACH
 
 
 @compiled
-def write_heads(box, hidden, matrix, size, starts, norm, head_norms, eps, cos, sin, width, heads):
-    """Rows [n, H] before a layer -> what attention reads, as ``turn`` writes it. ``size``: as of ``take``."""
-    products = product(box, taken(box, hidden, norm, eps, size, matrix), matrix)
-    turn_rows(box, products, starts, head_norms, eps, cos, sin, width, heads)
+def _matrix(record, which):
+    """As ``compiled_matrix.Lanes``."""
+    array, number = which * ARRAYS_EACH, MATRICES + which * NUMBERS_EACH
+    codes, scales = array_3(record, array, np.uint8), array_3(record, array + 1, np.uint16)
+    zeros, offsets = array_3(record, array + 2, np.uint8), array_3(record, array + 3, np.uint16)
+    return codes, scales, zeros, offsets, array_2(record, array + 4, np.float32), record[number + 1], record[number + 2]
 
 
 @compiled
-def add_attended(box, hidden, attended, output, size, norms, eps, multiplier):
-    """To rows [n, H] before a layer what they attended to [n, heads * d], times the ``output`` matrix."""
-    products = product(box, taken(box, attended, norms[1][:0], eps, size, output), output)
-    add_rows(box, products, norms[1], eps, multiplier, hidden)
+def _size(record, which):
+    """As of ``take``: of the rows that a matrix is multiplied with."""
+    return record[MATRICES + which * NUMBERS_EACH]
 
 
 @compiled
-def add_rest(
-    box, hidden, attended, output, output_size, gate_up, gate_up_size, up, is_gelu, down, down_size, num_inner, norms,
-    eps, multiplier,
-):  # fmt: skip
-    """Rows [n, H] before a layer, which are written, and what they attended to [n, heads * d]."""
-    add_attended(box, hidden, attended, output, output_size, norms, eps, multiplier)
-    given = product(box, taken(box, hidden, norms[2], eps, gate_up_size, gate_up), gate_up)
-    inner = taken_gates(box, given, num_inner, up, is_gelu, down_size, down)
-    add_rows(box, product(box, inner, down), norms[3], eps, multiplier, hidden)
+def _norm(record, which):
+    return array_1(record, which, np.float32)
+
+
+@compiled
+def _float(record, which):
+    return as_float(np.int32(record[which]))
+
+
+@compiled
+def write_heads(box, record, hidden, cos, sin, heads):
+    """Rows [n, H] before a layer -> what attention reads, as ``turn`` writes it; ``cos`` [rotations, n, r]."""
+    eps, rotation = _float(record, EPS), record[ROTATION]
+    matrix, norm, of_queries = _matrix(record, HEADS), _norm(record, BEFORE), _norm(record, OF_QUERIES)
+    products = product(box, taken(box, hidden, norm, eps, _size(record, HEADS), matrix), matrix)
+    starts = record[STARTS], record[STARTS + 1], record[STARTS + 2]
+    head_norms = of_queries, _norm(record, OF_KEYS), of_queries[:0]
+    width = cos.shape[2] if record[IS_TURNED] else 0
+    turn_rows(box, products, starts, head_norms, eps, cos[rotation], sin[rotation], width, heads)
+
+
+@compiled
+def attend(box, record, table, heads, attended, hidden):
+    """To rows [n, H] before a layer what they attend to, times the output matrix. ``table``: as of all that attends."""
+    write_and_attend(box, table, heads[0], heads[1], heads[2], _float(record, FACTOR), attended)
+    eps, norm, matrix = _float(record, EPS), _norm(record, ATTENDED), _matrix(record, OUTPUT)
+    products = product(box, taken(box, attended, norm[:0], eps, _size(record, OUTPUT), matrix), matrix)
+    add_rows(box, products, norm, eps, _float(record, MULTIPLIER), hidden)
+
+
+@compiled
+def _add_inner(box, record, hidden):
+    """To rows [n, H] behind attention what they run through then, where there are no experts: down(f(gate) * up)."""
+    eps, gate_up, down = _float(record, EPS), _matrix(record, GATE_UP), _matrix(record, DOWN)
+    given = product(box, taken(box, hidden, _norm(record, INNER), eps, _size(record, GATE_UP), gate_up), gate_up)
+    is_gelu, size = record[IS_GELU] != 0, _size(record, DOWN)
+    inner = taken_gates(box, given, record[NUM_INNER], record[UP], is_gelu, size, down)
+    add_rows(box, product(box, inner, down), _norm(record, GIVEN), eps, _float(record, MULTIPLIER), hidden)
+
+
+@compiled
+def run_layers(box, records, begin, end, tables, cos, sin, heads, attended, hidden):
+    """Rows [n, H] from the attention of one layer to that of another, which has its ``heads`` then, if there is one."""
+    for i in range(begin, end):
+        attend(box, records[i], tables[i], heads, attended, hidden)
+        _add_inner(box, records[i], hidden)
+        if i + 1 < len(records):
+            write_heads(box, records[i + 1], hidden, cos, sin, heads)
 
 
 @compiled

@@ -20,7 +20,6 @@ from flowspec.model.mailbox_kernel import (
     put_number,
 )
 from flowspec.model.packed import BFLOAT16, GROUP
-from flowspec.model.row_kernel import LOG2_E
 from flowspec.model.slot_kernel import END, FIRST, IS_HALF, NUM_KV_HEADS, SEEN, SEEN_END
 from flowspec.model.team_code import put_arrays
 from flowspec.model.team_kernel import share, share_of
@@ -130,7 +129,7 @@ def turn_rows(box, products, starts, norms, eps, cos, sin, width, heads):
 
 
 @compiled
-def write_and_attend(box, table, query, key, value, scaling, attended):
+def write_and_attend(box, table, query, key, value, factor, attended):
     """Write the rows of a forward into their slots, and what they see there.
 
     ``table`` [requests, fields]: as ``slot_kernel`` describes a request; the rest: as of its functions.
@@ -144,7 +143,7 @@ def write_and_attend(box, table, query, key, value, scaling, attended):
     num_units = 0
     for r in range(len(table)):
         num_units = _cut(table[r], r, max(1, round(count * _cost(table[r], query) / cost_ns)), plan, num_units)
-    put_float(phase, 0, np.float32(scaling * LOG2_E))
+    put_float(phase, 0, factor)
     _share_plan(phase, box[ATTEND], num_units, table, plan, query, attended)
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import numpy as np
 
 from flowspec.model.compiled import compiled
-from flowspec.model.row_kernel import LOWEST, power_of_2
+from flowspec.model.row_kernel import LOG2_E, LOWEST, power_of_2
 from flowspec.model.team_code import array_at
 from flowspec.model.vector_code import (
     LANES,
@@ -93,6 +93,11 @@ def half_of(x):
     if size != size:
         code = _NO_NUMBER
     return np.uint16(code | ((as_bits(x) >> np.int32(16)) & np.int32(0x8000)))
+
+
+def factor_of(scaling: float) -> np.float32:
+    """By which ``attend`` multiplies scores that are scaled so, to be powers of 2 instead of e."""
+    return np.float32(scaling * LOG2_E)
 
 
 @compiled
