@@ -13,8 +13,10 @@ from torch import Tensor
 
 from flowspec.core import DType, LayerRange
 from flowspec.errors import ModelError
+from flowspec.model import layer_kernel
 from flowspec.model.backends import load_stage
-from flowspec.model.compiled_experts import CompiledExperts
+from flowspec.model.compiled_experts import put_experts
+from flowspec.model.compiled_record import LayerRecord
 from flowspec.model.layer_tensors import LayerTensors
 from flowspec.model.loader import Checkpoint
 from flowspec.model.packed import Bits, pack
@@ -51,14 +53,15 @@ def torch_mixture(checkpoint: Checkpoint) -> Any:
     return mixture
 
 
-def packed_mixture(directory: Path, bits: Bits) -> CompiledExperts:
-    checkpoint = Checkpoint.open(directory)
+def packed_mixture(directory: Path, bits: Bits) -> LayerRecord:
+    checkpoint, record = Checkpoint.open(directory), LayerRecord()
     layer = bare_model(checkpoint.config, "eager").layers[LAYER]
-    return CompiledExperts(LayerTensors(checkpoint, f"model.layers.{LAYER}.", layer, bits), "mlp", layer.mlp)
+    put_experts(record, LayerTensors(checkpoint, f"model.layers.{LAYER}.", layer, bits), "mlp", layer.mlp)
+    return record
 
 
-def products(experts: CompiledExperts, rows: Any) -> Any:
-    return experts(rows, Team(1).mailbox)[:, : rows.shape[1]]
+def products(experts: LayerRecord, rows: Any) -> Any:
+    return layer_kernel.given_by_experts(Team(1).mailbox, experts.words, rows)[:, : rows.shape[1]]
 
 
 def random_rows(count: int, width: int) -> Any:

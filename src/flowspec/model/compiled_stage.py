@@ -20,8 +20,9 @@ from flowspec.core import DType, LayerRange
 from flowspec.model import layer_kernel, row_kernel
 from flowspec.model.attention import ATTENTION
 from flowspec.model.compiled import one_at_a_time
-from flowspec.model.compiled_layer import CompiledLayer
+from flowspec.model.compiled_layer import load_layer
 from flowspec.model.compiled_matrix import CompiledMatrix, Floats
+from flowspec.model.compiled_record import LayerRecord
 from flowspec.model.families import EMBEDDING, PREFIX, embedding_scale, layer_prefix, norm_scale
 from flowspec.model.forward_rows import LayersStage, frequencies_of, masks_of
 from flowspec.model.packed import Precision, Weight
@@ -48,7 +49,7 @@ class CompiledStage(LayersStage):
         config: PreTrainedConfig,
         layers: LayerRange,
         dtype: DType,
-        parts: Sequence[CompiledLayer],
+        parts: Sequence[LayerRecord],
         embedding: Tensor | None,
         norm: Floats | None,
         rotary: nn.Module,
@@ -63,14 +64,14 @@ class CompiledStage(LayersStage):
         self._is_half = is_half
         ends = sum(end.nbytes for end in (embedding, norm) if end is not None)
         self.weights_bytes = sum(part.nbytes for part in parts) + ends
-        self._layers = parts
         self._embedding = embedding
         self._embedding_scale = torch.tensor(embedding_scale(config))
         self._norm = norm
         self._eps = np.float32(config.rms_norm_eps)
         self._frequencies = frequencies_of(rotary, self.attention.types)
-        self._with_experts = [index for index, part in enumerate(parts) if part.has_experts]
-        self._records = np.stack([part.record for part in parts])
+        self._parts = parts  # whose arrays the records tell of
+        self._records = np.stack([part.words for part in parts])
+        self._with_experts: list[bool] = (self._records[:, layer_kernel.NUM_EXPERTS] > 0).tolist()
         turned = list(self._frequencies)
         self._records[:, layer_kernel.ROTATION] = [turned.index(kind) for kind in self.attention.types]
         self._team = team_of(torch.get_num_threads())
@@ -97,9 +98,9 @@ class CompiledStage(LayersStage):
             for name, parameter in layer.named_parameters()
         }
         check_nothing_ignored(source, layers, shapes)
-        parts: list[CompiledLayer] = []
+        parts: list[LayerRecord] = []
         for prefix, layer in own.items():
-            parts.append(CompiledLayer(source, prefix, layer, precision))
+            parts.append(load_layer(source, prefix, layer, precision))
             if progress is not None:
                 progress(len(parts) / (len(own) + 1))
         norm = _norm(source) if layers.end == source.num_layers else None
@@ -131,13 +132,13 @@ class CompiledStage(LayersStage):
         tables = np.stack([request.described(self.attention.types) for request in requests], axis=1)
         layer_kernel.write_heads(self._team.mailbox, self._records[0], rows.hidden, *rows.rotations, rows.heads)
         begin, count = 0, 1
-        while begin < len(self._layers):
+        while begin < len(self._records):
             if begin:
                 yield None
             if watch is not None:
                 watch(self.layers.start + begin, torch.from_numpy(rows.hidden))
             begin_s, before = time.perf_counter(), begin
-            begin = self._run(rows, tables, begin, begin + count)
+            begin = self._run(rows, tables, begin, min(begin + count, len(self._records)))
             layer_s = (time.perf_counter() - begin_s) / (begin - before)
             count = 1 if watch is not None else max(1, int(_PAUSE_S / layer_s))
         hidden = rows.hidden
@@ -156,17 +157,13 @@ class CompiledStage(LayersStage):
         return _Rows(hidden, (cos, sin), self._heads(len(hidden)), self._attended(len(hidden)))
 
     def _run(self, rows: _Rows, tables: NDArray[np.int64], begin: int, end: int) -> int:
-        """From one layer's attention to that of ``end``, or of an earlier one: layers with experts run alone."""
-        box, records, (hidden, rotations, heads, attended) = self._team.mailbox, self._records, rows
-        end = min(end, next((i for i in self._with_experts if i >= begin), len(records)))
-        if end > begin:
-            layer_kernel.run_layers(box, records, begin, end, tables, *rotations, heads, attended, hidden)
-            return end
-        layer_kernel.attend(box, records[begin], tables[begin], heads, attended, hidden)
-        self._layers[begin].add_experts(hidden, box)
-        if begin + 1 < len(records):
-            layer_kernel.write_heads(box, records[begin + 1], hidden, *rotations, heads)
-        return begin + 1
+        """From one layer's attention to that of ``end``, or of an earlier one: experts have a kernel of their own."""
+        with_experts = self._with_experts
+        end = next((i for i in range(begin, end) if with_experts[i] != with_experts[begin]), end)
+        run = layer_kernel.run_expert_layers if with_experts[begin] else layer_kernel.run_layers
+        of_rows = *rows.rotations, rows.heads, rows.attended, rows.hidden
+        run(self._team.mailbox, self._records, begin, end, tables, *of_rows)
+        return end
 
     def _embed(self, token_ids: Tensor) -> Tensor:
         assert self._embedding is not None, "the first stage has it"

@@ -65,6 +65,53 @@ def _multiply(rows, row, weights, block, sums):
 
 
 @compiled
+def parts_of(rows, count):
+    """Rows [n, K] as ``route`` reads them, filled up with zeros."""
+    found = np.zeros((len(rows), count * PART), np.float32)
+    for i in range(len(rows)):
+        for j in range(rows.shape[1]):
+            found[i, j] = rows[i, j]
+    return found.reshape(len(rows), count, PART)
+
+
+@compiled
+def by_expert(chosen, num_experts):
+    """Pairs of a row and an expert, by expert: their ``order``, the experts, and where the pairs of each start.
+
+    ``chosen`` [n, k]; pair p is of row ``p // k``. Behind the last start stands the number of pairs.
+    """
+    num_pairs = chosen.size
+    counts, places = np.zeros(num_experts, np.int64), np.empty(num_experts, np.int64)
+    for expert in chosen.flat:
+        counts[expert] += 1
+    most = min(num_pairs, num_experts)
+    experts, starts = np.empty(most, np.int64), np.empty(most + 1, np.int64)
+    num_used = first = 0
+    for expert in range(num_experts):
+        places[expert] = first
+        if counts[expert]:
+            experts[num_used], starts[num_used] = expert, first
+            num_used += 1
+            first += counts[expert]
+    starts[num_used] = first
+    order = np.empty(num_pairs, np.int64)
+    for pair in range(num_pairs):
+        expert = chosen[pair // chosen.shape[1], pair % chosen.shape[1]]
+        order[places[expert]] = pair
+        places[expert] += 1
+    return order, starts[: num_used + 1], experts[:num_used]
+
+
+@compiled
+def picked(rows, order, num_kept):
+    """The row of each pair."""
+    found = np.empty((len(order), *rows.shape[1:]), rows.dtype)
+    for place in range(len(order)):
+        found[place] = rows[order[place] // num_kept]
+    return found
+
+
+@compiled
 def share_out(given, order, shares, rows):
     """Add to each row its shares of what its experts gave, in the order of their numbers.
 

@@ -1,7 +1,7 @@
 """The layers of a stage, compiled by numba: many in one call, since one from Python takes as long as a small product.
 
-A layer is described by a record of int64, which ``compiled_layer`` writes: numbers, the bits of float32, and where its
-arrays are, as a mailbox tells of them.
+A layer is described by the words of a ``LayerRecord``, int64: numbers, the bits of float32, and where its arrays are,
+as a mailbox tells of them.
 """
 
 from __future__ import annotations
@@ -9,20 +9,32 @@ from __future__ import annotations
 import numpy as np
 
 from flowspec.model.compiled import compiled
-from flowspec.model.shared_kernel import add_rows, product, taken, taken_gates, turn_rows, write_and_attend
-from flowspec.model.team_code import ARRAYS, WORDS_EACH, array_1, array_2, array_3
+from flowspec.model.expert_kernel import by_expert, parts_of, picked, route, share_out
+from flowspec.model.row_kernel import normalised
+from flowspec.model.shared_kernel import (
+    add_rows,
+    product,
+    product_by_expert,
+    taken,
+    taken_gates,
+    turn_rows,
+    write_and_attend,
+)
+from flowspec.model.team_code import ARRAYS, WORDS_EACH, array_1, array_2, array_3, array_4
 from flowspec.model.vector_code import as_float
 
 # Numbers of a record: flags, and what the kernels that are called have as arguments.
 EPS, MULTIPLIER, FACTOR, IS_TURNED, ROTATION, IS_GELU, UP, NUM_INNER = range(8)
 STARTS = 8  # of queries, keys and values in a row's products
-MATRICES = 12  # of each: inputs that share a scale, its kind, and the address of what multiplies with it
+NUM_EXPERTS, NUM_KEPT, IS_NORMED = range(11, 14)
+MATRICES = 16  # of each: inputs that share a scale, its kind, and the address of what multiplies with it
 NUMBERS_EACH = 3
-# Arrays of a record: five of each matrix, then what norms multiply by.
+# Arrays of a record: five of each matrix, then what norms multiply by, and a router.
 HEADS, OUTPUT, GATE_UP, DOWN = range(4)
 ARRAYS_EACH = 5
-BEFORE, ATTENDED, INNER, GIVEN, OF_QUERIES, OF_KEYS = range(20, 26)
-NUM_FIELDS = ARRAYS + 26 * WORDS_EACH
+NORMS = 20
+BEFORE, ATTENDED, INNER, GIVEN, OF_QUERIES, OF_KEYS, ROUTER = range(NORMS, 27)
+NUM_FIELDS = ARRAYS + 27 * WORDS_EACH
 
 
 @compiled
@@ -32,6 +44,17 @@ def _matrix(record, which):
     codes, scales = array_3(record, array, np.uint8), array_3(record, array + 1, np.uint16)
     zeros, offsets = array_3(record, array + 2, np.uint8), array_3(record, array + 3, np.uint16)
     return codes, scales, zeros, offsets, array_2(record, array + 4, np.float32), record[number + 1], record[number + 2]
+
+
+@compiled
+def _matrices(record, which):
+    """As ``Lanes`` of all experts, and of the first."""
+    array, number = which * ARRAYS_EACH, MATRICES + which * NUMBERS_EACH
+    codes, scales = array_4(record, array, np.uint8), array_4(record, array + 1, np.uint16)
+    zeros, offsets = array_4(record, array + 2, np.uint8), array_4(record, array + 3, np.uint16)
+    biases, kind, multiplier = array_3(record, array + 4, np.float32), record[number + 1], record[number + 2]
+    first = codes[0], scales[0], zeros[0], offsets[0], biases[0], kind, multiplier
+    return (codes, scales, zeros, offsets, biases, kind, multiplier), first
 
 
 @compiled
@@ -82,8 +105,44 @@ def _add_inner(box, record, hidden):
 
 
 @compiled
+def given_by_experts(box, record, rows):
+    """Rows [n, H] -> what their experts give them [n, >= H]; what a row gets does not depend on the rows beside it."""
+    (gate_up, one), (down, one_down) = _matrices(record, GATE_UP), _matrices(record, DOWN)
+    router, num_kept = array_4(record, ROUTER, np.float32), record[NUM_KEPT]
+    chosen, shares = np.empty((len(rows), num_kept), np.int64), np.empty((len(rows), num_kept), np.float32)
+    route(parts_of(rows, router.shape[1]), router, record[NUM_EXPERTS], record[IS_NORMED] != 0, chosen, shares)
+    order, starts, experts = by_expert(chosen, record[NUM_EXPERTS])
+    eps, no_norm = _float(record, EPS), one[4].ravel()[:0]
+    codes, scales, sums = taken(box, rows, no_norm, eps, _size(record, GATE_UP), one)
+    pairs = picked(codes, order, num_kept), picked(scales, order, num_kept), picked(sums, order, num_kept)
+    given = product_by_expert(box, pairs, starts, experts, gate_up)
+    is_gelu, size = record[IS_GELU] != 0, _size(record, DOWN)
+    inner = taken_gates(box, given, record[NUM_INNER], record[UP], is_gelu, size, one_down)
+    given = product_by_expert(box, inner, starts, experts, down)
+    found = np.zeros((len(rows), given.shape[1]), np.float32)
+    share_out(given, order, shares, found)
+    return found
+
+
+@compiled
+def run_expert_layers(box, records, begin, end, tables, cos, sin, heads, attended, hidden):
+    """As ``run_layers``, of those with experts."""
+    for i in range(begin, end):
+        record = records[i]
+        attend(box, record, tables[i], heads, attended, hidden)
+        eps, multiplier = _float(record, EPS), _float(record, MULTIPLIER)
+        given = given_by_experts(box, record, normalised(hidden, _norm(record, INNER), eps))
+        add_rows(box, given, _norm(record, GIVEN), eps, multiplier, hidden)
+        if i + 1 < len(records):
+            write_heads(box, records[i + 1], hidden, cos, sin, heads)
+
+
+@compiled
 def run_layers(box, records, begin, end, tables, cos, sin, heads, attended, hidden):
-    """Rows [n, H] from the attention of one layer to that of another, which has its ``heads`` then, if there is one."""
+    """Rows [n, H] from the attention of one layer to that of another, which has its ``heads`` then, if there is one.
+
+    None of them has experts.
+    """
     for i in range(begin, end):
         attend(box, records[i], tables[i], heads, attended, hidden)
         _add_inner(box, records[i], hidden)
