@@ -8,18 +8,19 @@ import subprocess
 import sys
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
 from filelock import FileLock, Timeout
 from numba.core.registry import cpu_target
+from numpy.typing import NDArray
 
 from flowspec.errors import ModelError
 from flowspec.model import compiled, row_kernel
-from flowspec.model.compiled_matrix import CompiledMatrix, CompiledRows, groups_of
-from flowspec.model.matrix_kernel import lay_out
+from flowspec.model.compiled_matrix import CompiledMatrix, Floats, groups_of
+from flowspec.model.matrix_kernel import lay_out, take
 from flowspec.model.packed import GROUP, FloatWeight, PackedWeight, pack
 from flowspec.model.rotation_kernel import rotations
 from flowspec.model.team import Team
@@ -83,6 +84,22 @@ def digest() -> str:
     for turned in rotations(np.arange(0, 90_000, 999), frequencies, np.float32(1)):
         found.update(turned.tobytes())
     return found.hexdigest()
+
+
+class CompiledRows(NamedTuple):
+    """Rows as the kernel reads them, in 8 bits."""
+
+    codes: NDArray[np.int8]  # [n, groups, GROUP]
+    scales: Floats  # [n, groups]
+    sums: NDArray[np.int32]  # [n, groups]
+
+    @classmethod
+    def of(cls, rows: Floats, num_groups: int, size: int) -> CompiledRows:
+        """[n, K], rounded. ``size``: inputs that share a scale of the weights."""
+        shape = len(rows), num_groups
+        rounded = cls(np.empty((*shape, GROUP), np.int8), np.empty(shape, np.float32), np.empty(shape, np.int32))
+        take(rows, size, *rounded)
+        return rounded
 
 
 def meant(rounded: CompiledRows, num_inputs: int, size: int) -> Any:

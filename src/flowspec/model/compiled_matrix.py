@@ -1,4 +1,4 @@
-"""Matrices on the compiled kernel, and the rows that they are multiplied with."""
+"""Matrices on the compiled kernel."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from flowspec.errors import ModelError
 from flowspec.model import layer_kernel, matrix_kernel
 from flowspec.model.matrix_kernel import LANES
 from flowspec.model.packed import (
-    EIGHT_BITS,
     FLOAT_KINDS,
     GROUP,
     WITH_OFFSETS,
@@ -89,26 +88,6 @@ class Lanes(NamedTuple):
             self.zeros[blocks] = _by_lanes(weight.zero_points, groups)
         if weight.offsets is not None:
             self.offsets[blocks] = _by_lanes(weight.offsets.view(np.uint16), groups)
-
-
-class CompiledRows(NamedTuple):
-    """Rows as the kernel reads them."""
-
-    codes: NDArray[np.int8]  # [n, groups, GROUP]; or the bytes of floats
-    scales: Floats  # [n, groups]
-    sums: NDArray[np.int32]  # [n, groups]
-
-    @classmethod
-    def of(cls, rows: Floats, num_groups: int, size: int, kind: int = EIGHT_BITS) -> CompiledRows:
-        """[n, K], rounded unless weights are floats. ``size``: inputs that share a scale of such weights."""
-        shape, width = (len(rows), num_groups), 4 * GROUP if kind in FLOAT_KINDS else GROUP
-        rounded = cls(np.empty((*shape, width), np.int8), np.empty(shape, np.float32), np.empty(shape, np.int32))
-        matrix_kernel.take(rows, size, *rounded)
-        return rounded
-
-    def picked(self, indices: NDArray[np.int64]) -> CompiledRows:
-        """Some of them."""
-        return CompiledRows(self.codes[indices], self.scales[indices], self.sums[indices])
 
 
 class CompiledMatrix:

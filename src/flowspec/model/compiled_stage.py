@@ -123,14 +123,13 @@ class CompiledStage(LayersStage):
         return SlotCache(len(self.layers), shape.num_kv_heads, shape.head_dim, self._is_half, root_id)
 
     def steps(self, parts: Sequence[Part], watch: Watch | None = None) -> Generator[Tensor | None]:
-        """With a pause before an attention about every millisecond; before each one if somebody watches."""
+        """With a pause about every millisecond; before each layer if somebody watches."""
         if not len(parts[0].slots):
             yield torch.empty(0, self.hidden_size, dtype=self.dtype)
             return
         requests = _rows_of(parts, self.attention.window)
         rows = self._begin(parts)
         tables = np.stack([request.described(self.attention.types) for request in requests], axis=1)
-        layer_kernel.write_heads(self._team.mailbox, self._records[0], rows.hidden, *rows.rotations, rows.heads)
         begin, count = 0, 1
         while begin < len(self._records):
             if begin:
@@ -157,7 +156,7 @@ class CompiledStage(LayersStage):
         return _Rows(hidden, (cos, sin), self._heads(len(hidden)), self._attended(len(hidden)))
 
     def _run(self, rows: _Rows, tables: NDArray[np.int64], begin: int, end: int) -> int:
-        """From one layer's attention to that of ``end``, or of an earlier one: experts have a kernel of their own."""
+        """Up to the layer ``end``, or to an earlier one: experts have a kernel of their own."""
         with_experts = self._with_experts
         end = next((i for i in range(begin, end) if with_experts[i] != with_experts[begin]), end)
         run = layer_kernel.run_expert_layers if with_experts[begin] else layer_kernel.run_layers

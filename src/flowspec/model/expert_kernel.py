@@ -67,11 +67,11 @@ def _multiply(rows, row, weights, block, sums):
 @compiled
 def parts_of(rows, count):
     """Rows [n, K] as ``route`` reads them, filled up with zeros."""
-    found = np.zeros((len(rows), count * PART), np.float32)
+    found = np.zeros((len(rows), count, PART), np.float32)
     for i in range(len(rows)):
         for j in range(rows.shape[1]):
-            found[i, j] = rows[i, j]
-    return found.reshape(len(rows), count, PART)
+            found[i, j // PART, j % PART] = rows[i, j]
+    return found
 
 
 @compiled
@@ -80,10 +80,11 @@ def by_expert(chosen, num_experts):
 
     ``chosen`` [n, k]; pair p is of row ``p // k``. Behind the last start stands the number of pairs.
     """
-    num_pairs = chosen.size
+    num_kept = chosen.shape[1]
+    num_pairs = len(chosen) * num_kept
     counts, places = np.zeros(num_experts, np.int64), np.empty(num_experts, np.int64)
-    for expert in chosen.flat:
-        counts[expert] += 1
+    for pair in range(num_pairs):
+        counts[chosen[pair // num_kept, pair % num_kept]] += 1
     most = min(num_pairs, num_experts)
     experts, starts = np.empty(most, np.int64), np.empty(most + 1, np.int64)
     num_used = first = 0
@@ -96,19 +97,26 @@ def by_expert(chosen, num_experts):
     starts[num_used] = first
     order = np.empty(num_pairs, np.int64)
     for pair in range(num_pairs):
-        expert = chosen[pair // chosen.shape[1], pair % chosen.shape[1]]
+        expert = chosen[pair // num_kept, pair % num_kept]
         order[places[expert]] = pair
         places[expert] += 1
     return order, starts[: num_used + 1], experts[:num_used]
 
 
 @compiled
-def picked(rows, order, num_kept):
-    """The row of each pair."""
-    found = np.empty((len(order), *rows.shape[1:]), rows.dtype)
-    for place in range(len(order)):
-        found[place] = rows[order[place] // num_kept]
-    return found
+def of_pairs(rows, order, num_kept):
+    """Rows as ``multiply`` reads them: the one of each pair."""
+    codes, scales, sums = rows
+    num_pairs, (_, num_groups, width) = len(order), codes.shape
+    own_codes = np.empty((num_pairs, num_groups, width), np.int8)
+    own_scales, own_sums = np.empty((num_pairs, num_groups), np.float32), np.empty((num_pairs, num_groups), np.int32)
+    for place in range(num_pairs):
+        row = order[place] // num_kept
+        for group in range(num_groups):
+            own_scales[place, group], own_sums[place, group] = scales[row, group], sums[row, group]
+            for u in range(width):
+                own_codes[place, group, u] = codes[row, group, u]
+    return own_codes, own_scales, own_sums
 
 
 @compiled

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from flowspec.model.compiled import compiled
-from flowspec.model.expert_kernel import by_expert, parts_of, picked, route, share_out
+from flowspec.model.compiled import compiled, inlined
+from flowspec.model.expert_kernel import by_expert, of_pairs, parts_of, route, share_out
 from flowspec.model.row_kernel import normalised
 from flowspec.model.shared_kernel import (
     add_rows,
@@ -37,7 +37,7 @@ BEFORE, ATTENDED, INNER, GIVEN, OF_QUERIES, OF_KEYS, ROUTER = range(NORMS, 27)
 NUM_FIELDS = ARRAYS + 27 * WORDS_EACH
 
 
-@compiled
+@inlined
 def _matrix(record, which):
     """As ``compiled_matrix.Lanes``."""
     array, number = which * ARRAYS_EACH, MATRICES + which * NUMBERS_EACH
@@ -46,7 +46,7 @@ def _matrix(record, which):
     return codes, scales, zeros, offsets, array_2(record, array + 4, np.float32), record[number + 1], record[number + 2]
 
 
-@compiled
+@inlined
 def _matrices(record, which):
     """As ``Lanes`` of all experts, and of the first."""
     array, number = which * ARRAYS_EACH, MATRICES + which * NUMBERS_EACH
@@ -57,24 +57,24 @@ def _matrices(record, which):
     return (codes, scales, zeros, offsets, biases, kind, multiplier), first
 
 
-@compiled
+@inlined
 def _size(record, which):
     """As of ``take``: of the rows that a matrix is multiplied with."""
     return record[MATRICES + which * NUMBERS_EACH]
 
 
-@compiled
+@inlined
 def _norm(record, which):
     return array_1(record, which, np.float32)
 
 
-@compiled
+@inlined
 def _float(record, which):
     return as_float(np.int32(record[which]))
 
 
-@compiled
-def write_heads(box, record, hidden, cos, sin, heads):
+@inlined
+def _write_heads(box, record, hidden, cos, sin, heads):
     """Rows [n, H] before a layer -> what attention reads, as ``turn`` writes it; ``cos`` [rotations, n, r]."""
     eps, rotation = _float(record, EPS), record[ROTATION]
     matrix, norm, of_queries = _matrix(record, HEADS), _norm(record, BEFORE), _norm(record, OF_QUERIES)
@@ -85,8 +85,8 @@ def write_heads(box, record, hidden, cos, sin, heads):
     turn_rows(box, products, starts, head_norms, eps, cos[rotation], sin[rotation], width, heads)
 
 
-@compiled
-def attend(box, record, table, heads, attended, hidden):
+@inlined
+def _attend(box, record, table, heads, attended, hidden):
     """To rows [n, H] before a layer what they attend to, times the output matrix. ``table``: as of all that attends."""
     write_and_attend(box, table, heads[0], heads[1], heads[2], _float(record, FACTOR), attended)
     eps, norm, matrix = _float(record, EPS), _norm(record, ATTENDED), _matrix(record, OUTPUT)
@@ -94,7 +94,7 @@ def attend(box, record, table, heads, attended, hidden):
     add_rows(box, products, norm, eps, _float(record, MULTIPLIER), hidden)
 
 
-@compiled
+@inlined
 def _add_inner(box, record, hidden):
     """To rows [n, H] behind attention what they run through then, where there are no experts: down(f(gate) * up)."""
     eps, gate_up, down = _float(record, EPS), _matrix(record, GATE_UP), _matrix(record, DOWN)
@@ -112,9 +112,8 @@ def given_by_experts(box, record, rows):
     chosen, shares = np.empty((len(rows), num_kept), np.int64), np.empty((len(rows), num_kept), np.float32)
     route(parts_of(rows, router.shape[1]), router, record[NUM_EXPERTS], record[IS_NORMED] != 0, chosen, shares)
     order, starts, experts = by_expert(chosen, record[NUM_EXPERTS])
-    eps, no_norm = _float(record, EPS), one[4].ravel()[:0]
-    codes, scales, sums = taken(box, rows, no_norm, eps, _size(record, GATE_UP), one)
-    pairs = picked(codes, order, num_kept), picked(scales, order, num_kept), picked(sums, order, num_kept)
+    eps, no_norm = _float(record, EPS), _norm(record, BEFORE)[:0]
+    pairs = of_pairs(taken(box, rows, no_norm, eps, _size(record, GATE_UP), one), order, num_kept)
     given = product_by_expert(box, pairs, starts, experts, gate_up)
     is_gelu, size = record[IS_GELU] != 0, _size(record, DOWN)
     inner = taken_gates(box, given, record[NUM_INNER], record[UP], is_gelu, size, one_down)
@@ -125,29 +124,25 @@ def given_by_experts(box, record, rows):
 
 
 @compiled
+def run_layers(box, records, begin, end, tables, cos, sin, heads, attended, hidden):
+    """Rows [n, H] through layers, none of which has experts; ``heads`` and ``attended`` are written, too."""
+    for i in range(begin, end):
+        record = records[i]
+        _write_heads(box, record, hidden, cos, sin, heads)
+        _attend(box, record, tables[i], heads, attended, hidden)
+        _add_inner(box, record, hidden)
+
+
+@compiled
 def run_expert_layers(box, records, begin, end, tables, cos, sin, heads, attended, hidden):
     """As ``run_layers``, of those with experts."""
     for i in range(begin, end):
         record = records[i]
-        attend(box, record, tables[i], heads, attended, hidden)
+        _write_heads(box, record, hidden, cos, sin, heads)
+        _attend(box, record, tables[i], heads, attended, hidden)
         eps, multiplier = _float(record, EPS), _float(record, MULTIPLIER)
         given = given_by_experts(box, record, normalised(hidden, _norm(record, INNER), eps))
         add_rows(box, given, _norm(record, GIVEN), eps, multiplier, hidden)
-        if i + 1 < len(records):
-            write_heads(box, records[i + 1], hidden, cos, sin, heads)
-
-
-@compiled
-def run_layers(box, records, begin, end, tables, cos, sin, heads, attended, hidden):
-    """Rows [n, H] from the attention of one layer to that of another, which has its ``heads`` then, if there is one.
-
-    None of them has experts.
-    """
-    for i in range(begin, end):
-        attend(box, records[i], tables[i], heads, attended, hidden)
-        _add_inner(box, records[i], hidden)
-        if i + 1 < len(records):
-            write_heads(box, records[i + 1], hidden, cos, sin, heads)
 
 
 @compiled
