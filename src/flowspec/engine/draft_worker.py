@@ -13,7 +13,7 @@ from flowspec.core import DraftDType, DType, Partition
 from flowspec.draft.catalogue import ChosenDraft, weights_of
 from flowspec.draft.remote_passes import NUM_BEST, RemoteModelSource
 from flowspec.engine.pipeline import Pipeline, PipelineSpec, connect, open_pipeline
-from flowspec.engine.telemetry import DraftWorkerStatus
+from flowspec.engine.telemetry import DraftWorkerStatus, StageState
 from flowspec.errors import FlowspecError, UsageError, WorkerError
 from flowspec.model.loader import Checkpoint
 from flowspec.wire.actor import Route, Send
@@ -86,6 +86,7 @@ class DraftWorker:
         self._since_s = time.monotonic()  # when the newest session began
         self._lost_s: float | None = None  # since when it is lost
         self._next_s = 0.0  # when the next attempt begins
+        self._bytes_before = 0  # of sessions that are over
         self._is_closed = False
         self.on_change: Callable[[RemoteModelSource | None], None] = lambda source: None  # ``None``: it is lost
         self.session = DraftSession(pipeline.connections, pipeline.spec.link.stall_timeout_s)
@@ -93,7 +94,13 @@ class DraftWorker:
     @property
     def status(self) -> DraftWorkerStatus:
         """Any thread may ask."""
-        return DraftWorkerStatus(self._pipeline.addresses[0], "away" if self.session.is_lost else "up")
+        state: StageState = "away" if self.session.is_lost else "up"
+        return DraftWorkerStatus(self._pipeline.addresses[0], state, self.link_bytes)
+
+    @property
+    def link_bytes(self) -> int:
+        """Bytes that have gone to it and come back, in all sessions."""
+        return self._bytes_before + self.session.connections.link_bytes
 
     def await_ready(self, source: RemoteModelSource, progress: LoadProgress) -> None:
         """Until it has loaded the model; what comes then is for ``source``.
@@ -162,6 +169,7 @@ class DraftWorker:
             return
         assert self.session.source is not None and self._lost_s is not None, "it was ready once"
         self._pipeline, self._attempt = pipeline, None
+        self._bytes_before += self.session.connections.link_bytes
         session = DraftSession(attempt, pipeline.spec.link.stall_timeout_s)
         session.source = self.session.source.renewed(session)
         self.session = session

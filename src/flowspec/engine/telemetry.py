@@ -38,6 +38,7 @@ class DraftWorkerStatus:
 
     address: str
     state: StageState
+    link_bytes: int  # that have gone to it and come back
 
 
 @dataclass(frozen=True)

@@ -133,6 +133,11 @@ class Metrics(Observer, Collector):
         recoveries = CounterMetricFamily("flowspec:recoveries", "Times that lost devices came back.", labels=names)
         recoveries.add_metric(values, status.num_recoveries)
         yield recoveries
+        if status.draft_worker is not None:
+            text = "To the worker that a smaller model as draft runs on, and back."
+            draft_bytes = CounterMetricFamily("flowspec:draft_link_bytes", text, labels=names)
+            draft_bytes.add_metric(values, status.draft_worker.link_bytes)
+            yield draft_bytes
         yield from self._stages(status, service.uptime_s)
 
     def _stages(self, status: Status, uptime_s: float) -> Iterable[Metric]:
