@@ -161,6 +161,10 @@ def test_the_next_turn_reads_only_what_is_new(checkpoint_dir: Callable[[str], Pa
             assert generations[0].output_ids == generations[1].output_ids
             assert (max(read) < 20) == bool(turn), "the first turn has nothing to begin with"
             prompt = [*prompt, *generations[0].output_ids, 3, 5, 2]
+        assert [draft.num_certain > 0 for draft in source._kept] == [True], "each turn has taken over the one before"
+        for seed in range(MAX_KEPT + 1):
+            pump.submit(prompt_of(30, seed), SamplingParams(max_tokens=2))
+        pump.run()
     assert [draft.num_certain > 0 for draft in source._kept] == [True] * MAX_KEPT
 
 

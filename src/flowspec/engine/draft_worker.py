@@ -8,10 +8,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from flowspec.cluster.connections import Connections, LoadProgress, RemoteConnections
-from flowspec.config import LinkConfig
+from flowspec.config import EngineConfig, LinkConfig
 from flowspec.core import DraftDType, DType, Partition
 from flowspec.draft.catalogue import ChosenDraft, weights_of
 from flowspec.draft.remote_passes import NUM_BEST, RemoteModelSource
+from flowspec.draft.worker_slots import WorkerSlots
 from flowspec.engine.pipeline import Pipeline, PipelineSpec, connect, open_pipeline
 from flowspec.engine.telemetry import DraftWorkerStatus, StageState
 from flowspec.errors import FlowspecError, UsageError, WorkerError
@@ -76,10 +77,10 @@ class DraftSession:
 class DraftWorker:
     """A pipeline of one stage that has the lm_head too, from one session to the next."""
 
-    def __init__(self, pipeline: Pipeline) -> None:
-        """Use ``open_draft_worker`` to make one."""
+    def __init__(self, pipeline: Pipeline, config: EngineConfig) -> None:
+        """Use ``open_draft_worker`` to make one. ``config``: how much of its memory is for keys and values."""
         assert isinstance(pipeline.connections, RemoteConnections), "it is a process"
-        self._pipeline = pipeline
+        self._pipeline, self._config = pipeline, config
         self._heard: RemoteConnections | None = None  # whose ``receive`` returns when something comes from here
         self._attempt: RemoteConnections | None = None  # at a session after a lost one
         self._num_losses = 0
@@ -95,7 +96,8 @@ class DraftWorker:
     def status(self) -> DraftWorkerStatus:
         """Any thread may ask."""
         state: StageState = "away" if self.session.is_lost else "up"
-        return DraftWorkerStatus(self._pipeline.addresses[0], state, self.link_bytes)
+        slots = WorkerSlots() if self.session.source is None else self.session.source.slots
+        return DraftWorkerStatus(self._pipeline.addresses[0], state, self.link_bytes, slots.num_slots, slots.num_held)
 
     @property
     def link_bytes(self) -> int:
@@ -111,7 +113,13 @@ class DraftWorker:
             self._pipeline.await_ready(progress)
         except UsageError as error:
             raise UsageError(f"draft worker {self._pipeline.addresses[0]}: {error}") from None
+        source.slots.num_slots = self._num_slots(self._pipeline)
         self.session.source = source
+
+    def _num_slots(self, pipeline: Pipeline) -> int | None:
+        """That its caches have room for, by its memory, and where people say how many, by that too."""
+        by_memory = pipeline.num_slots(replace(self._config, kv_slots=0))
+        return min((num for num in (by_memory, self._config.kv_slots or None) if num is not None), default=None)
 
     def listen(self, connections: Connections) -> None:
         """Let the source take what has come; whoever waits for ``connections`` hears of what comes later."""
@@ -171,7 +179,7 @@ class DraftWorker:
         self._pipeline, self._attempt = pipeline, None
         self._bytes_before += self.session.connections.link_bytes
         session = DraftSession(attempt, pipeline.spec.link.stall_timeout_s)
-        session.source = self.session.source.renewed(session)
+        session.source = self.session.source.renewed(session, self._num_slots(pipeline))
         self.session = session
         logger.warning("the draft worker is back after %.1f s, for later requests", time.monotonic() - self._lost_s)
         self._since_s, self._lost_s = time.monotonic(), None
@@ -197,6 +205,7 @@ def open_draft_worker(
     dtype: DType,
     device: str,
     link: LinkConfig,
+    config: EngineConfig,
     workers: Sequence[str] | None,
 ) -> DraftWorker:
     """Let the worker begin to load the small model. Raises ``UsageError``, also for any other draft.
@@ -214,4 +223,4 @@ def open_draft_worker(
     layers, weights = Partition.even(draft.num_layers, 1), weights_of(draft, draft_dtype, device)
     link = replace(link, int8_wire=False)  # there are no hidden states on it
     spec = PipelineSpec(draft, layers, [address], dtype=dtype, weights=weights, link=link, num_best=NUM_BEST)
-    return DraftWorker(open_pipeline(spec))
+    return DraftWorker(open_pipeline(spec), config)

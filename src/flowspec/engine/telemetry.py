@@ -39,6 +39,13 @@ class DraftWorkerStatus:
     address: str
     state: StageState
     link_bytes: int  # that have gone to it and come back
+    num_slots: int | None  # rows that its caches have room for; ``None``: unknown
+    num_slots_held: int  # by requests that draft there
+
+    @property
+    def kv_usage(self) -> float:
+        """As of ``Status``; 0 where nobody counts."""
+        return self.num_slots_held / self.num_slots if self.num_slots else 0.0
 
 
 @dataclass(frozen=True)

@@ -126,6 +126,9 @@ class Metrics(Observer, Collector):
             ),
             "devices_away": ("Devices that are lost, and awaited.", sum(s.state == "away" for s in status.stages)),
         }
+        if status.draft_worker is not None:
+            text = "As kv_cache_usage_perc, at the worker that a smaller model as draft runs on."
+            gauges["draft_kv_cache_usage_perc"] = text, status.draft_worker.kv_usage
         for name, (text, value) in gauges.items():
             gauge = GaugeMetricFamily(f"flowspec:{name}", text, labels=names)
             gauge.add_metric(values, value)
