@@ -19,13 +19,14 @@ from engines import Fault, engine_of
 from engines import run as run_jobs
 from flowspec import LLM, SamplingParams
 from flowspec.cluster.membership import Membership
-from flowspec.config import LinkConfig
+from flowspec.config import EngineConfig, LinkConfig
 from flowspec.draft import remote_passes
 from flowspec.draft.remote_passes import RemoteModelSource
 from flowspec.engine import draft_worker as draft_worker_module
 from flowspec.engine.engine import Engine
 from flowspec.errors import UsageError, WorkerError
 from flowspec.model.loader import Checkpoint
+from flowspec.model.slots import INITIAL_CAPACITY
 from flowspec.wire.key_file import STATE_VARIABLE
 from idle_worker import idle_worker
 from server_process import ServerProcess
@@ -230,6 +231,54 @@ def test_one_that_is_slow_for_once_is_not_taken_for_a_broken_draft(
                 assert isinstance(llm.engine.model.source, RemoteModelSource), "it is not switched off"
     checks = own_cache / "flowspec" / "draft-checks"
     assert not checks.exists() or not list(checks.iterdir())
+
+
+def test_ten_at_once_share_its_memory_and_outlive_it(
+    checkpoint_dir: Callable[[str], Path], small_dir: Path, workers: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Five caches have room; the worker is killed while five requests draft with it, and others from n-grams."""
+    own = WorkerProcess("127.0.0.4")
+    params = SamplingParams(max_tokens=30, temperature=0.8, seed=7)
+    prompts = [PROMPT_IDS[place:] + PROMPT_IDS[:place] for place in range(10)]
+    try:
+        with open_llm(checkpoint_dir("qwen3"), small_dir, workers[0], own.address) as llm:
+            plain = llm.generate_many(prompts, params, schedule="ar")
+            engine, source = llm.engine, llm.engine.model.source
+            assert isinstance(source, RemoteModelSource) and source.slots.num_slots is not None, "it has said so"
+            source.slots.num_slots = 1300
+            jobs = [engine.submit(prompt, params, "pipedec") for prompt in prompts]
+            most_held = 0
+            while not all(job.is_finished for job in jobs):
+                engine.step()
+                status = engine.status().draft_worker
+                assert status is not None and status.num_slots_held <= 1300
+                most_held = max(most_held, status.num_slots_held)
+                if source.slots.num_refused and own.is_alive:
+                    own.kill()
+            assert [job.output_ids for job in jobs] == [done.token_ids for done in plain]
+            assert not own.is_alive and most_held == 5 * INITIAL_CAPACITY
+        refused, lost = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+        assert "1,280 of them are held by 5 others, and it needs 256" in refused and lost.startswith(
+            "lost draft worker"
+        )
+    finally:
+        own.end()
+
+
+def test_one_without_memory_for_a_request_is_no_broken_draft(
+    checkpoint_dir: Callable[[str], Path], workers: list[str], own_cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """n-grams would be judged in its place, and what was found would be kept for ever."""
+    target = checkpoint_dir("llama")
+    config = EngineConfig(kv_slots=1000, kv_memory_share=1e-9)
+    with open_llm(target, target, *workers, config=config, draft_check="on") as llm:
+        assert isinstance(llm.engine.model.source, RemoteModelSource), "it is not switched off"
+        params = SamplingParams(max_tokens=20)
+        flow, plain = (llm.generate(PROMPT_IDS, params, schedule=name) for name in ("flow", "ar"))
+        assert flow.token_ids == plain.token_ids
+    assert not list(own_cache.glob("flowspec/draft-checks/*"))
+    (told,) = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert "the draft worker has memory for the keys and values of 0 tokens" in told
 
 
 def test_one_that_is_not_there_is_an_error_in_time(
