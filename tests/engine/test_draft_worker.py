@@ -281,6 +281,14 @@ def test_one_without_memory_for_a_request_is_no_broken_draft(
     assert "the draft worker has memory for the keys and values of 0 tokens" in told
 
 
+def test_one_whose_guesses_are_of_no_use_is_off_and_not_awaited(
+    checkpoint_dir: Callable[[str], Path], small_dir: Path, workers: list[str], own_cache: Path
+) -> None:
+    with open_llm(checkpoint_dir("qwen3"), small_dir, *workers, draft_check="on") as llm:
+        assert llm.generate(PROMPT_IDS, SamplingParams(max_tokens=4), schedule="flow").stats.draft == "ngram"
+        assert state_of(llm.engine) == (workers[1], "off")
+
+
 def test_one_that_is_not_there_is_an_error_in_time(
     checkpoint_dir: Callable[[str], Path], small_dir: Path, workers: list[str]
 ) -> None:

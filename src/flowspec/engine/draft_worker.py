@@ -9,13 +9,14 @@ from dataclasses import replace
 
 from flowspec.cluster.connections import Connections, LoadProgress, RemoteConnections
 from flowspec.config import EngineConfig, LinkConfig
-from flowspec.core import DraftDType, DType, Partition
-from flowspec.draft.catalogue import ChosenDraft, weights_of
+from flowspec.core import DraftDType, DType, Partition, Weights
+from flowspec.draft.catalogue import ChosenDraft
 from flowspec.draft.remote_passes import NUM_BEST, RemoteModelSource
 from flowspec.draft.worker_slots import WorkerSlots
 from flowspec.engine.pipeline import Pipeline, PipelineSpec, connect, open_pipeline
-from flowspec.engine.telemetry import DraftWorkerStatus, StageState
-from flowspec.errors import FlowspecError, UsageError, WorkerError
+from flowspec.engine.telemetry import DraftState, DraftWorkerStatus
+from flowspec.errors import DoesNotFitError, FlowspecError, UsageError, WorkerError
+from flowspec.model.backends import weights_to_try
 from flowspec.model.loader import Checkpoint
 from flowspec.wire.actor import Route, Send
 from flowspec.wire.messages import Closed, Commit, DataMessage, Failed, Guesses, Segment, ToDriver
@@ -77,10 +78,12 @@ class DraftSession:
 class DraftWorker:
     """A pipeline of one stage that has the lm_head too, from one session to the next."""
 
-    def __init__(self, pipeline: Pipeline, config: EngineConfig) -> None:
-        """Use ``open_draft_worker`` to make one. ``config``: how much of its memory is for keys and values."""
-        assert isinstance(pipeline.connections, RemoteConnections), "it is a process"
-        self._pipeline, self._config = pipeline, config
+    def __init__(self, pipeline: Pipeline, config: EngineConfig, narrower: Sequence[Weights] = ()) -> None:
+        """Use ``open_draft_worker`` to make one. ``config``: how much of its memory is for keys and values.
+
+        ``narrower``: weights that are taken in turn where the model does not fit.
+        """
+        self._pipeline, self._config, self._narrower = pipeline, config, list(narrower)
         self._heard: RemoteConnections | None = None  # whose ``receive`` returns when something comes from here
         self._attempt: RemoteConnections | None = None  # at a session after a lost one
         self._num_losses = 0
@@ -90,12 +93,14 @@ class DraftWorker:
         self._bytes_before = 0  # of sessions that are over
         self._is_closed = False
         self.on_change: Callable[[RemoteModelSource | None], None] = lambda source: None  # ``None``: it is lost
-        self.session = DraftSession(pipeline.connections, pipeline.spec.link.stall_timeout_s)
+        self.session = DraftSession(_remote(pipeline), pipeline.spec.link.stall_timeout_s)
 
     @property
     def status(self) -> DraftWorkerStatus:
         """Any thread may ask."""
-        state: StageState = "away" if self.session.is_lost else "up"
+        state: DraftState = "away" if self.session.is_lost else "up"
+        if self._is_closed and self.session.problem is None:
+            state = "off"
         slots = WorkerSlots() if self.session.source is None else self.session.source.slots
         return DraftWorkerStatus(self._pipeline.addresses[0], state, self.link_bytes, slots.num_slots, slots.num_held)
 
@@ -109,10 +114,20 @@ class DraftWorker:
 
         Raises ``WorkerError``, and ``UsageError`` for what the user can mend.
         """
-        try:
-            self._pipeline.await_ready(progress)
-        except UsageError as error:
-            raise UsageError(f"draft worker {self._pipeline.addresses[0]}: {error}") from None
+        address, is_ready = self._pipeline.addresses[0], False
+        while not is_ready:
+            try:
+                self._pipeline.await_ready(progress)
+                is_ready = True
+            except UsageError as error:
+                told = f"draft worker {address}: {error}"
+                if not (self._narrower and isinstance(error, DoesNotFitError)):
+                    raise UsageError(told) from None
+                smaller = self._narrower.pop(0)
+                logger.warning("%s; as --draft-dtype is auto, its weights are to be %s", told, smaller)
+                self._pipeline.close()
+                self._pipeline = open_pipeline(replace(self._pipeline.spec, weights=smaller))
+                self.session.connections = _remote(self._pipeline)
         source.slots.num_slots = self._num_slots(self._pipeline)
         self.session.source = source
 
@@ -198,6 +213,11 @@ class DraftWorker:
         own.end_session()
 
 
+def _remote(pipeline: Pipeline) -> RemoteConnections:
+    assert isinstance(pipeline.connections, RemoteConnections), "it is a process"
+    return pipeline.connections
+
+
 def open_draft_worker(
     address: str,
     draft: ChosenDraft,
@@ -220,7 +240,11 @@ def open_draft_worker(
         )
     if tcp_endpoint(address) in map(tcp_endpoint, workers or ()):
         raise UsageError(f"{address} is one of the workers already; give the draft a worker of its own")
-    layers, weights = Partition.even(draft.num_layers, 1), weights_of(draft, draft_dtype, device)
+    layers = Partition.even(draft.num_layers, 1)
+    # What its device can, the worker says.
+    in_turn: Sequence[Weights] = [draft_dtype]
+    if draft_dtype == "auto":
+        in_turn = weights_to_try(draft, "auto", device)
     link = replace(link, int8_wire=False)  # there are no hidden states on it
-    spec = PipelineSpec(draft, layers, [address], dtype=dtype, weights=weights, link=link, num_best=NUM_BEST)
-    return DraftWorker(open_pipeline(spec), config)
+    spec = PipelineSpec(draft, layers, [address], dtype=dtype, weights=in_turn[0], link=link, num_best=NUM_BEST)
+    return DraftWorker(open_pipeline(spec), config, in_turn[1:])
