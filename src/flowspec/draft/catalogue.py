@@ -60,7 +60,7 @@ def choose_draft(
     Raises ``UsageError``, also for a ``draft_dtype`` that such a draft cannot have.
     """
     if draft_dtype not in get_args(DraftDType):
-        raise UsageError(f"draft_dtype is {draft_dtype!r}; it must be one of {', '.join(get_args(DraftDType))}")
+        raise UsageError(f"draft_dtype is {draft_dtype!r}; it must be {' or '.join(map(repr, get_args(DraftDType)))}")
     chosen = _find_draft(checkpoint, draft, is_local)
     is_model, is_head = isinstance(chosen, Checkpoint), isinstance(chosen, (Path, MtpLayers))
     if draft_dtype != "auto" and not (is_model or (is_head and draft_dtype == "int8")):
