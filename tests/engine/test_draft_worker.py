@@ -160,6 +160,9 @@ def test_a_draft_worker_that_is_lost_is_named_and_ngrams_go_on(
             num_bytes = draft_bytes(llm)
             assert num_bytes > 0
             if fault == "kill":
+                with idle_worker(address=own.address, refusal="it is too small"):
+                    for _ in range(40):
+                        llm.engine.step(0.05)
                 own = WorkerProcess("127.0.0.4", int(own.address.rpartition(":")[2]))
             else:
                 own.go_on()
@@ -170,8 +173,11 @@ def test_a_draft_worker_that_is_lost_is_named_and_ngrams_go_on(
             back = llm.generate(PROMPT_IDS, params, schedule="flow")
             assert back.token_ids == plain and back.stats.draft == "model"
             assert draft_bytes(llm) > num_bytes, "none is forgotten, and more have come"
-        lost, returned = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+        lost, *refused, returned = [
+            record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING
+        ]
         assert lost == f"lost draft worker 1 ({own.address}); n-grams draft until it is back"
+        assert refused == ["the draft worker is not back yet: it is too small"] * (fault == "kill")
         assert "the draft worker is back after" in returned
     finally:
         own.go_on()

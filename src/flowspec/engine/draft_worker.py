@@ -91,6 +91,7 @@ class DraftWorker:
         self._lost_s: float | None = None  # since when it is lost
         self._next_s = 0.0  # when the next attempt begins
         self._bytes_before = 0  # of sessions that are over
+        self._told = ""  # why it could not be used again, the newest reason that somebody can mend
         self._is_closed = False
         self.on_change: Callable[[RemoteModelSource | None], None] = lambda source: None  # ``None``: it is lost
         self.session = DraftSession(_remote(pipeline), pipeline.spec.link.stall_timeout_s)
@@ -186,7 +187,9 @@ class DraftWorker:
             pipeline = Pipeline(self._pipeline.spec, attempt, self._pipeline.launcher)
             pipeline.use(ready)
         except FlowspecError as error:
-            logger.debug("the draft worker does not come back yet: %s", error)
+            is_news = isinstance(error, UsageError) and str(error) != self._told  # else it just takes its time
+            logger.log(logging.WARNING if is_news else logging.DEBUG, "the draft worker is not back yet: %s", error)
+            self._told = str(error) if is_news else self._told
             self._attempt, self._next_s = None, time.monotonic() + _RETRY_S
             self._end(attempt)
             return
