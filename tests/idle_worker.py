@@ -1,4 +1,4 @@
-"""What stands for a worker that is ready at once, says that it lives, and does no work."""
+"""What stands for a worker that is ready at once, or refuses its stage, says that it lives, and does no work."""
 
 from __future__ import annotations
 
@@ -9,15 +9,17 @@ from contextlib import contextmanager
 import zmq
 
 from flowspec.wire.codec import Codec
-from flowspec.wire.messages import Alive, Configure, Ready
+from flowspec.wire.messages import Alive, Configure, Failure, Ready
 
 
 @contextmanager
-def idle_worker(forward_s: Sequence[tuple[int, float]] = ()) -> Iterator[str]:
-    """Its address. ``forward_s``: as in ``Ready``."""
+def idle_worker(
+    forward_s: Sequence[tuple[int, float]] = (), address: str = "127.0.0.1:*", refusal: str = ""
+) -> Iterator[str]:
+    """Its address. ``forward_s``: as in ``Ready``. ``refusal``: why its user has to mend something first."""
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     router, codec, is_over = context.socket(zmq.ROUTER), Codec(), threading.Event()
-    port = router.bind_to_random_port("tcp://127.0.0.1")
+    router.bind(f"tcp://{address}")
 
     def serve() -> None:
         drivers: set[bytes] = set()
@@ -27,7 +29,8 @@ def idle_worker(forward_s: Sequence[tuple[int, float]] = ()) -> Iterator[str]:
                 if isinstance(configure := codec.decode_to_worker(frames), Configure):
                     drivers.add(identity)
                     ready = Ready(configure.stage, 0, 0, list(forward_s))
-                    router.send_multipart([identity, *codec.encode(ready)])
+                    answer = Failure(refusal, "", user_error=True) if refusal else ready
+                    router.send_multipart([identity, *codec.encode(answer)])
             for driver in drivers:
                 router.send_multipart([driver, *codec.encode(Alive())])
         router.close(linger=0)
@@ -35,7 +38,7 @@ def idle_worker(forward_s: Sequence[tuple[int, float]] = ()) -> Iterator[str]:
     thread = threading.Thread(target=serve)
     thread.start()
     try:
-        yield f"127.0.0.1:{port}"
+        yield router.get_string(zmq.LAST_ENDPOINT).removeprefix("tcp://")
     finally:
         is_over.set()
         thread.join()

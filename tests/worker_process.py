@@ -34,6 +34,10 @@ class WorkerProcess:
         assert found is not None, f"the worker did not come up: {self._running.log}"
         return found[1]
 
+    @property
+    def is_alive(self) -> bool:
+        return self._running.process.poll() is None
+
     def kill(self) -> None:
         """As when its power is cut."""
         self._running.process.kill()

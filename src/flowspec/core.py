@@ -15,7 +15,7 @@ from flowspec.errors import FieldError, UsageError
 
 DType = Literal["float32", "bfloat16", "float16"]
 DraftCheck = Literal["on", "off"]  # of a draft head, before the first request
-DraftDType = Literal["auto", "int8"]  # auto: the model's
+DraftDType = Literal["auto", "int8", "int4"]  # auto: the model's; int4: of small models alone
 Weights = Literal["auto", "float", "int8", "int4"]  # of linear layers; float: in the dtype; auto: by the model's files
 FinishReason = Literal["stop", "length"]
 

@@ -74,6 +74,7 @@ class LLM:
             file, a hub name, ``"smollm2"``), another copy of the model with an MTP layer, or a source of your own.
         draft_dtype: ``"int8"`` quantises the weights of a draft head, which are then read faster; guesses may get
             slightly worse, the text stays the same. ``"auto"`` is ``dtype``, or int8 where ``weights`` are integers.
+            A smaller model as draft takes ``"int4"`` too; there, ``"auto"`` is as of ``weights``.
         draft_layers: the target's layers that a head reads (EAGLE-3, P-EAGLE, DFlash, DSpark), where its config is
             wrong or silent: k for the stream that enters layer k. docs/DRAFTS.md says how they are found otherwise.
         draft_check: ``"on"`` lets a draft head or model guess along a short text before the first request, and switches

@@ -65,7 +65,10 @@ def test_json_is_one_object_and_nothing_else(run: Run, checkpoint_dir: Callable[
         (["t1", "--partition", "0:3,4:6"], "leaves a gap"),
         (["t1", "--partition", "0:3,3:5"], "covers 5 layers, but the model has 6"),
         (["t1", "--draft", "/no/such/head"], "no draft in '/no/such/head'"),
-        (["t1", "--draft", "ngram", "--draft-dtype", "int8"], "int8 is for draft heads, and the draft is ngram"),
+        (
+            ["t1", "--draft", "ngram", "--draft-dtype", "int8"],
+            "int8 is for draft heads and smaller models, and",
+        ),
         (["t1", "--model", "/no/such/model"], "not a directory"),
         (["t1", "--workers", "nonsense"], "not HOST:PORT"),
         (["t1", "--segment-len", "-1"], "segment_len is -1"),
@@ -105,8 +108,10 @@ def test_an_int8_draft_changes_no_token_and_an_unknown_dtype_is_refused(
     assert int8.code == 0, int8.err
     assert json.loads(int8.out)["token_ids"] == json.loads(plain.out)["token_ids"]
     refused = run(*command, "--draft-dtype", "int4")
+    assert refused.code == 2 and "int4 is for smaller models as draft, and the draft is a head" in refused.err
+    refused = run(*command, "--draft-dtype", "int2")
     words = " ".join(refused.err.split())
-    assert refused.code == 2 and "'int4' is not one of 'auto', 'int8'" in words
+    assert refused.code == 2 and "'int2' is not one of 'auto', 'int8', 'int4'" in words
 
 
 def test_a_head_of_another_model_is_refused(run: Run, checkpoint_dir: Callable[[str], Path], tmp_path: Path) -> None:

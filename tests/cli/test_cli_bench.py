@@ -269,7 +269,7 @@ def test_bench_without_a_cluster_runs_on_this_machine(run: Run, tmp_path: Path) 
     (of_temperature,) = values["runs"]
     assert (of_temperature["cluster"], of_temperature["model"]) == (None, "demo")
     assert of_temperature["settings"] == {
-        "max_new_tokens": 8, "temperature": 0, "num_prompts": 1, "repeats": 2, "draft": "auto", "int8_draft": False,
+        "max_new_tokens": 8, "temperature": 0, "num_prompts": 1, "repeats": 2, "draft": "auto", "draft_dtype": "auto",
             "draft_layers": None,
         "schedule_config": asdict(ScheduleConfig()), "workers": None, "draft_worker": None,
         "partition": "0:4,4:8", "dtype": "float32",

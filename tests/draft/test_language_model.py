@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from engines import engine_of, run
 from flowspec.config import PipelineConfig, TreeConfig
-from flowspec.core import SamplingParams
+from flowspec.core import DraftDType, SamplingParams
 from flowspec.draft import model_passes
 from flowspec.draft.base import Accepted
 from flowspec.draft.catalogue import choose_draft, load_draft
@@ -42,12 +42,12 @@ def small_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint(tmp_path_factory.mktemp("small"), "mistral", seed=3, hidden_size=16, num_hidden_layers=2)
 
 
-def source_of(target: Path, draft: Path) -> ModelSource:
+def source_of(target: Path, draft: Path, draft_dtype: DraftDType = "auto") -> ModelSource:
     checkpoint = Checkpoint.open(target)
-    chosen = choose_draft(checkpoint, draft)
+    chosen = choose_draft(checkpoint, draft, draft_dtype)
     assert isinstance(chosen, Checkpoint)
     head = TargetHead(checkpoint.load_lm_head("float32", "cpu"))
-    source = load_draft(chosen, checkpoint, head, "float32", "cpu")
+    source = load_draft(chosen, checkpoint, head, "float32", "cpu", draft_dtype=draft_dtype)
     assert isinstance(source, ModelSource)
     return source
 
@@ -85,6 +85,27 @@ def test_the_target_itself_as_draft_is_always_right(
         assert (stats.accepted, stats.restarts) == (49, 0)
     else:
         assert stats.verdicts == 8 and stats.accepted == 42, "six guesses and a bonus token in each round"
+
+
+def test_in_integers_it_is_smaller_and_no_token_is_another(checkpoint_dir: Callable[[str], Path]) -> None:
+    """The target's own files, narrower, guess nearly as it does."""
+    target, params = checkpoint_dir("qwen3"), SamplingParams(max_tokens=16)
+    plain = Pump(target, 1, "none", "ar")
+    wanted, sizes, shares = plain.submit(prompt_of(20), params), list[int](), list[float]()
+    plain.run()
+    for draft_dtype in get_args(DraftDType):
+        source = source_of(target, target, draft_dtype)
+        passes = source.open_passes(0)
+        assert isinstance(passes, LocalPasses)
+        sizes.append(passes._stage.weights_bytes)
+        tree = TreeConfig(top_k=1, depth=4, root_passes=5, min_probability=0.0)
+        pump = Pump(target, 2, source, "serial", tree, SMALL)
+        drafted = pump.submit(prompt_of(20), params)
+        pump.run()
+        assert drafted.output_ids == wanted.output_ids
+        shares.append(drafted.stats.accepted / drafted.stats.drafted)
+    assert sizes[0] > 2 * sizes[1] and sizes[1] > 1.2 * sizes[2], sizes
+    assert shares[0] == 1.0 and min(shares) > 0.2, shares
 
 
 def test_every_node_is_guessed_as_the_model_alone_guesses_behind_its_path(
@@ -161,6 +182,10 @@ def test_the_next_turn_reads_only_what_is_new(checkpoint_dir: Callable[[str], Pa
             assert generations[0].output_ids == generations[1].output_ids
             assert (max(read) < 20) == bool(turn), "the first turn has nothing to begin with"
             prompt = [*prompt, *generations[0].output_ids, 3, 5, 2]
+        assert [draft.num_certain > 0 for draft in source._kept] == [True], "each turn has taken over the one before"
+        for seed in range(MAX_KEPT + 1):
+            pump.submit(prompt_of(30, seed), SamplingParams(max_tokens=2))
+        pump.run()
     assert [draft.num_certain > 0 for draft in source._kept] == [True] * MAX_KEPT
 
 

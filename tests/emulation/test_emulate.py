@@ -84,6 +84,7 @@ def test_a_machine_that_cannot_keep_up_is_told_so(tmp_path: Path) -> None:
         (["--schedule", "tp-galaxy"], "simulator only"),
         (["--schedule", "fast"], "is none of"),
         (["--num-prompts", "0"], "--num-prompts is 0"),
+        (["--draft-dtype", "int4"], "--draft-dtype int4 is for runs in real time; a cluster file says what int8 costs"),
         (["--draft-dtype", "int8"], "slow has no int8_draft_pass_ms in [driver.ours]"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -18,17 +19,18 @@ from engines import Fault, engine_of
 from engines import run as run_jobs
 from flowspec import LLM, SamplingParams
 from flowspec.cluster.membership import Membership
-from flowspec.config import LinkConfig
+from flowspec.config import EngineConfig, LinkConfig
 from flowspec.draft import remote_passes
 from flowspec.draft.remote_passes import RemoteModelSource
 from flowspec.engine import draft_worker as draft_worker_module
-from flowspec.engine.telemetry import DraftWorkerStatus
+from flowspec.engine.engine import Engine
 from flowspec.errors import UsageError, WorkerError
 from flowspec.model.loader import Checkpoint
+from flowspec.model.slots import INITIAL_CAPACITY
 from flowspec.wire.key_file import STATE_VARIABLE
 from idle_worker import idle_worker
 from server_process import ServerProcess
-from tiny_models import make_checkpoint
+from tiny_models import VOCAB_SIZE, make_checkpoint
 from worker_process import WorkerProcess
 
 PROMPT_IDS = [1, 4, 2, 1, 4, 2, 3, 5, 0, 2, 1, 3, 4]
@@ -60,11 +62,23 @@ def open_llm(target: Path, draft: Path | str, worker: str, draft_worker: str | N
     return LLM(target, draft=draft, workers=[worker], draft_worker=draft_worker, **settings)
 
 
+def state_of(engine: Engine) -> tuple[str, str]:
+    status = engine.status().draft_worker
+    assert status is not None
+    return status.address, status.state
+
+
+def draft_bytes(llm: LLM) -> int:
+    status = llm.engine.status().draft_worker
+    return 0 if status is None else status.link_bytes
+
+
 def test_it_guesses_what_it_guesses_on_the_driver(
     checkpoint_dir: Callable[[str], Path], small_dir: Path, workers: list[str]
 ) -> None:
     """The texts are those of plain decoding; where no timing has a say, as many guesses are right."""
     found: list[dict[tuple[str, float], tuple[list[int], int, int]]] = []
+    num_bytes: list[int] = []  # of a request whose segments do not hang on timing
     for draft_worker in (None, workers[1]):
         with open_llm(checkpoint_dir("qwen3"), small_dir, workers[0], draft_worker) as llm:
             texts = {}
@@ -75,6 +89,12 @@ def test_it_guesses_what_it_guesses_on_the_driver(
                     texts[name, temperature] = done.token_ids, done.stats.drafted, done.stats.accepted
                     assert done.stats.draft == ("none" if name == "ar" else "model")
             found.append(texts)
+            before, params = draft_bytes(llm), SamplingParams(max_tokens=20)
+            done = llm.generate(PROMPT_IDS, params, schedule="serial")
+            num_bytes.append(done.stats.link_bytes)
+            of_draft = draft_bytes(llm) - before
+    assert abs(num_bytes[1] - num_bytes[0] - of_draft) < 1000, "but for signs of life"
+    assert of_draft > 8 * VOCAB_SIZE * done.stats.draft_passes, "each token's number and log-probability, and more"
     here, there = found
     for name, temperature in here:
         assert there[name, temperature][0] == here["ar", temperature][0]
@@ -136,19 +156,28 @@ def test_a_draft_worker_that_is_lost_is_named_and_ngrams_go_on(
             assert token_ids == plain
             again = llm.generate(PROMPT_IDS, params, schedule="flow")
             assert again.token_ids == plain and again.stats.draft == "ngram"
-            assert llm.engine.status().draft_worker == DraftWorkerStatus(own.address, "away")
+            assert state_of(llm.engine) == (own.address, "away")
+            num_bytes = draft_bytes(llm)
+            assert num_bytes > 0
             if fault == "kill":
+                with idle_worker(address=own.address, refusal="it is too small"):
+                    for _ in range(40):
+                        llm.engine.step(0.05)
                 own = WorkerProcess("127.0.0.4", int(own.address.rpartition(":")[2]))
             else:
                 own.go_on()
             until_s = time.monotonic() + 60
-            while llm.engine.status().draft_worker != DraftWorkerStatus(own.address, "up"):
+            while state_of(llm.engine) != (own.address, "up"):
                 assert time.monotonic() < until_s, own.log
                 llm.engine.step(0.05)
             back = llm.generate(PROMPT_IDS, params, schedule="flow")
             assert back.token_ids == plain and back.stats.draft == "model"
-        lost, returned = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+            assert draft_bytes(llm) > num_bytes, "none is forgotten, and more have come"
+        lost, *refused, returned = [
+            record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING
+        ]
         assert lost == f"lost draft worker 1 ({own.address}); n-grams draft until it is back"
+        assert refused == ["the draft worker is not back yet: it is too small"] * (fault == "kill")
         assert "the draft worker is back after" in returned
     finally:
         own.go_on()
@@ -167,7 +196,7 @@ def test_the_pipeline_may_be_lost_and_come_back_beside_it(
         run_jobs(engine, jobs[1:], [Fault(10, 1, signal.SIGKILL)])
         assert jobs[1].output_ids == jobs[0].output_ids
         status = engine.status()
-        assert status.num_recoveries == 1 and status.draft_worker == DraftWorkerStatus(workers[1], "up")
+        assert status.num_recoveries == 1 and state_of(engine) == (workers[1], "up")
         assert [job.draft for job in jobs] == ["none", "model", "model"]
 
 
@@ -208,6 +237,62 @@ def test_one_that_is_slow_for_once_is_not_taken_for_a_broken_draft(
                 assert isinstance(llm.engine.model.source, RemoteModelSource), "it is not switched off"
     checks = own_cache / "flowspec" / "draft-checks"
     assert not checks.exists() or not list(checks.iterdir())
+
+
+def test_ten_at_once_share_its_memory_and_outlive_it(
+    checkpoint_dir: Callable[[str], Path], small_dir: Path, workers: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Five caches have room; the worker is killed while five requests draft with it, and others from n-grams."""
+    own = WorkerProcess("127.0.0.4")
+    params = SamplingParams(max_tokens=30, temperature=0.8, seed=7)
+    prompts = [PROMPT_IDS[place:] + PROMPT_IDS[:place] for place in range(10)]
+    try:
+        with open_llm(checkpoint_dir("qwen3"), small_dir, workers[0], own.address) as llm:
+            plain = llm.generate_many(prompts, params, schedule="ar")
+            engine, source = llm.engine, llm.engine.model.source
+            assert isinstance(source, RemoteModelSource) and source.slots.num_slots is not None, "it has said so"
+            source.slots.num_slots = 1300
+            jobs = [engine.submit(prompt, params, "pipedec") for prompt in prompts]
+            most_held = 0
+            while not all(job.is_finished for job in jobs):
+                engine.step()
+                status = engine.status().draft_worker
+                assert status is not None and status.num_slots_held <= 1300
+                most_held = max(most_held, status.num_slots_held)
+                if source.slots.num_refused and own.is_alive:
+                    own.kill()
+            assert [job.output_ids for job in jobs] == [done.token_ids for done in plain]
+            assert not own.is_alive and most_held == 5 * INITIAL_CAPACITY
+        refused, lost = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+        assert "1,280 of them are held by 5 others, and it needs 256" in refused and lost.startswith(
+            "lost draft worker"
+        )
+    finally:
+        own.end()
+
+
+def test_one_without_memory_for_a_request_is_no_broken_draft(
+    checkpoint_dir: Callable[[str], Path], workers: list[str], own_cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """n-grams would be judged in its place, and what was found would be kept for ever."""
+    target = checkpoint_dir("llama")
+    config = EngineConfig(kv_slots=1000, kv_memory_share=1e-9)
+    with open_llm(target, target, *workers, config=config, draft_check="on") as llm:
+        assert isinstance(llm.engine.model.source, RemoteModelSource), "it is not switched off"
+        params = SamplingParams(max_tokens=20)
+        flow, plain = (llm.generate(PROMPT_IDS, params, schedule=name) for name in ("flow", "ar"))
+        assert flow.token_ids == plain.token_ids
+    assert not list(own_cache.glob("flowspec/draft-checks/*"))
+    (told,) = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert "the draft worker has memory for the keys and values of 0 tokens" in told
+
+
+def test_one_whose_guesses_are_of_no_use_is_off_and_not_awaited(
+    checkpoint_dir: Callable[[str], Path], small_dir: Path, workers: list[str], own_cache: Path
+) -> None:
+    with open_llm(checkpoint_dir("qwen3"), small_dir, *workers, draft_check="on") as llm:
+        assert llm.generate(PROMPT_IDS, SamplingParams(max_tokens=4), schedule="flow").stats.draft == "ngram"
+        assert state_of(llm.engine) == (workers[1], "off")
 
 
 def test_one_that_is_not_there_is_an_error_in_time(
@@ -279,4 +364,6 @@ def test_the_command_line_and_the_server_name_it(
     with ServerProcess(*model, "--draft", str(small_dir), "--draft-worker", workers[1]) as server:
         told = httpx.get(f"{server.url}/health?verbose=1", timeout=10).json()
         assert told["draft_worker"] == {"address": workers[1], "state": "up"}
+        figures = re.search(r"flowspec:draft_link_bytes_total{.*} (\S+)", httpx.get(f"{server.url}/metrics").text)
+        assert figures is not None and float(figures[1]) > 0
         assert [stage["stage"] for stage in told["stages"]] == [1]

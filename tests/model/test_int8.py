@@ -119,9 +119,11 @@ def test_a_torch_without_the_kernel_is_a_clear_error(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"draft_dtype": "int4"}, "draft_dtype is 'int4'; it must be 'auto' or 'int8'"),
-        ({"draft_dtype": "int8", "draft": "ngram"}, "int8 is for draft heads, and the draft is ngram"),
-        ({"draft_dtype": "int8", "draft": "none"}, "int8 is for draft heads, and the draft is none"),
+        ({"draft_dtype": "int2"}, "draft_dtype is 'int2'; it must be 'auto' or 'int8' or 'int4'"),
+        ({"draft_dtype": "int8", "draft": "ngram"}, "int8 is for draft heads and smaller models, and the draft is ngr"),
+        ({"draft_dtype": "int8", "draft": "none"}, "int8 is for draft heads and smaller models, and the draft is none"),
+        ({"draft_dtype": "int4"}, "int4 is for smaller models as draft, and the draft is a head; name another draft"),
+        ({"draft_dtype": "int4", "draft": "ngram"}, "int4 is for smaller models as draft, and the draft is ngram"),
     ],
 )
 def test_impossible_dtypes_are_refused(options: dict[str, Any], message: str) -> None:

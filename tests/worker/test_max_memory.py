@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from command_line import Run
-from flowspec import LLM
+from flowspec import LLM, SamplingParams
 from flowspec.config import LinkConfig
 from flowspec.core import DType, LayerRange, Weights
 from flowspec.engine import spec
@@ -120,7 +120,7 @@ def test_a_draft_model_takes_its_lm_head_too(wide: Path) -> None:
     configure = Configure(PROTOCOL_VERSION, 1, str(wide), 0, 5, "float32", None, 1.0, num_best=9)
     loader = StageLoader("cpu", Allowance("cpu", (used_bytes(CPU) + 20e6) / 1e9))
     told: list[int] = []
-    loader.memory.check_fits = lambda num_bytes, what: told.append(num_bytes)  # type: ignore[method-assign]
+    loader.memory.check_fits = lambda num_bytes, *_: told.append(num_bytes)  # type: ignore[method-assign]
     loaded = loader.load(configure, checkpoint, lambda done: None)
     assert told == [without + head] and loaded.guesser is not None
     loader.check_fits(configure, shapes_of(checkpoint, layers))
@@ -170,6 +170,12 @@ def test_a_worker_keeps_to_what_it_may_use(
         with LLM(wide, workers=[worker.address], dtype="bfloat16", link=link) as llm:
             (ready,) = llm.engine.pipeline.ready
             assert 1 <= ready.free_bytes < 0.04e9
+        draft = {"draft": wide, "draft_worker": worker.address, "draft_check": "off", "link": link}
+        with LLM(wide, stages=1, **draft) as llm:
+            flow, plain = (llm.generate([1, 4, 2], SamplingParams(max_tokens=8), schedule=s) for s in ("flow", "ar"))
+            assert flow.token_ids == plain.token_ids, "whether or not something is left for keys and values"
+        assert "the draft model's layers and lm_head take 0.04" in caplog.text
+        assert "as --draft-dtype is auto, its weights are to be int8" in caplog.text
     finally:
         log = worker.end()
     assert "fetching" not in log

@@ -181,7 +181,7 @@ class _Here:
         where = "this machine" if workers is None else f"{len(workers)} workers"
         parts = [self.model, where, counts(len(self.prompts), self.params)]
         parts += [self.stage_options.dtype.value] * (self.stage_options.dtype != Dtype.float32)
-        parts += ["draft in int8"] * (self.draft_dtype == DraftDtype.int8)
+        parts += [f"draft in {self.draft_dtype.value}"] * (self.draft_dtype != DraftDtype.auto)
         parts += ["int8 between the workers"] * self.stage_options.int8_wire
         parts += [f"{self.stage_options.stages} stages"] * (self.stage_options.stages is not None)
         parts += [f"layers {self.arguments['partition']}"] * (self.arguments["partition"] is not None)
@@ -212,7 +212,7 @@ def _bench_here(output: _Output, here: _Here, temperatures: Sequence[float], pro
             "repeats": here.repeats,
             "draft": here.draft,
             "draft_layers": here.draft_layers,
-            "int8_draft": here.draft_dtype == DraftDtype.int8,
+            "draft_dtype": here.draft_dtype.value,
             "schedule_config": asdict(here.schedule_config),
             "workers": here.arguments["workers"],
             "draft_worker": here.arguments["draft_worker"],

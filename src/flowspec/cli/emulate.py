@@ -22,7 +22,7 @@ from flowspec.cli.options import (
     Temperature,
     Verbose,
 )
-from flowspec.cli.study import SYNTHETIC, comma_list, wanted_prompts
+from flowspec.cli.study import SYNTHETIC, check_costs_known, comma_list, wanted_prompts
 from flowspec.cli.terminal import errors_in_one_line, print_table, progress_bar, stdout, write_json
 from flowspec.config import ScheduleConfig
 from flowspec.core import SamplingParams
@@ -54,6 +54,7 @@ def emulate(
         assert max_new_tokens is not None and temperature is not None
         if not (math.isfinite(time_scale) and time_scale > 0):
             raise UsageError(f"--time-scale is {time_scale:g}; it must be positive")
+        check_costs_known(draft_dtype)
         if model == SYNTHETIC:
             raise UsageError("emulate moves real hidden states; use --model demo, or a directory")
         names, is_int8 = comma_list(schedule, "--schedule"), draft_dtype == DraftDtype.int8

@@ -42,6 +42,7 @@ class Dtype(StrEnum):
 class DraftDtype(StrEnum):
     auto = "auto"
     int8 = "int8"
+    int4 = "int4"
 
 
 class OnOff(StrEnum):
@@ -67,7 +68,11 @@ ApiKey = Annotated[
 Threads = Annotated[int, typer.Option(help="Torch threads; 0 leaves the choice to torch.")]
 Device = Annotated[str, typer.Option(help="Torch device, as cpu or cuda:0; of the driver and the workers here.")]
 DraftDtypeOption = Annotated[
-    DraftDtype, typer.Option(help="Of a draft head's weights: auto is the model's, int8 half as much to read.")
+    DraftDtype,
+    typer.Option(
+        help="Of a draft's weights: int8 is half as much to read, int4, for smaller models alone, a quarter; auto is "
+        "the model's for heads, and as --weights for smaller models."
+    ),
 ]
 DraftLayersOption = Annotated[
     str | None,

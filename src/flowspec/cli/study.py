@@ -40,6 +40,12 @@ _NUM_SYNTHETIC_PROMPTS = 40
 _DEFAULT_QUALITY = "eagle1"
 
 
+def check_costs_known(draft_dtype: DraftDtype) -> None:
+    """Of what is played. Raises ``UsageError``."""
+    if draft_dtype == DraftDtype.int4:
+        raise UsageError("--draft-dtype int4 is for runs in real time; a cluster file says what int8 costs")
+
+
 @dataclass(frozen=True)
 class StudyOptions:
     """What ``simulate`` and ``bench`` can be told of a study."""
@@ -112,6 +118,7 @@ class StudyOptions:
         """Raises ``UsageError``."""
         params, model = self.params(temperature), self.model or SYNTHETIC
         is_real = model != SYNTHETIC
+        check_costs_known(self.draft_dtype)
         if is_real and self.draft_quality is not None:
             raise UsageError(f"--draft-quality is of the synthetic model; {model} has --draft")
         if not is_real and self.draft is not None:

@@ -46,6 +46,7 @@ _FORMS: Final[Mapping[Kind, type[Eagle3Format | DFlashFormat]]] = {
     "dflash2": DFlash2Format,
     "dspark": DSparkFormat,
 }
+_NARROW: Final = {"int8": "draft heads and smaller models", "int4": "smaller models as draft"}  # what can be so
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
@@ -56,15 +57,17 @@ def choose_draft(
 
     ``auto`` is the head that belongs to the model, else the MTP layers that are part of it, else n-grams. ``is_local``:
     all workers are on the driver's machine, where not every head pays.
-    Raises ``UsageError``, also for int8 where there is no head.
+    Raises ``UsageError``, also for a ``draft_dtype`` that such a draft cannot have.
     """
     if draft_dtype not in get_args(DraftDType):
-        raise UsageError(f"draft_dtype is {draft_dtype!r}; it must be 'auto' or 'int8'")
+        raise UsageError(f"draft_dtype is {draft_dtype!r}; it must be {' or '.join(map(repr, get_args(DraftDType)))}")
     chosen = _find_draft(checkpoint, draft, is_local)
-    if draft_dtype == "int8" and not isinstance(chosen, (Path, MtpLayers, Checkpoint)):
-        name = chosen if isinstance(chosen, str) else chosen.name
+    is_model, is_head = isinstance(chosen, Checkpoint), isinstance(chosen, (Path, MtpLayers))
+    if draft_dtype != "auto" and not (is_model or (is_head and draft_dtype == "int8")):
+        name = "a head" if is_head else getattr(chosen, "name", chosen)
         raise UsageError(
-            f"int8 is for draft heads, and the draft is {name}; name a head's directory, or leave int8 out"
+            f"{draft_dtype} is for {_NARROW[draft_dtype]}, and the draft is {name}; name another draft, or leave "
+            f"{draft_dtype} out"
         )
     return chosen
 
@@ -130,11 +133,6 @@ def read_taps(
     return None
 
 
-def weights_of(draft: Checkpoint, draft_dtype: DraftDType, device: str) -> Weights:
-    """Of a small model as draft. Raises ``UsageError`` as ``choose_weights``."""
-    return "int8" if draft_dtype == "int8" else choose_weights(draft, "auto", device)
-
-
 def load_draft(
     chosen: ChosenDraft,
     checkpoint: Checkpoint,
@@ -151,7 +149,8 @@ def load_draft(
     """``None`` when nothing is to be drafted. ``is_coupled``: see ``EagleSource``.
 
     ``weights``: of the target, and so of ``head``. ``draft_dtype``: int8 quantises the draft head and a copy of the
-    lm_head, ``head`` itself stays as it is; auto does so where the target is in integers too, and the kernels can.
+    lm_head, ``head`` itself stays as it is; auto does so where the target is in integers too, and the kernels can. For
+    a small model it is as ``--weights`` for any other one.
     ``taps``: what ``read_taps`` has found. ``memory``: for n-grams. ``port``: to the worker that a small model is on.
     Raises ``UsageError``.
     """
@@ -164,7 +163,7 @@ def load_draft(
             tokens = TokenMap(chosen.load_tokenizer(), checkpoint.load_tokenizer(), chosen, checkpoint)
             if port is not None:
                 return RemoteModelSource(port, tokens, chosen.max_positions, memory)
-            weights = weights_of(chosen, draft_dtype, device)
+            weights = choose_weights(chosen, draft_dtype, device)
             stage = load_stage(chosen, LayerRange(0, chosen.num_layers), dtype, weights, device)
             own_head = load_head(chosen, dtype, weights, device)
             return ModelSource(

@@ -50,7 +50,15 @@ class ModelSource:
         """An ended one; of those before it only a few stay of use."""
         self._kept.append(draft)
         if len(self._kept) > MAX_KEPT:
-            self._kept.popleft().forget()
+            self.forget_oldest()
+
+    def forget_oldest(self) -> None:
+        """Of those that are kept."""
+        self._kept.popleft().forget()
+
+    def take(self, draft: ModelDraft) -> None:
+        """A kept one, of which a new request takes all over."""
+        self._kept.remove(draft)
 
     def open(self, prompt_ids: Sequence[int], sampler: Sampler, top_k: int) -> ModelDraft:
         return ModelDraft(self, prompt_ids, sampler if self.is_coupled else GREEDY, top_k)
@@ -103,6 +111,7 @@ class ModelDraft:
         num_tokens = min(num_cached, other.num_certain)
         if not num_tokens:
             return
+        self._source.take(other)
         self._num_prefix = other._ends[num_tokens - 1]
         self.passes.reuse(other.passes, self._num_prefix)
         self._waiting = self._waiting[self._num_prefix :]

@@ -3,7 +3,8 @@
 For the worker the model is a pipeline of one stage. A request is opened there with its first pass, under a number of
 its own; nodes and text travel as segments, as those of the target do, and the answer names the best tokens of each node
 (``messages.Guesses``). Commits go the same way, and only when no pass is under way: so the worker has read every node
-that it is told of, and drops none of those that are asked about. No sockets here: ``Port`` has them.
+that it is told of, and drops none of those that are asked about. What a request's cache takes there is counted here,
+before the rows are sent (``draft.worker_slots``). No sockets here: ``Port`` has them.
 """
 
 from __future__ import annotations
@@ -18,15 +19,28 @@ from typing import Protocol
 import numpy as np
 from torch import Tensor
 
+from flowspec.core import MAX_ROWS
 from flowspec.draft.base import LANGUAGE_MODEL, Accepted, ReusableDraft
 from flowspec.draft.language_model import STEADY_STEPS, ModelDraft, ModelSource
 from flowspec.draft.memory import Memory
 from flowspec.draft.model_passes import NamedTokens, Rows
 from flowspec.draft.ngram import NgramDraft, NgramSource
 from flowspec.draft.token_map import TokenMap
+from flowspec.draft.worker_slots import WorkerSlots
 from flowspec.sampling import Sampler
 from flowspec.tree import DraftTree, Ints
-from flowspec.wire.messages import NO_PARENT, Close, Commit, DataMessage, Failed, Forget, Guesses, Open, Segment
+from flowspec.wire.messages import (
+    NO_PARENT,
+    Close,
+    Commit,
+    DataMessage,
+    Failed,
+    Forget,
+    Guesses,
+    Open,
+    Reserve,
+    Segment,
+)
 
 logger = logging.getLogger("flowspec.draft")
 
@@ -53,19 +67,22 @@ class RemotePasses:
 
     longest_text = sys.maxsize  # nobody waits for all of it
 
-    def __init__(self, port: Port, request_id: int) -> None:
-        """``request_id``: the worker's."""
+    def __init__(self, port: Port, request_id: int, slots: WorkerSlots | None = None) -> None:
+        """``request_id``: the worker's. ``slots``: of all requests there; by default as many as it likes."""
         self.request_id = request_id
         self.has_failed = False
         self.waits = True  # ``run`` does, for ``PATIENCE_S`` at most
         self.pass_s = 0.0  # what the last pass took
         self.asked_s = 0.0  # when the newest one was asked for
         self._port = port
+        self._slots = slots or WorkerSlots()
         self._is_open = False
         self._cached: tuple[int, int] | None = None  # a request, and how many tokens of its text are this one's too
         self._root_id = CHUNK  # as the worker calls the root; the text before it has the ids below
         self._next_id = CHUNK + 1
         self._ids: dict[int, int] = {}  # by nodes that have been read: what the worker calls them
+        self._num_text = 0  # rows of text that the worker has
+        self._parents: dict[int, int] = {}  # by its nodes, those included that the tree has dropped; parents come first
         self._asked: list[int] | None = None  # the worker's ids of the nodes of the pass under way
         self._answer: NamedTokens | None = None  # that has come
 
@@ -74,15 +91,20 @@ class RemotePasses:
         return self.has_failed or self._port.is_lost
 
     def reuse(self, other: RemotePasses, num_tokens: int) -> None:
-        self._cached = other.request_id, num_tokens
+        self._cached, self._num_text = (other.request_id, num_tokens), num_tokens
+        self._slots.take_over(other.request_id, self.request_id)
 
     def read(self, own_ids: Sequence[int], start: int) -> None:
+        if not self._has_room(len(own_ids)):
+            return
         self._open()
         for first in range(0, len(own_ids), CHUNK):
             part = own_ids[first : first + CHUNK]
             self._send(part, Rows([], [], [], []), start + first)
 
     def run(self, before: Sequence[int], start: int, rows: Rows) -> NamedTokens | None:
+        if not self._has_room(len(before) + len(rows.own_ids)):
+            return None
         self._open()
         num_ahead = max(0, len(before) - 1) // CHUNK * CHUNK
         self.read(before[:num_ahead], start)
@@ -96,6 +118,19 @@ class RemotePasses:
         while self.waits and self._answer is None and not self.is_lost and self.left_s > 0:
             self._port.wait(self.left_s)
         return self.take()
+
+    def _has_room(self, num_rows: int) -> bool:
+        """Whether the worker has memory for so many rows more; without, nothing comes of this request any more."""
+        needed, held = self._num_text + len(self._parents) + num_rows, self._slots.held_by(self.request_id)
+        if needed <= held:
+            return True
+        if not self._slots.grow(self.request_id, needed):
+            self.has_failed = True
+            self.close()
+            return False
+        if self._is_open:
+            self._tell(Reserve(self.request_id, 0, self._slots.held_by(self.request_id)))
+        return True
 
     @property
     def left_s(self) -> float:
@@ -117,9 +152,10 @@ class RemotePasses:
         self.pass_s = time.monotonic() - self.asked_s
 
     def fail(self, reason: str) -> None:
-        """The worker cannot go on with this request."""
+        """The worker cannot go on with this request, and need not keep anything of it."""
         if not self.has_failed:
             self.has_failed = True
+            self.close()
             logger.warning("the draft worker cannot go on with a request, for which n-grams draft instead: %s", reason)
 
     def has(self, node_id: int) -> bool:
@@ -129,30 +165,50 @@ class RemotePasses:
         if path:  # else nothing has been read, and the new root is called as the old one was
             self._root_id = self._ids.get(root_id, self._next_id + CHUNK)
             self._next_id = max(self._next_id, self._root_id + 1)
-            self._tell(Commit(self.request_id, 0, [self._ids[node_id] for node_id in path], self._root_id))
+            accepted = [self._ids[node_id] for node_id in path]
+            self._drop_dead(accepted)
+            self._tell(Commit(self.request_id, 0, accepted, self._root_id))
         left = set(alive.tolist())
         self._ids = {node_id: own_id for node_id, own_id in self._ids.items() if node_id in left}
+
+    def _drop_dead(self, accepted: Sequence[int]) -> None:
+        """As the worker does, by its names."""
+        self._num_text += len(accepted)
+        for own_id in accepted:
+            del self._parents[own_id]
+        living: dict[int, int] = {}
+        for own_id, parent_id in self._parents.items():
+            if own_id == self._root_id or parent_id in living:
+                living[own_id] = parent_id
+        self._parents = living
 
     def finish(self) -> None:
         if self._cached is not None:
             self._open()  # what was to be taken over is called as this request from now on
         if self._is_open:
             self._tell(Close(self.request_id, 0, cached_ids=[]))
+            self._slots.keep(self.request_id)
 
     def forget(self) -> None:
         if self._is_open:
             self._tell(Forget(self.request_id))
+            self._slots.release(self.request_id)
 
     def close(self) -> None:
-        """The request has ended, and nothing of it is kept."""
+        """Nothing of the request is kept, nor of what it was to take over. Safe to call twice."""
         if self._is_open:
             self._tell(Close(self.request_id, 0))
+        elif self._cached is not None:
+            self._tell(Forget(self._cached[0]))
+        self._is_open, self._cached = False, None
+        self._slots.release(self.request_id)
 
     def _open(self) -> None:
         if not self._is_open:
             self._is_open = True
             cached_by, num_cached = self._cached or (None, 0)
-            self._tell(Open(self.request_id, 0, self._root_id, [], cached_by=cached_by, num_cached=num_cached))
+            num_slots = self._slots.held_by(self.request_id)
+            self._tell(Open(self.request_id, 0, self._root_id, [], False, cached_by, num_cached, num_slots))
 
     def _send(self, before: Sequence[int], rows: Rows, start: int) -> None:
         """Text from position ``start`` on, and nodes, as one segment."""
@@ -164,6 +220,8 @@ class RemotePasses:
         parent_ids = [*(NO_PARENT, *before_ids[:-1])[:num_before], *parents]
         positions = [*range(start, start + num_before), *rows.positions]
         tokens = [*before, *rows.own_ids]
+        self._num_text += num_before
+        self._parents.update(zip(node_ids[num_before:], parents, strict=True))
         segment = Segment(self.request_id, 0, 0, node_ids, parent_ids, positions, num_before, tokens, None, [])
         self._tell(segment)
 
@@ -180,8 +238,15 @@ class RemoteModelSource:
     block_len = 1
     feature_layers: tuple[int, ...] = ()
 
-    def __init__(self, port: Port, tokens: TokenMap, max_positions: int, memory: Memory | None = None) -> None:
-        """``max_positions``: of the draft model. ``memory``: for n-grams."""
+    def __init__(
+        self,
+        port: Port,
+        tokens: TokenMap,
+        max_positions: int,
+        memory: Memory | None = None,
+        num_slots: int | None = None,
+    ) -> None:
+        """``max_positions``: of the draft model. ``memory``: for n-grams. ``num_slots``: as of ``WorkerSlots``."""
         self._port = port
         self._tokens, self._max_positions = tokens, max_positions
         self._memory = memory
@@ -189,9 +254,11 @@ class RemoteModelSource:
         self._passes: dict[int, RemotePasses] = {}  # by the worker's request ids
         self._inner = ModelSource(self._open_passes, tokens, max_positions)
         self._ngrams = NgramSource(memory=memory)
+        self.slots = WorkerSlots(num_slots, max_positions + MAX_ROWS, self._inner.forget_oldest)
+        self.has_failed = False  # some request has had to go on with n-grams
 
     def _open_passes(self, root_id: int) -> RemotePasses:
-        passes = RemotePasses(self._port, next(self._request_ids))
+        passes = RemotePasses(self._port, next(self._request_ids), self.slots)
         self._passes[passes.request_id] = passes
         return passes
 
@@ -214,13 +281,14 @@ class RemoteModelSource:
         """Whether its drafts are n-grams from now on."""
         return self._port.is_lost
 
-    def renewed(self, port: Port) -> RemoteModelSource:
+    def renewed(self, port: Port, num_slots: int | None) -> RemoteModelSource:
         """The same over another session."""
-        return RemoteModelSource(port, self._tokens, self._max_positions, self._memory)
+        return RemoteModelSource(port, self._tokens, self._max_positions, self._memory, num_slots)
 
     def leave(self, passes: RemotePasses) -> None:
         """The request has ended."""
         self._passes.pop(passes.request_id, None)
+        self.has_failed |= passes.has_failed
 
 
 class RemoteDraft:

@@ -84,8 +84,10 @@ def check_draft(
 
 
 def _is_telling(source: DraftSource, acceptance: Acceptance) -> bool:
-    """A worker that is lost, or slow for once, says nothing of the draft that it runs."""
-    return not isinstance(source, RemoteModelSource) or (not source.is_lost and acceptance.num_made[0] >= FEWEST)
+    """A worker that is lost, slow for once, or without memory for a request says nothing of the draft that it runs."""
+    if not isinstance(source, RemoteModelSource):
+        return True
+    return not source.is_lost and not source.has_failed and acceptance.num_made[0] >= FEWEST
 
 
 def _wrong_step(source: DraftSource, acceptance: Acceptance) -> int | None:

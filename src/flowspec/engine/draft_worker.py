@@ -8,13 +8,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from flowspec.cluster.connections import Connections, LoadProgress, RemoteConnections
-from flowspec.config import LinkConfig
-from flowspec.core import DraftDType, DType, Partition
-from flowspec.draft.catalogue import ChosenDraft, weights_of
+from flowspec.config import EngineConfig, LinkConfig
+from flowspec.core import DraftDType, DType, Partition, Weights
+from flowspec.draft.catalogue import ChosenDraft
 from flowspec.draft.remote_passes import NUM_BEST, RemoteModelSource
+from flowspec.draft.worker_slots import WorkerSlots
 from flowspec.engine.pipeline import Pipeline, PipelineSpec, connect, open_pipeline
-from flowspec.engine.telemetry import DraftWorkerStatus
-from flowspec.errors import FlowspecError, UsageError, WorkerError
+from flowspec.engine.telemetry import DraftState, DraftWorkerStatus
+from flowspec.errors import DoesNotFitError, FlowspecError, UsageError, WorkerError
+from flowspec.model.backends import weights_to_try
 from flowspec.model.loader import Checkpoint
 from flowspec.wire.actor import Route, Send
 from flowspec.wire.messages import Closed, Commit, DataMessage, Failed, Guesses, Segment, ToDriver
@@ -76,35 +78,64 @@ class DraftSession:
 class DraftWorker:
     """A pipeline of one stage that has the lm_head too, from one session to the next."""
 
-    def __init__(self, pipeline: Pipeline) -> None:
-        """Use ``open_draft_worker`` to make one."""
-        assert isinstance(pipeline.connections, RemoteConnections), "it is a process"
-        self._pipeline = pipeline
+    def __init__(self, pipeline: Pipeline, config: EngineConfig, narrower: Sequence[Weights] = ()) -> None:
+        """Use ``open_draft_worker`` to make one. ``config``: how much of its memory is for keys and values.
+
+        ``narrower``: weights that are taken in turn where the model does not fit.
+        """
+        self._pipeline, self._config, self._narrower = pipeline, config, list(narrower)
         self._heard: RemoteConnections | None = None  # whose ``receive`` returns when something comes from here
         self._attempt: RemoteConnections | None = None  # at a session after a lost one
         self._num_losses = 0
         self._since_s = time.monotonic()  # when the newest session began
         self._lost_s: float | None = None  # since when it is lost
         self._next_s = 0.0  # when the next attempt begins
+        self._bytes_before = 0  # of sessions that are over
+        self._told = ""  # why it could not be used again, the newest reason that somebody can mend
         self._is_closed = False
         self.on_change: Callable[[RemoteModelSource | None], None] = lambda source: None  # ``None``: it is lost
-        self.session = DraftSession(pipeline.connections, pipeline.spec.link.stall_timeout_s)
+        self.session = DraftSession(_remote(pipeline), pipeline.spec.link.stall_timeout_s)
 
     @property
     def status(self) -> DraftWorkerStatus:
         """Any thread may ask."""
-        return DraftWorkerStatus(self._pipeline.addresses[0], "away" if self.session.is_lost else "up")
+        state: DraftState = "away" if self.session.is_lost else "up"
+        if self._is_closed and self.session.problem is None:
+            state = "off"
+        slots = WorkerSlots() if self.session.source is None else self.session.source.slots
+        return DraftWorkerStatus(self._pipeline.addresses[0], state, self.link_bytes, slots.num_slots, slots.num_held)
+
+    @property
+    def link_bytes(self) -> int:
+        """Bytes that have gone to it and come back, in all sessions."""
+        return self._bytes_before + self.session.connections.link_bytes
 
     def await_ready(self, source: RemoteModelSource, progress: LoadProgress) -> None:
         """Until it has loaded the model; what comes then is for ``source``.
 
         Raises ``WorkerError``, and ``UsageError`` for what the user can mend.
         """
-        try:
-            self._pipeline.await_ready(progress)
-        except UsageError as error:
-            raise UsageError(f"draft worker {self._pipeline.addresses[0]}: {error}") from None
+        address, is_ready = self._pipeline.addresses[0], False
+        while not is_ready:
+            try:
+                self._pipeline.await_ready(progress)
+                is_ready = True
+            except UsageError as error:
+                told = f"draft worker {address}: {error}"
+                if not (self._narrower and isinstance(error, DoesNotFitError)):
+                    raise UsageError(told) from None
+                smaller = self._narrower.pop(0)
+                logger.warning("%s; as --draft-dtype is auto, its weights are to be %s", told, smaller)
+                self._pipeline.close()
+                self._pipeline = open_pipeline(replace(self._pipeline.spec, weights=smaller))
+                self.session.connections = _remote(self._pipeline)
+        source.slots.num_slots = self._num_slots(self._pipeline)
         self.session.source = source
+
+    def _num_slots(self, pipeline: Pipeline) -> int | None:
+        """That its caches have room for, by its memory, and where people say how many, by that too."""
+        by_memory = pipeline.num_slots(replace(self._config, kv_slots=0))
+        return min((num for num in (by_memory, self._config.kv_slots or None) if num is not None), default=None)
 
     def listen(self, connections: Connections) -> None:
         """Let the source take what has come; whoever waits for ``connections`` hears of what comes later."""
@@ -156,14 +187,17 @@ class DraftWorker:
             pipeline = Pipeline(self._pipeline.spec, attempt, self._pipeline.launcher)
             pipeline.use(ready)
         except FlowspecError as error:
-            logger.debug("the draft worker does not come back yet: %s", error)
+            is_news = isinstance(error, UsageError) and str(error) != self._told  # else it just takes its time
+            logger.log(logging.WARNING if is_news else logging.DEBUG, "the draft worker is not back yet: %s", error)
+            self._told = str(error) if is_news else self._told
             self._attempt, self._next_s = None, time.monotonic() + _RETRY_S
             self._end(attempt)
             return
         assert self.session.source is not None and self._lost_s is not None, "it was ready once"
         self._pipeline, self._attempt = pipeline, None
+        self._bytes_before += self.session.connections.link_bytes
         session = DraftSession(attempt, pipeline.spec.link.stall_timeout_s)
-        session.source = self.session.source.renewed(session)
+        session.source = self.session.source.renewed(session, self._num_slots(pipeline))
         self.session = session
         logger.warning("the draft worker is back after %.1f s, for later requests", time.monotonic() - self._lost_s)
         self._since_s, self._lost_s = time.monotonic(), None
@@ -182,6 +216,11 @@ class DraftWorker:
         own.end_session()
 
 
+def _remote(pipeline: Pipeline) -> RemoteConnections:
+    assert isinstance(pipeline.connections, RemoteConnections), "it is a process"
+    return pipeline.connections
+
+
 def open_draft_worker(
     address: str,
     draft: ChosenDraft,
@@ -189,6 +228,7 @@ def open_draft_worker(
     dtype: DType,
     device: str,
     link: LinkConfig,
+    config: EngineConfig,
     workers: Sequence[str] | None,
 ) -> DraftWorker:
     """Let the worker begin to load the small model. Raises ``UsageError``, also for any other draft.
@@ -203,7 +243,11 @@ def open_draft_worker(
         )
     if tcp_endpoint(address) in map(tcp_endpoint, workers or ()):
         raise UsageError(f"{address} is one of the workers already; give the draft a worker of its own")
-    layers, weights = Partition.even(draft.num_layers, 1), weights_of(draft, draft_dtype, device)
+    layers = Partition.even(draft.num_layers, 1)
+    # What its device can, the worker says.
+    in_turn: Sequence[Weights] = [draft_dtype]
+    if draft_dtype == "auto":
+        in_turn = weights_to_try(draft, "auto", device)
     link = replace(link, int8_wire=False)  # there are no hidden states on it
-    spec = PipelineSpec(draft, layers, [address], dtype=dtype, weights=weights, link=link, num_best=NUM_BEST)
-    return DraftWorker(open_pipeline(spec))
+    spec = PipelineSpec(draft, layers, [address], dtype=dtype, weights=in_turn[0], link=link, num_best=NUM_BEST)
+    return DraftWorker(open_pipeline(spec), config, in_turn[1:])

@@ -359,7 +359,8 @@ class Engine:
     @property
     def link_bytes(self) -> int:
         """Bytes on all links so far; the driver counts its own, the first hop included, workers the hops between."""
-        return self._bytes_before + self.pipeline.connections.link_bytes + self._telemetry.bytes_between
+        of_draft = 0 if self._draft_worker is None else self._draft_worker.link_bytes
+        return self._bytes_before + self.pipeline.connections.link_bytes + of_draft + self._telemetry.bytes_between
 
     def wake(self) -> None:
         """Let a ``step`` that waits return. Any thread may call it."""

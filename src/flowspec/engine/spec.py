@@ -133,5 +133,5 @@ def _open_draft_worker(spec: EngineSpec, draft: ChosenDraft) -> DraftWorker | No
         return None
     if spec.in_process:
         raise UsageError("draft_worker: with in_process there are no other processes; leave one of the two out")
-    how = spec.draft_dtype, spec.dtype, spec.device, spec.link
+    how = spec.draft_dtype, spec.dtype, spec.device, spec.link, spec.config
     return open_draft_worker(spec.draft_worker, draft, *how, spec.workers)

@@ -12,6 +12,7 @@ from flowspec.engine.pipeline import Pipeline
 from flowspec.wire.messages import Timing
 
 StageState: TypeAlias = Literal["up", "loading", "away"]
+DraftState: TypeAlias = Literal["up", "away", "off"]  # off: its guesses were of no use
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,15 @@ class DraftWorkerStatus:
     """The worker that a small model as draft runs on, now."""
 
     address: str
-    state: StageState
+    state: DraftState
+    link_bytes: int  # that have gone to it and come back
+    num_slots: int | None  # rows that its caches have room for; ``None``: unknown
+    num_slots_held: int  # by requests that draft there
+
+    @property
+    def kv_usage(self) -> float:
+        """As of ``Status``; 0 where nobody counts."""
+        return self.num_slots_held / self.num_slots if self.num_slots else 0.0
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ import logging
 import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import asdict
 from pathlib import Path
 from time import time
 
@@ -322,7 +321,7 @@ def _add_service_routes(app: FastAPI, api: Api) -> None:
         ]
         told: Json = {"running": engine.num_running, "waiting": service.num_waiting}
         if engine.draft_worker is not None:
-            told["draft_worker"] = asdict(engine.draft_worker)
+            told["draft_worker"] = {"address": engine.draft_worker.address, "state": engine.draft_worker.state}
         return _json({"status": named, "problem": problem, "stages": stages} | told, status)
 
     @app.get("/metrics", response_class=Response)

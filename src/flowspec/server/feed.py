@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, TypeAlias
 
 from flowspec import __version__
@@ -132,7 +132,7 @@ class Feed(Observer):
     def state(self) -> Json:
         """What does not change while the server runs, but for the stages' state."""
         engine = self._service.engine
-        model = engine.model
+        model, status = engine.model, engine.status()
         stages: list[Json] = [
             {
                 "stage": stage.stage,
@@ -145,7 +145,7 @@ class Feed(Observer):
                 "load_s": stage.load_s,
                 "fetched_bytes": stage.fetched_bytes,
             }
-            for stage in engine.status().stages
+            for stage in status.stages
         ]
         return {
             "version": __version__,
@@ -153,6 +153,7 @@ class Feed(Observer):
             "has_chat_template": model.chat_template.is_there,
             "schedule": engine.schedule_name,
             "draft": model.source.name if model.source is not None else "none",
+            "draft_worker": None if status.draft_worker is None else status.draft_worker.address,
             "max_positions": model.checkpoint.max_positions,
             "stages": stages,
         }
@@ -252,6 +253,7 @@ class Feed(Observer):
             "mean_accepted": num_accepted / num_verified if num_verified else 0.0,
             "kv_usage": status.kv_usage,
             "driver_busy": share(DRIVER_PLACE),
+            "draft_worker": None if status.draft_worker is None else asdict(status.draft_worker),
             "stages": stages,
         }
 

@@ -126,6 +126,9 @@ class Metrics(Observer, Collector):
             ),
             "devices_away": ("Devices that are lost, and awaited.", sum(s.state == "away" for s in status.stages)),
         }
+        if status.draft_worker is not None:
+            text = "As kv_cache_usage_perc, at the worker that a smaller model as draft runs on."
+            gauges["draft_kv_cache_usage_perc"] = text, status.draft_worker.kv_usage
         for name, (text, value) in gauges.items():
             gauge = GaugeMetricFamily(f"flowspec:{name}", text, labels=names)
             gauge.add_metric(values, value)
@@ -133,6 +136,11 @@ class Metrics(Observer, Collector):
         recoveries = CounterMetricFamily("flowspec:recoveries", "Times that lost devices came back.", labels=names)
         recoveries.add_metric(values, status.num_recoveries)
         yield recoveries
+        if status.draft_worker is not None:
+            text = "To the worker that a smaller model as draft runs on, and back."
+            draft_bytes = CounterMetricFamily("flowspec:draft_link_bytes", text, labels=names)
+            draft_bytes.add_metric(values, status.draft_worker.link_bytes)
+            yield draft_bytes
         yield from self._stages(status, service.uptime_s)
 
     def _stages(self, status: Status, uptime_s: float) -> Iterable[Metric]:

@@ -25,7 +25,7 @@ from flowspec.wire.messages import Configure
 from flowspec.worker.checks import Limits
 from flowspec.worker.hints import Hinter
 from flowspec.worker.measure import measure_forward
-from flowspec.worker.memory import Allowance
+from flowspec.worker.memory import ADVICE, DRAFT_ADVICE, Allowance
 
 logger = logging.getLogger("flowspec.worker")
 
@@ -87,10 +87,13 @@ class StageLoader:
     def check_fits(self, configure: Configure, shapes: StageShapes) -> None:
         """Before anything is loaded, or fetched. Raises ``DoesNotFitError``."""
         shapes = shapes.with_lm_head() if configure.num_best else shapes
-        where = f"worker {configure.stage} ({socket.gethostname()}, {self.device})"
+        where, advice = f"worker {configure.stage} ({socket.gethostname()}, {self.device})", ADVICE
+        what = f"layers {configure.start_layer}:{configure.end_layer}"
+        if configure.num_best:
+            what, advice = "the draft model's layers and lm_head", DRAFT_ADVICE
         compiled = is_compiled(shapes.hidden_size, self.device)
         num_bytes = stage_bytes(shapes, configure.dtype, configure.weights, compiled)
-        self.memory.check_fits(num_bytes, f"{where}: layers {configure.start_layer}:{configure.end_layer}")
+        self.memory.check_fits(num_bytes, f"{where}: {what}", advice)
 
     def forget(self) -> None:
         """What is kept may be damaged."""

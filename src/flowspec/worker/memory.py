@@ -11,6 +11,8 @@ import torch
 from flowspec.errors import DoesNotFitError, UsageError
 
 CGROUP = Path("/sys/fs/cgroup")  # of this process, in a container (version 2)
+ADVICE = "give it fewer layers (--partition) or int4 weights"
+DRAFT_ADVICE = "give it a smaller draft model or --draft-dtype int4"
 
 
 class Allowance:
@@ -48,21 +50,21 @@ class Allowance:
         left = max(1, int(self._most_gb * 1e9) - used_bytes(self._device))
         return min(free, left) if free else left
 
-    def check_fits(self, num_bytes: int, what: str) -> None:
+    def check_fits(self, num_bytes: int, what: str, advice: str = ADVICE) -> None:
         """Raises ``DoesNotFitError`` for more than is free, or can be no part of what is allowed.
 
-        The rest of what is allowed counts as empty.
+        The rest of what is allowed counts as empty. ``advice``: what would make it smaller.
         """
         if self._most_gb is not None and num_bytes > self._most_gb * 1e9 - self._base:
             raise DoesNotFitError(
                 f"{what} take {num_bytes / 1e9:.3g} GB, and it may use {self._most_gb:g} GB, {self._base / 1e9:.2g} "
-                "GB of them for itself; give it fewer layers (--partition), int4 weights, or a larger --max-memory"
+                f"GB of them for itself; {advice}, or take a larger --max-memory"
             )
         free = free_bytes(self._device)
         if free and num_bytes > free:
             raise DoesNotFitError(
-                f"{what} take {num_bytes / 1e9:.3g} GB, and {free / 1e9:.3g} GB of its memory are free; give it fewer "
-                "layers (--partition) or int4 weights, or end what else is there"
+                f"{what} take {num_bytes / 1e9:.3g} GB, and {free / 1e9:.3g} GB of its memory are free; {advice}, or "
+                "end what else is there"
             )
 
 

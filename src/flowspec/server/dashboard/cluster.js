@@ -22,8 +22,11 @@ export class Cluster {
 class DriverCard {
   #busy = element("dd");
   #meter = element("i");
+  #draftState = element("dd");
+  #draftLink = element("dd");
 
   constructor(state) {
+    const draftWorker = { "Draft worker": this.#draftState, "Over its link": this.#draftLink };
     this.node = element(
       "li",
       { className: "stage driver", "data-testid": "driver" },
@@ -31,12 +34,16 @@ class DriverCard {
       figures({ Busy: this.#busy }),
       meter(this.#meter),
       figures({ Model: state.model, Schedule: state.schedule, Draft: state.draft }),
+      state.draft_worker == null ? "" : figures(draftWorker),
     );
     this.update({});
   }
 
   update(event) {
     showBusy(this.#busy, this.#meter, event.driver_busy);
+    if (event.draft_worker == null) return;
+    setText(this.#draftState, event.draft_worker.state);
+    setText(this.#draftLink, bytes(event.draft_worker.link_bytes));
   }
 }
 
