@@ -10,6 +10,7 @@ import functools
 import itertools
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -188,8 +189,8 @@ def test_samples_follow_the_exact_distribution(tmp_path: Path) -> None:
 
     Twenty-five requests at a time, which share forwards; the third token keeps the pipeline busy behind the second.
     """
-    sizes = {"vocab_size": 8, "num_hidden_layers": 2}
-    directory = make_checkpoint(tmp_path / "model", "llama", initializer_range=0.15, **sizes)
+    sizes: dict[str, Any] = {"vocab_size": 8, "num_hidden_layers": 2, "initializer_range": 0.15}
+    directory = make_checkpoint(tmp_path / "model", "llama", **sizes)
     make_draft_head(directory / "draft", vocab_size=8)
     prompt, num_seeds, num_at_once = [1, 5, 2, 1, 5, 2, 1], 500, 25
     pump = Pump(directory, 2, "eagle", tree=TreeConfig(top_k=3, depth=2, size=8, min_probability=0.0))
