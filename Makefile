@@ -4,6 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 NEWEST := .venv-newest
+# The time of the files that pyright has last found right; a folder is newer once a file in it is gone.
+TYPES := $(VENV)/.types
+CHECKED := src tests benchmarks pyproject.toml $(STAMP)
+CHANGED = find $(CHECKED) '(' -name '*.py' -o -type d ! -name __pycache__ -o -name pyproject.toml -o -path $(STAMP) ')' -newer $(TYPES)
 # Processes that run tests at once.
 JOBS ?= 2
 # Torch for processors alone; its package at PyPI brings gigabytes for graphics cards.
@@ -29,7 +33,9 @@ lint: setup
 	$(BIN)/ruff format --check src tests benchmarks
 
 types: setup
+	@touch $(TYPES).new
 	$(BIN)/pyright
+	@mv $(TYPES).new $(TYPES)
 
 # The dashboard's tests want a browser, those of real networks iproute2; without them they are skipped.
 tools:
@@ -44,9 +50,11 @@ tools:
 	  echo "not here, and not to be installed: $$missing" >&2
 
 # Processes that the tests start are forked from one that has all imported; FLOWSPEC_FRESH_PROCESSES=1 starts each anew.
-# Types are checked meanwhile: what pyright says comes as one piece, among the tests' dots.
+# Types are checked meanwhile where files have changed: what pyright says comes as one piece, among the tests' dots.
 test: lint tools
-	@{ said=$$($(BIN)/pyright 2>&1); code=$$?; printf '\n$(BIN)/pyright: %s\n' "$$said"; exit $$code; } & types=$$!; \
+	@{ test -e $(TYPES) && test -z "$$($(CHANGED))" && exit; touch $(TYPES).new; \
+	  said=$$($(BIN)/pyright 2>&1); code=$$?; printf '\n$(BIN)/pyright: %s\n' "$$said"; \
+	  test $$code != 0 || mv $(TYPES).new $(TYPES); exit $$code; } & types=$$!; \
 	trap 'kill $$types; exit 130' INT TERM; \
 	echo '$(BIN)/python -m pytest -n $(JOBS) --dist worksteal'; \
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal; code=$$?; \

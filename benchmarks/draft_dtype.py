@@ -1,6 +1,6 @@
 """What an int8 draft costs in guesses and gives in time, on torch's kernels and on ours. Prints one JSON object.
 
-    python benchmarks/draft_dtype.py [--prompts 40] [--runs 9] [--threads 1]
+    python benchmarks/draft_dtype.py [--prompts 40] [--new-tokens 128] [--runs 9] [--threads 1]
 
 Guesses: the demo pair over held-out text, as in its model card, with the draft in float32 and in int8. Time: one pass
 of a random head of Llama-2-7B's sizes, lm_head included, without cached tokens; the variants take turns, medians count.
@@ -28,10 +28,9 @@ from flowspec.train.evaluate import EvaluationConfig, measure_texts
 Pass = tuple[EagleHead, nn.Module]  # the head, and the lm_head it guesses with
 
 
-def measure_guesses(num_prompts: int) -> dict[str, Any]:
+def measure_guesses(config: EvaluationConfig) -> dict[str, Any]:
     """Hit rates by level and tokens per target pass of the demo pair, by the draft's dtype."""
     target, head, held_out = open_shipped()
-    config = EvaluationConfig(num_prompts=num_prompts)
     figures: dict[str, Any] = {}
     for name, (draft, lm_head) in variants(head, target.get_output_embeddings()).items():
         greedy, sampled = measure_texts(target, draft, held_out, config, draft_lm_head=lm_head)
@@ -90,13 +89,15 @@ def _pass_ms(passes: dict[str, Pass], num_rows: int, num_runs: int) -> dict[str,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--prompts", type=int, default=40, help="held-out prompts; 0: measure no guesses")
+    new_tokens = EvaluationConfig.num_new_tokens
+    parser.add_argument("--new-tokens", type=int, default=new_tokens, help="of the text that follows each prompt")
     parser.add_argument("--runs", type=int, default=9, help="passes of each kind; 0: measure no time")
     parser.add_argument("--threads", type=int, default=1, help="torch threads")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     figures: dict[str, Any] = {"threads": arguments.threads}
     if arguments.prompts:
-        figures["guesses"] = measure_guesses(arguments.prompts)
+        figures["guesses"] = measure_guesses(EvaluationConfig(arguments.prompts, num_new_tokens=arguments.new_tokens))
     if arguments.runs:
         figures["pass_ms"] = measure_pass_ms(arguments.runs)
     print(json.dumps(figures, indent=2))

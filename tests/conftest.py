@@ -37,9 +37,10 @@ settings.load_profile("flowspec")
 # What takes longest, to begin with: else one process is left alone with it in the end.
 LONGEST = (
     "server/test_server_soak.py", "worker/test_real_network.py", "test_requests_wait_for_devices_that_are_away",
-    "test_the_synthetic_language_is_calibrated", "test_samples_follow_the_exact_distribution", "test_rivals_are_tuned",
-    "bench/test_benchmarks_gguf.py", "test_the_draft_dtype_benchmark", "test_who_has_to_give_way",
-    "test_ngrams_save_time", "test_auto_gives_a_useless_draft_up", "test_chats_keys_and_a_stage_that_dies",
+    "test_other_processors_make_the_same_bits", "bench/test_benchmarks_fuzz.py", "server/test_dashboard.py",
+    "server/test_server_fuzz.py", "test_the_synthetic_language_is_calibrated", "test_rivals_are_tuned",
+    "bench/test_benchmarks_gguf.py", "test_workers_that_have_joined_give", "test_samples_follow_the_exact_distribution",
+    "test_the_draft_dtype_benchmark", "test_chats_keys_and_a_stage_that_dies",
 )  # fmt: skip
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 from torch import Tensor
 
@@ -12,8 +12,11 @@ from flowspec.config import PipelineConfig
 from flowspec.core import SamplingParams
 from pump import Pump, prompt_of
 
-NUM_TOKENS = 24
+NUM_TOKENS = 20
+TEMPERATURES = (0.0, 0.8)
 SMALL = PipelineConfig(segment_len=5, prefill_chunk=7)  # so that prompts and trees come in several segments
+
+Other = TypeVar("Other", int, str)
 
 # Temperature, prompt length, number of tokens -> what ``ar`` gives on one stage.
 Plain: TypeAlias = Callable[[float, int, int], list[int]]
@@ -21,6 +24,15 @@ Plain: TypeAlias = Callable[[float, int, int], list[int]]
 
 def params_at(temperature: float, max_tokens: int = NUM_TOKENS) -> SamplingParams:
     return SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=11)
+
+
+def in_turn(schedules: Sequence[str], others: Sequence[Other]) -> list[tuple[str, Other, float]]:
+    """Every pair, at one temperature: each of either list meets both."""
+    return [
+        (schedule, other, TEMPERATURES[(i + j) % len(TEMPERATURES)])
+        for i, schedule in enumerate(schedules)
+        for j, other in enumerate(others)
+    ]
 
 
 def check_that_a_kept_prompt_is_taken_over(directory: Path, draft: str) -> None:

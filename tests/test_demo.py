@@ -63,6 +63,7 @@ def test_the_overhead_benchmark_prints_json() -> None:
 
 def test_the_draft_dtype_benchmark_prints_json() -> None:
     command = [sys.executable, str(BENCHMARKS / "draft_dtype.py"), "--prompts", "1", "--runs", "0"]
+    command += ["--new-tokens", "24"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     guesses = json.loads(done.stdout)["guesses"]

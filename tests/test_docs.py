@@ -26,6 +26,7 @@ from command_line import Run
 from flowspec.cluster.device_list import DeviceList
 from flowspec.toml_table import Table
 from flowspec.train.hints import HintRecipe
+from flowspec.train.windows import DraftRecipe
 from house import LEVELS, diagram
 from logged_process import LoggedProcess
 from tiny_eagle3 import write_eagle3
@@ -261,8 +262,11 @@ def run_results(house: House, run: Run, words: list[str]) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str((ROOT / script).parent))
         lab, tuning, page = (importlib.import_module(f"simulated.{name}") for name in ("lab", "tuning", "page"))
+        nano = lab.cluster(lab.NANO_7B)
         for name in ("block", "fair", "flow", "rivals", "whole"):
-            patch.setattr(f"simulated.{name}.all_clusters", lambda: [lab.cluster(lab.NANO_7B)])
+            patch.setattr(f"simulated.{name}.all_clusters", lambda: [nano])
+        for name in ("flow", "rivals"):
+            patch.setattr(f"simulated.{name}.cluster", lambda name: nano)
         for table in ("rivals.DRAWN", "sensitivity.CLUSTERS"):
             patch.setattr(f"simulated.{table}", (lab.NANO_7B,))
         for space in ("SPACES", "BLOCK_SPACES"):
@@ -342,6 +346,8 @@ def test_a_command_works_as_it_is_written(
     monkeypatch.chdir(house.place)
     monkeypatch.setenv("PYTHONPATH", str(ROOT / "src"))  # worker processes run this very code, from wherever they start
     monkeypatch.setattr("flowspec.train.hints.HintRecipe", lambda: HintRecipe(rank=4, num_tokens=512))
+    short = {"context_len": 64, "prompt_len": 16, "generation_batch": 8}
+    monkeypatch.setattr("flowspec.train.draft.DraftRecipe", lambda: DraftRecipe(**short))
     words = shlex.split(block.text, comments=True)
     command = " ".join(words)
     for pattern, rule in RULES.items():

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from benchmark_script import BENCHMARKS, run_benchmark
+from flowspec.model.synthetic import QUALITIES
 
 
 def run_results(out: Path, *sections: str) -> None:
@@ -86,7 +87,9 @@ def test_quick_results_never_reach_the_documentation() -> None:
 
 def test_the_synthetic_language_is_calibrated() -> None:
     sizes = ("--contexts", "4000", "--num-prompts", "1", "--max-new-tokens", "32")
-    figures = json.loads(run_benchmark("synthetic_language.py", "--json", *sizes))
+    own = [name for name in QUALITIES if name == "eagle1-clairvoyant" or not name.endswith("-clairvoyant")]
+    chosen = (word for name in own for word in ("--quality", name))
+    figures = json.loads(run_benchmark("synthetic_language.py", "--json", *sizes, *chosen))
     aims = {1: 0.744, 3: 0.703, 5: 0.647, 8: 0.562, 12: 0.468}
     rates = {row["step"]: row["hit_rate"] for row in figures["eagle1"]["hits"]}
     assert all(abs(rates[step] - aim) < 0.03 for step, aim in aims.items())

@@ -42,8 +42,7 @@ def pair_of(checkpoint_dir: Callable[[str], Path]) -> Callable[[str], Checkpoint
     return cache(lambda head: CheckpointPair(str(directory), str(directory / head)))
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.8])
-@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize(("head", "temperature"), [(head, 0.8 * (i % 2)) for i, head in enumerate(HEADS)])
 def test_a_head_changes_no_token(pair_of: Callable[[str], CheckpointPair], head: str, temperature: float) -> None:
     pair = pair_of(head)
     plain = simulated(pair, "ar", temperature)

@@ -115,7 +115,7 @@ def with_links(cluster: ClusterDescription, **changes: float) -> ClusterDescript
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("schedule", ALL)
-@settings(max_examples=6, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=3, suppress_health_check=[HealthCheck.too_slow])
 @given(
     seed=st.integers(0, 2**32),
     max_delay_ms=st.sampled_from([0.0, 30.0, 500.0, 5000.0]),
@@ -147,19 +147,26 @@ def test_no_delay_no_slow_worker_and_no_bad_link_changes_a_token(
     assert tuple(run(schedule, cluster, params, faults, prompt=prompt).token_ids) == plain
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("schedule", [name for name in ALL if name != "ar"])
+@pytest.mark.parametrize(
+    ("schedule", "temperature"),
+    [(name, float(i % 2)) for i, name in enumerate(name for name in ALL if name != "ar")],
+)
 def test_a_block_draft_changes_no_token(schedule: str, temperature: float) -> None:
     params = params_of(temperature, num_tokens=30)  # more than a block
     tokens = run(schedule, params=params, pair=BLOCK_PAIR).token_ids
     assert tuple(tokens) == plain_tokens(params, pair=BLOCK_PAIR)
 
 
-@pytest.mark.parametrize("num_stages", [1, 2, 5])
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("schedule", ALL)
-def test_any_number_of_stages_gives_the_same_tokens(schedule: str, temperature: float, num_stages: int) -> None:
-    params = params_of(temperature, 40)
+@pytest.mark.parametrize(  # temperatures in turn: each schedule has both, and so has each number of stages
+    ("schedule", "num_stages", "temperature"),
+    [
+        (schedule, num_stages, float((i + j) % 2))
+        for i, schedule in enumerate(ALL)
+        for j, num_stages in enumerate([1, 2, 5])
+    ],
+)
+def test_any_number_of_stages_gives_the_same_tokens(schedule: str, num_stages: int, temperature: float) -> None:
+    params = params_of(temperature, 30)
     tokens = run(schedule, NANO.with_stages(num_stages), params).token_ids
     assert tuple(tokens) == plain_tokens(params)
 
@@ -440,8 +447,8 @@ def test_a_draft_that_knows_the_noise_is_accepted_more_often_and_changes_no_toke
 
 
 def test_ngrams_save_time_where_text_repeats_itself_and_change_no_token() -> None:
-    experiment = Experiment(NANO, ScheduleConfig(), SamplingParams(max_tokens=64), start_up=StartUp(error=0.0))
-    pair, prompts = CheckpointPair("demo", "auto"), list(enumerate(BUILT_IN_PROMPTS[:3]))
+    experiment = Experiment(NANO, ScheduleConfig(), SamplingParams(max_tokens=40), start_up=StartUp(error=0.0))
+    pair, prompts = CheckpointPair("demo", "auto"), list(enumerate(BUILT_IN_PROMPTS[:2]))
     without, with_ngrams = (simulate(experiment, pair, name, prompts) for name in ("flow-no-ngrams", "flow"))
     assert [record.token_ids for record in with_ngrams] == [record.token_ids for record in without]
     assert sum(record.decode_s for record in with_ngrams) < sum(record.decode_s for record in without)
@@ -483,7 +490,7 @@ def test_auto_is_flow_where_that_is_faster() -> None:
 def test_auto_gives_a_useless_draft_up() -> None:
     pair = SyntheticPair("eagle1")
     pair.source = SyntheticSource(Misled(quality("eagle1")))
-    experiment = Experiment(NANO, ScheduleConfig(flow_parts=FlowParts(hints=False)), SamplingParams(250, seed=0))
+    experiment = Experiment(NANO, ScheduleConfig(flow_parts=FlowParts(hints=False)), SamplingParams(200, seed=0))
     plain, flow, auto = (simulate(experiment, pair, name, [(0, "x")])[0] for name in ("ar", "flow", "auto"))
     assert plain.token_ids == flow.token_ids == auto.token_ids
     assert flow.decode_s > 1.03 * plain.decode_s, "the case did not occur"

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from chains import add_path
 from engines import engine_of, workers_of
 from flowspec import LLM
-from flowspec.config import EngineConfig, PipelineConfig, ScheduleConfig, TreeConfig
+from flowspec.config import EngineConfig, LockstepConfig, PipelineConfig, ScheduleConfig, TreeConfig
 from flowspec.core import SamplingParams, TokenLogprobs
 from flowspec.draft.base import Accepted, Draft
 from flowspec.draft.ngram import NgramSource
@@ -36,6 +36,7 @@ from pump import Pump
 OPENS, EXPANDS, COMMITS, SENDS = 90, 91, 92, 93  # a prompt's first token says where its draft fails
 FAULTS = (OPENS, EXPANDS, COMMITS, SENDS)
 PROMPT = (1, 4, 2, 1, 4, 2, 3, 1, 4, 2)
+SMALL_TREE = TreeConfig(size=8, min_probability=0.0)
 
 
 class FaultySource:
@@ -292,32 +293,32 @@ def test_requests_start_when_there_is_likely_room_and_grow(checkpoint_dir: Calla
 def test_who_has_to_give_way_goes_on_later_with_the_same_text(
     checkpoint_dir: Callable[[str], Path], schedule: str, draft: str
 ) -> None:
-    """Six that need 180 slots and more share 420; each gets the tokens, and log-probabilities, that it gets alone."""
+    """Six that need 80 slots and more share 260; each gets the tokens, and log-probabilities, that it gets alone."""
     directory = checkpoint_dir("qwen3")
     jobs = [
-        ((i, *PROMPT), SamplingParams(120, i % 2 * 0.8, seed=i, frequency_penalty=i % 3 * 0.2, num_logprobs=1))
+        ((i, *PROMPT), SamplingParams(60, i % 2 * 0.8, seed=i, frequency_penalty=i % 3 * 0.2, num_logprobs=1))
         for i in range(6)
     ]
     expected = solo(directory, jobs)
-    config = EngineConfig(kv_slots=420, likely_tokens=4)
+    config = EngineConfig(kv_slots=260, likely_tokens=4)
     with engine_of(
         directory,
         stages=2,
         in_process=True,
         schedule=schedule,
         draft=directory / "draft" if draft == "eagle" else draft,
-        schedule_config=ScheduleConfig(flow=TreeConfig(size=8, min_probability=0.0)),
+        schedule_config=ScheduleConfig(flow=SMALL_TREE, lockstep=LockstepConfig(SMALL_TREE, expand_size=8)),
         config=config,
     ) as engine:
         started = [engine.submit(*job) for job in jobs]
         while not all(job.is_finished for job in started):
             engine.step()
-            assert engine.status().num_slots_held <= 420
+            assert engine.status().num_slots_held <= 260
             for worker in workers_of(engine):
                 requests = worker._requests
                 caches = [*requests._cached.values(), *(request.cache for request in requests._open.values())]
                 # A segment of a lock-step schedule may keep its request's end waiting for a moment.
-                assert schedule == "lockstep" or sum(cache.slots.limit for cache in caches) <= 420
+                assert schedule == "lockstep" or sum(cache.slots.limit for cache in caches) <= 260
                 assert all(cache.slots.capacity <= max(256, cache.slots.limit) for cache in caches)
         assert [job.output_ids for job in started] == expected
         generations = [job.generation for job in started if job.generation is not None]

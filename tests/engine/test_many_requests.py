@@ -59,8 +59,15 @@ def alone(checkpoint_dir: Callable[[str], Path]) -> Callable[[str, list[int], Sa
     return tokens
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
-@pytest.mark.parametrize("schedule", ["flow", "serial", "lockstep", "auto"])
+@pytest.mark.parametrize(  # each schedule with two families, each family with two schedules
+    ("schedule", "family"),
+    [
+        (schedule, family)
+        for i, schedule in enumerate(["flow", "serial", "lockstep", "auto"])
+        for j, family in enumerate(["llama", "mistral", "qwen2", "qwen3"])
+        if (i + j) % 2 == 0
+    ],
+)
 def test_requests_at_once_give_the_tokens_that_they_give_alone(
     checkpoint_dir: Callable[[str], Path], alone: Callable[..., list[int]], family: str, schedule: str
 ) -> None:
@@ -72,7 +79,7 @@ def test_requests_at_once_give_the_tokens_that_they_give_alone(
     assert any(shared) or schedule == "lockstep", "no forward was shared"
 
 
-@settings(max_examples=20, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=12, suppress_health_check=[HealthCheck.too_slow])
 @given(seed=st.integers(0, 2**32), num_stages=st.integers(1, 3))
 def test_any_order_with_requests_coming_going_and_reusing_caches_gives_the_same_tokens(
     checkpoint_dir: Callable[[str], Path], alone: Callable[..., list[int]], seed: int, num_stages: int

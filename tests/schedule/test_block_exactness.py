@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
@@ -20,7 +19,7 @@ from flowspec.draft.base import BlockDraft
 from flowspec.draft.dflash import DFlashSource
 from flowspec.schedule.catalogue import AUTO, SCHEDULES
 from pump import Pump, prompt_of
-from tapped import NUM_TOKENS, SMALL, Plain, check_that_a_kept_prompt_is_taken_over, params_at
+from tapped import NUM_TOKENS, SMALL, Plain, check_that_a_kept_prompt_is_taken_over, in_turn, params_at
 from tiny_dflash import DFlashForm, Reference, make_weights
 from tiny_peagle import PEagleForm
 
@@ -32,8 +31,8 @@ FORM = DFlashForm(block_size=5)  # of the checkpoints: blocks that end within a 
 @pytest.mark.parametrize(
     ("draft", "schedule", "num_stages", "temperature"),
     [
-        *itertools.product(["dflash"], [*(name for name in SCHEDULES if name != "ar"), AUTO], (1, 3), (0.0, 0.8)),
-        *itertools.product(BLOCKS[1:], ["flow", "serial", "pipedec"], (3,), (0.0, 0.8)),
+        *(("dflash", *rung) for rung in in_turn([*(name for name in SCHEDULES if name != "ar"), AUTO], (1, 3))),
+        *((draft, schedule, 3, at) for schedule, draft, at in in_turn(["flow", "serial", "pipedec"], BLOCKS[1:])),
     ],
 )
 def test_tokens_are_those_of_plain_decoding(

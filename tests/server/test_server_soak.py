@@ -14,7 +14,7 @@ import openai
 from flowspec import LLM, SamplingParams
 from server_process import ServerProcess
 
-NUM_REQUESTS = int(os.environ.get("FLOWSPEC_SOAK_REQUESTS", "300"))
+NUM_REQUESTS = int(os.environ.get("FLOWSPEC_SOAK_REQUESTS", "160"))
 NUM_CLIENTS = 16
 NUM_KINDS = 30  # different requests; each comes several times
 LATER_S = 60.0  # memory is compared with what it was at this time, or at half of the run

@@ -23,7 +23,7 @@ class SyntheticSource:
         self.language = language
         self.block_len = language.quality.block_len
         # A block draft does not extrapolate: what a new block knows better is worth its pass.
-        self.steady_steps = 1 if self.block_len > 1 else steady_steps(language.hit_rates())
+        self.steady_steps = 1 if self.block_len > 1 else steady_steps(language.usual_hit_rates)
 
     def open(self, prompt_ids: Sequence[int], sampler: Sampler, top_k: int) -> SyntheticDraft:
         """The calibrated rates are those of drafts that know nothing of the noise."""

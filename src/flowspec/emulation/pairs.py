@@ -11,7 +11,7 @@ from flowspec.draft.base import DraftSource
 from flowspec.draft.synthetic import SyntheticSource
 from flowspec.model.hint_head import HINT_DEPTH
 from flowspec.model.stage import Stage
-from flowspec.model.synthetic import VOCAB_SIZE, Language, SyntheticHead, SyntheticHinter, SyntheticStage, quality
+from flowspec.model.synthetic import VOCAB_SIZE, SyntheticHead, SyntheticHinter, SyntheticStage, language, quality
 from flowspec.model.taps import Taps
 from flowspec.model.target_head import LogitsHead
 from flowspec.worker.hints import Hinter
@@ -59,9 +59,9 @@ class SyntheticPair:
 
     def __init__(self, draft_quality: str, is_sampled: bool = False) -> None:
         """``is_sampled``: for temperatures above 0. Raises ``UsageError`` for an unknown quality."""
-        language = Language(quality(draft_quality, is_sampled), is_sampled)
-        self.head = SyntheticHead(language)
-        self.source = SyntheticSource(language)
+        spoken = language(quality(draft_quality, is_sampled), is_sampled)
+        self.head = SyntheticHead(spoken)
+        self.source = SyntheticSource(spoken)
         self.max_positions = 1 << 20
         self.eos_ids: frozenset[int] = frozenset()
         self.taps: TapShape | None = None

@@ -14,9 +14,10 @@ little within the steps that the draft was trained for, where it reads features 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 
 import numpy as np
 import torch
@@ -159,6 +160,7 @@ class Language:
         """``is_sampled``: of texts at temperatures above 0, where hints are less often right."""
         self.quality = draft_quality
         self._hint_rates = SAMPLED_HINT_RATES if is_sampled else GREEDY_HINT_RATES
+        self._known_hint_rates: dict[float, float] = {}  # by depth, as far as anybody has asked
 
     @cached_property
     def _quantiles(self) -> tuple[Floats, Floats]:
@@ -186,7 +188,8 @@ class Language:
         hashes = mix(contexts[:, 0].view(np.uint64))
         first = (hashes >> np.uint64(8)) & np.uint64(VOCAB_SIZE - 1)
         stride = (hashes >> np.uint64(20)) | np.uint64(1)  # odd, so that all tokens are met
-        token_ids = (first[:, None] + stride[:, None] * np.arange(VOCAB_SIZE, dtype=np.uint64)) % np.uint64(VOCAB_SIZE)
+        places = np.arange(VOCAB_SIZE, dtype=np.uint64)
+        token_ids = (first[:, None] + stride[:, None] * places) & np.uint64(VOCAB_SIZE - 1)
         logits = np.interp(uniform(hashes, 1), *self._quantiles)
         logits += self.quality.style_deviation * normal(contexts[:, 1].view(np.uint64))
         log_best, log_rest = -np.logaddexp(0, -logits), -np.logaddexp(0, logits)
@@ -262,6 +265,16 @@ class Language:
         named = np.where(is_right, ranks, np.where(wrong < NUM_LISTED, wrong, strays))
         return token_ids[np.arange(len(named)), named], is_right
 
+    def hint_rate(self, depth: float) -> float:
+        """How often a hint is right."""
+        if depth not in self._known_hint_rates:
+            self._known_hint_rates[depth] = float(self.hints(random_contexts(2000), depth)[1].mean())
+        return self._known_hint_rates[depth]
+
+    @cached_property
+    def usual_hit_rates(self) -> list[float]:
+        return self.hit_rates()
+
     def hit_rates(self, num_steps: int = 24, num_contexts: int = 2000) -> list[float]:
         """How often the draft's first guess is the greedy token, after 1 .. ``num_steps`` steps of extrapolation."""
         contexts = random_contexts(num_contexts)
@@ -270,6 +283,12 @@ class Language:
             float((self.draft(contexts, np.full(num_contexts, step), top_k=1)[0][:, 0] == targets).mean())
             for step in range(1, num_steps + 1)
         ]
+
+
+@cache
+def language(draft_quality: DraftQuality, is_sampled: bool = False) -> Language:
+    """One for all who ask: it keeps what it has found out of itself."""
+    return Language(draft_quality, is_sampled)
 
 
 def _foresee(
@@ -334,8 +353,7 @@ class SyntheticHinter:
     def __init__(self, language: Language, depth: float) -> None:
         self.language = language
         self.depth = depth
-        contexts = random_contexts(2000)
-        self._logprob = float(np.log(language.hints(contexts, depth)[1].mean()))
+        self._logprob = math.log(language.hint_rate(depth))
 
     def guess(self, hidden: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """One token for each row, whatever ``k``."""
