@@ -90,7 +90,14 @@ class ForkServer:
             with other:
                 environment = os.environ | SAID_BY_CLI
                 self._process = subprocess.Popen([sys.executable, __file__], stdin=other.fileno(), env=environment)
+            atexit.register(self._close)
         return self._connection
+
+    def _close(self) -> None:
+        """The server ends when nobody can ask it any more."""
+        assert self._connection is not None
+        self._connection.close()
+        self._process.wait()
 
     def fork(self, request: Request, descriptors: list[int]) -> int:
         """The process, which loses its parent at once, and is then a child of this one."""
