@@ -93,7 +93,7 @@ def test_it_guesses_what_it_guesses_on_the_driver(
             done = llm.generate(PROMPT_IDS, params, schedule="serial")
             num_bytes.append(done.stats.link_bytes)
             of_draft = draft_bytes(llm) - before
-    assert abs(num_bytes[1] - num_bytes[0] - of_draft) < 1000, "but for signs of life"
+    assert abs(num_bytes[1] - num_bytes[0] - of_draft) < of_draft / 10, "but for signs of life, which time brings"
     assert of_draft > 8 * VOCAB_SIZE * done.stats.draft_passes, "each token's number and log-probability, and more"
     here, there = found
     for name, temperature in here:

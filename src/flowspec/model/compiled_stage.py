@@ -136,10 +136,11 @@ class CompiledStage(LayersStage):
                 yield None
             if watch is not None:
                 watch(self.layers.start + begin, torch.from_numpy(rows.hidden))
-            begin_s, before = time.perf_counter(), begin
+            before, before_s = begin, time.perf_counter()
             begin = self._run(rows, tables, begin, min(begin + count, len(self._records)))
-            layer_s = (time.perf_counter() - begin_s) / (begin - before)
-            count = 1 if watch is not None else max(1, int(_PAUSE_S / layer_s))
+            if watch is None:
+                took_s = max(1e-6, time.perf_counter() - before_s)
+                count = max(1, int((begin - before) * _PAUSE_S / took_s))
         hidden = rows.hidden
         if watch is not None and self.is_last:
             watch(self.layers.end, torch.from_numpy(hidden))
