@@ -26,10 +26,12 @@ def params_at(temperature: float, max_tokens: int = NUM_TOKENS) -> SamplingParam
     return SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=11)
 
 
-def in_turn(schedules: Sequence[str], others: Sequence[Other]) -> list[tuple[str, Other, float]]:
+def in_turn(
+    schedules: Sequence[str], others: Sequence[Other], temperatures: Sequence[float] = TEMPERATURES
+) -> list[tuple[str, Other, float]]:
     """Every pair, at one temperature: each of either list meets both."""
     return [
-        (schedule, other, TEMPERATURES[(i + j) % len(TEMPERATURES)])
+        (schedule, other, temperatures[(i + j) % len(temperatures)])
         for i, schedule in enumerate(schedules)
         for j, other in enumerate(others)
     ]

@@ -31,6 +31,7 @@ from flowspec.errors import UsageError
 from flowspec.model.synthetic import VOCAB_SIZE, Language, quality
 from flowspec.request.records import RequestRecord, Span
 from flowspec.schedule.catalogue import ABLATIONS, AUTO, SCHEDULES
+from tapped import in_turn
 
 NANO_FILE = Path(__file__).parents[2] / "clusters" / "7b-nano-150m.toml"
 NANO = ClusterDescription.load(NANO_FILE)
@@ -157,14 +158,7 @@ def test_a_block_draft_changes_no_token(schedule: str, temperature: float) -> No
     assert tuple(tokens) == plain_tokens(params, pair=BLOCK_PAIR)
 
 
-@pytest.mark.parametrize(  # temperatures in turn: each schedule has both, and so has each number of stages
-    ("schedule", "num_stages", "temperature"),
-    [
-        (schedule, num_stages, float((i + j) % 2))
-        for i, schedule in enumerate(ALL)
-        for j, num_stages in enumerate([1, 2, 5])
-    ],
-)
+@pytest.mark.parametrize(("schedule", "num_stages", "temperature"), in_turn(ALL, (1, 2, 5), (0.0, 1.0)))
 def test_any_number_of_stages_gives_the_same_tokens(schedule: str, num_stages: int, temperature: float) -> None:
     params = params_of(temperature, 30)
     tokens = run(schedule, NANO.with_stages(num_stages), params).token_ids

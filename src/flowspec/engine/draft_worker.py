@@ -115,13 +115,12 @@ class DraftWorker:
 
         Raises ``WorkerError``, and ``UsageError`` for what the user can mend.
         """
-        address, is_ready = self._pipeline.addresses[0], False
-        while not is_ready:
+        while True:
             try:
                 self._pipeline.await_ready(progress)
-                is_ready = True
+                break
             except UsageError as error:
-                told = f"draft worker {address}: {error}"
+                told = f"draft worker {self._pipeline.addresses[0]}: {error}"
                 if not (self._narrower and isinstance(error, DoesNotFitError)):
                     raise UsageError(told) from None
                 smaller = self._narrower.pop(0)
