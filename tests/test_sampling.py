@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from scipy import stats
@@ -280,6 +280,7 @@ def named(logits: torch.Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:
     min_p=st.sampled_from([0.0, 0.05]),
     bias=st.sampled_from([(), ((3, 4.0), (8, -100.0))]),
 )
+@example(seed=0, temperature=2.0, top_k=0, top_p=0.8489246493680191, min_p=0.0, bias=())
 def test_tokens_that_a_draft_names_are_guessed_as_by_all_of_its_logits(
     seed: int, temperature: float, top_k: int, top_p: float, min_p: float, bias: tuple[tuple[int, float], ...]
 ) -> None:

@@ -251,7 +251,8 @@ class Sampler:
         self, ids: Ids, logprobs: NDArray[np.float64], position: int, vocab_size: int, num: int
     ) -> tuple[Ids, NDArray[np.float64]]:
         """``named_children`` of one row [k]."""
-        rest, num_others = max(0.0, 1 - np.exp(logprobs).sum()), max(1, vocab_size - len(ids))
+        num_others = max(0, vocab_size - len(ids))
+        rest = max(0.0, 1 - np.exp(logprobs).sum()) if num_others else 0.0  # else it is what rounding has left
         ids, logprobs = ids[ids >= 0], logprobs[ids >= 0]
         if not len(ids) or not np.isfinite(logprobs.max()):
             return np.arange(num), np.full(num, _LEAST)
@@ -262,7 +263,8 @@ class Sampler:
         else:
             top = logprobs.max()
             gaps = self._gaps(logprobs, top)
-            other = np.log([max(rest, sys.float_info.min) / num_others])  # as if all others were equally probable
+            # As if all others were equally probable.
+            other = np.log([max(rest, sys.float_info.min) / max(1, num_others)])
             is_kept = self._keeps(gaps, lambda: num_others * float(np.exp(self._gaps(other, top)[0])))
             kept = ids[is_kept]
             values = _log_softmax(self._perturb(gaps[is_kept], kept, position) / DRAFT_SPREAD)
