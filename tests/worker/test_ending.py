@@ -7,16 +7,31 @@ import os
 import signal
 import sys
 
-from flowspec.worker.ending import note_sigterm
+import pytest
+
+from flowspec.worker.ending import note_orders
 
 
-def test_an_order_to_end_is_noted_though_its_exception_is_lost() -> None:
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+@pytest.mark.parametrize("order", [signal.SIGINT, signal.SIGTERM])
+def test_an_order_to_end_is_noted_though_its_exception_is_lost(order: signal.Signals) -> None:
+    kept = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(order, lambda *_: sys.exit(0))
     try:
-        is_over = note_sigterm()
+        is_over = note_orders()
         assert not is_over()
         with contextlib.suppress(SystemExit):
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), order)
         assert is_over()
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for each, handler in kept.items():
+            signal.signal(each, handler)
+
+
+def test_an_order_that_is_ignored_stays_so() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        is_over = note_orders()
+        os.kill(os.getpid(), signal.SIGINT)
+        assert not is_over() and signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)

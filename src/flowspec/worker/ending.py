@@ -7,17 +7,26 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+_ORDERS = signal.SIGINT, signal.SIGTERM
 
-def note_sigterm() -> Callable[[], bool]:
-    """Whether SIGTERM has come since; whoever handled it until now still does so, after it was noted."""
+
+def note_orders() -> Callable[[], bool]:
+    """Whether SIGINT or SIGTERM has come since; whoever handled one until now still does so, after it was noted."""
     has_come = threading.Event()
-    before = signal.getsignal(signal.SIGTERM)
-    if threading.current_thread() is threading.main_thread() and callable(before):
-        handle: Callable[..., Any] = before
-
-        def note(number: int, frame: Any) -> None:
-            has_come.set()
-            handle(number, frame)
-
-        signal.signal(signal.SIGTERM, note)
+    if threading.current_thread() is threading.main_thread():
+        for order in _ORDERS:
+            _note(order, has_come)
     return has_come.is_set
+
+
+def _note(order: signal.Signals, has_come: threading.Event) -> None:
+    before = signal.getsignal(order)
+    if not callable(before):  # it is ignored, or ends the process by itself
+        return
+    handle: Callable[..., Any] = before
+
+    def note(number: int, frame: Any) -> None:
+        has_come.set()
+        handle(number, frame)
+
+    signal.signal(order, note)

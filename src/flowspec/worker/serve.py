@@ -8,7 +8,7 @@ import torch
 
 from flowspec.model.loader import check_device
 from flowspec.worker.door import Keys
-from flowspec.worker.ending import note_sigterm
+from flowspec.worker.ending import note_orders
 from flowspec.worker.memory import Allowance
 from flowspec.worker.process import WorkerProcess
 from flowspec.worker.session import Emulate
@@ -36,8 +36,9 @@ def serve(
         torch.set_num_threads(threads)
     process = WorkerProcess(address, heartbeat_s, device, emulate, keys, sources, memory)
     try:
+        is_over = note_orders()  # whoever reads where it listens may end it at once
         if announce is not None:
             announce(process.endpoint)
-        process.run(note_sigterm())
+        process.run(is_over)
     finally:
         process.close()
