@@ -8,8 +8,8 @@ NEWEST := .venv-newest
 TYPES := $(VENV)/.types
 CHECKED := src tests benchmarks pyproject.toml $(STAMP)
 CHANGED = find $(CHECKED) '(' -name '*.py' -o -type d ! -name __pycache__ -o -name pyproject.toml -o -path $(STAMP) ')' -newer $(TYPES)
-# Processes that run tests at once.
-JOBS ?= 2
+# Processes that run tests at once: one more than cores of a small machine, since tests often wait.
+JOBS ?= 3
 # Torch for processors alone; its package at PyPI brings gigabytes for graphics cards.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 

@@ -19,6 +19,7 @@ FORBIDDEN = {
 }
 
 # Third-party libraries and the rooms that alone may import them.
+CODE = {f"model.{name}_code" for name in ("fetch", "float_tile", "team", "tile", "vector")}
 CONFINED = {
     "zmq": {"wire", "cluster", "worker"},
     "ray": {"cluster"},
@@ -35,8 +36,8 @@ CONFINED = {
     "matplotlib": {"bench.plots"},
     "transformers": {"model", "train", "engine"},
     "huggingface_hub": {"model"},
-    "numba": {"model.compiled", "model.tile_code", "model.float_tile_code", "model.vector_code", "model.team_code"},
-    "llvmlite": {"model.tile_code", "model.float_tile_code", "model.vector_code", "model.team_code"},
+    "numba": {"model.compiled", *CODE},
+    "llvmlite": CODE,
     "gguf": {"model"},
 }
 

@@ -23,6 +23,7 @@ from flowspec.model.packed import (
 )
 from flowspec.model.team import Mailbox
 from flowspec.model.team_kernel import multiplier, multiplier_by_expert
+from flowspec.model.tile_code import BLOCKS
 
 Floats = NDArray[np.float32]
 
@@ -30,7 +31,7 @@ Floats = NDArray[np.float32]
 class Lanes(NamedTuple):
     """A matrix as the kernel reads it, or several of one shape, each with an index in front."""
 
-    codes: NDArray[np.uint8]  # [blocks, groups, bytes]: above zero; with 4 bits two in a byte; or floats
+    codes: NDArray[np.uint8]  # [blocks, groups, bytes]: above zero; with 4 bits two in a byte; or floats. Whole tiles
     scales: NDArray[np.uint16]  # [blocks, groups, LANES]: the bits of float16; none with floats
     zeros: NDArray[np.uint8]  # [blocks, groups, LANES]; none with 8 bits, or with offsets
     offsets: NDArray[np.uint16]  # the same, as float16: what is added to the products of codes and scales, if any
@@ -40,7 +41,8 @@ class Lanes(NamedTuple):
 
     @classmethod
     def like(cls, weight: Weight, num_blocks: int, *front: int) -> Lanes:
-        """Of zeros, for such weights. ``front``: how many."""
+        """Of zeros, for such weights, in blocks that make whole tiles. ``front``: how many."""
+        num_blocks += -num_blocks % BLOCKS
         num_groups = weight.shape[1] // weight.group_size * groups_of(weight.group_size)
         lanes, none = (*front, num_blocks, num_groups, LANES), (*front, 0, 0, 0)
         return cls(
@@ -110,7 +112,7 @@ class CompiledMatrix:
         return self.lanes.nbytes
 
     def __call__(self, rows: Floats, mailbox: Mailbox) -> Floats:
-        """[n, K] -> [n, N], each part's outputs filled up to a block."""
+        """[n, K] -> [n, N], each part's outputs filled up to a block, and all to whole tiles."""
         products: Floats = layer_kernel.product_of(mailbox, rows, self.size, tuple(self.lanes))
         return products
 

@@ -12,6 +12,7 @@ from typing import Any
 from llvmlite import ir
 from numba.core import cgutils
 
+from flowspec.model.fetch_code import FetchCode
 from flowspec.model.packed import FLOAT16, FLOAT32, GROUP
 from flowspec.model.vector_code import (
     F32,
@@ -34,7 +35,6 @@ ROWS = 4  # for which a group's weights are read once
 
 _SUMS = 2  # of an output, so that they need not wait for one another
 _FEW = 4  # inputs that are multiplied at a time where there are few registers
-_LINE = 64  # bytes that come from memory together
 
 
 class FloatTileCode:
@@ -56,11 +56,12 @@ class FloatTileCode:
         count, width = cgutils.unpack_tuple(code, arrays[8].shape)
         groups = cgutils.unpack_tuple(code, arrays[3].shape)[1]
         totals = [self._first_sums(biases, block, part) for part in range(self._parts)]
-        num_lines = GROUP * LANES * (4 if self._kind == FLOAT32 else 2) // _LINE
+        num_bytes = GROUP * LANES * (4 if self._kind == FLOAT32 else 2)
+        ahead = FetchCode(code, row, self._num_rows, count, ROWS)
         with cgutils.for_range(code, groups) as loop:
             place = code.add(code.mul(block, groups), loop.index)
             if self._num_rows > 1:  # the processor sees one row's need itself
-                fetch(code, codes, code.add(place, groups), num_lines, row, count)
+                ahead.write(codes, num_bytes, code.add(block, whole(1)), groups, loop.index)
             firsts = [
                 code.mul(code.add(code.mul(code.add(row, whole(index)), groups), loop.index), whole(GROUP))
                 for index in range(self._num_rows)
@@ -133,27 +134,6 @@ class FloatTileCode:
             return halves(code, self._features, codes, place, count=count)
         bits = code.zext(load(code, codes, place, ir.VectorType(I16, count)), ir.VectorType(I32, count))
         return code.bitcast(code.shl(bits, all_lanes(16, count)), ir.VectorType(F32, count))
-
-
-def fetch(code: Any, codes: Any, group: Any, num_lines: int, row: Any, num_rows: Any) -> None:
-    """Let a group's weights, in so many lines of the cache, come from memory while rows from ``row`` on are multiplied.
-
-    One half of them if there are more of the ``num_rows``, which fetch the other one in their turn.
-    """
-    turn = code.and_(code.udiv(code.add(row, whole(ROWS - 1)), whole(ROWS)), whole(1))
-    _fetch_half(code, codes, group, num_lines, turn)
-    with code.if_then(code.icmp_signed("<=", num_rows, whole(ROWS))):
-        _fetch_half(code, codes, group, num_lines, whole(1))
-
-
-def _fetch_half(code: Any, codes: Any, group: Any, num_lines: int, half: Any) -> None:
-    count = num_lines // 2
-    kind = ir.FunctionType(ir.VoidType(), [codes.type, I32, I32, I32])
-    function = cgutils.get_or_insert_function(code.module, kind, "llvm.prefetch.p0")
-    first = code.add(code.mul(group, whole(num_lines)), code.mul(half, whole(count)))
-    for index in range(count):
-        where = code.gep(codes, [code.mul(code.add(first, whole(index)), whole(_LINE))])
-        code.call(function, [where, I32(0), I32(2), I32(1)])
 
 
 def write_products(code: Any, products: Any, row: Any, block: Any, width: Any, found: Sequence[Any]) -> None:

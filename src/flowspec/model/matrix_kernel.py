@@ -15,7 +15,20 @@ import numpy as np
 
 from flowspec.model.compiled import compiled, inlined
 from flowspec.model.packed import GROUP
-from flowspec.model.tile_code import MIDDLE, QUAD, QUADS, ROWS, four_rows, one_row, round_group, two_rows
+from flowspec.model.tile_code import (
+    MANY_ROWS,
+    MIDDLE,
+    QUAD,
+    QUADS,
+    ROWS,
+    blocks_at_once,
+    eight_rows,
+    four_rows,
+    one_row,
+    round_group,
+    rows_at_once,
+    two_rows,
+)
 from flowspec.model.vector_code import LANES
 
 _ZERO = np.float32(0)
@@ -23,18 +36,23 @@ _ZERO = np.float32(0)
 
 @inlined
 def multiply(rows, scales, sums, begin, end, matrix, kind, first, last, products):
-    """The products of the rows ``[begin, end)`` with the blocks ``[first, last)`` of a matrix.
+    """The products of the rows ``[begin, end)`` with the blocks ``[first, last)`` of a matrix, which make whole tiles.
 
     ``rows`` [n, groups, bytes], ``scales`` and ``sums`` [n, groups]: as ``take`` makes them. ``matrix``: the arrays of
     ``Lanes``; ``kind``: theirs, a constant. ``products`` [n, blocks * LANES] is written.
     """
     codes, of_codes, zeros, offsets, biases = matrix
     count = end - begin
-    for block in range(first, last):
+    most = rows_at_once(kind)  # a constant: what never is, is not compiled
+    for block in range(first, last, blocks_at_once(kind)):
         row = begin
-        while row < end:
-            if count >= ROWS:
-                row = min(row, end - ROWS)  # some rows are multiplied twice, which is less than one by one
+        while row < end:  # some rows are multiplied twice, which is less than one by one
+            if most == MANY_ROWS and count >= MANY_ROWS and end - row > ROWS:
+                row = min(row, end - MANY_ROWS)
+                eight_rows(rows, scales, sums, codes, of_codes, zeros, offsets, biases, kind, products, row, block)
+                row += MANY_ROWS
+            elif count >= ROWS:
+                row = min(row, end - ROWS)
                 four_rows(rows, scales, sums, codes, of_codes, zeros, offsets, biases, kind, products, row, block)
                 row += ROWS
             elif end - row >= 2:
@@ -47,7 +65,7 @@ def multiply(rows, scales, sums, begin, end, matrix, kind, first, last, products
 
 @compiled
 def quantise(rows, size, codes, scales, sums):
-    """Round rows [n, K] to 8 bits: ``codes`` [n, groups, GROUP], int8, with ``scales`` and the codes' ``sums``.
+    """Round rows [n, K] to 8 bits: ``codes`` [n, groups, GROUP], int8, with ``scales``; ``sums`` of codes, negative.
 
     A weight's scale is for ``size`` inputs; where these are no whole groups, each of their last ones is filled up.
     What is no number, or has no end, becomes a scale that is no number.

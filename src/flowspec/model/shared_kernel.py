@@ -23,6 +23,7 @@ from flowspec.model.packed import BFLOAT16, GROUP
 from flowspec.model.slot_kernel import END, FIRST, IS_HALF, NUM_KV_HEADS, SEEN, SEEN_END
 from flowspec.model.team_code import put_arrays
 from flowspec.model.team_kernel import share, share_of
+from flowspec.model.tile_code import BLOCKS
 from flowspec.model.vector_code import LANES
 
 # What one core does in a nanosecond, roughly.
@@ -74,7 +75,7 @@ def product(box, rows, matrix):
     num_rows, num_blocks = len(codes), len(of_matrix)
     products = np.empty((num_rows, num_blocks * LANES), np.float32)
     cost_ns = of_matrix.size / _BYTES + _products_ns(num_rows * num_blocks * LANES * codes.shape[1] * GROUP, matrix)
-    phase, count = open_phase(box, cost_ns, num_blocks)
+    phase, count = open_phase(box, cost_ns, num_blocks // BLOCKS)
     _put_product(phase, rows, matrix, products)
     share(phase, matrix[6], count)
     return products
@@ -88,7 +89,7 @@ def product_by_expert(box, rows, starts, experts, matrices):
     products = np.empty((num_rows, num_blocks * LANES), np.float32)
     num_bytes = len(experts) * (of_matrices.size // len(of_matrices))
     cost_ns = num_bytes / _BYTES + _products_ns(num_rows * num_blocks * LANES * codes.shape[1] * GROUP, matrices)
-    phase, count = open_phase(box, cost_ns, num_blocks)
+    phase, count = open_phase(box, cost_ns, num_blocks // BLOCKS)
     _put_product(phase, rows, matrices, products)
     put_arrays(phase, 9, (starts, experts))
     share(phase, matrices[6], count)

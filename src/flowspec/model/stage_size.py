@@ -16,7 +16,7 @@ from flowspec.model.packed import GROUP
 from flowspec.model.tensor_files import NARROW
 
 _ROUTER = ".gate.weight"  # in names of a mixture's tensors, in files and modules
-_LANES = 16  # that outputs are filled up to, as ``vector_code`` has them, which needs numba
+_TILE = 32  # that outputs are filled up to, as ``tile_code`` has them, which needs numba
 _NUM_BITS: dict[Weights, int] = {"int8": 8, "int4": 4}
 _SAME_ROWS = re.compile(r"(?<=self_attn\.)[qkv]_|(?<=mlp\.)(gate|up)_")  # of matrices that are one of integer kernels
 
@@ -81,7 +81,7 @@ def _tensor_bytes(name: str, shape: tuple[int, ...], dtype: DType, weights: Weig
         return 0 if name.endswith(".bias") else num_values * torch.float32.itemsize
     # As ``compiled_matrix`` has them: outputs and inputs filled up, a scale for each group, a bias for each output.
     # What 4 bits have beside the scale is a zero point, or an offset, which takes more.
-    num_outputs = math.prod(shape[:-2]) * -(-shape[-2] // _LANES) * _LANES
+    num_outputs = math.prod(shape[:-2]) * -(-shape[-2] // _TILE) * _TILE
     num_groups = -(-shape[-1] // GROUP)
     per_group = GROUP * _NUM_BITS[weights] // 8 + torch.float16.itemsize * (2 if weights == "int4" else 1)
     return num_outputs * (num_groups * per_group + torch.float32.itemsize)

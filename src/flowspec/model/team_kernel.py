@@ -47,6 +47,7 @@ from flowspec.model.team_code import (
     store,
     swap,
 )
+from flowspec.model.tile_code import BLOCKS
 
 _YIELDS = 2000  # of a helper, before it leaves: about a millisecond
 
@@ -85,7 +86,8 @@ def multiplier(kind: int) -> int:
         zeros, offsets = array_3(box, 5, np.uint8), array_3(box, 6, np.uint16)
         matrix = codes, of_codes, zeros, offsets, array_2(box, 7, np.float32)
         rows, scales, sums = _taken(box, 0)
-        first, last = share_of(unit, count, len(codes))
+        first, last = share_of(unit, count, len(codes) // BLOCKS)
+        first, last = BLOCKS * first, BLOCKS * last
         multiply(rows, scales, sums, 0, len(rows), matrix, kind, first, last, products)
 
     return callback(multiply_rows).address
@@ -103,7 +105,8 @@ def multiplier_by_expert(kind: int) -> int:
         biases = array_3(box, 7, np.float32)
         rows, scales, sums = _taken(box, 0)
         starts, experts = array_1(box, 9, np.int64), array_1(box, 10, np.int64)
-        first, last = share_of(unit, count, codes.shape[1])
+        first, last = share_of(unit, count, codes.shape[1] // BLOCKS)
+        first, last = BLOCKS * first, BLOCKS * last
         for j in range(len(experts)):
             expert = experts[j]
             matrix = codes[expert], of_codes[expert], zeros[expert], offsets[expert], biases[expert]
