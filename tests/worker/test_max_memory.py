@@ -18,6 +18,7 @@ from command_line import Run
 from flowspec import LLM, SamplingParams
 from flowspec.config import LinkConfig
 from flowspec.core import DType, LayerRange, Weights
+from flowspec.draft import catalogue
 from flowspec.engine import spec
 from flowspec.errors import DoesNotFitError, UsageError
 from flowspec.model.backends import load_stage, open_checkpoint
@@ -141,6 +142,29 @@ def test_a_model_is_no_larger_than_what_is_free(wide: Path, monkeypatch: pytest.
         DoesNotFitError, match=r"takes 0\.04\d* GB in float, and 0\.038 GB are free here; use --weights"
     ):
         LLM(wide, in_process=True, weights="float")
+
+
+def test_so_is_a_small_model_that_drafts_beside_it(
+    wide: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """``auto`` takes narrower weights for the draft, and for the model only where those do not help."""
+    loaded: list[str] = []
+
+    def load(draft: Checkpoint, layers: LayerRange, dtype: DType, weights: Weights, device: str) -> Any:
+        loaded.append(weights)
+        return load_stage(draft, layers, dtype, weights, device)
+
+    monkeypatch.setattr(catalogue, "load_stage", load)
+    settings: dict[str, Any] = {"draft": wide, "draft_check": "off", "in_process": True}
+    sizes = {"float": 47, "int8": 14, "int4": 8}
+    for weights, of_draft in (("float", "float"), ("float", "int8"), ("int8", "int4")):
+        megabytes = sizes[weights] + sizes[of_draft]
+        monkeypatch.setattr(spec, "free_bytes", lambda device, free=megabytes: int(1.1e6 * free))
+        with LLM(wide, **settings) as llm:
+            assert (llm.engine.pipeline.spec.weights, loaded.pop()) == (weights, of_draft)
+    assert "as --draft-dtype is auto, its weights are to be int8" in caplog.text
+    with pytest.raises(DoesNotFitError, match=r"in int8, and \S+ GB are free here; take a smaller draft, or"):
+        LLM(wide, **settings, weights="int8", draft_dtype="int8")
 
 
 @pytest.mark.parametrize("given", ["0", "-1", "nan", "inf", "1e12", "0.001", "4096000", "much"])

@@ -18,12 +18,13 @@ from flowspec.draft.catalogue import ChosenDraft, choose_draft, read_taps
 from flowspec.draft.ngram import NgramSource
 from flowspec.draft.remote_passes import RemoteModelSource
 from flowspec.engine.draft_check import check_draft
+from flowspec.engine.draft_fit import draft_dtype_that_fits
 from flowspec.engine.draft_worker import DraftWorker, open_draft_worker
 from flowspec.engine.driver_model import DriverModel
 from flowspec.engine.engine import Engine
 from flowspec.engine.pipeline import PipelineSpec, choose_partition, open_pipeline
 from flowspec.errors import DoesNotFitError, UsageError
-from flowspec.model.backends import check_fits, open_checkpoint, weights_to_try
+from flowspec.model.backends import check_fits, model_bytes, open_checkpoint, weights_to_try
 from flowspec.model.demo_pair import DEMO, draft_for_workers
 from flowspec.model.loader import Checkpoint, check_device
 from flowspec.model.mtp_head import MtpLayers
@@ -100,15 +101,14 @@ def open_engine(spec: EngineSpec) -> Engine:
 def _open_engine(spec: EngineSpec, where: PipelineSpec, draft: ChosenDraft) -> Engine:
     """Raises as ``open_engine`` does, and ``DoesNotFitError`` where weights of this kind are too large."""
     checkpoint, weights, taps = where.checkpoint, where.weights, where.taps
-    if where.workers is None and (free := free_bytes(torch.device("cpu"))) and spec.device == "cpu":
-        check_fits(checkpoint, spec.dtype, weights, spec.device, int(_WEIGHTS_SHARE * free))
+    draft_dtype = _draft_dtype(spec, where, draft)
     with ExitStack() as undo:
         draft_worker = _open_draft_worker(spec, draft)
         if draft_worker is not None:
             undo.callback(draft_worker.close)
         pipeline = open_pipeline(where)
         undo.callback(pipeline.close)
-        how = spec.dtype, spec.device, spec.draft_dtype, weights, taps, spec.config.memory_tokens
+        how = spec.dtype, spec.device, draft_dtype, weights, taps, spec.config.memory_tokens
         model = DriverModel.load(checkpoint, draft, *how, port=None if draft_worker is None else draft_worker.session)
         pipeline.await_ready(lambda done: spec.progress("loading", done))
         if draft_worker is not None:
@@ -120,11 +120,28 @@ def _open_engine(spec: EngineSpec, where: PipelineSpec, draft: ChosenDraft) -> E
             ngrams = NgramSource(memory=model.memory)
             draft_worker.on_change = lambda source: engine.use_source(source or ngrams)
         if spec.draft_check == "on" and isinstance(draft, (Path, MtpLayers, Checkpoint)):
-            check_draft(engine, draft, spec.draft_layers, spec.draft_dtype, spec.progress)
+            check_draft(engine, draft, spec.draft_layers, draft_dtype, spec.progress)
         if draft_worker is not None and engine.model.source is not model.source:
             draft_worker.close()  # its guesses are of no use
         undo.pop_all()
         return engine
+
+
+def _draft_dtype(spec: EngineSpec, where: PipelineSpec, draft: ChosenDraft) -> DraftDType:
+    """That there is memory for here, beside the model where its workers are here, too.
+
+    Raises ``DoesNotFitError`` for either.
+    """
+    num_bytes = int(_WEIGHTS_SHARE * free_bytes(torch.device("cpu")))
+    if spec.device != "cpu" or not num_bytes:  # or nobody can tell
+        return spec.draft_dtype
+    if where.workers is None:
+        of_model = where.checkpoint, spec.dtype, where.weights, spec.device
+        check_fits(*of_model, num_bytes)
+        num_bytes -= model_bytes(*of_model)
+    if not isinstance(draft, Checkpoint) or spec.draft_worker is not None:
+        return spec.draft_dtype
+    return draft_dtype_that_fits(draft, spec.draft_dtype, spec.dtype, spec.device, num_bytes)
 
 
 def _open_draft_worker(spec: EngineSpec, draft: ChosenDraft) -> DraftWorker | None:

@@ -28,6 +28,7 @@ logger = logging.getLogger("flowspec.model")
 
 _BITS: dict[Weights, Bits] = {"int8": 8, "int4": 4}
 _BY_SIZE: tuple[Weights, ...] = ("float", "int8", "int4")  # the largest ones first
+ADVICE = "use --weights int4 or a smaller model, or share it with other devices (--workers)"
 _COMPILED_WIDTH = 512  # from which on a model's floats are worth the start of numba
 
 
@@ -90,14 +91,21 @@ def weights_to_try(checkpoint: Checkpoint, weights: Weights, device: str) -> Seq
     return _BY_SIZE[_BY_SIZE.index(chosen) :]
 
 
-def check_fits(checkpoint: Checkpoint, dtype: DType, weights: Weights, device: str, num_bytes: int) -> None:
-    """Raise ``DoesNotFitError`` for a model that is larger, in all."""
+def model_bytes(checkpoint: Checkpoint, dtype: DType, weights: Weights, device: str) -> int:
+    """That its weights take, in all."""
     shapes = shapes_of(checkpoint, LayerRange(0, checkpoint.num_layers), with_lm_head=True).with_lm_head()
-    wanted = stage_bytes(shapes, dtype, weights, is_compiled(checkpoint.hidden_size, device))
+    return stage_bytes(shapes, dtype, weights, is_compiled(checkpoint.hidden_size, device))
+
+
+def check_fits(
+    checkpoint: Checkpoint, dtype: DType, weights: Weights, device: str, num_bytes: int, advice: str = ADVICE
+) -> None:
+    """Raise ``DoesNotFitError`` for a model that is larger, in all."""
+    wanted = model_bytes(checkpoint, dtype, weights, device)
     if wanted > num_bytes:
         raise DoesNotFitError(
-            f"{checkpoint.title} takes {wanted / 1e9:.3g} GB in {weights}, and {num_bytes / 1e9:.3g} GB are free here; "
-            "use --weights int4 or a smaller model, or share it with other devices (--workers)"
+            f"{checkpoint.title} takes {wanted / 1e9:.3g} GB in {weights}, and {max(0, num_bytes) / 1e9:.3g} GB are "
+            f"free here; {advice}"
         )
 
 
