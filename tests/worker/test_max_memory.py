@@ -21,7 +21,8 @@ from flowspec.core import DType, LayerRange, Weights
 from flowspec.draft import catalogue
 from flowspec.engine import spec
 from flowspec.errors import DoesNotFitError, UsageError
-from flowspec.model.backends import load_stage, open_checkpoint
+from flowspec.model.backends import load_head, load_stage, model_bytes, open_checkpoint
+from flowspec.model.compiled_matrix import CompiledMatrix
 from flowspec.model.loader import Checkpoint
 from flowspec.model.stage_size import shapes_of, stage_bytes
 from flowspec.wire.messages import PROTOCOL_VERSION, Configure
@@ -81,6 +82,26 @@ def test_so_it_is_on_matrix_kernels(family: str, weights: Weights, tmp_path: Pat
     expected = stage_bytes(shapes_of(checkpoint, layers), "float32", weights)
     # With 4 bits it allows for offsets, which take more than zero points.
     assert expected == wanted if weights == "int8" else wanted < expected < 1.1 * wanted
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("weights", ["int8", "int4", "float"])
+def test_so_are_the_layers_and_the_lm_head(
+    checkpoint_dir: Callable[[str], Path], family: str, weights: Weights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which has 8 bits where ``weights`` are integers; with one that is the embedding it is there twice."""
+    checkpoint = open_checkpoint(checkpoint_dir(family))
+    sizes = [load_stage(checkpoint, LayerRange(0, checkpoint.num_layers), "float32", weights, "cpu").weights_bytes]
+    if weights == "float":
+        sizes.append(checkpoint.load_lm_head("float32", "cpu").nbytes)
+    else:
+        made: list[CompiledMatrix] = []
+        init = CompiledMatrix.__init__
+        monkeypatch.setattr(CompiledMatrix, "__init__", lambda self, *given: made.append(self) or init(self, *given))
+        load_head(checkpoint, "float32", weights, "cpu")
+        sizes.append(sum(matrix.nbytes for matrix in made))
+    found = model_bytes(checkpoint, "float32", weights, "cpu")
+    assert found == sum(sizes) if weights != "int4" else sum(sizes) < found < 1.1 * sum(sizes)
 
 
 def test_free_is_what_is_left_of_what_is_allowed() -> None:

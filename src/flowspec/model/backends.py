@@ -94,7 +94,7 @@ def weights_to_try(checkpoint: Checkpoint, weights: Weights, device: str) -> Seq
 def model_bytes(checkpoint: Checkpoint, dtype: DType, weights: Weights, device: str) -> int:
     """That its weights take, in all."""
     shapes = shapes_of(checkpoint, LayerRange(0, checkpoint.num_layers), with_lm_head=True).with_lm_head()
-    return stage_bytes(shapes, dtype, weights, is_compiled(checkpoint.hidden_size, device))
+    return stage_bytes(shapes, dtype, weights, is_compiled(checkpoint.hidden_size, device), has_logits=True)
 
 
 def check_fits(

@@ -16,7 +16,7 @@ from flowspec.model.packed import GROUP
 from flowspec.model.tensor_files import NARROW
 
 _ROUTER = ".gate.weight"  # in names of a mixture's tensors, in files and modules
-_TILE = 32  # that outputs are filled up to, as ``tile_code`` has them, which needs numba
+_LANES = 16  # outputs of a block, as ``vector_code`` has them, which needs numba; a matrix has an even number
 _NUM_BITS: dict[Weights, int] = {"int8": 8, "int4": 4}
 _SAME_ROWS = re.compile(r"(?<=self_attn\.)[qkv]_|(?<=mlp\.)(gate|up)_")  # of matrices that are one of integer kernels
 
@@ -56,32 +56,55 @@ def shapes_of(checkpoint: Checkpoint, layers: LayerRange, with_lm_head: bool = F
     return StageShapes(shapes, wide, narrow)
 
 
-def stage_bytes(shapes: StageShapes, dtype: DType, weights: Weights, is_compiled: bool = False) -> int:
+def stage_bytes(
+    shapes: StageShapes, dtype: DType, weights: Weights, is_compiled: bool = False, has_logits: bool = False
+) -> int:
     """As ``Stage.weights_bytes`` says once it is loaded, with 4 bits at most a tenth more.
 
-    ``is_compiled``: whether floats are as narrow as they are stored.
+    ``is_compiled``: whether floats are as narrow as they are stored. ``has_logits``: whether the lm_head is
+    ``backends.load_head``'s, of 8 bits where ``weights`` are integers; hints have theirs in floats.
     """
     wide = {_SAME_ROWS.sub("", name) for name in shapes.wide}
     full = {_SAME_ROWS.sub("", name) for name in shapes.by_name.keys() - shapes.narrow}
     may_be_narrow = dtype == "float32" and (is_compiled or weights in _NUM_BITS)  # the embedding of integers, too
     total = 0
+    odd: dict[str, int] = {}  # what a block more takes of matrices that have an odd number so far
     for name, shape in shapes.by_name.items():
         together = _SAME_ROWS.sub("", name)
-        own_weights: Weights = "int8" if weights == "int4" and together in wide else weights
-        own_dtype: DType = "bfloat16" if may_be_narrow and together not in full else dtype
-        total += _tensor_bytes(name, shape, own_dtype, own_weights)
-    return total
+        own_weights = weights
+        if name == LM_HEAD and not has_logits:
+            own_weights = "float"
+        elif weights == "int4" and (name == LM_HEAD or together in wide):
+            own_weights = "int8"
+        if not _is_packed(name, shape, own_weights):
+            own_dtype: DType = "bfloat16" if may_be_narrow and together not in full else dtype
+            total += _float_bytes(name, shape, own_dtype, own_weights)
+            continue
+        num_blocks, of_block = -(-shape[-2] // _LANES), math.prod(shape[:-2]) * _block_bytes(shape[-1], own_weights)
+        total += num_blocks * of_block
+        if num_blocks % 2 and odd.pop(together, None) is None:
+            odd[together] = of_block
+    return total + sum(odd.values())
 
 
-def _tensor_bytes(name: str, shape: tuple[int, ...], dtype: DType, weights: Weights) -> int:
-    num_values = math.prod(shape)
-    if weights not in _NUM_BITS or name in (EMBEDDING, LM_HEAD):
-        return num_values * getattr(torch, dtype).itemsize
-    if len(shape) < 2 or name.endswith(_ROUTER):  # norms and routers of integer kernels are in float32
-        return 0 if name.endswith(".bias") else num_values * torch.float32.itemsize
-    # As ``compiled_matrix`` has them: outputs and inputs filled up, a scale for each group, a bias for each output.
-    # What 4 bits have beside the scale is a zero point, or an offset, which takes more.
-    num_outputs = math.prod(shape[:-2]) * -(-shape[-2] // _TILE) * _TILE
-    num_groups = -(-shape[-1] // GROUP)
+def _is_packed(name: str, shape: tuple[int, ...], weights: Weights) -> bool:
+    """Whether a tensor is a matrix of integer kernels."""
+    return weights in _NUM_BITS and len(shape) >= 2 and name != EMBEDDING and not name.endswith(_ROUTER)
+
+
+def _block_bytes(num_inputs: int, weights: Weights) -> int:
+    """As ``compiled_matrix`` has a block: inputs filled up, a scale for each group, a bias for each output.
+
+    What 4 bits have beside the scale is a zero point, or an offset, which takes more.
+    """
+    num_groups = -(-num_inputs // GROUP)
     per_group = GROUP * _NUM_BITS[weights] // 8 + torch.float16.itemsize * (2 if weights == "int4" else 1)
-    return num_outputs * (num_groups * per_group + torch.float32.itemsize)
+    return _LANES * (num_groups * per_group + torch.float32.itemsize)
+
+
+def _float_bytes(name: str, shape: tuple[int, ...], dtype: DType, weights: Weights) -> int:
+    """``weights``: of the layer."""
+    if weights not in _NUM_BITS or name == EMBEDDING:
+        return math.prod(shape) * getattr(torch, dtype).itemsize
+    # Norms and routers of integer kernels are in float32; a bias is counted with its matrix.
+    return 0 if name.endswith(".bias") else math.prod(shape) * torch.float32.itemsize

@@ -92,7 +92,7 @@ class StageLoader:
         if configure.num_best:
             what, advice = "the draft model's layers and lm_head", DRAFT_ADVICE
         compiled = is_compiled(shapes.hidden_size, self.device)
-        num_bytes = stage_bytes(shapes, configure.dtype, configure.weights, compiled)
+        num_bytes = stage_bytes(shapes, configure.dtype, configure.weights, compiled, has_logits=configure.num_best > 0)
         self.memory.check_fits(num_bytes, f"{where}: {what}", advice)
 
     def forget(self) -> None:
