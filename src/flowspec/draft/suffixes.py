@@ -45,6 +45,7 @@ class Suffixes:
         self._chains = np.zeros((len(widths), capacity), dtype=np.int32)  # by slot: the next older place's, plus one
         self.num_added = 0  # a token's number counts from the first ever; its slot is the number modulo the capacity
         self._first = 0  # number of the oldest token that is found
+        self._num_indexed = 0  # of what was added: the rest is once somebody searches
 
     @property
     def num_tokens(self) -> int:
@@ -73,8 +74,15 @@ class Suffixes:
         self._ring[numbers % self._capacity] = token_ids
         self.num_added += len(token_ids)
         self.forget(self.num_added - self._capacity)
+
+    def _index_all(self) -> None:
+        """What was added since the last search: plain decoding with a draft at hand never searches."""
+        if self._num_indexed == self.num_added:
+            return
+        numbers = np.arange(max(self._num_indexed, self._first), self.num_added)
         for width, heads, chains in zip(self._widths, self._heads, self._chains, strict=True):
             self._index(numbers[numbers >= self._first + width], width, heads, chains)
+        self._num_indexed = self.num_added
 
     def _index(self, numbers: Ints, width: int, heads: NDArray[np.int32], chains: NDArray[np.int32]) -> None:
         """Let these places be found by the ``width`` tokens before each, unless they span two texts."""
@@ -110,6 +118,7 @@ class Suffixes:
 
         ``behind``: what stands behind the newest text, though it has not been added.
         """
+        self._index_all()
         for width, heads, chains in reversed(list(zip(self._widths, self._heads, self._chains, strict=True))):
             if not min_length <= width <= len(context):
                 continue
