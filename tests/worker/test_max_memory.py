@@ -186,6 +186,9 @@ def test_so_is_a_small_model_that_drafts_beside_it(
     assert "as --draft-dtype is auto, its weights are to be int8" in caplog.text
     with pytest.raises(DoesNotFitError, match=r"in int8, and \S+ GB are free here; take a smaller draft, or"):
         LLM(wide, **settings, weights="int8", draft_dtype="int8")
+    monkeypatch.setattr(spec, "free_bytes", lambda device: 1_000_000)
+    with pytest.raises(UsageError, match=r"^draft: .* in int4, and 0\.00095 GB are free here; take a smaller"):
+        LLM(wide, draft=wide, workers=["127.0.0.1:1"])
 
 
 @pytest.mark.parametrize("given", ["0", "-1", "nan", "inf", "1e12", "0.001", "4096000", "much"])

@@ -130,7 +130,7 @@ def _open_engine(spec: EngineSpec, where: PipelineSpec, draft: ChosenDraft) -> E
 def _draft_dtype(spec: EngineSpec, where: PipelineSpec, draft: ChosenDraft) -> DraftDType:
     """That there is memory for here, beside the model where its workers are here, too.
 
-    Raises ``DoesNotFitError`` for either.
+    Raises ``DoesNotFitError`` where narrower weights of the model would help, else ``UsageError``.
     """
     num_bytes = int(_WEIGHTS_SHARE * free_bytes(torch.device("cpu")))
     if spec.device != "cpu" or not num_bytes:  # or nobody can tell
@@ -141,7 +141,12 @@ def _draft_dtype(spec: EngineSpec, where: PipelineSpec, draft: ChosenDraft) -> D
         num_bytes -= model_bytes(*of_model)
     if not isinstance(draft, Checkpoint) or spec.draft_worker is not None:
         return spec.draft_dtype
-    return draft_dtype_that_fits(draft, spec.draft_dtype, spec.dtype, spec.device, num_bytes)
+    try:
+        return draft_dtype_that_fits(draft, spec.draft_dtype, spec.dtype, spec.device, num_bytes)
+    except DoesNotFitError as error:
+        if where.workers is None:
+            raise
+        raise UsageError(f"draft: {error}") from None
 
 
 def _open_draft_worker(spec: EngineSpec, draft: ChosenDraft) -> DraftWorker | None:

@@ -28,7 +28,7 @@ logger = logging.getLogger("flowspec.model")
 
 _BITS: dict[Weights, Bits] = {"int8": 8, "int4": 4}
 _BY_SIZE: tuple[Weights, ...] = ("float", "int8", "int4")  # the largest ones first
-ADVICE = "use --weights int4 or a smaller model, or share it with other devices (--workers)"
+_ADVICE = "use --weights int4 or a smaller model, or share it with other devices (--workers)"
 _COMPILED_WIDTH = 512  # from which on a model's floats are worth the start of numba
 
 
@@ -98,7 +98,7 @@ def model_bytes(checkpoint: Checkpoint, dtype: DType, weights: Weights, device: 
 
 
 def check_fits(
-    checkpoint: Checkpoint, dtype: DType, weights: Weights, device: str, num_bytes: int, advice: str = ADVICE
+    checkpoint: Checkpoint, dtype: DType, weights: Weights, device: str, num_bytes: int, advice: str = _ADVICE
 ) -> None:
     """Raise ``DoesNotFitError`` for a model that is larger, in all."""
     wanted = model_bytes(checkpoint, dtype, weights, device)
