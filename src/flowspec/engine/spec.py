@@ -24,7 +24,7 @@ from flowspec.engine.driver_model import DriverModel
 from flowspec.engine.engine import Engine
 from flowspec.engine.pipeline import PipelineSpec, choose_partition, open_pipeline
 from flowspec.errors import DoesNotFitError, UsageError
-from flowspec.model.backends import check_fits, model_bytes, open_checkpoint, weights_to_try
+from flowspec.model.backends import check_fits, open_checkpoint, weights_to_try
 from flowspec.model.demo_pair import DEMO, draft_for_workers
 from flowspec.model.loader import Checkpoint, check_device
 from flowspec.model.mtp_head import MtpLayers
@@ -136,9 +136,7 @@ def _draft_dtype(spec: EngineSpec, where: PipelineSpec, draft: ChosenDraft) -> D
     if spec.device != "cpu" or not num_bytes:  # or nobody can tell
         return spec.draft_dtype
     if where.workers is None:
-        of_model = where.checkpoint, spec.dtype, where.weights, spec.device
-        check_fits(*of_model, num_bytes)
-        num_bytes -= model_bytes(*of_model)
+        num_bytes -= check_fits(where.checkpoint, spec.dtype, where.weights, spec.device, num_bytes)
     if not isinstance(draft, Checkpoint) or spec.draft_worker is not None:
         return spec.draft_dtype
     try:

@@ -99,14 +99,15 @@ def model_bytes(checkpoint: Checkpoint, dtype: DType, weights: Weights, device: 
 
 def check_fits(
     checkpoint: Checkpoint, dtype: DType, weights: Weights, device: str, num_bytes: int, advice: str = _ADVICE
-) -> None:
-    """Raise ``DoesNotFitError`` for a model that is larger, in all."""
+) -> int:
+    """``model_bytes``. Raises ``DoesNotFitError`` where these are more than ``num_bytes``."""
     wanted = model_bytes(checkpoint, dtype, weights, device)
     if wanted > num_bytes:
         raise DoesNotFitError(
             f"{checkpoint.title} takes {wanted / 1e9:.3g} GB in {weights}, and {max(0, num_bytes) / 1e9:.3g} GB are "
             f"free here; {advice}"
         )
+    return wanted
 
 
 def has_kernels(device: str) -> bool:
